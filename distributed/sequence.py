@@ -1,0 +1,63 @@
+"""Which tokens of the sequence a rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceShard:
+    """Rank `rank`'s run of a sequence of `length` tokens over `world` ranks.
+
+    Every rank holds the same number: zero tokens are added at the global end. They are never attended to and are cut
+    off in `gather`.
+    """
+
+    length: int
+    """Tokens of the video."""
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def size(self) -> int:
+        """Tokens per rank, padding included."""
+        return -(-self.length // self.world)
+
+    @property
+    def start(self) -> int:
+        return self.rank * self.size
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.size
+
+    def split(self, tokens: Tensor) -> Tensor:
+        """[length, C] -> this rank's [size, C]."""
+        local = tokens[self.start : self.stop]
+        return F.pad(local, (0, 0, 0, self.size - local.shape[0]))
+
+    def gather(self, local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        """[size, C] on every rank of `group` -> the whole [length, C] on every rank."""
+        if self.world == 1:
+            return local
+        whole = local.new_empty(self.size * self.world, local.shape[1])
+        dist.all_gather_into_tensor(whole, local.contiguous(), group=group)
+        return whole[: self.length]
+
+
+def split_evenly(total: int, parts: int) -> list[int]:
+    """Sizes of `parts` runs of `total` items that differ by at most one; trailing ones may be 0."""
+    return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+def gather_bytes(value: bytes, device: torch.device) -> list[bytes]:
+    """Gathers a short value of equal length from every rank, in rank order (the default group)."""
+    mine = torch.tensor(list(value), dtype=torch.uint8, device=device)
+    everyone = mine.new_empty(dist.get_world_size() * len(value))
+    dist.all_gather_into_tensor(everyone, mine)
+    return [bytes(part.tolist()) for part in everyone.cpu().view(-1, len(value))]

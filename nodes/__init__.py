@@ -1,0 +1,34 @@
+"""The nodes that ComfyUI sees."""
+
+from __future__ import annotations
+
+from . import host
+from .config import WanVideoDistributedConfig
+from .inference import WanVideoDistributedInference
+from .loaders import LoadWanVideoModel
+from .text import LoadWanVideoT5TextEncoder, WanVideoTextEncode
+
+DISPLAY_NAMES = {
+    "WanVideoDistributedConfig": "Wan Video Distributed Config (multi-GPU)",
+    "WanVideoDistributedInference": "Wan Video Distributed Inference (multi-GPU)",
+    "LoadWanVideoModel": "Load Wan Video Model (multi-GPU)",
+    "LoadWanVideoT5TextEncoder": "Load WanVideo T5 TextEncoder",
+    "WanVideoTextEncode": "WanVideo TextEncode",
+}
+
+
+def node_classes(taken: frozenset[str]) -> dict[str, type]:
+    """Node id -> class. `taken` holds the ids that other packs registered before this one.
+
+    The text nodes have the ids and sockets of ComfyUI-WanVideoWrapper's, so that a workflow made with either pack
+    loads with the other. They come as a pair or not at all: one pack's encoder does not fit the other's.
+    """
+    classes: list[type] = [WanVideoDistributedConfig, WanVideoDistributedInference, LoadWanVideoModel]
+    pair = [LoadWanVideoT5TextEncoder, WanVideoTextEncode]
+    if not any(kind.__name__ in taken for kind in pair):
+        classes += pair
+    return {kind.__name__: kind for kind in classes}
+
+
+NODE_CLASS_MAPPINGS = node_classes(host.registered_node_ids())
+NODE_DISPLAY_NAME_MAPPINGS = {name: DISPLAY_NAMES[name] for name in NODE_CLASS_MAPPINGS}

@@ -1,0 +1,158 @@
+"""How a run is spread over GPUs: the config node and the value that it hands on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..distributed.job import MAX_GPUS, MIXED_PRECISION, ULYSSES_ENGINES
+
+GPU_COUNT = {
+    "default": 0,
+    "min": 0,
+    "max": MAX_GPUS,
+    "tooltip": "How many GPUs work on one video, one process each. 0: all suitable GPUs. "
+    "On a machine without a GPU: that many CPU processes.",
+}
+USE_ULYSSES = {
+    "default": True,
+    "tooltip": "Split the video's tokens over the GPUs (Ulysses sequence parallelism). "
+    "Each step gets faster; every GPU holds the whole model unless use_fsdp is on.",
+}
+USE_FSDP = {
+    "default": True,
+    "tooltip": "Shard the weights over the GPUs (FSDP2): each GPU keeps 1/N of the model and gathers one block at a "
+    "time. Needed where both 14B experts do not fit on one GPU.",
+}
+OFFLOAD_MODEL = {
+    "default": False,
+    "tooltip": "The expert that is not at work waits in host memory. Halves the GPU memory for weights, "
+    "costs one transfer at the switch between the experts.",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistributedConfig:
+    """The settings as the user gave them; GPUs are chosen when a job starts."""
+
+    gpu_count: int
+    """0: all suitable GPUs."""
+    use_ulysses: bool
+    use_fsdp: bool
+    offload_model: bool
+    master_port: int = 0
+    memory_optimization: bool = False
+    torch_compile: bool = False
+    mixed_precision: str = "bf16"
+    gpu_ids: str = ""
+    """Physical GPU indices or UUIDs, separated by commas; empty: any."""
+    ulysses_engine: str = "packed"
+    start_timeout: int = 600
+    """Seconds."""
+    stall_timeout: int = 600
+    """Seconds."""
+
+
+class WanVideoDistributedConfig:
+    DESCRIPTION = (
+        "How the video job is spread over GPUs: their number, sequence parallelism (Ulysses), weight sharding (FSDP), "
+        "precision and time limits. Connect it to Wan Video Distributed Inference: its values win over that node's own."
+    )
+    CATEGORY = "WanVideoDistributed"
+    FUNCTION = "build"
+    RETURN_TYPES = ("WAN_DISTRIBUTED_CONFIG",)
+    RETURN_NAMES = ("config",)
+    OUTPUT_TOOLTIPS = ("The settings, for the config input of Wan Video Distributed Inference.",)
+    SEARCH_ALIASES: ClassVar[list[str]] = ["multi gpu", "ulysses", "fsdp", "torchrun"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:
+        return {
+            "required": {
+                "gpu_count": ("INT", GPU_COUNT),
+                "use_ulysses": ("BOOLEAN", USE_ULYSSES),
+                "use_fsdp": ("BOOLEAN", USE_FSDP),
+                "offload_model": ("BOOLEAN", OFFLOAD_MODEL),
+                "master_port": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 65535,
+                        "tooltip": "0: the processes find each other through files, no TCP port is opened for it. "
+                        "1024 to 65535: through that port on 127.0.0.1.",
+                    },
+                ),
+                "memory_optimization": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "tooltip": "Trade some speed for a lower memory peak: chunked feed-forward layers, "
+                        "no cached cross-attention keys, frame-wise decoding.",
+                    },
+                ),
+                "torch_compile": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "tooltip": "Compile the parts of each block around the attention. "
+                        "The first step waits for the compiler, later steps are faster.",
+                    },
+                ),
+                "mixed_precision": (
+                    list(MIXED_PRECISION),
+                    {
+                        "default": "bf16",
+                        "tooltip": "Precision of matrix products and attention. "
+                        "Residuals, modulation and the solver stay fp32 always.",
+                    },
+                ),
+            },
+            "optional": {
+                "gpu_ids": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "placeholder": "0,1",
+                        "tooltip": "Which physical GPUs to use: indices of nvidia-smi or UUIDs, separated by commas. "
+                        "Empty: any suitable GPU.",
+                    },
+                ),
+                "ulysses_engine": (
+                    list(ULYSSES_ENGINES),
+                    {
+                        "default": "packed",
+                        "tooltip": "packed: one all-to-all into the attention and one out of it. "
+                        "deepspeed: DeepSpeed's DistributedAttention, for comparison.",
+                    },
+                ),
+                "start_timeout": (
+                    "INT",
+                    {
+                        "default": 600,
+                        "min": 1,
+                        "max": 86400,
+                        "tooltip": "Seconds until all processes must have joined and loaded the model.",
+                    },
+                ),
+                "stall_timeout": (
+                    "INT",
+                    {
+                        "default": 600,
+                        "min": 1,
+                        "max": 86400,
+                        "tooltip": "Seconds without a sign of life from a process after which the job is ended. "
+                        "Raise it if one step takes longer than this.",
+                    },
+                ),
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, master_port: int | None = None) -> bool | str:
+        if master_port is None or master_port == 0 or 1024 <= master_port <= 65535:
+            return True
+        return f"master_port is {master_port}; it must be 0 (no port) or 1024 to 65535"
+
+    def build(self, **settings: Any) -> tuple[DistributedConfig]:
+        return (DistributedConfig(**settings),)

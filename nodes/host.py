@@ -1,0 +1,232 @@
+"""The seam to ComfyUI: everything that this pack asks of its host, and the only file that imports it.
+
+ComfyUI is imported inside the functions, so that the pack can be imported and tested without it.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..distributed.launcher import Progress
+
+BAR_STEPS = 1000
+"""Resolution of the progress bar over a whole job."""
+
+
+def registered_node_ids() -> frozenset[str]:
+    """Ids that ComfyUI knows so far; empty where there is no ComfyUI."""
+    # Looked up, not imported: without ComfyUI the name could be any `nodes` on sys.path.
+    module = sys.modules.get("nodes")
+    return frozenset(getattr(module, "NODE_CLASS_MAPPINGS", ()))
+
+
+# Files
+
+
+def model_files(key: str) -> list[str]:
+    """Names of the files in a model folder such as "diffusion_models", as the user sees them."""
+    import folder_paths
+
+    return folder_paths.get_filename_list(key) if key in folder_paths.folder_names_and_paths else []
+
+
+def model_folders(key: str) -> list[Path]:
+    """The folders behind a model folder key."""
+    import folder_paths
+
+    if key in folder_paths.folder_names_and_paths:
+        return [Path(folder).absolute() for folder in folder_paths.get_folder_paths(key)]
+    # A key that no extra_model_paths.yaml defines: the folder of that name beside ComfyUI's other models.
+    return [Path(folder_paths.models_dir) / key]
+
+
+def model_path(key: str, name: str) -> Path:
+    """Absolute path of one of `model_files(key)`. Raises ValueError if it is gone."""
+    import folder_paths
+
+    path = folder_paths.get_full_path(key, name)
+    if path is None:
+        folders = " or ".join(str(folder) for folder in model_folders(key))
+        raise ValueError(f"{name} is not there any more; it was looked for in {folders}")
+    return Path(path).absolute()
+
+
+def jobs_folder() -> Path:
+    """Where running jobs live; ComfyUI wipes it when it starts."""
+    import folder_paths
+
+    return Path(folder_paths.get_temp_directory()) / "wan_distributed"
+
+
+def failed_folder() -> Path:
+    """Where failed jobs are kept; a restart does not wipe it."""
+    import folder_paths
+
+    return Path(folder_paths.get_user_directory()) / "wan_distributed" / "failed"
+
+
+# The video
+
+
+class SavedVideo:
+    """A video in ComfyUI's output folder."""
+
+    def __init__(self, folder: Path, subfolder: str, name: str) -> None:
+        self.path = folder / name
+        self.subfolder = subfolder
+
+    def video(self) -> Any:
+        """A VIDEO for other nodes; nothing is decoded until one asks for frames."""
+        from comfy_api.latest import InputImpl
+
+        return InputImpl.VideoFromFile(str(self.path))
+
+    def ui(self) -> dict[str, Any]:
+        """What makes the page show the player on the node."""
+        shown = {"filename": self.path.name, "subfolder": self.subfolder, "type": "output"}
+        return {"images": [shown], "animated": (True,)}
+
+
+def check_prefix(prefix: str, width: int, height: int) -> None:
+    """Raises ValueError if `prefix` is not a place inside the output folder."""
+    _save_path(prefix, width, height)
+
+
+def _save_path(prefix: str, width: int, height: int) -> tuple[Path, str, int, str]:
+    import folder_paths
+
+    try:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            prefix, folder_paths.get_output_directory(), width, height
+        )
+    # ComfyUI raises a bare Exception for a prefix that leaves the output folder.
+    except Exception as error:
+        raise ValueError(f"filename_prefix is {prefix!r}; it must stay inside ComfyUI's output folder") from error
+    return Path(folder), name, counter, subfolder
+
+
+def save_video(source: Path, prefix: str, *, width: int, height: int, workflow: Mapping[str, Any]) -> SavedVideo:
+    """Copies the mp4 `source` to the output folder under the next free number, with the workflow in its metadata."""
+    from comfy.cli_args import args
+    from comfy_api.latest import InputImpl
+
+    folder, name, counter, subfolder = _save_path(prefix, width, height)
+    saved = SavedVideo(folder, subfolder, f"{name}_{counter:05}_.mp4")
+    # Not `.mp4` at the end of a name that other programs would pick up half-written, so hidden instead.
+    draft = folder / f".{saved.path.name}.{os.getpid()}.mp4"
+    metadata = None if args.disable_metadata else {key: value for key, value in workflow.items() if value is not None}
+    try:
+        InputImpl.VideoFromFile(str(source)).save_to(str(draft), metadata=metadata or None)
+        os.replace(draft, saved.path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return saved
+
+
+# The run
+
+
+class ProgressReport:
+    """The bar and the line of text on the running node.
+
+    Must be called on ComfyUI's own node thread: the bar raises InterruptProcessingException there after a cancel.
+    """
+
+    def __init__(self, node_id: str | None) -> None:
+        from comfy.utils import ProgressBar
+
+        self._node_id = node_id
+        self._bar = ProgressBar(BAR_STEPS, node_id=node_id)
+        self._shown = 0
+
+    def __call__(self, progress: Progress) -> None:
+        self.text(progress.text)
+        # A bar that runs backwards (a phase that reports late) confuses more than one that waits.
+        self._shown = max(self._shown, int(progress.fraction * BAR_STEPS))
+        self._bar.update_absolute(self._shown)
+
+    def text(self, line: str) -> None:
+        from server import PromptServer
+
+        server = PromptServer.instance
+        if self._node_id is not None and server is not None and server.client_id is not None:
+            server.send_progress_text(line, self._node_id, server.client_id)
+
+
+def log(line: str) -> None:
+    """One line into ComfyUI's log and the page's console."""
+    logging.getLogger("wan_distributed").info("%s", line)
+
+
+def interrupted() -> bool:
+    """Whether the user pressed cancel."""
+    from comfy import model_management
+
+    return model_management.processing_interrupted()
+
+
+def interruption() -> Exception:
+    """Clears the cancel flag and gives the exception that tells ComfyUI so."""
+    from comfy import model_management
+
+    model_management.interrupt_current_processing(False)
+    return model_management.InterruptProcessingException()
+
+
+def out_of_memory(message: str) -> Exception:
+    """The exception for which ComfyUI shows its advice and unloads its models."""
+    from comfy import model_management
+
+    return model_management.OOM_EXCEPTION(message)
+
+
+def free_memory() -> None:
+    """Takes ComfyUI's own models off the GPU, which the job needs."""
+    from comfy import model_management
+
+    model_management.unload_all_models()
+    gc.collect()
+    model_management.soft_empty_cache()
+
+
+def device() -> Any:
+    """The torch device that ComfyUI computes on."""
+    from comfy import model_management
+
+    return model_management.get_torch_device()
+
+
+def visible_gpus() -> str | None:
+    """The user's own CUDA_VISIBLE_DEVICES, or None if every GPU of the machine may be used.
+
+    ComfyUI's --cuda-device and --default-device write that variable too, to place ComfyUI itself; the job's
+    processes have their own.
+    """
+    from comfy.cli_args import args
+
+    if args.cuda_device is not None or getattr(args, "default_device", None) is not None:
+        return None
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def blocked_output() -> Any:
+    """An output that keeps the nodes behind it from running."""
+    from comfy_execution.graph import ExecutionBlocker
+
+    return ExecutionBlocker(None)
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """Changes when one of the files does."""
+    lines = []
+    for path in paths:
+        stat = path.stat()
+        lines.append(f"{path} {stat.st_size} {stat.st_mtime_ns}")
+    return "\n".join(lines)

@@ -1,0 +1,46 @@
+"""The text that tells the user what a run did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+
+
+class Status:
+    """Collects what the user should know, and words it."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def note(self, *lines: str) -> None:
+        """Adds lines that are not there yet: the job carries them and its result repeats them."""
+        self.warnings += [line for line in dict.fromkeys(lines) if line not in self.warnings]
+
+    def line(self, info: Mapping[str, Any]) -> str:
+        """One line for the node, from a job's result.json."""
+        video = info["video"]
+        return f"done in {sum(info['phases'].values()):.0f} s: {video['frames']} frames, {video['fps']:g} fps"
+
+    def block(self, path: Path, info: Mapping[str, Any]) -> str:
+        """The readable status of a run that made a video."""
+        video, steps, phases = info["video"], info["step_seconds"], info["phases"]
+        lines = [
+            "success",
+            f"video: {path}",
+            f"size: {video['width']}x{video['height']}, {video['frames']} frames, {video['fps']:g} fps",
+            f"time: {sum(phases.values()):.1f} s ("
+            + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.items())
+            + ")",
+        ]
+        if steps:
+            lines.append(f"step: {sum(steps) / len(steps):.2f} s, mean of {len(steps)}")
+        for name, key in (("GPU memory", "peak_gpu_bytes"), ("host memory", "peak_rss_bytes")):
+            if any(info[key]):
+                lines.append(f"peak {name} per process: " + ", ".join(f"{size / GIB:.2f} GiB" for size in info[key]))
+        lines += ["settings:", *(f"  {name}: {value}" for name, value in info["settings"].items())]
+        if self.warnings:
+            lines += ["warnings:", *(f"  {line}" for line in self.warnings)]
+        return "\n".join(lines)

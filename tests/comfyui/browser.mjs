@@ -1,0 +1,112 @@
+// One visit of a headless Chromium to ComfyUI's page: node browser.mjs PLAN.json, the result is JSON on stdout.
+//
+// PLAN: url, chromium (its path), playwright (folder of playwright-core), vue (Nodes 2.0 or the canvas renderer),
+// workflow (UI format), values ({node type: {widget: value}} to set before the run), screenshots (folder),
+// drag (display name of a node to drag from the library), run (whether to queue the workflow).
+import fs from 'fs';
+import path from 'path';
+import { pathToFileURL } from 'url';
+
+const plan = JSON.parse(fs.readFileSync(process.argv[2], 'utf8'));
+const { chromium } = await import(pathToFileURL(path.join(plan.playwright, 'index.mjs')));
+const FRONTEND_ONLY = ['Note', 'MarkdownNote', 'Reroute', 'PrimitiveNode'];
+
+// Without the first setting the Templates dialog covers the canvas on a first visit.
+await fetch(plan.url + '/settings', {
+  method: 'POST',
+  headers: { 'Content-Type': 'application/json' },
+  body: JSON.stringify({ 'Comfy.TutorialCompleted': true, 'Comfy.VueNodes.Enabled': plan.vue }),
+});
+const browser = await chromium.launch({
+  executablePath: plan.chromium,
+  headless: true,
+  args: ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+    '--disable-background-networking', '--disable-component-update', '--disable-sync'],
+});
+const result = { pageErrors: [] };
+try {
+  const page = await browser.newPage({ viewport: { width: 1600, height: 1000 } });
+  page.on('pageerror', error => result.pageErrors.push(String(error)));
+  await page.goto(plan.url, { waitUntil: 'domcontentloaded' });
+  await page.waitForFunction(
+    () => window.app?.graph && window.app.vueAppReady && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 50,
+    null, { timeout: 90000 });
+  Object.assign(result, await page.evaluate(load, [plan.workflow, FRONTEND_ONLY]));
+  result.dialogs = await page.locator('.p-dialog:visible, .comfy-modal:visible').allInnerTexts();
+  // The banner about the other renderer would be in the pictures.
+  await page.locator('.p-message-close-button, button[aria-label="Close"]').first().click({ timeout: 1000 }).catch(() => {});
+  await picture(page, 'loaded');
+  if (plan.drag) result.dragged = await drag(page, plan.drag);
+  if (plan.run) await run(page);
+} finally {
+  await browser.close();
+}
+console.log(JSON.stringify(result));
+
+async function picture(page, name) {
+  const file = `${name}_${plan.vue ? 'nodes2' : 'canvas'}.png`;
+  await page.screenshot({ path: path.join(plan.screenshots, file) });
+}
+
+// Runs in the page.
+async function load([workflow, frontendOnly]) {
+  await window.app.loadGraphData(workflow, true, true, 'example');
+  await new Promise(resolve => setTimeout(resolve, 1500));
+  const info = await (await fetch('/object_info')).json();
+  const nodes = window.app.graph._nodes;
+  const widgets = node => (node.widgets ?? []).length;
+  const saved = node => workflow.nodes.find(other => other.id === node.id)?.widgets_values?.length;
+  return {
+    missing: nodes.filter(node => !(node.type in info) && !frontendOnly.includes(node.type)).map(node => node.type),
+    red: nodes.filter(node => node.has_errors).map(node => node.type),
+    shifted: nodes.filter(node => saved(node) !== undefined && saved(node) !== widgets(node)).map(node => node.type),
+    links: [...window.app.graph.links.values()].length,
+    api: (await window.app.graphToPrompt()).output,
+  };
+}
+
+async function drag(page, name) {
+  await page.evaluate(() => window.app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library'));
+  await page.locator('input[placeholder*="Search Nodes"]').fill(name);
+  const before = await page.evaluate(() => window.app.graph._nodes.length);
+  const leaf = page.locator('.node-tree-leaf').filter({ hasText: name }).first();
+  await leaf.waitFor({ timeout: 15000 });
+  await leaf.dragTo(page.locator('#graph-canvas'), { targetPosition: { x: 1300, y: 850 } });
+  await page.waitForFunction(count => window.app.graph._nodes.length > count, before, { timeout: 15000 });
+  const type = await page.evaluate(() => window.app.graph._nodes.at(-1).type);
+  await page.evaluate(() => {
+    window.app.graph.remove(window.app.graph._nodes.at(-1));
+    window.app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library');
+  });
+  return type;
+}
+
+async function run(page) {
+  await page.evaluate(values => {
+    for (const node of window.app.graph._nodes)
+      for (const [name, value] of Object.entries(values[node.type] ?? {}))
+        node.widgets.find(widget => widget.name === name).value = value;
+    for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
+      window.app.api.addEventListener(kind, event => { window.__ending = [kind, event.detail]; });
+    window.app.queuePrompt(0, 1);
+  }, plan.values);
+  await page.waitForFunction(() => window.__ending, null, { timeout: 180000 });
+  result.ending = await page.evaluate(() => window.__ending);
+  await page.waitForFunction(
+    () => [...document.querySelectorAll('video')].some(video => video.readyState === 4), null, { timeout: 15000 },
+  ).catch(() => {});
+  result.players = await page.evaluate(async () => {
+    const players = [...document.querySelectorAll('video')];
+    return Promise.all(players.map(async video => {
+      video.muted = true;
+      await video.play().catch(() => {});
+      await new Promise(resolve => setTimeout(resolve, 700));
+      return {
+        src: video.src || video.querySelector('source')?.src, ready: video.readyState, width: video.videoWidth,
+        height: video.videoHeight, time: video.currentTime, duration: video.duration, error: video.error?.message ?? null,
+      };
+    }));
+  });
+  await page.waitForTimeout(1000);
+  await picture(page, 'done');
+}

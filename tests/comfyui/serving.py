@@ -1,0 +1,63 @@
+"""A running ComfyUI as the tests see it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wan_pack.demo.client import Run, run_prompt
+from wan_pack.demo.comfyui import Server
+from wan_pack.demo.example import Prompt, small_example
+from wan_pack.demo.tiny_model import TinyModel
+
+INFERENCE = "WanVideoDistributedInference"
+
+
+@dataclass(frozen=True)
+class Comfy:
+    """The running server and how tests use it."""
+
+    server: Server
+    model: TinyModel
+
+    def example(self, **inference: Any) -> Prompt:
+        """The example workflow in small."""
+        return small_example(self.model, **{"sample_steps": 2, "num_frames": 5, **inference})
+
+    def run(self, prompt: Prompt, on_event: Callable[[Run, str, dict[str, Any]], None] | None = None) -> Run:
+        return asyncio.run(run_prompt(self.server.url, prompt, on_event=on_event))
+
+    def outputs(self, run: Run) -> dict[str, Any]:
+        """Node id -> what the node shows, from the history."""
+        return self.server.request(f"/history/{run.prompt_id}")[run.prompt_id]["outputs"]
+
+    def job_folders(self) -> list[Path]:
+        """Of running jobs."""
+        return sorted((self.server.base / "temp" / "wan_distributed").glob("*/job.json"))
+
+    def job_processes(self) -> list[int]:
+        """Processes of this server's jobs: they have the job's folder on their command line."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdecimal():
+                continue
+            try:
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if os.fsencode(self.server.base / "temp") in command:
+                found.append(int(entry.name))
+        return found
+
+    def wait_until_idle(self, timeout: float = 10.0) -> float:
+        """Seconds until no process of a job was left."""
+        start = time.monotonic()
+        while self.job_processes():
+            assert time.monotonic() - start < timeout, f"processes left: {self.job_processes()}"
+            time.sleep(0.02)
+        return time.monotonic() - start

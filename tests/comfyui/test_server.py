@@ -1,0 +1,288 @@
+"""The nodes in a real ComfyUI, over its HTTP API and WebSocket."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import pytest
+from serving import INFERENCE, Comfy
+from wan_pack.demo.client import Refused, Run
+from wan_pack.demo.example import Prompt, node_id, node_of
+
+NODES = (
+    "LoadWanVideoModel",
+    "LoadWanVideoT5TextEncoder",
+    "WanVideoTextEncode",
+    "WanVideoDistributedConfig",
+    INFERENCE,
+)
+
+
+def probe(path: Path) -> tuple[int, tuple[int, int], float]:
+    """Frames, (width, height) and frames per second of a video, counted by decoding it."""
+    reader = imageio_ffmpeg.read_frames(str(path))
+    meta = next(reader)
+    return sum(1 for _ in reader), meta["size"], meta["fps"]
+
+
+def saved(comfy: Comfy, run: Run, node: str) -> tuple[Path, dict[str, str]]:
+    """The file that a node shows, and its entry in the history."""
+    entry = comfy.outputs(run)[node]["images"][0]
+    return comfy.server.base / "output" / entry["subfolder"] / entry["filename"], entry
+
+
+def failure(run: Run) -> dict[str, Any]:
+    kind, data = run.ending
+    assert kind == "execution_error", f"{kind}: {data}"
+    return data
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_every_input_and_output_has_a_tooltip(comfy: Comfy, node: str) -> None:
+    info = comfy.server.request(f"/object_info/{node}")[node]
+    assert info["description"]
+    for group in ("required", "optional"):
+        for name, (_, options) in info["input"].get(group, {}).items():
+            assert options.get("tooltip"), f"{node}.{name}"
+    assert len(info["output_tooltips"]) == len(info["output"])
+    assert all(info["output_tooltips"])
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_help_page_is_served(comfy: Comfy, node: str) -> None:
+    with urllib.request.urlopen(f"{comfy.server.url}/extensions/wan-distributed/docs/{node}.md", timeout=10) as page:
+        assert page.read().startswith(b"# ")
+
+
+def test_example_makes_the_video_it_says(comfy: Comfy, finished: Run, inference_id: str) -> None:
+    assert finished.ending[0] == "execution_success", finished.ending
+    path, entry = saved(comfy, finished, inference_id)
+    assert entry["type"] == "output"
+    assert re.fullmatch(r"wan_\d{5}_\.mp4", path.name)
+    assert comfy.outputs(finished)[inference_id]["animated"] == [True]
+    assert probe(path) == (9, (256, 160), 16.0)
+    assert [name.name for name in path.parent.iterdir() if name.name.startswith(".")] == []
+
+
+def test_save_video_behind_the_node_works(comfy: Comfy, finished: Run) -> None:
+    path, _ = saved(comfy, finished, node_id(comfy.example(), "SaveVideo"))
+    assert probe(path)[:2] == (9, (256, 160))
+
+
+def test_view_serves_whole_video_and_parts_of_it(comfy: Comfy, finished: Run, inference_id: str) -> None:
+    path, entry = saved(comfy, finished, inference_id)
+    url = f"{comfy.server.url}/view?{urllib.parse.urlencode(entry)}"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        assert (answer.status, answer.headers["Content-Type"]) == (200, "video/mp4")
+        assert answer.read() == path.read_bytes()
+    part = urllib.request.Request(url, headers={"Range": "bytes=10-19"})
+    with urllib.request.urlopen(part, timeout=10) as answer:
+        assert answer.status == 206
+        assert answer.read() == path.read_bytes()[10:20]
+
+
+def test_mp4_carries_the_workflow(comfy: Comfy, finished: Run, inference_id: str) -> None:
+    path, _ = saved(comfy, finished, inference_id)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
+    text = subprocess.run(command, capture_output=True, check=True, timeout=30).stdout.decode()
+    line = next(line for line in text.splitlines() if line.startswith("prompt="))
+    prompt = json.loads(re.sub(r"\\(.)", r"\1", line.removeprefix("prompt=").replace(r"\\", "\0")).replace("\0", "\\"))
+    assert prompt[inference_id]["class_type"] == INFERENCE
+
+
+def test_status_names_settings_and_times(comfy: Comfy, finished: Run) -> None:
+    (status,) = comfy.outputs(finished)[node_id(comfy.example(), "PreviewAny")]["text"]
+    path, _ = saved(comfy, finished, node_id(comfy.example(), INFERENCE))
+    assert status.splitlines()[0] == "success"
+    assert str(path) in status
+    assert "2 x " in status and "Ulysses" in status and "unipc, 3 steps" in status
+    assert "time: " in status
+
+
+def test_progress_reaches_the_client(finished: Run, inference_id: str) -> None:
+    values = [data["value"] for data in finished.of("progress") if data["node"] == inference_id]
+    assert values == sorted(values)
+    assert len(set(values)) >= 6, values
+    lines = [data["text"] for data in finished.of("text") if data["node"] == inference_id]
+    assert any("1/3" in line for line in lines), lines
+    assert any("3/3" in line for line in lines), lines
+    assert lines[-1].startswith("done in ")
+
+
+def test_unchanged_workflow_is_not_run_again_until_its_video_is_deleted(comfy: Comfy, inference_id: str) -> None:
+    prompt = comfy.example(seed=7)
+    path, _ = saved(comfy, comfy.run(prompt), inference_id)
+    start = time.monotonic()
+    assert comfy.run(prompt).of("execution_cached")[-1]["nodes"]
+    assert time.monotonic() - start < 2
+    path.unlink()
+    for _ in range(2):
+        again, _ = saved(comfy, comfy.run(prompt), inference_id)
+        assert again.is_file()
+    assert len(list(path.parent.glob(f"{path.name}*"))) <= 1
+
+
+def test_prompt_can_be_encoded_inside_the_job(comfy: Comfy, inference_id: str) -> None:
+    prompt = comfy.example(prompt="A paper boat drifts down a small river.", num_frames=6, gpu_count=1)
+    inputs = node_of(prompt, INFERENCE)["inputs"]
+    del inputs["text_embeds"], inputs["config"]
+    node_of(prompt, "LoadWanVideoModel")["inputs"]["text_encoder"] = comfy.model.text_encoder
+    run = comfy.run(prompt)
+    assert run.ending[0] == "execution_success", run.ending
+    assert probe(saved(comfy, run, inference_id)[0])[0] == 9
+    (status,) = comfy.outputs(run)[node_id(prompt, "PreviewAny")]["text"]
+    assert "num_frames was raised from 6 to 9" in status
+
+
+def on_step(comfy: Comfy, action: Any) -> Any:
+    """Calls `action` once, from another thread, when the first step is reported."""
+    done = threading.Event()
+
+    def watch(run: Run, kind: str, data: dict[str, Any]) -> None:
+        if kind == "text" and "1/" in data["text"] and not done.is_set():
+            done.set()
+            threading.Thread(target=action, args=(run,)).start()
+
+    return watch
+
+
+def test_interrupt_ends_run_and_processes_within_a_second(comfy: Comfy) -> None:
+    pressed: list[float] = []
+
+    def press(run: Run) -> None:
+        pressed.append(time.monotonic())
+        comfy.server.request("/interrupt", {"prompt_id": run.prompt_id})
+
+    run = comfy.run(comfy.example(sample_steps=500, num_frames=17), on_step(comfy, press))
+    ended = time.monotonic() - pressed[0]
+    assert run.ending[0] == "execution_interrupted", run.ending
+    assert ended < 1, f"{ended:.2f} s"
+    assert comfy.wait_until_idle(1) < 1
+    assert comfy.job_folders() == []
+
+
+def test_interrupt_before_the_first_step(comfy: Comfy) -> None:
+    pressed: list[float] = []
+
+    def watch(run: Run, kind: str, data: dict[str, Any]) -> None:
+        if not pressed and comfy.job_processes():
+            pressed.append(time.monotonic())
+            comfy.server.request("/interrupt", {"prompt_id": run.prompt_id})
+
+    run = comfy.run(comfy.example(seed=3), watch)
+    assert run.ending[0] == "execution_interrupted", run.ending
+    assert time.monotonic() - pressed[0] < 1
+
+
+def kill_rank_one(comfy: Comfy) -> None:
+    (job,) = comfy.job_folders()
+    os.kill(json.loads((job.parent / "rank1.alive").read_text())["pid"], signal.SIGKILL)
+
+
+def test_killed_rank_is_named_first(comfy: Comfy) -> None:
+    run = comfy.run(
+        comfy.example(sample_steps=500, num_frames=17, on_error="raise"),
+        on_step(comfy, lambda _: kill_rank_one(comfy)),
+    )
+    first = failure(run)["exception_message"].splitlines()[0]
+    assert "rank 1" in first and "SIGKILL" in first, first
+
+
+def test_rank_that_raises_is_quoted_first(comfy: Comfy) -> None:
+    vae = comfy.server.base / "models" / "vae" / comfy.model.vae
+    good = vae.read_bytes()
+    # Cut after the check of the headers, so that a process meets it.
+    run = comfy.run(comfy.example(sample_steps=8, seed=5), on_step(comfy, lambda _: os.truncate(vae, len(good) // 2)))
+    try:
+        message = failure(run)["exception_message"]
+        assert vae.name in message.splitlines()[0], message
+        kept = re.search(r"\S*wan_distributed/failed/\S+", message)
+        assert kept and Path(kept[0].rstrip(".,:;)")).exists(), message
+    finally:
+        vae.write_bytes(good)
+
+
+def test_on_error_return_hands_the_error_out(comfy: Comfy) -> None:
+    prompt = comfy.example(sample_steps=500, num_frames=17, on_error="return", seed=9)
+    run = comfy.run(prompt, on_step(comfy, lambda _: kill_rank_one(comfy)))
+    assert run.ending[0] == "execution_success", run.ending
+    outputs = comfy.outputs(run)
+    (status,) = outputs[node_id(prompt, "PreviewAny")]["text"]
+    assert status.startswith("error: ") and "rank 1" in status.splitlines()[0]
+    # The error did not stop the workflow, but there is no video to save.
+    assert node_id(prompt, "SaveVideo") not in outputs
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "sentence"),
+    [
+        (INFERENCE, "width", 250, "width is 250; it must be a multiple of 16. The nearest are 240 and 256"),
+        (INFERENCE, "height", 8, "height is 8; it must be 16 to 8192"),
+        (INFERENCE, "num_frames", 0, "Value 0 smaller than min of 1"),
+        (INFERENCE, "sample_steps", 5000, "Value 5000 bigger than max of 1000"),
+        (INFERENCE, "scheduler", "ddim", "'ddim' not in ['unipc', 'dpm++', 'euler']"),
+        (INFERENCE, "boundary", 2.0, "Value 2.0 bigger than max of 1.0"),
+        ("WanVideoDistributedConfig", "gpu_count", 65, "Value 65 bigger than max of 64"),
+        ("WanVideoDistributedConfig", "master_port", 80, "master_port is 80; it must be 0 (no port) or 1024 to 65535"),
+        ("WanVideoDistributedConfig", "mixed_precision", "fp8", "'fp8' not in ['bf16', 'fp16', 'fp32']"),
+        ("LoadWanVideoModel", "high_noise", "../secret.safetensors", "'../secret.safetensors' not in"),
+        ("LoadWanVideoT5TextEncoder", "model_name", "none.safetensors", "'none.safetensors' not in"),
+    ],
+)
+def test_bad_value_is_refused_with_a_sentence(comfy: Comfy, kind: str, name: str, value: object, sentence: str) -> None:
+    prompt = comfy.example()
+    node_of(prompt, kind)["inputs"][name] = value
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        comfy.server.request("/prompt", {"prompt": prompt})
+    assert refusal.value.code == 400
+    answer = json.loads(refusal.value.read())
+    errors = answer["node_errors"][node_id(prompt, kind)]["errors"]
+    assert any(sentence in f"{error['message']} {error['details']}" for error in errors), errors
+
+
+def edited(prompt: Prompt, kind: str, **values: Any) -> Prompt:
+    node_of(prompt, kind)["inputs"].update(values)
+    return prompt
+
+
+def test_wrong_file_is_named_before_any_process_starts(comfy: Comfy) -> None:
+    prompt = edited(comfy.example(), "LoadWanVideoModel", vae=comfy.model.vae)
+    models = comfy.server.base / "models"
+    wrong = models / "vae" / "not_a_vae.safetensors"
+    wrong.write_bytes((models / "text_encoders" / comfy.model.text_encoder).read_bytes())
+    try:
+        message = failure(comfy.run(edited(prompt, "LoadWanVideoModel", vae=wrong.name)))["exception_message"]
+    finally:
+        wrong.unlink()
+    assert wrong.name in message and "text encoder" in message and "VAE" in message, message
+
+
+def test_no_parallelism_on_two_processes_is_refused(comfy: Comfy) -> None:
+    prompt = edited(comfy.example(), "WanVideoDistributedConfig", use_ulysses=False, use_fsdp=False)
+    message = failure(comfy.run(prompt))["exception_message"]
+    assert message.startswith("gpu_count is 2 with use_ulysses and use_fsdp both off")
+
+
+def test_missing_text_is_explained(comfy: Comfy) -> None:
+    prompt = comfy.example(prompt="A fox.")
+    del node_of(prompt, INFERENCE)["inputs"]["text_embeds"]
+    message = failure(comfy.run(prompt))["exception_message"]
+    assert "connect WanVideo TextEncode" in message and "text_encoder" in message
+
+
+def test_refusal_carries_node_errors(comfy: Comfy) -> None:
+    with pytest.raises(Refused) as refusal:
+        comfy.run(comfy.example(width=250))
+    assert "node_errors" in refusal.value.answer

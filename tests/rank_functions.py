@@ -1,0 +1,121 @@
+"""What tests run on every rank (`ranks.run_ranks`). Each asserts, and may return a JSON dict."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from wan_pack.distributed.experts import load_expert
+from wan_pack.distributed.job import Parallel
+from wan_pack.distributed.offload import HostParking
+from wan_pack.distributed.sequence import SequenceShard
+from wan_pack.distributed.ulysses import ENGINES
+from wan_pack.distributed.weights import local_rows
+from wan_pack.wan.attention import attention
+from wan_pack.wan.checkpoint import Checkpoint
+from wan_pack.wan.model import TextContext, pad_text
+from wan_pack.wan.rope import rope_table
+
+CPU = torch.device("cpu")
+
+
+def attention_equals_plain(
+    rank: int, world: int, *, engine: str, sizes: list[int], heads: list[int], lengths: list[int]
+) -> None:
+    """Sequence-parallel attention == attention in one process, for every group size, head count and length."""
+    for size in sizes:
+        group = dist.new_group(list(range(size)))
+        if rank >= size:
+            continue
+        for h in heads:
+            for length in lengths:
+                generator = torch.Generator().manual_seed(h * 1000 + length)
+                q, k, v = torch.randn(3, length, h, 4, generator=generator).unbind(0)
+                shard = SequenceShard(length=length, rank=rank, world=size)
+                local = [shard.split(x.flatten(1)).unflatten(1, (h, 4)) for x in (q, k, v)]
+                y = ENGINES[engine](group, shard)(*local)
+                assert y.shape == (shard.size, h, 4)
+                whole = shard.gather(y.flatten(1), group).unflatten(1, (h, 4))
+                message = f"{engine}: {size} ranks, {h} heads, {length} tokens"
+                torch.testing.assert_close(whole, attention(q, k, v), msg=lambda m, s=message: f"{s}: {m}")
+
+
+def _parallel(world: int, **settings: Any) -> Parallel:
+    return Parallel(gpu_count=world, **{"mixed_precision": "fp32", "use_fsdp": True, **settings})
+
+
+def _velocity(folder: str, parallel: Parallel, mesh: Any, rank: int, world: int) -> tuple[torch.Tensor, Any]:
+    """One evaluation on made-up input, gathered, and the model."""
+    grid = (3, 3, 5)
+    split = world if parallel.use_ulysses else 1
+    shard = SequenceShard(length=45, rank=rank if split > 1 else 0, world=split)
+    files = sorted(str(file) for file in Path(folder).glob("*.safetensors"))
+    model = load_expert(files, parallel=parallel, mesh=mesh, shard=shard, device=CPU)
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randn(45, 4 * model.config.in_dim, generator=generator)
+    rows = torch.randn(9, model.config.text_dim, generator=generator)
+    text = TextContext(pad_text(rows), keep=not parallel.memory_optimization)
+    rope = rope_table(grid, model.config.head_dim, start=shard.start, stop=shard.stop)
+    for _ in range(2):  # the second time on kept text
+        local = model(shard.split(tokens), torch.tensor([700.0]), text, rope)
+    return shard.gather(local, mesh.get_group() if mesh else None), model
+
+
+def options_equal_plain(rank: int, world: int, *, folder: str, settings: list[dict[str, Any]]) -> None:
+    """Every combination of options gives the velocity of one process without any."""
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ulysses",))
+    plain, _ = _velocity(folder, Parallel(gpu_count=1, mixed_precision="fp32"), None, 0, 1)
+    for options in settings:
+        out, _ = _velocity(folder, _parallel(world, **options), mesh, rank, world)
+        torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-4, msg=lambda m, o=options: f"{o}: {m}")
+
+
+def fsdp_keeps_only_its_rows(rank: int, world: int, *, folder: str) -> dict[str, Any]:
+    """Returns the bytes of this rank's shards, and checks each of them against the file."""
+    from safetensors.torch import load_file
+
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ulysses",))
+    _, model = _velocity(folder, _parallel(world), mesh, rank, world)
+    whole = {name: t for file in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(file).items()}
+    for name, parameter in model.named_parameters():
+        rows, start = local_rows(parameter)
+        expected = whole[name].flatten()[start : start + rows.numel()]
+        assert torch.equal(rows.flatten(), expected.to(rows.dtype)), name
+    kept = sum(local_rows(p)[0].numel() for p in model.parameters())
+    return {"kept": kept, "whole": sum(t.numel() for t in whole.values())}
+
+
+def offload_round_trip(rank: int, world: int, *, folder: str) -> dict[str, Any]:
+    """A parked model holds no device memory and, fetched again, computes the same."""
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ulysses",))
+    before, model = _velocity(folder, _parallel(world), mesh, rank, world)
+    parking = HostParking(model)
+    resident = parking.resident_bytes
+    parking.park()
+    parked = parking.resident_bytes
+    parking.fetch()
+    grid, shard = (3, 3, 5), SequenceShard(length=45, rank=rank, world=world)
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randn(45, 4 * model.config.in_dim, generator=generator)
+    text = TextContext(pad_text(torch.randn(9, model.config.text_dim, generator=generator)))
+    rope = rope_table(grid, model.config.head_dim, start=shard.start, stop=shard.stop)
+    after = shard.gather(model(shard.split(tokens), torch.tensor([700.0]), text, rope), mesh.get_group())
+    assert torch.equal(after, before)
+    return {"resident": resident, "parked": parked}
+
+
+def peak_memory_of_loading(rank: int, world: int, *, folder: str) -> dict[str, int]:
+    """Growth of this rank's peak resident memory while it loads a sharded checkpoint, in bytes."""
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ulysses",))
+    files = sorted(str(file) for file in Path(folder).glob("*.safetensors"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    load_expert(
+        files, parallel=_parallel(world, mixed_precision="bf16"), mesh=mesh,
+        shard=SequenceShard(length=45, rank=rank, world=world), device=CPU,
+    )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"growth": after - before, "checkpoint": Checkpoint(files).nbytes}

@@ -1,0 +1,152 @@
+"""Safetensors headers: what is read, and what each kind of wrong file is called."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from wan_pack.wan.headers import read_header
+from wan_pack.wan.model_index import read_pth_names
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _write(path: Path, header: object, data: bytes = b"", *, raw: bytes | None = None) -> Path:
+    text = raw if raw is not None else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def _entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.arange(6, dtype=torch.float32).view(2, 3),
+        "b": torch.zeros(3, dtype=torch.bfloat16),
+        "fp8": torch.zeros(4, 4, dtype=torch.float8_e4m3fn),
+        "none": torch.zeros(0),
+        "number": torch.tensor(1.0),
+    }
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path, metadata={"who": "test"})
+    header = read_header(path)
+    assert header.metadata == {"who": "test"}
+    assert {name: info.shape for name, info in header.tensors.items()} == {
+        name: tuple(tensor.shape) for name, tensor in tensors.items()
+    }
+    assert header.tensors["fp8"].dtype == "F8_E4M3"
+    info = header.tensors["a"]
+    data = path.read_bytes()[info.start : info.end]
+    assert torch.equal(torch.frombuffer(bytearray(data), dtype=torch.float32).view(2, 3), tensors["a"])
+
+
+@pytest.mark.parametrize("keep", [4, 60, -1])
+def test_truncated(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(100)}, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"x\.safetensors (is truncated|is not a safetensors file)"):
+        read_header(path)
+
+
+def test_truncated_says_both_sizes(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(100)}, path)
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=f"promises {size} bytes, the file has {size - 8}"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ({"a": _entry(dtype="F33")}, "dtype 'F33'"),
+        ({"a": _entry(dtype=["F32"])}, "dtype"),
+        ({"a": _entry(shape=[-2])}, "shape"),
+        ({"a": _entry(shape=[True])}, "shape"),
+        ({"a": _entry(shape=[2**70])}, "shape"),
+        ({"a": _entry(shape=[3])}, "12 bytes"),
+        ({"a": _entry(shape=2)}, "shape"),
+        ({"a": _entry(offsets=[8, 0])}, "data_offsets"),
+        ({"a": _entry(offsets=[0])}, "data_offsets"),
+        ({"a": _entry(), "b": _entry()}, "starts at byte"),
+        ({"a": _entry(offsets=[8, 16])}, "starts at byte"),
+        ({"a": []}, "not described"),
+        ({"a": {"dtype": "F32"}}, "not described"),
+        ({"__metadata__": {"a": 1}, "a": _entry()}, "__metadata__"),
+    ],
+)
+def test_damaged_header(tmp_path: Path, header: object, words: str) -> None:
+    path = _write(tmp_path / "x.safetensors", header, bytes(16))
+    with pytest.raises(ValueError, match=r"x\.safetensors has a damaged safetensors header") as caught:
+        read_header(path)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("raw", [b'{"a": ', b'{"a"' + b":[" * 100_000, b"{\xff}", b'{"a": 1, "a": 2}'])
+def test_header_that_is_no_json(tmp_path: Path, raw: bytes) -> None:
+    with pytest.raises(ValueError, match="damaged safetensors header"):
+        read_header(_write(tmp_path / "x.safetensors", None, raw=raw))
+
+
+def test_bytes_behind_the_last_tensor(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="promises"):
+        read_header(_write(tmp_path / "x.safetensors", {"a": _entry()}, bytes(9)))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "an empty file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git-lfs pointer"),
+        (b"<!DOCTYPE html><html></html>", "a web page"),
+        (b"PK\x03\x04" + bytes(40), "a zip archive"),
+        (b"GGUF" + bytes(40), "a GGUF file"),
+        (b"\x80\x02}q\x00." + bytes(10), "a Python pickle"),
+        (b'{"error": "not found"}', "a JSON file"),
+        (bytes(1000), "a file of zero bytes"),
+        (b"what is this then, I wonder", "of an unknown format"),
+    ],
+)
+def test_other_files_are_named(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.safetensors is not a safetensors file: it is") as caught:
+        read_header(path)
+    assert words in str(caught.value)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(ValueError, match="cannot be read"):
+            read_header(path)
+
+
+def test_pth_names_without_unpickling(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"some.weight": torch.zeros(2)}, path)
+    assert "some.weight" in read_pth_names(path)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"x\.pth is a truncated or damaged PyTorch checkpoint"):
+        read_pth_names(path)
+    path.write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"x\.pth is not a PyTorch checkpoint: it is a web page"):
+        read_pth_names(path)
+
+
+def test_checks_need_only_the_standard_library() -> None:
+    code = (
+        "import sys, types; pack = types.ModuleType('p'); pack.__path__ = [sys.argv[1]]; sys.modules['p'] = pack\n"
+        "import p.wan.headers, p.wan.vae_keys, p.wan.t5_keys, p.wan.tokenizer_files\n"
+        "assert not {'torch', 'numpy', 'safetensors', 'diffusers', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True, timeout=60)

@@ -1,0 +1,105 @@
+"""The MP4 writer: what lands on the disk, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import imageio_ffmpeg
+import pytest
+import torch
+from torch import Tensor
+from wan_pack.wan.video import VideoWriter, frames_to_bytes, probe
+
+COLOURS = ((1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (0.2, -0.3, 0.7), (0.5, 0.5, 0.5), (-1.0, -1.0, 1.0))
+
+
+def _frames(width: int = 64, height: int = 48) -> Tensor:
+    return torch.tensor(COLOURS).T[:, :, None, None].expand(3, len(COLOURS), height, width)
+
+
+def test_frames_to_bytes() -> None:
+    frames = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(1, 5, 1, 1).expand(3, 5, 2, 4)
+    out = frames_to_bytes(frames)
+    assert out.shape == (5, 2, 4, 3) and out.dtype == torch.uint8 and out.is_contiguous()
+    assert out[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
+    with pytest.raises(ValueError, match=r"\[3, n, H, W\]"):
+        frames_to_bytes(torch.zeros(5, 3, 2, 2))
+
+
+def test_writes_what_it_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "a b'%d.mp4"
+    frames = _frames()
+    with VideoWriter(path, width=64, height=48, fps=16) as writer:
+        writer.write(frames[:, :1])
+        writer.write(frames[:, 1:].bfloat16())
+        assert not path.exists()
+    assert writer.frames == 5
+    assert probe(path) == (64, 48, 5, 16.0)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    reader = imageio_ffmpeg.read_frames(str(path))
+    assert next(reader)["codec"] == "h264"
+    for sent, received in zip(frames_to_bytes(frames), reader, strict=True):
+        pixels = torch.frombuffer(bytearray(received), dtype=torch.uint8).view(48, 64, 3)
+        assert (pixels.float().mean((0, 1)) - sent[0, 0].float()).abs().max() < 4
+    # Players can start before the whole file is there.
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), VideoWriter(tmp_path / "x.mp4", width=64, height=48, fps=16) as writer:
+        writer.write(_frames())
+        raise KeyError
+    with (
+        pytest.raises(ValueError, match=r"\[3, n, 48, 64\]"),
+        VideoWriter(tmp_path / "x.mp4", width=64, height=48, fps=16) as writer,
+    ):
+        writer.write(_frames(width=32))
+    with pytest.raises(RuntimeError, match="no frames"), VideoWriter(tmp_path / "x.mp4", width=64, height=48, fps=16):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_survives_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.mp4"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyError), VideoWriter(path, width=64, height=48, fps=16) as writer:
+        writer.write(_frames())
+        raise KeyError
+    assert path.read_bytes() == b"old"
+
+
+def test_ffmpegs_words_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "none" / "x.mp4"
+    with (
+        pytest.raises(RuntimeError, match="No such file or directory"),
+        VideoWriter(path, width=640, height=480, fps=16) as writer,
+    ):
+        for _ in range(20):
+            writer.write(_frames(640, 480))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for ffmpeg")
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ffmpeg = tmp_path / "ffmpeg"
+    ffmpeg.write_text(
+        "#!/bin/sh\ncat > /dev/null\necho 'Error writing trailer: No space left on device' >&2\nexit 228\n"
+    )
+    ffmpeg.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+    with (
+        pytest.raises(RuntimeError, match=r"the disk is full; ffmpeg ended with status 228 after 5 frames"),
+        VideoWriter(tmp_path / "x.mp4", width=64, height=48, fps=16) as writer,
+    ):
+        writer.write(_frames())
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
+    with pytest.raises(RuntimeError, match="cannot be started"), VideoWriter("x.mp4", width=64, height=48, fps=16):
+        pass
+
+
+def test_odd_sizes_and_no_video(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="width is 63"):
+        VideoWriter(tmp_path / "x.mp4", width=63, height=48, fps=16)
+    with pytest.raises(ValueError, match="is not a video"):
+        probe(Path(__file__))

@@ -1,0 +1,98 @@
+"""Shapes of the Wan video diffusion transformers, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+HEAD_DIM = 128
+"""Channels per attention head in every released Wan model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WanConfig:
+    """One transformer. No defaults: a variant says everything."""
+
+    dim: int
+    """Channels of the residual stream."""
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int
+    """Latent channels in, with image conditioning channels if any."""
+    out_dim: int
+    """Latent channels out."""
+    text_dim: int
+    """Channels of the text encoder's rows."""
+    freq_dim: int
+    """Channels of the sinusoidal timestep embedding."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.dim % self.num_heads or self.head_dim % 2:
+            raise ValueError(
+                f"dim is {self.dim} and num_heads is {self.num_heads}; dim must be an even multiple of num_heads"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+TEXT_LEN = 512
+"""Rows of text the cross-attention sees; shorter prompts are padded with zero rows, longer ones cut."""
+PATCH_SIZE = (1, 2, 2)
+"""Latent frames, rows and columns per token."""
+EPS = 1e-6
+"""Of every normalisation layer."""
+
+WAN_CONFIGS: dict[str, WanConfig] = {
+    "t2v-A14B": WanConfig(
+        dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16, text_dim=4096, freq_dim=256
+    ),
+    "t2v-1.3B": WanConfig(
+        dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16, text_dim=4096, freq_dim=256
+    ),
+}
+
+
+def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], *, num_heads: int | None = None) -> WanConfig:
+    """Reads the sizes off a checkpoint's tensor shapes (official names).
+
+    Args:
+        shapes: tensor name -> shape.
+        num_heads: from the checkpoint's config.json; without it a head has 128 channels, as in every release.
+    Raises:
+        ValueError: a tensor that decides a size is missing or has another rank.
+    """
+    decisive = {
+        "head.modulation": 3,
+        "blocks.0.ffn.0.weight": 2,
+        "patch_embedding.weight": 5,
+        "head.head.weight": 2,
+        "text_embedding.0.weight": 2,
+        "time_embedding.0.weight": 2,
+    }
+    for name, rank in decisive.items():
+        if name not in shapes:
+            raise ValueError(f"tensor {name} is missing; a Wan transformer has it")
+        if len(shapes[name]) != rank:
+            raise ValueError(f"tensor {name} has shape {shapes[name]}; it must have {rank} dimensions")
+    dim = shapes["head.modulation"][-1]
+    if num_heads is None and dim % HEAD_DIM:
+        raise ValueError(f"dim is {dim}; without a config.json it must be a multiple of {HEAD_DIM}")
+    layers = {
+        int(name.split(".")[1]) for name in shapes if name.startswith("blocks.") and name.split(".")[1].isdecimal()
+    }
+    return WanConfig(
+        dim=dim,
+        ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
+        num_heads=dim // HEAD_DIM if num_heads is None else num_heads,
+        num_layers=len(layers),
+        in_dim=shapes["patch_embedding.weight"][1],
+        out_dim=shapes["head.head.weight"][0] // 4,
+        text_dim=shapes["text_embedding.0.weight"][1],
+        freq_dim=shapes["time_embedding.0.weight"][1],
+    )

@@ -1,0 +1,183 @@
+"""Safetensors headers and what else a model file may turn out to be. Standard library only: runs before any process."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+
+DTYPE_BITS: Mapping[str, int] = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "C64": 64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor in a safetensors file."""
+
+    dtype: str
+    """As in the file: "F32", "BF16", "F8_E4M3", ..."""
+    shape: tuple[int, ...]
+    start: int
+    """Absolute offset of the first byte in the file."""
+    end: int
+    """Absolute offset behind the last byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsHeader:
+    """What a safetensors file says it holds; checked against its size."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | Path) -> SafetensorsHeader:
+    """Reads and checks a safetensors header: types, sizes, no gap or overlap, nothing outside the file.
+
+    Raises:
+        ValueError: the file cannot be read, is truncated or damaged, or is something else; the message names the
+            file and what it is.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            file_size = os.fstat(file.fileno()).st_size
+            text, data_start = _header_text(path, file, file_size)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
+        if not isinstance(entries, dict):
+            raise ValueError("it is not a JSON object")
+        metadata = _metadata(entries.pop("__metadata__", {}))
+        tensors = {name: _tensor_info(name, entry, data_start) for name, entry in entries.items()}
+        end = _check_contiguous(tensors, data_start)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has a damaged safetensors header: {error}") from error
+    if end > file_size:
+        raise ValueError(f"{path} is truncated: its header promises {end} bytes, the file has {file_size}")
+    if end < file_size:
+        raise ValueError(f"{path} is damaged: its header promises {end} bytes, the file has {file_size}")
+    return SafetensorsHeader(tensors, metadata)
+
+
+def describe_file(path: str | Path) -> str:
+    """Names a file by its first bytes: "a git-lfs pointer (...)", "a GGUF file", "a zip archive (...)", ..."""
+    try:
+        if Path(path).is_dir():
+            return "a folder"
+        with Path(path).open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        return f"unreadable ({error.strerror or error})"
+    text = start.lstrip().lower()
+    if not start:
+        return "an empty file"
+    if text.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer (the file itself was never downloaded: run 'git lfs pull')"
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "a web page (the download saved an error or login page)"
+    if start.startswith(b"PK\x03\x04"):
+        return "a zip archive (a PyTorch checkpoint, .pth or .pt, is one)"
+    if start.startswith(b"GGUF"):
+        return "a GGUF file"
+    if start[:1] == b"\x80" and 2 <= start[1] <= 5:
+        return "a Python pickle"
+    if text.startswith((b"{", b"[")):
+        return "a JSON file"
+    if start.count(0) == len(start):
+        return "a file of zero bytes (an unfinished download)"
+    if len(start) > 8 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] <= MAX_HEADER_BYTES:
+        return "a safetensors file"
+    return "of an unknown format"
+
+
+def _header_text(path: Path, file: BinaryIO, file_size: int) -> tuple[bytes, int]:
+    """The JSON text and the absolute offset at which the tensors start."""
+    prefix = file.read(9)
+    length = struct.unpack("<Q", prefix[:8])[0] if len(prefix) == 9 else 0
+    if length > MAX_HEADER_BYTES or prefix[8:] != b"{":
+        raise ValueError(f"{path} is not a safetensors file: it is {describe_file(path)}")
+    if 8 + length > file_size:
+        raise ValueError(f"{path} is truncated: its header alone promises {8 + length} bytes, the file has {file_size}")
+    file.seek(8)
+    return file.read(length), 8 + length
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        raise ValueError("it names something twice")
+    return unique
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(entry, str) for entry in value.values()):
+        raise ValueError("__metadata__ is not an object of strings")
+    return value
+
+
+def _is_size(value: Any) -> bool:
+    # bool is an int to Python, but not to JSON.
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _tensor_info(name: str, entry: Any, data_start: int) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise ValueError(f"tensor {name!r} has dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
+    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+        raise ValueError(f"tensor {name!r} has shape {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
+        raise ValueError(f"tensor {name!r} has data_offsets {offsets!r}")
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits != 8 * (offsets[1] - offsets[0]):
+        raise ValueError(
+            f"tensor {name!r} ({dtype}, shape {shape}) takes {bits / 8:g} bytes, "
+            f"but its data_offsets {offsets} hold {offsets[1] - offsets[0]}"
+        )
+    return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _check_contiguous(tensors: Mapping[str, TensorInfo], data_start: int) -> int:
+    """Every byte of the data belongs to exactly one tensor. Returns the absolute end."""
+    end = data_start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != end:
+            raise ValueError(f"tensor {name!r} starts at byte {info.start}; the one before it ends at {end}")
+        end = info.end
+    return end

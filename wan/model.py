@@ -1,0 +1,246 @@
+"""The Wan video diffusion transformer, with the official parameter names and dtype policy.
+
+Shapes: S = tokens held here, H = heads, D = channels per head, C = dim, R = text rows (512).
+Everything is unbatched: a video is one sample. There is no distributed code: `forward` takes any run of tokens
+with its rotary table, and attention between tokens goes through `SelfAttention.attention`, which may be replaced.
+
+Matrix products run in the dtype of their weight; the residual stream, modulation, normalisation, time path and head
+are float32 (`parameter_dtype`), as in the official code under autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import attention
+from .config import EPS, PATCH_SIZE, TEXT_LEN, WanConfig
+from .rope import apply_rope
+
+Rope = tuple[Tensor, Tensor]
+
+
+def parameter_dtype(name: str, compute: torch.dtype) -> torch.dtype:
+    """Dtype a parameter is kept in: `compute` for the large matrix products, float32 for the rest."""
+    head, _, tail = name.partition(".")
+    fp32 = head in ("time_embedding", "time_projection", "head") or "norm" in tail or name.endswith("modulation")
+    return torch.float32 if fp32 else compute
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over all heads together, in float32."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), EPS)
+
+
+class PatchEmbedding(nn.Module):
+    """The 1x2x2 convolution with stride 1x2x2, written as a linear layer per token."""
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, in_dim, *PATCH_SIZE))
+        self.bias = nn.Parameter(torch.empty(dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        # Tokens have their channel fastest (patch.py); the convolution has it slowest.
+        weight = self.weight.permute(0, 2, 3, 4, 1).flatten(1)
+        return F.linear(tokens.to(weight.dtype), weight, self.bias)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q = Linear(config.dim, config.dim)
+        self.k = Linear(config.dim, config.dim)
+        self.v = Linear(config.dim, config.dim)
+        self.o = Linear(config.dim, config.dim)
+        self.norm_q = RMSNorm(config.dim)
+        self.norm_k = RMSNorm(config.dim)
+        self.attention: Callable[[Tensor, Tensor, Tensor], Tensor] = attention
+        """[S, H, D] three times -> [S, H, D]. Sequence parallelism puts its own here."""
+
+    def queries_keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [S, C] -> q, k, v: [S, H, D], rotated, in the dtype of the matrix products."""
+        x = x.to(self.q.weight.dtype)
+        q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim)), *rope)
+        k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, (-1, self.head_dim)), *rope)
+        v = self.v(x).unflatten(-1, (-1, self.head_dim))
+        return q.to(v.dtype), k.to(v.dtype), v
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q = Linear(config.dim, config.dim)
+        self.k = Linear(config.dim, config.dim)
+        self.v = Linear(config.dim, config.dim)
+        self.o = Linear(config.dim, config.dim)
+        self.norm_q = RMSNorm(config.dim)
+        self.norm_k = RMSNorm(config.dim)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context: [R, C] -> k, v: [R, H, D]."""
+        v = self.v(context).unflatten(-1, (-1, self.head_dim))
+        k = self.norm_k(self.k(context)).unflatten(-1, (-1, self.head_dim))
+        return k.to(v.dtype), v
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """x: [S, C] -> [S, C]. All 512 text rows are attended, padding included, as the model was trained."""
+        q = self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim)).to(v.dtype)
+        return self.o(attention(q, k, v).flatten(-2))
+
+
+class WanBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward around a float32 residual.
+
+    `attention_inputs` and `attention_outputs` hold all the arithmetic and no communication: they are what may be
+    compiled. `forward` is the glue.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.dim = config.dim
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, eps=EPS)
+        self.cross_attn = CrossAttention(config)
+        self.ffn = nn.Sequential(
+            Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
+        )
+        self.ffn_chunk: int | None = None
+        """Tokens per feed-forward call; None: all at once."""
+
+    def attention_inputs(self, x: Tensor, e: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [S, C] and e: [1 or S, 6, C], float32 -> q, k, v: [S, H, D]."""
+        shift, scale, *_ = (self.modulation + e).unbind(1)
+        return self.self_attn.queries_keys_values(self._norm(x) * (1 + scale) + shift, rope)
+
+    def attention_outputs(self, x: Tensor, y: Tensor, e: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The rest of the block. y: self-attention's [S, H, D]; k, v: the text's [R, H, D]. Returns [S, C]."""
+        _, _, gate, shift, scale, ffn_gate = (self.modulation + e).unbind(1)
+        x = x + self.self_attn.o(y.flatten(-2)) * gate
+        x = x + self.cross_attn(self.norm3(x), k, v)
+        y = (self._norm(x) * (1 + scale) + shift).to(self.ffn[0].weight.dtype)
+        if self.ffn_chunk is None:
+            y = self.ffn(y)
+        else:
+            y = torch.cat([self.ffn(part) for part in y.split(self.ffn_chunk)])
+        return x + y * ffn_gate
+
+    def forward(self, x: Tensor, e: Tensor, rope: Rope, context: Tensor, cached: KeysValues | None) -> BlockOutput:
+        q, k, v = self.attention_inputs(x, e, rope)
+        y = self.self_attn.attention(q, k, v)
+        context_kv = self.cross_attn.keys_values(context) if cached is None else cached
+        return self.attention_outputs(x, y, e, *context_kv), context_kv
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.dim,), eps=EPS)
+
+
+KeysValues = tuple[Tensor, Tensor]
+BlockOutput = tuple[Tensor, KeysValues]
+
+
+class Head(nn.Module):
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.dim = config.dim
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+        self.head = Linear(config.dim, config.out_dim * PATCH_SIZE[1] * PATCH_SIZE[2])
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """x: [S, C], e: [1 or S, C], float32 -> [S, 4 * out_dim]."""
+        shift, scale = (self.modulation + e[:, None]).unbind(1)
+        return self.head(F.layer_norm(x, (self.dim,), eps=EPS) * (1 + scale) + shift)
+
+
+@dataclass(slots=True)
+class TextContext:
+    """One prompt for one expert. The keys and values of its cross-attention are the same at every step."""
+
+    rows: Tensor
+    """[R, text_dim]: see `pad_text`."""
+    keep: bool = True
+    """Keep what is derived from `rows` between steps; costs 2 * layers * R * C elements."""
+    embedded: Tensor | None = None
+    keys_values: dict[int, KeysValues] = field(default_factory=dict)
+
+
+def pad_text(rows: Tensor) -> Tensor:
+    """[n, text_dim] -> [512, text_dim]: zero rows at the end, or cut. The model attends to the zero rows too."""
+    rows = rows[:TEXT_LEN]
+    return F.pad(rows, (0, 0, 0, TEXT_LEN - rows.shape[0]))
+
+
+class WanModel(nn.Module):
+    """Predicts the velocity (noise minus video) of latent tokens. Parameter names are the official ones."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = PatchEmbedding(config.in_dim, dim)
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
+        self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def forward(self, tokens: Tensor, timestep: Tensor, text: TextContext, rope: Rope) -> Tensor:
+        """One evaluation.
+
+        Args:
+            tokens: [S, 4 * in_dim], float32 (patch.py's order).
+            timestep: [1] for all tokens, or [S], float32, 0 to 1000.
+            text: the prompt.
+            rope: cos, sin of these tokens, each [S, D/2].
+        Returns:
+            velocity [S, 4 * out_dim], float32.
+        """
+        e = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim))
+        e6 = self.time_projection(e).unflatten(-1, (6, -1))
+        context = self.text_embedding(text.rows) if text.embedded is None else text.embedded
+        if text.keep:
+            text.embedded = context
+        x = self.patch_embedding(tokens).float()
+        for i, block in enumerate(self.blocks):
+            x, keys_values = block(x, e6, rope, context, text.keys_values.get(i))
+            if text.keep:
+                text.keys_values[i] = keys_values
+        return self.head(x, e)
+
+
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """[n] -> [n, dim] float32: cosines, then sines. Angles in float64: float32 is off by 1e-4 at t near 1000."""
+    half = dim // 2
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+    angle = torch.outer(timestep.double(), frequency)
+    return torch.cat((angle.cos(), angle.sin()), dim=1).float()
+
+
+def meta_model(config: WanConfig, compute: torch.dtype) -> WanModel:
+    """The model without memory, each parameter in its dtype (`parameter_dtype`), frozen."""
+    with torch.device("meta"):
+        model = WanModel(config)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(parameter_dtype(name, compute))
+        parameter.requires_grad_(False)
+    return model.eval()

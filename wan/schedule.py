@@ -1,0 +1,121 @@
+"""Sigma grids and solvers of flow matching, as the official Wan2.2 code runs them.
+
+Noise level sigma goes from 1 (noise) to 0 (video); the model is told `1000 * sigma`. A solver owns its timesteps and
+the history of a multistep method; one solver spans both experts, so its history crosses the switch.
+Every update is elementwise: a rank may hold any part of the sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def shifted(sigma: float, shift: float) -> float:
+    """Moves a noise level towards noise: shift * s / (1 + (shift - 1) * s)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+class Solver(ABC):
+    """Integrates the flow over `steps` steps."""
+
+    timesteps: Sequence[float]
+    """What the model is told at each step, 0 to 1000."""
+
+    @abstractmethod
+    def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
+        """One update.
+
+        Args:
+            velocity: the model's output for `sample` at `timesteps[index]`, float32.
+            index: 0, 1, 2, ... in order.
+            sample: [..., channels], float32.
+        Returns:
+            the sample at the next noise level.
+        """
+
+
+class UniPC(Solver):
+    """UniPC, order 2, bh2 (Zhao et al., 2023, arXiv 2302.04867), by diffusers.
+
+    The official grid starts at 0.999, not at 1, and its timesteps are whole numbers; diffusers' own default grid is
+    another, so the sigmas are given.
+    """
+
+    def __init__(self, steps: int, shift: float) -> None:
+        from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+        first = np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS)
+        self._scheduler = UniPCMultistepScheduler(
+            num_train_timesteps=NUM_TRAIN_TIMESTEPS,
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=shift,
+        )
+        self._scheduler.set_timesteps(sigmas=np.linspace(first, 0, steps + 1)[:-1])
+        self._scheduler.set_begin_index(0)
+        self.timesteps = [float(t) for t in self._scheduler.timesteps]
+
+    def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
+        return self._scheduler.step(velocity, self._scheduler.timesteps[index], sample, return_dict=False)[0]
+
+
+class DPMSolverPlusPlus(Solver):
+    """DPM-Solver++(2M), midpoint (Lu et al., 2022, arXiv 2211.01095), on the official grid.
+
+    Written out because diffusers' scheduler cannot take this grid: it starts at exactly 1, where log-SNR is minus
+    infinity. There the second-order term vanishes, so the first two steps and the last one are of order 1.
+    """
+
+    def __init__(self, steps: int, shift: float) -> None:
+        self._sigmas = [shifted(float(s), shift) for s in np.linspace(1, 0, steps + 1)]
+        self.timesteps = [float(int(NUM_TRAIN_TIMESTEPS * sigma)) for sigma in self._sigmas[:-1]]
+        self._previous: Tensor | None = None
+
+    def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
+        sigma, sigma_next = self._sigmas[index : index + 2]
+        denoised = sample - sigma * velocity
+        estimate = denoised
+        if self._previous is not None and sigma_next > 0:
+            h = _log_snr(sigma_next) - _log_snr(sigma)
+            h_previous = _log_snr(sigma) - _log_snr(self._sigmas[index - 1])
+            estimate = denoised + (denoised - self._previous) * (0.5 * h / h_previous)
+        self._previous = denoised
+        # exp(-h) * alpha_next / alpha = sigma_next / sigma, so alpha_next * (1 - exp(-h)) is this:
+        ratio = sigma_next / sigma
+        return ratio * sample + ((1 - sigma_next) - ratio * (1 - sigma)) * estimate
+
+
+def _log_snr(sigma: float) -> float:
+    return math.inf if sigma == 0 else -math.inf if sigma >= 1 else math.log1p(-sigma) - math.log(sigma)
+
+
+class Euler(Solver):
+    """Euler's method, by diffusers, on the grid that Wan2.2-Lightning was distilled for: it starts at exactly 1."""
+
+    def __init__(self, steps: int, shift: float) -> None:
+        from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+        self._scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, shift=shift)
+        self._scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])
+        self._scheduler.set_begin_index(0)
+        self.timesteps = [float(t) for t in self._scheduler.timesteps]
+
+    def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
+        return self._scheduler.step(velocity, self._scheduler.timesteps[index], sample, return_dict=False)[0]
+
+
+SOLVERS: dict[str, type[Solver]] = {"unipc": UniPC, "dpm++": DPMSolverPlusPlus, "euler": Euler}
+
+
+def make_solver(name: str, steps: int, shift: float) -> Solver:
+    """A fresh solver. Raises ValueError on an unknown name."""
+    if name not in SOLVERS:
+        raise ValueError(f"solver is {name!r}; it must be one of {', '.join(SOLVERS)}")
+    return SOLVERS[name](steps, shift)

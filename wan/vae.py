@@ -1,0 +1,125 @@
+"""Wan's video VAEs: diffusers' AutoencoderKLWan, loaded from any file users have, decoded frame by frame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .latents import denormalise, latent_statistics, normalise
+from .tensor_files import TensorFiles, fill
+from .vae_keys import EXPECTED, WAN22, VaeInfo, module_names, vae_info
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+TEMPORAL_STRIDE = 4
+"""Frames per latent frame; the first latent frame is one frame."""
+
+
+def load_vae(
+    files: Sequence[str | Path], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> AutoencoderKLWan:
+    """Loads a VAE under official, ComfyUI's or diffusers' names, in any float precision on disk.
+
+    Args:
+        files: one .safetensors or .pth (JSON files beside it are ignored: the sizes are read off the tensors).
+        dtype: of the weights; float32 as the official code decodes.
+    Raises:
+        ValueError: naming the file, what it is, and what was expected.
+    """
+    tensors = TensorFiles(files, expected=EXPECTED)
+    info = vae_info(tensors.shapes.keys(), tensors.shapes, tensors.label)
+    vae = _build(info)
+    official = {theirs: ours for ours, theirs in module_names(info.kind).items()}
+    source: dict[str, str] = {}
+    for name in vae.state_dict():
+        module, _, leaf = name.rpartition(".")
+        source[name] = f"{info.prefix}{official[module] if info.official else module}.{leaf}"
+    missing = sorted(name for name in source.values() if name not in tensors.shapes)
+    if missing:
+        raise ValueError(
+            f"{tensors.label} is a {info.kind} VAE that lacks {len(missing)} tensors ({', '.join(missing[:3])}); "
+            f"expected {EXPECTED}"
+        )
+    fill(vae, tensors, source, dtype=dtype, device=device)
+    return vae
+
+
+@torch.no_grad()
+def decode_frames(vae: AutoencoderKLWan, latents: Tensor) -> Iterator[Tensor]:
+    """Decodes latent frame by latent frame, so that the whole video is never held.
+
+    Args:
+        latents: [1, z_dim, T, h, w], normalised (as the diffusion model leaves them).
+    Yields:
+        Frames [3, n, H, W] in [-1, 1], in the VAE's dtype and on its device: n is 1 for the first latent frame and
+        4 for every other. All of them together equal `vae.decode`.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+    if latents.dim() != 5 or latents.shape[0] != 1:
+        raise ValueError(f"latents have shape {list(latents.shape)}; it must be [1, {vae.config.z_dim}, T, h, w]")
+    latents = denormalise(latents, vae.config.z_dim).to(vae.device, vae.dtype)
+    vae.clear_cache()
+    try:
+        latents = vae.post_quant_conv(latents)
+        for index in range(latents.shape[2]):
+            vae._conv_idx = [0]
+            frames = vae.decoder(
+                latents[:, :, index : index + 1],
+                feat_cache=vae._feat_map,
+                feat_idx=vae._conv_idx,
+                first_chunk=index == 0,
+            )
+            if vae.config.patch_size is not None:
+                frames = unpatchify(frames, patch_size=vae.config.patch_size)
+            yield frames[0].clamp_(-1.0, 1.0)
+    finally:
+        vae.clear_cache()
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    """Encodes frames to the mean of their latent distribution.
+
+    Args:
+        video: [1, 3, F, H, W] in [-1, 1]; F is 4n + 1, H and W are multiples of the VAE's spatial stride.
+    Returns:
+        [1, z_dim, (F - 1) / 4 + 1, h, w], normalised, float32, on the VAE's device.
+    """
+    stride = vae.config.scale_factor_spatial
+    if video.dim() != 5 or tuple(video.shape[:2]) != (1, 3):
+        raise ValueError(f"the video has shape {list(video.shape)}; it must be [1, 3, F, H, W]")
+    frames, height, width = video.shape[2:]
+    if frames % TEMPORAL_STRIDE != 1 or height % stride or width % stride:
+        raise ValueError(
+            f"the video has {frames} frames of {width}x{height}; it must have 4n + 1 frames whose width and height "
+            f"are multiples of {stride}"
+        )
+    mean = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode()
+    return normalise(mean, vae.config.z_dim)
+
+
+def _build(info: VaeInfo) -> AutoencoderKLWan:
+    # On first use: diffusers takes seconds to import and only workers need it.
+    from diffusers import AutoencoderKLWan
+
+    mean, std = latent_statistics(info.z_dim)
+    residual = info.kind == WAN22
+    with torch.device("meta"):
+        return AutoencoderKLWan(
+            base_dim=info.base_dim,
+            decoder_base_dim=info.decoder_base_dim,
+            z_dim=info.z_dim,
+            latents_mean=list(mean),
+            latents_std=list(std),
+            is_residual=residual,
+            in_channels=12 if residual else 3,
+            out_channels=12 if residual else 3,
+            patch_size=2 if residual else None,
+            scale_factor_spatial=16 if residual else 8,
+        )
