@@ -98,7 +98,7 @@ def _check_engine(job: Job, heads: int) -> list[str]:
             divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
             raise ValueError(
                 f"ulysses_engine is 'deepspeed' and gpu_count is {parallel.gpu_count}, which does not divide the "
-                f"model's {heads} heads. Choose gpu_count {', '.join(divisors)}, or ulysses_engine 'packed', which takes any"
+                f"model's {heads} heads. Choose gpu_count {', '.join(divisors)}, or ulysses_engine 'packed'"
             )
         if importlib.util.find_spec("deepspeed") is None:
             raise ValueError("ulysses_engine is 'deepspeed', which is not installed; choose 'packed' or install it")

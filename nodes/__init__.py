@@ -9,9 +9,9 @@ from .loaders import LoadWanVideoModel
 from .text import LoadWanVideoT5TextEncoder, WanVideoTextEncode
 
 DISPLAY_NAMES = {
-    "WanVideoDistributedConfig": "Wan Video Distributed Config (multi-GPU)",
-    "WanVideoDistributedInference": "Wan Video Distributed Inference (multi-GPU)",
-    "LoadWanVideoModel": "Load Wan Video Model (multi-GPU)",
+    "WanVideoDistributedConfig": "Wan Video Distributed Config",
+    "WanVideoDistributedInference": "Wan Video Distributed Inference",
+    "LoadWanVideoModel": "Load Wan Video Model",
     "LoadWanVideoT5TextEncoder": "Load WanVideo T5 TextEncoder",
     "WanVideoTextEncode": "WanVideo TextEncode",
 }

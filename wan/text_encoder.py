@@ -73,7 +73,7 @@ def load_text_encoder(
     """
     tensors = TensorFiles(files, expected=EXPECTED)
     info = text_encoder_info(tensors.shapes.keys(), tensors.shapes, tensors.label)
-    tokenizer = _load_tokenizer(tensors, info, tokenizer_files)
+    tokenizer = _load_tokenizer(tensors, info.spiece_model, tokenizer_files)
     if tokenizer.vocab > info.vocab:
         raise ValueError(
             f"{tokenizer.label} has {tokenizer.vocab} tokens, but {tensors.label} knows {info.vocab}; "

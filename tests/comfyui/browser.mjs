@@ -69,7 +69,7 @@ async function drag(page, name) {
   await page.evaluate(() => window.app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library'));
   await page.locator('input[placeholder*="Search Nodes"]').fill(name);
   const before = await page.evaluate(() => window.app.graph._nodes.length);
-  const leaf = page.locator('.node-tree-leaf').filter({ hasText: name }).first();
+  const leaf = page.locator('.p-tree-node-leaf').filter({ hasText: name }).first();
   await leaf.waitFor({ timeout: 15000 });
   await leaf.dragTo(page.locator('#graph-canvas'), { targetPosition: { x: 1300, y: 850 } });
   await page.waitForFunction(count => window.app.graph._nodes.length > count, before, { timeout: 15000 });

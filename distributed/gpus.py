@@ -1,0 +1,100 @@
+"""The machine's GPUs, by nvidia-smi: asking CUDA would make a context on each of them. Standard library only."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+
+from .job import MAX_GPUS
+
+TIMEOUT = 10
+MAX_CPU_PROCESSES = 8
+"""Without a GPU a job runs on CPU processes; more than this helps nobody."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One physical GPU."""
+
+    index: str
+    uuid: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.index} {self.name} ({self.free_bytes / 2**30:.0f} of {self.total_bytes / 2**30:.0f} GiB free)"
+
+
+def list_gpus() -> list[Gpu]:
+    """Every GPU of the machine; none where nvidia-smi is missing or fails."""
+    fields = "index,uuid,name,memory.total,memory.free"
+    try:
+        out = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, timeout=TIMEOUT, check=True, stdin=subprocess.DEVNULL,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return []
+    gpus = []
+    for line in out.splitlines():
+        parts = [part.strip() for part in line.split(",")]
+        if len(parts) == 5 and parts[3].isdecimal() and parts[4].isdecimal():
+            index, uuid, name, total, free = parts
+            gpus.append(
+                Gpu(index=index, uuid=uuid, name=name, total_bytes=int(total) << 20, free_bytes=int(free) << 20)
+            )
+    return gpus
+
+
+def choose_gpus(gpu_count: int, gpu_ids: str = "", visible: str | None = None) -> tuple[int, tuple[str, ...]]:
+    """Which GPUs a job runs on.
+
+    Args:
+        gpu_count: 0 for all suitable ones.
+        gpu_ids: "0,2" or UUIDs to choose from; empty for all visible ones.
+        visible: the user's CUDA_VISIBLE_DEVICES; None for no limit.
+    Returns:
+        processes, and one physical id per process (none on a machine without a GPU).
+    Raises:
+        ValueError: naming what was asked for and what there is.
+    """
+    if not 0 <= gpu_count <= MAX_GPUS:
+        raise ValueError(f"gpu_count is {gpu_count}; it must be 0 (all) to {MAX_GPUS}")
+    gpus = _visible(list_gpus(), visible)
+    wanted = [part.strip() for part in gpu_ids.split(",") if part.strip()]
+    if not gpus:
+        if wanted:
+            raise ValueError(f"gpu_ids is {gpu_ids!r}, but no GPU was found (nvidia-smi lists none); leave it empty")
+        if gpu_count > MAX_CPU_PROCESSES:
+            raise ValueError(
+                f"gpu_count is {gpu_count}; without a GPU it must be 1 to {MAX_CPU_PROCESSES} CPU processes"
+            )
+        return max(gpu_count, 1), ()
+    listed = "; ".join(map(str, gpus))
+    chosen = gpus
+    if wanted:
+        chosen = [gpu for part in wanted for gpu in gpus if part in (gpu.index, gpu.uuid)]
+        if len(chosen) != len(wanted) or len(set(wanted)) != len(wanted):
+            raise ValueError(f"gpu_ids is {gpu_ids!r}; it must name different GPUs of: {listed}")
+        if gpu_count > len(chosen):
+            raise ValueError(f"gpu_count is {gpu_count}, but gpu_ids names {len(chosen)}: {gpu_ids}")
+    if gpu_count > len(chosen):
+        raise ValueError(f"gpu_count is {gpu_count}; it must be 1 to {len(chosen)}. The GPUs are: {listed}")
+    chosen = chosen[: gpu_count or len(chosen)]
+    return len(chosen), tuple(gpu.index for gpu in chosen)
+
+
+def _visible(gpus: list[Gpu], visible: str | None) -> list[Gpu]:
+    if visible is None:
+        return gpus
+    shown = []
+    # As CUDA reads the variable: in its order, up to the first entry that is no GPU.
+    for part in visible.split(","):
+        match = [
+            gpu for gpu in gpus if part.strip() and (gpu.index == part.strip() or gpu.uuid.startswith(part.strip()))
+        ]
+        if not match:
+            break
+        shown.append(match[0])
+    return shown

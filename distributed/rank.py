@@ -1,0 +1,32 @@
+"""The shell around a rank: dies with the agent, logs to its file, keeps its exception. Imports torch last."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+
+from .jobdir import JobDir
+from .log import redirect_to, set_up_logging
+from .processes import die_with_parent
+from .rank_files import RankFiles
+
+
+def main(folder: JobDir) -> int:
+    """Runs the rank that torchrun's environment names. Returns the exit code."""
+    die_with_parent(int(os.environ["WAN_AGENT_PID"]))
+    rank = int(os.environ["RANK"])
+    redirect_to(folder.log(rank))
+    # Python's stack of a rank that is stuck, on request of the launcher.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    files = RankFiles(folder, rank)
+    files.progress("start", 0, 0)
+    try:
+        set_up_logging(rank, verbose=folder.read_job().verbose)
+        from .worker import main as run_worker
+
+        run_worker(folder, files)
+    except BaseException as error:
+        files.error(error)
+        raise
+    return 0

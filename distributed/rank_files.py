@@ -1,0 +1,65 @@
+"""What a rank tells the launcher: sign of life, progress, its own exception. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from typing import Any
+
+from .jobdir import JobDir
+from .processes import Process
+
+MAX_TRACEBACK = 8 << 10
+MAX_MESSAGE = 16 << 10
+MIN_INTERVAL = 0.2
+"""Seconds between two writes inside one phase; a load reports thousands of tensors."""
+
+
+class RankFiles:
+    """The files of one rank."""
+
+    def __init__(self, folder: JobDir, rank: int) -> None:
+        self._folder = folder
+        self._rank = rank
+        self._process = Process.of(os.getpid())
+        self.phase = "start"
+        self.step = 0
+        self._written = 0.0
+
+    def progress(
+        self, phase: str, step: int, total: int, *, seconds_per_step: float | None = None, message: str = ""
+    ) -> None:
+        """Where this rank is; a sign of life. Rank 0's is what the user sees.
+
+        Args:
+            phase: start, encode, load, denoise, decode or write.
+            total: steps of the phase, 0 if unknown.
+        """
+        now = time.monotonic()
+        if phase == self.phase and step not in (0, total) and now - self._written < MIN_INTERVAL:
+            return
+        self.phase, self.step, self._written = phase, step, now
+        assert self._process is not None
+        alive = {"pid": self._process.pid, "started": self._process.started, "phase": phase, "step": step}
+        self._folder.write_json(self._folder.alive(self._rank), alive)
+        if self._rank == 0:
+            progress: dict[str, Any] = {"phase": phase, "step": step, "total": total}
+            progress |= {"seconds_per_step": seconds_per_step, "message": message}
+            self._folder.write_json(self._folder.progress, progress)
+
+    def error(self, error: BaseException) -> None:
+        """Keeps the exception, in the rank's own words."""
+        kind = type(error)
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        text = "".join(traceback.format_exception(error))
+        record = {
+            "rank": self._rank,
+            "type": name,
+            "message": str(error)[:MAX_MESSAGE],
+            "phase": self.phase,
+            "step": self.step,
+            "traceback": text[-MAX_TRACEBACK:],
+            "time_ns": time.time_ns(),
+        }
+        self._folder.write_json(self._folder.error(self._rank), record)

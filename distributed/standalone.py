@@ -1,0 +1,85 @@
+"""`run`: repeats the job in a folder without ComfyUI, through the same launcher."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from .job import JobError
+from .jobdir import JobDir
+from .launcher import JobCancelled, JobFailed, Result, new_job_id, run_job
+from .progress import Progress
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code: 0, or 1 if the job failed."""
+    parser = argparse.ArgumentParser(
+        prog="distributed run", description="Runs the job in a folder (job.json, inputs.safetensors) again."
+    )
+    parser.add_argument("folder", type=Path, help="a job folder, such as one that a failed run kept")
+    parser.add_argument("--output", type=Path, help="where the video goes (default: the job folder)")
+    options = parser.parse_args(arguments)
+    source, output = JobDir(options.folder.resolve()), (options.output or options.folder).resolve()
+    interrupted: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, frame: interrupted.append(received))
+    try:
+        job = dataclasses.replace(source.read_job(), id=new_job_id())
+        output.mkdir(parents=True, exist_ok=True)
+        result = run_job(
+            job,
+            lambda path: _copy_inputs(source.inputs, path),
+            parent=Path(tempfile.gettempdir()) / "wan_distributed",
+            failed=output / "failed",
+            on_progress=_show,
+            cancelled=lambda: bool(interrupted),
+        )
+    except JobCancelled:
+        print("\ncancelled", file=sys.stderr)
+        return 1
+    except (JobFailed, JobError, ValueError, OSError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    try:
+        _keep(result, output)
+    finally:
+        result.remove()
+    _print_summary(result, output)
+    return 0
+
+
+def _copy_inputs(source: Path, target: Path) -> None:
+    if source.exists():
+        shutil.copyfile(source, target)
+
+
+def _show(progress: Progress) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{progress.text}", end="", file=sys.stderr, flush=True)
+    elif progress.phase == "denoise" or progress.step in (0, progress.total):
+        print(progress.text, file=sys.stderr, flush=True)
+
+
+def _keep(result: Result, output: Path) -> None:
+    for path in (result.folder.video, result.folder.latents, result.folder.result, result.folder.log(0)):
+        draft = output / f".{path.name}.{os.getpid()}"
+        shutil.copyfile(path, draft)
+        os.replace(draft, output / path.name)
+
+
+def _print_summary(result: Result, output: Path) -> None:
+    info = result.info
+    steps = info["step_seconds"]
+    steady = steps[1:] or steps
+    print(f"\nvideo: {output / result.folder.video.name}")
+    for name, seconds in info["phases"].items():
+        print(f"{name:8} {seconds:8.2f} s")
+    print(f"step     {sum(steady) / len(steady):8.2f} s (the first {steps[0]:.2f} s)")
+    for rank, (gpu, host) in enumerate(zip(info["peak_gpu_bytes"], info["peak_rss_bytes"], strict=True)):
+        print(f"rank {rank}: peak GPU memory {gpu / 2**30:.2f} GiB, peak host memory {host / 2**30:.2f} GiB")
