@@ -150,6 +150,16 @@ class Server:
             text = answer.read()
         return json.loads(text) if text.strip() else None
 
+    def outputs(self, prompt_id: str, timeout: float = 10.0) -> dict[str, Any]:
+        """Node id -> what the node shows, for a workflow that has ended."""
+        deadline = time.monotonic() + timeout
+        # The event that a workflow has ended comes just before its entry in the history.
+        while not (history := self.request(f"/history/{prompt_id}")):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"workflow {prompt_id} is not in the history")
+            time.sleep(0.05)
+        return history[prompt_id]["outputs"]
+
     def _link_pack(self) -> None:
         link = self.base / "custom_nodes" / PACK_NAME
         link.parent.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,7 @@ def main() -> int:
 
 def _video(server: Server, run: Run, node: str) -> Path:
     """The file that the node says it saved."""
-    output = server.request(f"/history/{run.prompt_id}")[run.prompt_id]["outputs"][node]["images"][0]
+    output = server.outputs(run.prompt_id)[node]["images"][0]
     return server.base / "output" / output["subfolder"] / output["filename"]
 
 

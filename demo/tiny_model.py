@@ -1,7 +1,8 @@
 """A Wan2.2 T2V model in small: two experts, VAE, umT5 with its own tokenizer. Random weights, real file formats.
 
 It has the structure and tensor names of the released files and is about 13 MB, so that the whole path from the node
-to the mp4 runs on a CPU in seconds. What it draws is texture, not pictures.
+to the mp4 runs on a CPU in seconds. It knows no pictures. So that the clip shows more than noise, the experts' first
+block is set up to keep what neighbouring tokens have in common, and the VAE's kernels to be smooth: coloured clouds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ TEXT_DIM = 64
 FREQ_DIM = 256
 VAE_BASE_DIM = 8
 TEXT_LAYERS = 2
+SHARPNESS = 1.7
+"""Of the experts' blur: higher is narrower."""
+GROWTH = 2.0
 
 SENTENCES = (
     "A red fox walks through deep snow at sunrise, slow camera.",
@@ -110,7 +114,32 @@ def expert(seed: int) -> dict[str, Tensor]:
         make.linear(f"{block}.ffn.2", DIM, FFN_DIM)
     make.normal("head.modulation", (1, 2, DIM), DIM**-0.5)
     make.linear("head.head", 4 * LATENT_DIM, DIM)
+    _keep_what_neighbours_share(make.tensors)
     return make.tensors
+
+
+def _keep_what_neighbours_share(tensors: dict[str, Tensor]) -> None:
+    """Makes the velocity about `x - GROWTH * blur(x)`: what is noise within a neighbourhood shrinks, the rest grows.
+
+    Queries and keys that are constant leave only the rotary position in the attention: it becomes a blur.
+    """
+    embed = torch.linalg.qr(tensors["patch_embedding.weight"].reshape(DIM, 4 * LATENT_DIM)).Q
+    tensors["patch_embedding.weight"] = 2 * embed.reshape(DIM, LATENT_DIM, 1, 2, 2).contiguous()
+    # Behind the last norm the token's channels come in the order row, column, channel.
+    out = embed.reshape(DIM, LATENT_DIM, 2, 2).permute(2, 3, 1, 0).reshape(4 * LATENT_DIM, DIM)
+    tensors["head.head.weight"] = (out / 2).contiguous()
+    for part in ("q", "k"):
+        tensors[f"blocks.0.self_attn.{part}.weight"] *= 0.05
+        tensors[f"blocks.0.self_attn.{part}.bias"] = torch.ones(DIM)
+        tensors[f"blocks.0.self_attn.norm_{part}.weight"] *= SHARPNESS
+    tensors["blocks.0.self_attn.v.weight"] = torch.eye(DIM)
+    tensors["blocks.0.self_attn.o.weight"] = torch.eye(DIM)
+    modulation = torch.tensor([0.0, 0.0, -GROWTH, 0.0, 0.0, 0.1])
+    tensors["blocks.0.modulation"] = 0.1 * tensors["blocks.0.modulation"] + modulation[None, :, None]
+    for layer in range(LAYERS):
+        for name in ("cross_attn.o.weight", "ffn.2.weight"):
+            tensors[f"blocks.{layer}.{name}"] *= 0.1
+    tensors["time_projection.1.weight"] *= 0.05
 
 
 def vae(seed: int) -> dict[str, Tensor]:
@@ -120,7 +149,22 @@ def vae(seed: int) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoencoderKLWan(base_dim=VAE_BASE_DIM, z_dim=LATENT_DIM)
-    return {diffusers_to_official(name, WAN21): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    weights = {diffusers_to_official(name, WAN21): _smooth(tensor) for name, tensor in model.state_dict().items()}
+    for name in (name for name in weights if name.startswith("decoder.") and "time_conv" in name):
+        # One half of the channels makes the earlier, the other the later of two frames; alike, they do not flicker.
+        early, late = weights[name].chunk(2)
+        weights[name] = torch.cat([early, 0.8 * early + 0.2 * late])
+    return weights
+
+
+def _smooth(weight: Tensor) -> Tensor:
+    """Gives every 3x3 kernel of a convolution the same smooth shape, at its own strength."""
+    if weight.ndim < 4 or weight.shape[-2:] != (3, 3):
+        return weight.contiguous()
+    blur = torch.tensor([0.25, 0.5, 0.25])
+    # The mean of nine random values is a third as large as one of them.
+    strength = 3 * weight.mean((-2, -1), keepdim=True)
+    return (9**0.5 * strength * torch.outer(blur, blur)).contiguous()
 
 
 def text_encoder(seed: int) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ import logging
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from .weights import local_rows
 
 
 class HostParking:
@@ -20,8 +21,8 @@ class HostParking:
     def __init__(self, model: nn.Module) -> None:
         storages = {}
         for parameter in model.parameters():
-            tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            storage = local_rows(parameter)[0].untyped_storage()
+            storages[storage._cdata] = storage
         self._storages = list(storages.values())
         self._host: Tensor | None = None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
 from ..wan.model import WanModel
 from .sequence import SequenceShard
@@ -47,6 +46,9 @@ def parallelize_wan(
             block.attention_inputs = torch.compile(block.attention_inputs)
             block.attention_outputs = torch.compile(block.attention_outputs)
     if use_fsdp and mesh is not None:
+        # Here because it takes seconds to import.
+        from torch.distributed.fsdp import fully_shard
+
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         # By default the root keeps what it gathered, which offload would then leave on the device.

@@ -36,10 +36,11 @@ class RankFiles:
             phase: start, encode, load, denoise, decode or write.
             total: steps of the phase, 0 if unknown.
         """
-        now = time.monotonic()
-        if phase == self.phase and step not in (0, total) and now - self._written < MIN_INTERVAL:
+        now, same_phase = time.monotonic(), phase == self.phase
+        self.phase, self.step = phase, step
+        if same_phase and step not in (0, total) and now - self._written < MIN_INTERVAL:
             return
-        self.phase, self.step, self._written = phase, step, now
+        self._written = now
         assert self._process is not None
         alive = {"pid": self._process.pid, "started": self._process.started, "phase": phase, "step": step}
         self._folder.write_json(self._folder.alive(self._rank), alive)

@@ -8,7 +8,6 @@ from threading import local
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..wan.checkpoint import STAGING_BYTES, Checkpoint
 from ..wan.lora import Lora, merge
@@ -54,9 +53,11 @@ def load_weights(
 
 def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
     """This rank's part of a parameter, and the flat index of its first element in the whole."""
-    if not isinstance(parameter, DTensor):
+    # A DTensor, known by its placements: naming the class would import it, two seconds that only FSDP needs.
+    placements = getattr(parameter, "placements", None)
+    if placements is None:
         return parameter.data, 0
-    (placement,) = parameter.placements
+    (placement,) = placements
     assert placement.is_shard(0), f"parameters are sharded over dimension 0, not {placement}"
     per_rank = -(-parameter.shape[0] // parameter.device_mesh.size())
     row = min(parameter.device_mesh.get_local_rank() * per_rank, parameter.shape[0])

@@ -147,10 +147,10 @@ class ProgressReport:
         self._shown = 0
 
     def __call__(self, progress: Progress) -> None:
-        self.text(progress.text)
         # A bar that runs backwards (a phase that reports late) confuses more than one that waits.
         self._shown = max(self._shown, int(progress.fraction * BAR_STEPS))
         self._bar.update_absolute(self._shown)
+        self.text(progress.text)
 
     def text(self, line: str) -> None:
         from server import PromptServer

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..distributed.job import SOLVERS, Job, JobError, ModelFiles, Parallel, Sampling, Text
+from ..distributed.launcher import JobCancelled, JobFailed, new_job_id, run_job
 from . import config as config_node
 from . import embeds, host
 from .config import DistributedConfig
@@ -77,11 +77,16 @@ class WanVideoDistributedInference:
     def run(self, **inputs: Any) -> dict[str, Any]:
         try:
             return self._run(**inputs)
+        except JobCancelled as error:
+            raise host.interruption() from error
         except (ValueError, JobError) as error:
-            if inputs.get("on_error", "raise") == "raise" or type(error).__name__ == "JobCancelled":
-                raise _for_comfyui(error) from error
-            log, blocked = getattr(error, "log", ""), host.blocked_output()
-            return {"result": ("", log, f"error: {error}", blocked, blocked)}
+            if inputs.get("on_error", "raise") == "return":
+                log = error.log if isinstance(error, JobFailed) else ""
+                blocked = host.blocked_output()
+                return {"result": ("", log, f"error: {error}", blocked, blocked)}
+            if isinstance(error, JobFailed) and error.out_of_memory:
+                raise host.out_of_memory(str(error)) from error
+            raise
 
     def _run(
         self,
@@ -93,15 +98,12 @@ class WanVideoDistributedInference:
         extra_pnginfo: dict[str, Any] | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
-        from ..distributed.launcher import run_job
         from ..distributed.preflight import check_job
 
         status = Status()
         sampling = _sampling(settings, status)
         text, tensors = _text(settings, model, sampling, status)
-        job = Job(
-            id=secrets.token_hex(16), model=model, parallel=_parallel(settings, status), sampling=sampling, text=text
-        )
+        job = Job(id=new_job_id(), model=model, parallel=_parallel(settings, status), sampling=sampling, text=text)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         status.note(*check_job(job, shapes.get("context"), shapes.get("context_null")))
         job = dataclasses.replace(job, warnings=tuple(status.warnings))
@@ -141,15 +143,6 @@ class WanVideoDistributedInference:
                 {"samples": samples},
             ),
         }
-
-
-def _for_comfyui(error: Exception) -> Exception:
-    """The exception by which ComfyUI knows a cancel and a lack of memory; any other stays as it is."""
-    if type(error).__name__ == "JobCancelled":
-        return host.interruption()
-    if getattr(error, "out_of_memory", False):
-        return host.out_of_memory(str(error))
-    return error
 
 
 def _parallel(settings: dict[str, Any], status: Status) -> Parallel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,41 @@ def golden_folder() -> Path:
     return TESTS / "data" / "golden"
 
 
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as files in ComfyUI's model folders."""
+    from wan_pack.demo.tiny_model import write_comfyui_files
+
+    folder = tmp_path_factory.mktemp("models")
+    write_comfyui_files(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def _no_gradients():
+def _no_gradients() -> Iterator[None]:
     import torch
 
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_process_outlives_its_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The no-orphan promise, everywhere: no process is left that works in the test's folder."""
+    # Asked for before the test: after it the folder's own fixture may be torn down already.
+    folder = str(request.getfixturevalue("tmp_path")) if "tmp_path" in request.fixturenames else None
+    yield
+    if folder is None:
+        return
+    left = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdecimal() or int(process.name) == os.getpid():
+            continue
+        try:
+            command = (process / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+            place = os.readlink(process / "cwd")
+        except OSError:
+            continue
+        if folder in command or place.startswith(folder):
+            left.append(f"{process.name}: {command} (in {place})")
+    assert not left, "processes left behind:\n" + "\n".join(left)

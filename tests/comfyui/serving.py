@@ -34,7 +34,7 @@ class Comfy:
 
     def outputs(self, run: Run) -> dict[str, Any]:
         """Node id -> what the node shows, from the history."""
-        return self.server.request(f"/history/{run.prompt_id}")[run.prompt_id]["outputs"]
+        return self.server.outputs(run.prompt_id)
 
     def job_folders(self) -> list[Path]:
         """Of running jobs."""
