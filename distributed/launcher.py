@@ -34,7 +34,7 @@ from .job import VERSION, Job, JobError
 from .jobdir import JobDir
 from .leftovers import claim, keep_failed, remove_abandoned
 from .processes import Process, descendants, kill_all
-from .progress import Progress, read_progress
+from .progress import SHARES, Progress, read_progress
 
 POLL = 0.1
 END_TIMEOUT = 5.0
@@ -42,6 +42,8 @@ END_TIMEOUT = 5.0
 MAX_LOG = 64 << 10
 MAX_LOG_LINES_PER_POLL = 50
 MIN_FREE_BYTES = 64 << 20
+COLLECTIVES = "distributed_c10d.py"
+"""In the stack of a rank that waits for the others."""
 AGENT = Path(__file__).resolve().parent
 
 
@@ -237,14 +239,15 @@ class _Run:
         started = len(phases) == parallel.gpu_count and not any(
             p in ("start", "encode", "load") for p, _ in phases.values()
         )
-        if not started and elapsed > parallel.start_timeout:
-            raise self._stuck(phases, "start_timeout", parallel.start_timeout, "did not finish loading")
-        if ages and min(min(ages), elapsed) > parallel.stall_timeout:
+        if not started:
+            if elapsed > parallel.start_timeout:
+                raise self._stuck(phases, "start_timeout", parallel.start_timeout, "did not finish loading")
+        elif min(ages) > parallel.stall_timeout:
             raise self._stuck(phases, "stall_timeout", parallel.stall_timeout, "made no progress")
 
     def _stuck(self, phases: dict[int, tuple[str, int]], setting: str, seconds: float, what: str) -> JobFailed:
         """Has the ranks print their stacks, ends them and names the one that is furthest behind."""
-        order = ("start", "encode", "load", "denoise", "decode", "write")
+        order = tuple(SHARES)
         missing = sorted(set(range(self._job.parallel.gpu_count)) - set(phases))
         for process in self._ranks():
             process.kill(signal.SIGUSR1)
@@ -253,10 +256,13 @@ class _Run:
         if missing or not phases:
             rank, where = (missing or [0])[0], "before its first sign of life"
         else:
-            # The others wait for it inside a collective; it took fewer steps.
-            rank = min(
-                phases, key=lambda r: (order.index(phases[r][0]) if phases[r][0] in order else 0, phases[r][1], r)
-            )
+            # The others wait for it inside a collective: it took fewer steps, or its stack shows no collective.
+            def lag(rank: int) -> tuple[int, int, bool, int]:
+                phase, step = phases[rank]
+                waits = COLLECTIVES in log_tail(self._folder.log(rank))
+                return (order.index(phase) if phase in order else 0, step, waits, rank)
+
+            rank = min(phases, key=lag)
             where = f"in {phases[rank][0]}" + (f" at step {phases[rank][1]}" if phases[rank][1] else "")
         steps = "; ".join(f"rank {r}: {p} {s}" for r, (p, s) in sorted(phases.items()))
         text = (

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import signal
+from typing import NoReturn
 
 from .jobdir import JobDir
 from .log import redirect_to, set_up_logging
@@ -12,8 +14,8 @@ from .processes import die_with_parent
 from .rank_files import RankFiles
 
 
-def main(folder: JobDir) -> int:
-    """Runs the rank that torchrun's environment names. Returns the exit code."""
+def main(folder: JobDir) -> NoReturn:
+    """Runs the rank that torchrun's environment names, and ends the process."""
     die_with_parent(int(os.environ["WAN_AGENT_PID"]))
     rank = int(os.environ["RANK"])
     redirect_to(folder.log(rank))
@@ -29,4 +31,6 @@ def main(folder: JobDir) -> int:
     except BaseException as error:
         files.error(error)
         raise
-    return 0
+    # Not the ordinary way out: gloo's threads sometimes abort a process that is being torn down, its work done.
+    logging.shutdown()
+    os._exit(0)

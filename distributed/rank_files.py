@@ -13,7 +13,7 @@ from .processes import Process
 MAX_TRACEBACK = 8 << 10
 MAX_MESSAGE = 16 << 10
 MIN_INTERVAL = 0.2
-"""Seconds between two writes inside one phase; a load reports thousands of tensors."""
+"""Seconds between two writes while loading, which reports thousands of tensors."""
 
 
 class RankFiles:
@@ -38,7 +38,7 @@ class RankFiles:
         """
         now, same_phase = time.monotonic(), phase == self.phase
         self.phase, self.step = phase, step
-        if same_phase and step not in (0, total) and now - self._written < MIN_INTERVAL:
+        if same_phase and phase == "load" and step not in (0, total) and now - self._written < MIN_INTERVAL:
             return
         self._written = now
         assert self._process is not None

@@ -69,7 +69,7 @@ def main(folder, files):  # type: ignore[no-untyped-def]
 
     if FAULT["action"] == "disk" and rank == FAULT["rank"]:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, 16 << 10))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 10, 4 << 10))
 
     def on_step(self, index):  # type: ignore[no-untyped-def]
         original(self, index)

@@ -138,7 +138,9 @@ def _listening(pids: set[int]) -> set[str]:
 
 def test_a_killed_rank_is_named_and_the_next_job_runs(tiny_models: Path, tmp_path: Path):
     watch = Watch(tmp_path, act=lambda folder: os.kill(pid_of_rank(folder, 1), signal.SIGKILL), step=3)
-    with pytest.raises(JobFailed, match="^rank 1 was killed by SIGKILL, often by the system's out-of-memory") as caught:
+    with pytest.raises(
+        JobFailed, match=r"^rank 1 was killed by SIGKILL, often by the system's out-of-memory"
+    ) as caught:
         run_tiny(tiny_job(tiny_models, **STEPS), tmp_path, on_progress=watch)
     assert time.monotonic() - watch.acted < 2
     assert "in denoise at step" in str(caught.value)
@@ -150,7 +152,8 @@ def test_a_ranks_own_words_come_first(faulty: Callable[..., JobFailed]):
     error = faulty("raise")
     assert str(error).startswith("rank 1: ValueError: the weights of layer 3 are bad\nin denoise at step 2")
     assert error.rank == 1
-    assert "Traceback" in str(error)
+    assert "last lines of its log" in str(error)
+    assert "strike" in str(error), "the traceback"
 
 
 def test_out_of_memory_is_told_apart(faulty: Callable[..., JobFailed]):
@@ -172,8 +175,11 @@ def test_too_little_host_memory_while_loading(faulty: Callable[..., JobFailed]):
 def test_a_rank_that_stands_still_ends_the_job(faulty: Callable[..., JobFailed], action: str):
     """A deadlock, a stopped process, one deaf to SIGTERM, one that left, one with a child of its own."""
     error = faulty(action, stall_timeout=3.0)
-    assert "stall_timeout is 3 s" in str(error)
-    assert str(error).startswith("rank 1 made no progress" if action != "return" else "rank ")
+    if action == "return":
+        # gloo notices by itself; NCCL would not.
+        assert error.rank == 0
+        return
+    assert str(error).startswith("rank 1 made no progress for 3 s in denoise at step 2 (stall_timeout is 3 s")
     if action in ("sleep", "ignore_term", "child"):
         assert "stuck_in_a_test" in str(error), "its stack is shown"
 
@@ -200,12 +206,10 @@ def test_secrets_and_hijacks_do_not_reach_a_rank(faulty: Callable[..., JobFailed
 @pytest.mark.parametrize("after", [None, "start", "load", "denoise"])
 def test_cancel_ends_everything_within_a_second(tiny_models: Path, tmp_path: Path, after: str | None):
     """Before the agent is up (None), and in each phase."""
-    state: dict[str, Any] = {"asked": 0, "cancel": None, "pids": []}
+    state: dict[str, Any] = {"asked": 0, "cancel": None}
 
     def progress(progress: launcher.Progress) -> None:
         if progress.phase == after:
-            (folder,) = (tmp_path / "jobs").iterdir()
-            state["pids"] = [process.pid for process in descendants(os.getpid())]
             state["cancel"] = time.monotonic()
 
     def cancelled() -> bool:
@@ -235,7 +239,7 @@ def test_everything_dies_with_the_parent(tiny_models: Path, tmp_path: Path, stop
     )  # fmt: skip
     assert parent.stderr is not None
     for line in parent.stderr:
-        if "sampling 2/" in line:
+        if "sampling" in line and "sampling 0/" not in line:
             break
     below = descendants(parent.pid)
     assert len(below) == 3, "the agent and two ranks"
@@ -255,7 +259,7 @@ def test_a_killed_agent_takes_its_ranks_along(tiny_models: Path, tmp_path: Path)
         os.kill(descendants(os.getpid())[0].pid, signal.SIGKILL)
 
     watch = Watch(tmp_path, act=kill_agent)
-    with pytest.raises(JobFailed, match="^the agent was killed by SIGKILL"):
+    with pytest.raises(JobFailed, match=r"^the agent was killed by SIGKILL"):
         run_tiny(tiny_job(tiny_models, **STEPS), tmp_path, on_progress=watch)
     assert time.monotonic() - watch.acted < 1.5
 
