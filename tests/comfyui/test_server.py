@@ -117,7 +117,7 @@ def test_progress_reaches_the_client(finished: Run, inference_id: str) -> None:
     assert len(set(values)) >= 6, values
     lines = [data["text"] for data in finished.of("text") if data["node"] == inference_id]
     assert any(re.match(r"sampling [123]/3 - [\d.]+ s/it - ETA \d+:\d\d", line) for line in lines), lines
-    assert any(line.startswith("decoding ") for line in lines), lines
+    assert any(line.startswith("decoding") for line in lines), lines
     assert lines[-1].startswith("done in ")
 
 

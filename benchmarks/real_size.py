@@ -1,0 +1,181 @@
+"""One job of real size through `distributed run`, on random weights: load time, s per step, peak memory.
+
+    python benchmarks/real_size.py --folder /scratch/wan --gpus 2 1 --fsdp
+
+Writes both experts (bf16, official layout) and a VAE once into --folder (58 GB for t2v-A14B), then runs the job for
+each number of GPUs and appends one JSON line each to benchmarks/results.jsonl. On a machine without a GPU, with
+`--model tiny`, the same path runs on CPU processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results.jsonl"
+SHARD_BYTES = 5 << 30
+
+
+def mount_pack() -> None:
+    package = types.ModuleType("wan_pack")
+    package.__path__ = [str(ROOT)]
+    sys.modules["wan_pack"] = package
+
+
+def write_model(folder: Path, name: str) -> None:
+    """Random weights with the statistics of an initialised network: speed and memory do not depend on more."""
+    import torch
+    from safetensors.torch import save_file
+    from wan_pack.wan.config import WAN_CONFIGS, WanConfig
+    from wan_pack.wan.model import meta_model
+
+    tiny = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=16, out_dim=16, text_dim=64, freq_dim=256)
+    config = tiny if name == "tiny" else WAN_CONFIGS[name]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = {n: p.shape for n, p in meta_model(config, torch.bfloat16).named_parameters()}
+    for expert in ("high_noise_model", "low_noise_model"):
+        target = folder / expert
+        if (target / "config.json").exists():
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        weight_map: dict[str, str] = {}
+        shard: dict[str, Any] = {}
+
+        def flush(
+            target: Path = target, shard: dict[str, Any] = shard, weight_map: dict[str, str] = weight_map
+        ) -> None:
+            file = f"diffusion_pytorch_model-{len(set(weight_map.values())) + 1:05}.safetensors"
+            save_file(shard, target / file)
+            weight_map.update(dict.fromkeys(shard, file))
+            shard.clear()
+
+        for key, shape in shapes.items():
+            if key.endswith("weight") and len(shape) > 1:
+                tensor = torch.randn(shape, generator=generator, device=device).mul_(0.02)
+            else:
+                tensor = torch.ones(shape) if "norm" in key and key.endswith("weight") else torch.zeros(shape)
+            shard[key] = tensor.bfloat16().cpu()
+            if sum(t.nbytes for t in shard.values()) > SHARD_BYTES:
+                flush()
+        flush()
+        index = {"metadata": {}, "weight_map": weight_map}
+        (target / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+        # Last: with it the expert is whole.
+        (target / "config.json").write_text(json.dumps({"_class_name": "WanModel", "num_heads": config.num_heads}))
+    if not (folder / "vae.safetensors").exists():
+        from diffusers import AutoencoderKLWan
+
+        vae = AutoencoderKLWan(base_dim=8 if name == "tiny" else 96)
+        save_file(vae.bfloat16().state_dict(), folder / "vae.safetensors")
+
+
+def write_job(folder: Path, arguments: argparse.Namespace, gpus: int) -> Path:
+    """A job folder for `distributed run`."""
+    import torch
+    from safetensors.torch import save_file
+    from wan_pack.distributed.gpus import choose_gpus
+    from wan_pack.distributed.job import FileIdentity, Job, ModelFiles, Parallel, Sampling
+    from wan_pack.distributed.jobdir import JobDir
+    from wan_pack.distributed.launcher import new_job_id
+    from wan_pack.distributed.preflight import check_job
+    from wan_pack.wan.checkpoint import Checkpoint, checkpoint_files
+
+    count, ids = choose_gpus(gpus)
+    experts = [
+        tuple(FileIdentity.of(file.absolute()) for file in checkpoint_files(folder / f"{side}_noise_model"))
+        for side in ("high", "low")
+    ]
+    job = Job(
+        id=new_job_id(),
+        model=ModelFiles(
+            high_noise=experts[0], low_noise=experts[1], vae=(FileIdentity.of((folder / "vae.safetensors").absolute()),)
+        ),
+        parallel=Parallel(
+            gpu_count=count,
+            gpu_ids=ids,
+            use_fsdp=arguments.fsdp and count > 1,
+            offload_model=arguments.offload,
+            torch_compile=arguments.compile,
+            memory_optimization=arguments.memory_optimization,
+            ulysses_engine=arguments.engine,
+            mixed_precision="bf16" if ids else "fp32",
+        ),
+        sampling=Sampling(
+            width=arguments.width, height=arguments.height, num_frames=arguments.frames, steps=arguments.steps,
+            seed=0, solver="euler", shift=5.0, guidance_low=1.0, guidance_high=1.0, fps=16.0,
+        ),
+    )  # fmt: skip
+    text_dim = Checkpoint([part.path for part in experts[0]]).config.text_dim
+    check_job(job, (64, text_dim), None)
+    path = folder / f"job-{gpus}"
+    path.mkdir(exist_ok=True)
+    save_file({"context": torch.randn(64, text_dim)}, path / "inputs.safetensors")
+    JobDir(path).write_job(job)
+    return path
+
+
+def run(folder: Path, arguments: argparse.Namespace, gpus: int) -> dict[str, Any]:
+    """Runs the job and returns the line for the results."""
+    path = write_job(folder, arguments, gpus)
+    started = time.time()
+    subprocess.run([sys.executable, str(ROOT / "distributed"), "run", str(path)], check=True)
+    result = json.loads((path / "result.json").read_text())
+    steps = result["step_seconds"]
+    return {
+        "benchmark": "real_size",
+        "model": arguments.model,
+        "gpus": gpus,
+        "size": f"{arguments.width}x{arguments.height}x{arguments.frames}",
+        "total_seconds": round(time.time() - started, 2),
+        "load_seconds": round(result["phases"]["load"], 2),
+        "first_step_seconds": round(steps[0], 3),
+        "seconds_per_step": round(min(steps[1:] or steps), 3),
+        "decode_seconds": round(result["phases"]["decode"], 2),
+        "peak_gpu_gib": [round(n / 2**30, 2) for n in result["peak_gpu_bytes"]],
+        "peak_host_gib": [round(n / 2**30, 2) for n in result["peak_rss_bytes"]],
+        "settings": result["settings"],
+        "python": platform.python_version(),
+        "command": " ".join(["python", "benchmarks/real_size.py", *sys.argv[1:]]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where the random weights and the jobs go")
+    parser.add_argument("--model", default="t2v-A14B", help="a name in wan/config.py, or tiny")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[2, 1])
+    parser.add_argument("--width", type=int, default=832)
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--engine", default="packed", choices=["packed", "deepspeed"])
+    parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--memory-optimization", action="store_true")
+    arguments = parser.parse_args()
+    mount_pack()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    write_model(arguments.folder, arguments.model)
+    lines = [run(arguments.folder, arguments, gpus) for gpus in arguments.gpus]
+    with RESULTS.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    for line in lines:
+        print(
+            f"{line['gpus']} GPUs: load {line['load_seconds']} s, step {line['seconds_per_step']} s, "
+            f"GPU {line['peak_gpu_gib']} GiB, host {line['peak_host_gib']} GiB"
+        )
+
+
+if __name__ == "__main__":
+    main()
