@@ -102,7 +102,7 @@ class Parallel:
     offload_model: bool = False
     """The idle expert waits in pinned host memory."""
     memory_optimization: bool = False
-    """Trade speed for peak memory: chunked FFN, no cross-attention cache, frame-wise decode."""
+    """Trade speed for peak memory: chunked feed-forward, no kept cross-attention keys and values."""
     torch_compile: bool = False
     """Compile the per-block segments around attention."""
     mixed_precision: str = "bf16"

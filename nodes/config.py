@@ -88,7 +88,7 @@ class WanVideoDistributedConfig:
                     {
                         "default": False,
                         "tooltip": "Trade some speed for a lower memory peak: chunked feed-forward layers, "
-                        "no cached cross-attention keys, frame-wise decoding.",
+                        "no cached cross-attention keys.",
                     },
                 ),
                 "torch_compile": (

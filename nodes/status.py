@@ -25,22 +25,21 @@ class Status:
         return f"done in {sum(info['phases'].values()):.0f} s: {video['frames']} frames, {video['fps']:g} fps"
 
     def block(self, path: Path, info: Mapping[str, Any]) -> str:
-        """The readable status of a run that made a video."""
+        """The readable status of a run that made a video: plain text that ComfyUI's text preview shows as a list."""
         video, steps, phases = info["video"], info["step_seconds"], info["phases"]
+        times = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.items())
         lines = [
             "success",
-            f"video: {path}",
-            f"size: {video['width']}x{video['height']}, {video['frames']} frames, {video['fps']:g} fps",
-            f"time: {sum(phases.values()):.1f} s ("
-            + ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.items())
-            + ")",
+            f"- video: {path}",
+            f"- size: {video['width']}x{video['height']}, {video['frames']} frames, {video['fps']:g} fps",
+            f"- time: {sum(phases.values()):.1f} s ({times})",
         ]
         if steps:
-            lines.append(f"step: {sum(steps) / len(steps):.2f} s, mean of {len(steps)}")
+            lines.append(f"- step: {sum(steps) / len(steps):.2f} s, mean of {len(steps)}")
         for name, key in (("GPU memory", "peak_gpu_bytes"), ("host memory", "peak_rss_bytes")):
             if any(info[key]):
-                lines.append(f"peak {name} per process: " + ", ".join(f"{size / GIB:.2f} GiB" for size in info[key]))
-        lines += ["settings:", *(f"  {name}: {value}" for name, value in info["settings"].items())]
+                lines.append(f"- peak {name} per process: " + ", ".join(f"{size / GIB:.2f} GiB" for size in info[key]))
+        lines += ["- settings:", *(f"  - {name}: {value}" for name, value in info["settings"].items())]
         if self.warnings:
-            lines += ["warnings:", *(f"  {line}" for line in self.warnings)]
+            lines += ["- warnings:", *(f"  - {line}" for line in self.warnings)]
         return "\n".join(lines)

@@ -1,0 +1,51 @@
+"""Every golden case that this version runs, on every layout; and that a wrong result is noticed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import golden
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+
+@pytest.mark.parametrize(
+    ("world", "fsdp", "engine"),
+    [
+        (1, False, "packed"),
+        (2, False, "packed"),
+        (3, False, "packed"),
+        (4, False, "packed"),
+        (2, True, "packed"),
+        (3, True, "packed"),
+        (4, True, "packed"),
+        (2, False, "deepspeed"),
+        (4, True, "deepspeed"),
+    ],
+)
+def test_agrees_with_the_official_code(golden_folder: Path, world: int, fsdp: bool, engine: str):
+    assert golden.run(golden_folder, world=world, fsdp=fsdp, engine=engine) == 0
+
+
+def test_a_deviation_fails(golden_folder: Path, tmp_path: Path):
+    """An expected output that is off by 0.1 % makes the command fail, and the line says which case."""
+    shutil.copytree(golden_folder / "dit_t2v", tmp_path / "dit_t2v")
+    tensors = load_file(golden_folder / "dit_t2v" / "io.safetensors")
+    tensors["out"] = tensors["out"] * (1 + 1e-3 * torch.sign(tensors["out"]))
+    save_file(tensors, tmp_path / "dit_t2v" / "io.safetensors")
+    done = subprocess.run(
+        [sys.executable, golden.__file__, str(tmp_path), "--ranks", "1"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "dit_t2v" in done.stdout
+    assert "FAILED" in done.stdout
+
+
+def test_a_folder_without_cases_is_refused(tmp_path: Path):
+    done = subprocess.run([sys.executable, golden.__file__, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "holds no golden case" in done.stderr
