@@ -10,24 +10,36 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 from .jobdir import JobDir
-from .processes import Process, descendants
+from .processes import Process, descendants, kill_all, members
+
+GRACE = 3
+"""Seconds that the ranks get to end by themselves once one of them has failed. torchrun's own 30 would all be spent
+on a rank that is frozen or ignores SIGTERM, and no rank has anything to save."""
 
 
 def main(folder: JobDir) -> int:
     """Runs the ranks of the job in `folder`. Returns the exit code."""
-    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    threading.Thread(target=_end_with_stdin, args=(folder.path,), daemon=True).start()
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     job = folder.read_job()
     os.environ["WAN_AGENT_PID"] = str(os.getpid())
+    _shorten_grace(SubprocessContext)
     try:
         run(parse_args(_torchrun_arguments(folder, job.parallel.gpu_count)))
     except ChildFailedError as error:
         failures = [
-            {"rank": rank, "exitcode": failure.exitcode, "signal": _signal_name(failure.exitcode)}
+            {
+                "rank": rank,
+                "exitcode": failure.exitcode,
+                "signal": _signal_name(failure.exitcode),
+                "seconds": failure.timestamp,
+            }
             for rank, failure in error.failures.items()
         ]
         folder.write_json(folder.failures, {"failures": failures})
@@ -36,6 +48,9 @@ def main(folder: JobDir) -> int:
 
 
 def _torchrun_arguments(folder: JobDir, processes: int) -> list[str]:
+    # torchrun replaces ${local_rank} in what it passes on, and $$ by $.
+    script = str(Path(__file__).resolve().parent / "__main__.py")
+    passed_on = [argument.replace("$", "$$") for argument in (script, "worker", str(folder.path))]
     # A rendezvous through a file: torchrun's TCP ones listen on every interface.
     return [
         "--nnodes=1",
@@ -46,23 +61,37 @@ def _torchrun_arguments(folder: JobDir, processes: int) -> list[str]:
         "--rdzv-conf=store_type=file",
         f"--rdzv-endpoint={folder.rendezvous}",
         "--rdzv-id=job",
+        # Otherwise it asks the name server for this machine's full name, which can take long to fail.
+        "--local-addr=127.0.0.1",
         f"--log-dir={folder.logs / 'torchrun'}",
-        str(Path(__file__).resolve().parent / "__main__.py"),
-        "worker",
-        str(folder.path),
+        *passed_on,
     ]
 
 
+def _shorten_grace(context: type[Any]) -> None:
+    close = context.close
+
+    def close_soon(self: Any, death_sig: signal.Signals | None = None, timeout: int = GRACE) -> None:
+        close(self, death_sig, min(timeout, GRACE))
+
+    context.close = close_soon
+
+
 def _signal_name(exitcode: int) -> str | None:
-    return signal.Signals(-exitcode).name if exitcode < 0 else None
+    if exitcode >= 0:
+        return None
+    try:
+        return signal.Signals(-exitcode).name
+    except ValueError:
+        return f"signal {-exitcode}"
 
 
-def _end_with_stdin() -> None:
+def _end_with_stdin(job_folder: Path) -> None:
     # The raw descriptor: a buffered reader here would make Python abort when it exits normally.
     while os.read(0, 4096):
         pass
-    for process in descendants(os.getpid()):
-        process.kill()
     own = Process.of(os.getpid())
     assert own is not None
+    below = descendants(own.pid)
+    kill_all(lambda: {*below, *members(job_folder)} - {own}, 0.5)
     own.kill()

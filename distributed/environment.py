@@ -10,18 +10,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .job import Parallel
+from .processes import JOB_VARIABLE
 
 NAMES = frozenset(
     {
         "PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP",
-        "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_PATH", "CUDA_MODULE_LOADING", "CUDA_LAUNCH_BLOCKING", "CC", "CXX",
-        "VIRTUAL_ENV", "CONDA_PREFIX", "XDG_CACHE_HOME", "HF_HOME", "TORCH_HOME", "NUMBA_CACHE_DIR",
-        "IMAGEIO_FFMPEG_EXE", "SYSTEMD_EXEC_PID", "PYTHONPYCACHEPREFIX", "PYTHONDONTWRITEBYTECODE",
+        "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_PATH", "CUDA_CACHE_PATH", "CUDA_MODULE_LOADING", "CUDA_LAUNCH_BLOCKING",
+        "CC", "CXX", "MAX_JOBS", "VIRTUAL_ENV", "CONDA_PREFIX", "XDG_CACHE_HOME", "HF_HOME", "IMAGEIO_FFMPEG_EXE",
+        "PYTHONHOME", "PYTHONNOUSERSITE", "PYTHONUSERBASE", "PYTHONPYCACHEPREFIX", "PYTHONDONTWRITEBYTECODE",
     }
 )  # fmt: skip
-PREFIXES = ("LC_", "NVIDIA_", "NCCL_", "GLOO_", "OMP_", "MKL_", "OPENBLAS_", "TORCHINDUCTOR_", "TRITON_", "TORCH_",
-            "PYTORCH_", "DS_")  # fmt: skip
-REFUSED = frozenset({"TORCHELASTIC_ERROR_FILE", "TORCH_HUB_TOKEN"})
+PREFIXES = (
+    "LC_", "NVIDIA_", "NCCL_", "GLOO_", "OMP_", "MKL_", "OPENBLAS_", "TORCH_", "TORCHINDUCTOR_", "TRITON_", "PYTORCH_",
+    "DS_",
+)  # fmt: skip
+SECRETS = ("TOKEN", "SECRET", "PASSWORD", "API_KEY")
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
@@ -30,20 +33,23 @@ def child_environment(parallel: Parallel, job_folder: Path, source: Mapping[str,
     kept = {
         name: value
         for name, value in source.items()
-        if (name in NAMES or name.startswith(PREFIXES)) and name not in REFUSED and "TOKEN" not in name
+        if (name in NAMES or name.startswith(PREFIXES)) and not any(word in name for word in SECRETS)
     }
     for name in ALLOCATOR:
         if name in kept:
             # ComfyUI asks for cudaMallocAsync, under which NCCL's all-to-all runs out of memory.
-            options = [o for o in kept.pop(name).split(",") if o and not o.strip().startswith("backend:")]
+            options = [
+                o for o in kept.pop(name).split(",") if "".join(o.split()) not in ("", "backend:cudaMallocAsync")
+            ]
             if options:
                 kept[name] = ",".join(options)
     defaults = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel.gpu_count)),
-        # Compile workers would be grandchildren that a kill does not reach at once.
+        # Compile workers take host memory on every rank, and a few graphs do not keep them busy.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
     fixed = {
+        JOB_VARIABLE: str(job_folder),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
@@ -53,6 +59,7 @@ def child_environment(parallel: Parallel, job_folder: Path, source: Mapping[str,
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        # 3 leaves the group as it is, so that the flight recorder can still write what every rank was doing.
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +10,21 @@ from typing import Any
 from .job import JobError
 from .jobdir import JobDir
 
-MAX_LINES = 20
-MAX_LOG_BYTES = 8 << 10
-
 _ECHOES = re.compile(
     r"connection (closed|reset|refused)|timed out|timeout|remote process exited|broken pipe|"
-    r"network error|socket|watchdog|store\.|peer|unhandled system error",
+    r"network error|socket|watchdog|peer\b|unhandled system error",
     re.IGNORECASE,
 )
 """What a rank says when another one is gone."""
+_ECHO_TYPES = ("RuntimeError", "torch.distributed.", "torch._C._Dist")
+"""What torch raises then. A ValueError about a timeout is the rank's own."""
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|cannot allocate memory|MemoryError", re.IGNORECASE)
 _DISK = re.compile(r"no space left|disk quota|file too large", re.IGNORECASE)
 _NCCL = re.compile(r"nccl", re.IGNORECASE)
 _KILLED_BY_AGENT = ("SIGTERM", "SIGINT")
 """How the agent ends the ranks that are left."""
+_LATE_SECONDS = 2
+"""A rank that ended this much after the first was ended by the agent, at the end of its patience."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,10 @@ class RankFailure:
     message: str = ""
     phase: str = ""
     step: int = 0
+    seconds: float | None = None
+    """When the agent saw it end, in whole seconds."""
     time_ns: int = 0
+    """When the rank wrote its exception down."""
 
     @property
     def out_of_memory(self) -> bool:
@@ -55,43 +58,61 @@ class RankFailure:
             return f"rank {self.rank} was killed by {self.signal}"
         return f"rank {self.rank} ended with exit code {self.exitcode} and left no error"
 
-    @property
-    def _importance(self) -> tuple[int, int, int]:
-        # A rank killed from outside, or with an error of its own, comes before the ranks that lost it; among equals
-        # the earliest. torch's own choice goes by whole seconds and can name the victim.
+    def importance(self, first_end: float) -> int:
+        """0 for the likeliest origin. torch's own choice goes by whole seconds and can name the victim.
+
+        Args:
+            first_end: when the first rank ended.
+        """
         if self.type:
-            echo = bool(_ECHOES.search(self.message)) and not self.out_of_memory
-            order = 1 if echo else 0
-        else:
-            order = 2 if self.signal in _KILLED_BY_AGENT else 0 if self.signal else 1
-        return (order, self.time_ns, self.rank)
+            echo = self.type.startswith(_ECHO_TYPES) and bool(_ECHOES.search(self.message))
+            return 3 if echo and not self.out_of_memory else 1
+        late = self.seconds is not None and self.seconds - first_end >= _LATE_SECONDS
+        if self.signal in _KILLED_BY_AGENT or late:
+            return 4
+        # A rank whose group broke may abort without an exception of its own.
+        return 2 if self.signal in (None, "SIGABRT") else 0
 
 
 def root_cause(failures: list[RankFailure]) -> RankFailure | None:
-    """The failure that the others follow from."""
-    return min(failures, key=lambda failure: failure._importance, default=None)
+    """The failure that the others follow from: killed or crashed ranks, then errors of a rank's own, then the rest.
+
+    Among equals it is the earliest.
+    """
+    first_end = min((f.seconds for f in failures if f.seconds is not None), default=0.0)
+    return min(failures, key=lambda f: (f.importance(first_end), f.time_ns, f.rank), default=None)
 
 
 def read_failures(folder: JobDir, ranks: int) -> list[RankFailure]:
     """Merges the agent's exit codes and the ranks' own exceptions. Damaged files count as missing."""
-    found: dict[int, dict[str, Any]] = {}
-    with contextlib.suppress(JobError):
-        for entry in folder.read_json(folder.failures).get("failures", []):
-            found[int(entry["rank"])] = {"signal": entry.get("signal"), "exitcode": entry.get("exitcode")}
+    ended = _read(folder, folder.failures).get("failures")
+    found: dict[int, dict[str, Any]] = {
+        entry["rank"]: _fields(entry, signal=str, exitcode=int, seconds=(int, float))
+        for entry in (ended if isinstance(ended, list) else [])
+        if isinstance(entry, dict) and entry.get("rank") in range(ranks)
+    }
     for rank in range(ranks):
-        with contextlib.suppress(JobError):
-            record = folder.read_json(folder.error(rank))
-            own = {key: record[key] for key in ("type", "message", "phase", "step", "time_ns") if key in record}
+        own = _fields(_read(folder, folder.error(rank)), type=str, message=str, phase=str, step=int, time_ns=int)
+        if own.get("type"):
             found.setdefault(rank, {}).update(own)
         if rank in found and "phase" not in found[rank]:
-            with contextlib.suppress(JobError):
-                alive = folder.read_json(folder.alive(rank))
-                found[rank] |= {"phase": str(alive.get("phase", "")), "step": int(alive.get("step", 0))}
+            found[rank] |= _fields(_read(folder, folder.alive(rank)), phase=str, step=int)
     return [RankFailure(rank=rank, **record) for rank, record in found.items()]
 
 
+def _read(folder: JobDir, path: Path) -> dict[str, Any]:
+    try:
+        return folder.read_json(path)
+    except JobError:
+        return {}
+
+
+def _fields(record: dict[str, Any], **kinds: type | tuple[type, ...]) -> dict[str, Any]:
+    return {name: record[name] for name, kind in kinds.items() if isinstance(record.get(name), kind)}
+
+
 def advice(text: str, *, out_of_memory: bool, killed: bool) -> str:
-    """One thing to try."""
+    """One thing to try; empty if nothing suggests itself."""
     if out_of_memory:
         return (
             "Try fewer frames or a smaller size; use_fsdp on (a 14B expert in bf16 then takes 28.6 GB divided by the "
@@ -109,23 +130,4 @@ def advice(text: str, *, out_of_memory: bool, killed: bool) -> str:
             "Start ComfyUI with NCCL_DEBUG=INFO to see more; with NCCL_P2P_DISABLE=1 where GPUs cannot reach each "
             "other; in a container, give it --shm-size=8g or --ipc=host"
         )
-    return "The job can be repeated without ComfyUI: python <pack>/distributed run FOLDER"
-
-
-def log_tail(path: Path, *, lines: int = MAX_LINES, limit: int = MAX_LOG_BYTES) -> str:
-    """The last lines of a log; undecodable bytes replaced, progress bars that redraw themselves collapsed."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - limit))
-            data = file.read(limit)
-    except OSError:
-        return ""
-    return "\n".join(clean_lines(data)[-lines:])
-
-
-def clean_lines(data: bytes) -> list[str]:
-    """Bytes of a log -> lines. Of what \\r overwrote, only the last state is kept."""
-    text = data.decode("utf-8", errors="replace").replace("\r\n", "\n")
-    lines = (line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
-    return ["".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in line) for line in lines if line.strip()]
+    return ""

@@ -51,7 +51,7 @@ def choose_gpus(gpu_count: int, gpu_ids: str = "", visible: str | None = None) -
     """Which GPUs a job runs on.
 
     Args:
-        gpu_count: 0 for all suitable ones.
+        gpu_count: 0 for all suitable ones: those of at least half the memory of the largest.
         gpu_ids: "0,2" or UUIDs to choose from; empty for all visible ones.
         visible: the user's CUDA_VISIBLE_DEVICES; None for no limit.
     Returns:
@@ -61,7 +61,13 @@ def choose_gpus(gpu_count: int, gpu_ids: str = "", visible: str | None = None) -
     """
     if not 0 <= gpu_count <= MAX_GPUS:
         raise ValueError(f"gpu_count is {gpu_count}; it must be 0 (all) to {MAX_GPUS}")
-    gpus = _visible(list_gpus(), visible)
+    present = list_gpus()
+    gpus = _visible(present, visible)
+    if present and not gpus and visible not in ("", "-1", None):
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES is {visible!r}, which names none of: {'; '.join(map(str, present))}. Correct it, "
+            "or set it to -1 to run on CPU processes"
+        )
     wanted = [part.strip() for part in gpu_ids.split(",") if part.strip()]
     if not gpus:
         if wanted:
@@ -72,7 +78,9 @@ def choose_gpus(gpu_count: int, gpu_ids: str = "", visible: str | None = None) -
             )
         return max(gpu_count, 1), ()
     listed = "; ".join(map(str, gpus))
-    chosen = gpus
+    # Without a word from the user, a small one beside large ones is left alone: every rank takes the same share.
+    largest = max(gpu.total_bytes for gpu in gpus)
+    chosen = gpus if gpu_count else [gpu for gpu in gpus if gpu.total_bytes >= largest / 2]
     if wanted:
         chosen = [gpu for part in wanted for gpu in gpus if part in (gpu.index, gpu.uuid)]
         if len(chosen) != len(wanted) or len(set(wanted)) != len(wanted):
@@ -91,9 +99,12 @@ def _visible(gpus: list[Gpu], visible: str | None) -> list[Gpu]:
     shown = []
     # As CUDA reads the variable: in its order, up to the first entry that is no GPU.
     for part in visible.split(","):
-        match = [
-            gpu for gpu in gpus if part.strip() and (gpu.index == part.strip() or gpu.uuid.startswith(part.strip()))
-        ]
+        name = part.strip()
+        if name.startswith("MIG-"):
+            # A slice of a GPU, which the listing does not have; CUDA takes its name as it is.
+            shown.append(Gpu(index=name, uuid=name, name="MIG slice", total_bytes=0, free_bytes=0))
+            continue
+        match = [gpu for gpu in gpus if name and (gpu.index == name or gpu.uuid.startswith(name))]
         if not match:
             break
         shown.append(match[0])

@@ -35,6 +35,11 @@ def _finite(value: float) -> bool:
     return math.isfinite(value)
 
 
+def _is_unicode(text: str) -> bool:
+    # JSON's \ud800 and file names in other encodings become surrogates, which no file and no tokenizer takes.
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileIdentity:
     """One file as it was when the job was written."""
@@ -48,6 +53,7 @@ class FileIdentity:
 
     def __post_init__(self) -> None:
         _check(Path(self.path).is_absolute() and "\0" not in self.path, "path", self.path, "an absolute path")
+        _check(_is_unicode(self.path), "path", self.path, "a name in UTF-8; rename the file")
 
     @classmethod
     def of(cls, path: str | Path) -> FileIdentity:
@@ -208,9 +214,9 @@ class Text:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
-            _check(
-                len(getattr(self, name)) <= 100_000, name, f"{len(getattr(self, name))} characters", "at most 100000"
-            )
+            value = getattr(self, name)
+            _check(len(value) <= 100_000, name, f"{len(value)} characters", "at most 100000")
+            _check(_is_unicode(value), name, value[:50], "valid Unicode: it holds half of a character")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

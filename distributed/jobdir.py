@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .job import Job, JobError
 
@@ -25,8 +26,8 @@ class JobDir:
         self.job = self.path / "job.json"
         self.inputs = self.path / "inputs.safetensors"
         """Text embeddings, where the job does not encode its prompt."""
-        self.owner = self.path / "owner.json"
-        """The process that will remove the folder."""
+        self.owner = self.path / "owner.lock"
+        """Locked by the process that will remove the folder, for as long as that lives."""
         self.progress = self.path / "progress.json"
         self.failures = self.path / "failures.json"
         self.result = self.path / "result.json"
@@ -40,6 +41,8 @@ class JobDir:
         """The ranks' file store."""
         self.logs = self.path / "logs"
         self.agent_log = self.logs / "agent.log"
+        self.lock: IO[bytes] | None = None
+        """`owner`, open and locked, in the owning process."""
 
     @classmethod
     def create(cls, parent: Path) -> JobDir:
@@ -62,19 +65,12 @@ class JobDir:
 
     def write_json(self, path: Path, value: Any) -> None:
         """Readers see the old file or the new one, never a part. Mode 0600."""
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump(value, file, indent=1, ensure_ascii=False)
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        _replace_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
     def read_json(self, path: Path) -> dict[str, Any]:
         """An object. Raises JobError naming the file if it is missing, too large or damaged."""
         try:
-            value = json.loads(read_bounded(path, MAX_JSON_BYTES))
+            value = json.loads(read_bounded(path, MAX_JSON_BYTES), parse_constant=_refuse)
         except (OSError, ValueError, RecursionError) as error:
             raise JobError(f"{path.name} cannot be read: {error}") from error
         if not isinstance(value, dict):
@@ -82,11 +78,7 @@ class JobDir:
         return value
 
     def write_job(self, job: Job) -> None:
-        draft = self.path / ".job.json"
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(job.to_json())
-        os.replace(draft, self.job)
+        _replace_text(self.job, job.to_json())
 
     def read_job(self) -> Job:
         """Raises JobError if job.json is missing, too large, damaged or of another version."""
@@ -96,6 +88,12 @@ class JobDir:
             raise JobError(f"job.json cannot be read: {error}") from error
         return Job.from_json(text)
 
+    def remove(self) -> None:
+        """Deletes the folder and what it holds. A second call does nothing."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self.lock is not None:
+            self.lock.close()
+
 
 def read_bounded(path: Path, limit: int) -> str:
     """A UTF-8 text of at most `limit` bytes. Raises OSError or ValueError."""
@@ -104,3 +102,20 @@ def read_bounded(path: Path, limit: int) -> str:
     if len(data) > limit:
         raise ValueError(f"it is over {limit} bytes")
     return data.decode("utf-8")
+
+
+def _replace_text(path: Path, text: str) -> None:
+    data = text.encode("utf-8")
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(descriptor, "wb") as file:
+            file.write(data)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _refuse(name: str) -> None:
+    # NaN and the infinities, which JSON does not have but Python's reader takes.
+    raise ValueError(f"it holds {name}")

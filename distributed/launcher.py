@@ -15,7 +15,9 @@ What is not covered:
 
 from __future__ import annotations
 
+import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -29,21 +31,20 @@ from typing import Any
 
 from ..wan.headers import read_header
 from .environment import child_environment
-from .failures import RankFailure, advice, clean_lines, log_tail, read_failures, root_cause
+from .failures import RankFailure, advice, read_failures, root_cause
 from .job import VERSION, Job, JobError
 from .jobdir import JobDir
 from .leftovers import claim, keep_failed, remove_abandoned
-from .processes import Process, descendants, kill_all
-from .progress import SHARES, Progress, read_progress
+from .logs import LogFollower, log_tail
+from .processes import Process, descendants, kill_all, members
+from .progress import Progress, read_progress
+from .signs_of_life import Problem, SignsOfLife, dump_stacks, find_suspect
 
 POLL = 0.1
 END_TIMEOUT = 5.0
 """Seconds that killed processes get to disappear."""
 MAX_LOG = 64 << 10
-MAX_LOG_LINES_PER_POLL = 50
 MIN_FREE_BYTES = 64 << 20
-COLLECTIVES = "distributed_c10d.py"
-"""In the stack of a rank that waits for the others."""
 AGENT = Path(__file__).resolve().parent
 
 
@@ -74,7 +75,7 @@ class Result:
     """Rank 0's log, its last 64 KiB."""
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder.path, ignore_errors=True)
+        self.folder.remove()
 
 
 def require_platform() -> None:
@@ -119,12 +120,14 @@ def run_job(
         claim(folder)
         folder.write_job(job)
         write_inputs(folder.inputs)
+        if folder.inputs.exists():
+            folder.inputs.chmod(0o600)
         run = _Run(job, folder, failed, on_progress, on_log_line, cancelled)
         return run.to_the_end()
     except JobFailed:
         raise
     except BaseException:
-        shutil.rmtree(folder.path, ignore_errors=True)
+        folder.remove()
         raise
 
 
@@ -143,12 +146,11 @@ class _Run:
         self._job, self._folder, self._failed = job, folder, failed
         self._on_progress, self._on_log_line, self._cancelled = on_progress, on_log_line, cancelled
         self._shown: Progress | None = None
-        self._log_position = 0
-        self._log_rest = b""
-        self._started = time.monotonic()
+        self._log = LogFollower(folder.log(0))
+        self._signs = SignsOfLife(folder, job.parallel)
 
     def to_the_end(self) -> Result:
-        with self._folder.agent_log.open("wb") as log:
+        with open(self._folder.agent_log, "wb", opener=_private) as log:
             self._agent = subprocess.Popen(
                 [sys.executable, "-u", str(AGENT), "agent", str(self._folder.path)],
                 stdin=subprocess.PIPE,
@@ -157,19 +159,22 @@ class _Run:
                 cwd=self._folder.path,
                 env=child_environment(self._job.parallel, self._folder.path),
                 start_new_session=True,
+                umask=0o077,
             )
         try:
             while self._agent.poll() is None:
                 if self._cancelled():
                     raise JobCancelled("cancelled")
                 self._report()
-                self._check_time()
+                if (problem := self._signs.problem()) is not None:
+                    raise self._stuck(problem)
                 time.sleep(POLL)
             self._report()
         finally:
             left = self._end()
         if left:
-            raise self._failure(f"processes {left} cannot be killed; they wait inside a driver", None)
+            pids = ", ".join(map(str, left))
+            raise self._failure(f"processes {pids} cannot be killed; they wait inside a driver", None)
         if self._agent.returncode != 0:
             raise self._failure_of_ranks()
         try:
@@ -180,95 +185,47 @@ class _Run:
 
     def _end(self) -> list[int]:
         """Ends every process of the job. Returns the pids that could not be killed."""
-        # Listed before anything is killed: orphans have another parent afterwards. The ranks' own files name those
-        # whose agent is gone already.
+        # Listed before the agent ends: afterwards orphans have another parent, and only their environment tells.
         below = descendants(self._agent.pid) if self._agent.poll() is None else []
-        below += self._ranks()
         agent = Process.of(self._agent.pid)
         assert self._agent.stdin is not None
         self._agent.stdin.close()
-        left = kill_all([*below, *([agent] if agent else [])], END_TIMEOUT)
-        if self._agent.poll() is None and not left:
+        if agent is not None and self._agent.poll() is None:
+            agent.kill()
+        left = kill_all(lambda: {*below, *members(self._folder.path)}, END_TIMEOUT)
+        if not left:
             self._agent.wait(END_TIMEOUT)
-        return [process.pid for process in left]
-
-    def _ranks(self) -> list[Process]:
-        ranks = []
-        for rank in range(self._job.parallel.gpu_count):
-            try:
-                alive = self._folder.read_json(self._folder.alive(rank))
-                ranks.append(Process(int(alive["pid"]), int(alive["started"])))
-            except (JobError, LookupError, TypeError, ValueError):
-                continue
-        return ranks
+        return sorted(process.pid for process in left)
 
     def _report(self) -> None:
         progress = read_progress(self._folder)
         if progress is not None and progress != self._shown:
             self._shown = progress
             self._on_progress(progress)
-        for line in self._new_log_lines():
+        for line in self._log.new_lines():
             self._on_log_line(line)
 
-    def _new_log_lines(self) -> list[str]:
-        try:
-            with self._folder.log(0).open("rb") as file:
-                size = file.seek(0, 2)
-                # A flood is skipped, not followed: what matters is at its end.
-                self._log_position = max(self._log_position, size - MAX_LOG)
-                file.seek(self._log_position)
-                data = self._log_rest + file.read(MAX_LOG)
-                self._log_position = file.tell()
-        except OSError:
-            return []
-        whole, newline, rest = data.rpartition(b"\n")
-        self._log_rest = rest[-MAX_LOG:]
-        return clean_lines(whole + newline)[-MAX_LOG_LINES_PER_POLL:]
-
-    def _check_time(self) -> None:
-        parallel = self._job.parallel
-        ages, phases = [], {}
-        for rank in range(parallel.gpu_count):
-            try:
-                ages.append(time.time() - self._folder.alive(rank).stat().st_mtime)
-                alive = self._folder.read_json(self._folder.alive(rank))
-                phases[rank] = (str(alive.get("phase", "")), int(alive.get("step", 0)))
-            except (OSError, JobError, TypeError, ValueError):
-                continue
-        elapsed = time.monotonic() - self._started
-        started = len(phases) == parallel.gpu_count and not any(
-            p in ("start", "encode", "load") for p, _ in phases.values()
-        )
-        if not started:
-            if elapsed > parallel.start_timeout:
-                raise self._stuck(phases, "start_timeout", parallel.start_timeout, "did not finish loading")
-        elif min(ages) > parallel.stall_timeout:
-            raise self._stuck(phases, "stall_timeout", parallel.stall_timeout, "made no progress")
-
-    def _stuck(self, phases: dict[int, tuple[str, int]], setting: str, seconds: float, what: str) -> JobFailed:
-        """Has the ranks print their stacks, ends them and names the one that is furthest behind."""
-        order = tuple(SHARES)
-        missing = sorted(set(range(self._job.parallel.gpu_count)) - set(phases))
-        for process in self._ranks():
-            process.kill(signal.SIGUSR1)
-        time.sleep(0.5)
+    def _stuck(self, problem: Problem) -> JobFailed:
+        """Has the ranks print their stacks, ends them and names the one that holds the others up."""
+        ranks = self._signs.ranks()
+        stacks = dump_stacks(self._folder, ranks)
+        suspect = find_suspect(ranks, stacks, self._job.parallel.gpu_count)
         self._end()
-        if missing or not phases:
-            rank, where = (missing or [0])[0], "before its first sign of life"
-        else:
-            # The others wait for it inside a collective: it took fewer steps, or its stack shows no collective.
-            def lag(rank: int) -> tuple[int, int, bool, int]:
-                phase, step = phases[rank]
-                waits = COLLECTIVES in log_tail(self._folder.log(rank))
-                return (order.index(phase) if phase in order else 0, step, waits, rank)
-
-            rank = min(phases, key=lag)
-            where = f"in {phases[rank][0]}" + (f" at step {phases[rank][1]}" if phases[rank][1] else "")
-        steps = "; ".join(f"rank {r}: {p} {s}" for r, (p, s) in sorted(phases.items()))
+        mine = ranks.get(suspect)
+        what = "did not finish loading" if problem.setting == "start_timeout" else "made no progress"
+        where = f"in {mine.where}" if mine is not None else "before its first sign of life"
         text = (
-            f"rank {rank} {what} for {seconds:g} s {where} ({setting} is {seconds:g} s; raise it if that is too short)"
+            f"rank {suspect} {what} for {problem.seconds:g} s {where} "
+            f"({problem.setting} is {problem.seconds:g} s; raise it if that is too short)"
         )
-        return self._failure(f"{text}\nlast seen: {steps or 'nothing'}", RankFailure(rank=rank))
+        if mine is not None and mine.stopped:
+            text += "\nit is frozen: a signal (SIGSTOP) or a debugger stopped it"
+        if mine is not None and mine.gone:
+            text += "\nit has ended before the others, without an error"
+        text += "\nlast seen: " + ("; ".join(f"rank {r}: {s.where}" for r, s in sorted(ranks.items())) or "nothing")
+        if stacks.get(suspect):
+            text += f"\nits stack:\n{stacks[suspect]}"
+        return self._failure(text, RankFailure(rank=suspect))
 
     def _failure_of_ranks(self) -> JobFailed:
         cause = root_cause(read_failures(self._folder, self._job.parallel.gpu_count))
@@ -286,7 +243,8 @@ class _Run:
         kept = keep_failed(self._folder, self._failed)
         out_of_memory = cause is not None and cause.out_of_memory
         hint = advice(text, out_of_memory=out_of_memory, killed=cause is not None and cause.signal == "SIGKILL")
-        parts = [text, f"\nlast lines of its log:\n{tail}" if tail else "", f"\nthe job is kept in {kept}", hint]
+        again = f"the job is kept in {kept}; {shlex.join([sys.executable, str(AGENT), 'run', str(kept)])} repeats it"
+        parts = [text, f"\nlast lines of its log:\n{tail}\n" if tail else "", again, hint]
         return JobFailed(
             "\n".join(part for part in parts if part),
             rank=cause.rank if cause else None, out_of_memory=out_of_memory, folder=kept, log=log,
@@ -302,6 +260,10 @@ class _Run:
         if not self._folder.video.is_file() or self._folder.video.stat().st_size == 0:
             raise JobError("video.mp4 is missing or empty")
         return info
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def new_job_id() -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
 from pathlib import Path
+from typing import IO
 
-from .job import JobError
 from .jobdir import PREFIX, JobDir
-from .processes import Process
 
 KEPT = 5
 """Failed jobs."""
@@ -18,23 +18,19 @@ GRACE_SECONDS = 60
 
 
 def claim(folder: JobDir) -> None:
-    """Marks the folder as this process's."""
-    own = Process.of(os.getpid())
-    assert own is not None
-    folder.write_json(folder.owner, {"pid": own.pid, "started": own.started})
+    """Makes the folder this process's, until the process ends or removes it."""
+    # A lock, not a pid: the kernel lets go of it however its holder dies, and two containers that share this folder
+    # do not see each other's pids.
+    folder.lock = os.fdopen(os.open(folder.owner, os.O_WRONLY | os.O_CREAT, 0o600), "wb")
+    _try_lock(folder.lock)
 
 
 def remove_abandoned(parent: Path) -> None:
     """Removes the folders of jobs whose launcher is gone: a ComfyUI that was killed cannot."""
     for path in parent.glob(f"{PREFIX}*"):
-        folder = JobDir(path)
-        try:
-            owner = folder.read_json(folder.owner)
-            abandoned = not Process(int(owner["pid"]), int(owner["started"])).alive()
-        except (JobError, LookupError, TypeError, ValueError):
-            abandoned = _age(path) > GRACE_SECONDS
-        if abandoned:
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            if not _owned(JobDir(path)):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def keep_failed(folder: JobDir, failed: Path) -> Path:
@@ -45,10 +41,32 @@ def keep_failed(folder: JobDir, failed: Path) -> Path:
         os.utime(kept)
     except OSError:
         return folder.path
+    finally:
+        if folder.lock is not None:
+            folder.lock.close()
     older = sorted((path for path in failed.iterdir() if PREFIX in path.name), key=_age)
     for path in older[KEPT:]:
         shutil.rmtree(path, ignore_errors=True)
     return kept
+
+
+def _owned(folder: JobDir) -> bool:
+    try:
+        with folder.owner.open("rb") as file:
+            return not _try_lock(file)
+    except FileNotFoundError:
+        return _age(folder.path) < GRACE_SECONDS
+
+
+def _try_lock(file: IO[bytes]) -> bool:
+    """False if somebody holds the lock, or the file system knows no locks."""
+    import fcntl  # Not on Windows, where ComfyUI must still be able to import this file.
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _age(path: Path) -> float:

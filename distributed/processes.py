@@ -7,11 +7,13 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+JOB_VARIABLE = "WAN_JOB_FOLDER"
+"""Environment variable by which every process of a job is known, whoever its parent or session is by now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,32 @@ class Process:
     def alive(self) -> bool:
         return Process.of(self.pid) == self
 
+    def stopped(self) -> bool:
+        """Whether it was frozen, by SIGSTOP or a debugger."""
+        stat = _stat(self.pid)
+        return stat is not None and stat[0] in "Tt"
+
+    def catches(self, number: int) -> bool:
+        """Whether it has a handler for this signal, so that sending it does not end it."""
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
+        masks = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")]
+        return bool(masks) and bool(int(masks[0], 16) >> (number - 1) & 1)
+
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Signals this process, never one that got its pid later."""
-        with contextlib.suppress(OSError):
-            descriptor = os.pidfd_open(self.pid)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            try:
+                descriptor = os.pidfd_open(self.pid)
+            except ProcessLookupError:
+                return
+            except (AttributeError, OSError):
+                # An old kernel or a sandbox: between the check and the signal the pid would have to be reused.
+                if self.alive():
+                    os.kill(self.pid, number)
+                return
             try:
                 # The descriptor pins the pid, so what is checked now is what is signalled.
                 if self.alive():
@@ -46,11 +70,8 @@ class Process:
 def descendants(pid: int) -> list[Process]:
     """Children, their children, and so on."""
     children: dict[int, list[Process]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            stat = _stat(int(entry.name))
-            if stat is not None and stat[0] not in "ZX":
-                children.setdefault(stat[1], []).append(Process(int(entry.name), stat[2]))
+    for process, parent in _all():
+        children.setdefault(parent, []).append(process)
     found: list[Process] = []
     todo = [pid]
     while todo:
@@ -60,15 +81,34 @@ def descendants(pid: int) -> list[Process]:
     return found
 
 
-def kill_all(processes: Iterable[Process], timeout: float) -> list[Process]:
-    """SIGKILLs the processes and waits. Returns those that are still there after `timeout` seconds."""
-    left = list(processes)
-    for process in left:
-        process.kill()
+def members(job_folder: Path) -> list[Process]:
+    """Every process of a job: agent, ranks, and what they started, also after their parents died."""
+    mark = os.fsencode(f"{JOB_VARIABLE}={job_folder}")
+    found = []
+    for process, _ in _all():
+        with contextlib.suppress(OSError):
+            if mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
+                found.append(process)
+    return found
+
+
+def kill_all(list_processes: Callable[[], Iterable[Process]], timeout: float) -> list[Process]:
+    """SIGKILLs what `list_processes` names until it names nothing more.
+
+    Returns:
+        the processes that are still there after `timeout` seconds: in the middle of a driver call.
+    """
     deadline = time.monotonic() + timeout
-    while (left := [process for process in left if process.alive()]) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return left
+    quiet = 0
+    while True:
+        left = [process for process in list_processes() if process.alive()]
+        for process in left:
+            process.kill()
+        # Twice: what is between fork and exec has no environment of its own yet.
+        quiet = 0 if left else quiet + 1
+        if quiet == 2 or time.monotonic() >= deadline:
+            return left
+        time.sleep(0.01)
 
 
 def die_with_parent(parent: int) -> None:
@@ -82,6 +122,15 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _all() -> Iterator[tuple[Process, int]]:
+    """Every process that is not only waiting to be reaped, and its parent's pid."""
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            stat = _stat(int(name))
+            if stat is not None and stat[0] not in "ZX":
+                yield Process(int(name), stat[2]), stat[1]
 
 
 def _stat(pid: int) -> tuple[str, int, int] | None:

@@ -9,7 +9,7 @@ import signal
 from typing import NoReturn
 
 from .jobdir import JobDir
-from .log import redirect_to, set_up_logging
+from .rank_log import redirect_to, set_up_logging
 from .processes import die_with_parent
 from .rank_files import RankFiles
 
@@ -21,6 +21,8 @@ def main(folder: JobDir) -> NoReturn:
     redirect_to(folder.log(rank))
     # Python's stack of a rank that is stuck, on request of the launcher.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    # And of one that crashes in native code.
+    faulthandler.enable()
     files = RankFiles(folder, rank)
     files.progress("start", 0, 0)
     try:

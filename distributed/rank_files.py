@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from typing import Any
 
 from .jobdir import JobDir
 from .processes import Process
@@ -45,12 +44,15 @@ class RankFiles:
         alive = {"pid": self._process.pid, "started": self._process.started, "phase": phase, "step": step}
         self._folder.write_json(self._folder.alive(self._rank), alive)
         if self._rank == 0:
-            progress: dict[str, Any] = {"phase": phase, "step": step, "total": total}
+            progress = {"phase": phase, "step": step, "total": total}
             progress |= {"seconds_per_step": seconds_per_step, "message": message}
             self._folder.write_json(self._folder.progress, progress)
 
     def error(self, error: BaseException) -> None:
-        """Keeps the exception, in the rank's own words."""
+        """Keeps the exception, in the rank's own words. The first one: later ones are its consequences."""
+        path = self._folder.error(self._rank)
+        if path.exists():
+            return
         kind = type(error)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
         text = "".join(traceback.format_exception(error))
@@ -63,4 +65,4 @@ class RankFiles:
             "traceback": text[-MAX_TRACEBACK:],
             "time_ns": time.time_ns(),
         }
-        self._folder.write_json(self._folder.error(self._rank), record)
+        self._folder.write_json(path, record)

@@ -45,6 +45,10 @@ def main(folder: JobDir, files: RankFiles) -> None:
     try:
         with torch.no_grad():
             Worker(job, folder, files, rank=int(os.environ["RANK"]), world=world).run()
+    except BaseException as error:
+        # Before the group is left: with NCCL that may wait for peers, which wait for this rank.
+        files.error(error)
+        raise
     finally:
         # A gloo process that exits inside its group may abort.
         if dist.is_initialized():
@@ -72,7 +76,8 @@ class Worker:
                 device=self.device,
                 store_file=self.folder.process_group,
                 master_port=self.job.parallel.master_port,
-                timeout=self.job.parallel.stall_timeout,
+                # Behind the launcher's own time-outs: it sees all ranks, and so which of them the others wait for.
+                timeout=max(self.job.parallel.start_timeout, self.job.parallel.stall_timeout) + 60,
             )
             self.config = Checkpoint([file.path for file in self.job.model.high_noise]).config
             self.noise = draw_noise(latents_shape(self.job.sampling, self.config.out_dim), self.job.sampling.seed)

@@ -40,11 +40,20 @@ def test_listing(monkeypatch: pytest.MonkeyPatch):
         (0, "", "2,3", ("2", "3")),
         (1, "", "GPU-3", ("3",)),
         (0, "", "1,-1,2", ("1",)),
+        (0, "", "MIG-8a1f", ("MIG-8a1f",)),
+        (0, "", "-1", ()),
     ],
 )
 def test_choice(monkeypatch: pytest.MonkeyPatch, count: int, ids: str, visible: str | None, chosen: tuple[str, ...]):
     machine(monkeypatch, LISTING)
-    assert choose_gpus(count, ids, visible) == (len(chosen), chosen)
+    assert choose_gpus(count, ids, visible) == (len(chosen) or 1, chosen)
+
+
+def test_a_small_gpu_is_only_taken_when_asked_for(monkeypatch: pytest.MonkeyPatch):
+    machine(monkeypatch, LISTING + "\n4, GPU-444, NVIDIA T400, 4096, 4000")
+    assert choose_gpus(0) == (4, ("0", "1", "2", "3"))
+    assert choose_gpus(0, "4") == (1, ("4",))
+    assert choose_gpus(5) == (5, ("0", "1", "2", "3", "4"))
 
 
 @pytest.mark.parametrize(
@@ -52,6 +61,7 @@ def test_choice(monkeypatch: pytest.MonkeyPatch, count: int, ids: str, visible: 
     [
         (5, "", None, r"gpu_count is 5; it must be 1 to 4.*NVIDIA H200"),
         (2, "", "3", r"gpu_count is 2; it must be 1 to 1"),
+        (0, "", "7", r"CUDA_VISIBLE_DEVICES is '7', which names none of: 0 NVIDIA"),
         (0, "7", None, "gpu_ids is '7'; it must name different GPUs of: 0 NVIDIA"),
         (0, "1,1", None, "must name different GPUs"),
         (3, "0,1", None, "gpu_count is 3, but gpu_ids names 2"),

@@ -54,6 +54,8 @@ def test_round_trip():
         (MODEL, "vae", (), "at least one file"),
         (FILE, "path", "relative", "absolute"),
         (FILE, "path", "/a\0b", "absolute"),
+        (FILE, "path", "/\udcff", "UTF-8"),
+        (JOB.text, "prompt", "a \ud800 cat", "valid Unicode"),
         (JOB, "id", "../x", "hexadecimal"),
         (JOB, "version", 2, "version is 2"),
     ],

@@ -15,11 +15,12 @@ import pytest
 from jobs import FAKE_AGENT, tiny_job
 from wan_pack.distributed import launcher
 from wan_pack.distributed.environment import child_environment
-from wan_pack.distributed.failures import RankFailure, clean_lines, root_cause
+from wan_pack.distributed.failures import RankFailure, root_cause
 from wan_pack.distributed.job import JobError, Parallel
 from wan_pack.distributed.jobdir import JobDir
 from wan_pack.distributed.launcher import JobCancelled, JobFailed, Result, run_job
 from wan_pack.distributed.leftovers import claim, remove_abandoned
+from wan_pack.distributed.logs import clean_lines
 from wan_pack.distributed.progress import SHARES, Progress
 
 
@@ -155,8 +156,10 @@ def test_other_systems_are_refused_in_plain_words(run: Callable[..., Result], mo
 
 def test_abandoned_folders_are_removed_and_live_ones_are_not(tmp_path: Path):
     abandoned, live, young = (JobDir.create(tmp_path) for _ in range(3))
-    abandoned.write_json(abandoned.owner, {"pid": 2**22 - 1, "started": 1})
     claim(live)
+    claim(abandoned)
+    assert abandoned.lock is not None
+    abandoned.lock.close()  # As the kernel does when its holder dies.
     remove_abandoned(tmp_path)
     assert not abandoned.path.exists()
     assert live.path.exists()
@@ -208,6 +211,14 @@ def failure(rank: int, **fields: Any) -> RankFailure:
         ([failure(0, signal="SIGTERM"), failure(1, type="ValueError", message="bad", time_ns=5)], 1),
         ([failure(0, type="ValueError", message="b", time_ns=9), failure(1, type="ValueError", time_ns=3)], 1),
         ([failure(0, signal="SIGTERM"), failure(1, exitcode=3)], 1),
+        # gloo aborts the victim now and then.
+        ([failure(0, signal="SIGABRT"), failure(1, type="ValueError", message="bad", time_ns=5)], 1),
+        # The agent killed what did not end.
+        ([failure(0, signal="SIGKILL", seconds=103), failure(1, signal="SIGSEGV", seconds=100)], 1),
+        ([failure(0, signal="SIGKILL", seconds=103), failure(1, type="ValueError", message="bad", seconds=100)], 1),
+        # It speaks of a time-out, but it is the rank's own error.
+        ([failure(0, type="KeyError", message="timeout", time_ns=1),
+          failure(1, type="RuntimeError", message="Connection closed by peer", time_ns=0)], 0),
     ],
 )  # fmt: skip
 def test_the_cause_comes_before_its_echoes(failures: list[RankFailure], rank: int):
