@@ -19,7 +19,7 @@ from wan_pack.distributed import launcher
 from wan_pack.distributed.job import JobError
 from wan_pack.distributed.jobdir import JobDir
 from wan_pack.distributed.launcher import JobCancelled, JobFailed
-from wan_pack.distributed.processes import Process, descendants
+from wan_pack.distributed.processes import descendants
 
 STEPS = {"steps": 40}
 """Enough that a job is still sampling when something is done to it."""
@@ -92,11 +92,9 @@ def test_every_layout_makes_the_same_latents(plain: Any, tiny_models: Path, tmp_
     result.remove()
 
 
-def test_a_port_on_loopback_and_no_other_listener(plain: Any, tiny_models: Path, tmp_path: Path):
+def test_a_port_on_loopback_and_no_other_listener(tiny_models: Path, tmp_path: Path):
     """With `master_port` the store listens on 127.0.0.1 only; gloo's own listeners are there too."""
     import socket
-
-    import torch
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -104,8 +102,6 @@ def test_a_port_on_loopback_and_no_other_listener(plain: Any, tiny_models: Path,
     seen: set[str] = set()
 
     def listeners(folder: JobDir) -> None:
-        agent = Process.of(pid_of_rank(folder, 0))
-        assert agent is not None
         seen.update(_listening({pid_of_rank(folder, rank) for rank in (0, 1)}))
 
     result = run_tiny(
@@ -114,9 +110,6 @@ def test_a_port_on_loopback_and_no_other_listener(plain: Any, tiny_models: Path,
     assert f"0100007F:{port:04X}" in seen
     assert all(address.startswith("0100007F:") for address in seen), seen
     result.remove()
-    short = run_tiny(tiny_job(tiny_models), tmp_path)
-    torch.testing.assert_close(read_latents(short.folder), plain, rtol=1e-4, atol=1e-4)
-    short.remove()
 
 
 def _listening(pids: set[int]) -> set[str]:
