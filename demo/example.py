@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from .tiny_model import TinyModel
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "example_workflows" / "api" / "distributed_inference_workflow.json"
 UI_EXAMPLE = ROOT / "example_workflows" / "distributed_inference_workflow.json"
 
 Prompt = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class TinyModel:
+    """File names of the tiny model (tiny_model.py), as ComfyUI shows them."""
+
+    high_noise: str = "tiny_wan2.2_t2v_high_noise.safetensors"
+    low_noise: str = "tiny_wan2.2_t2v_low_noise.safetensors"
+    vae: str = "tiny_wan_2.1_vae.safetensors"
+    text_encoder: str = "tiny_umt5.safetensors"
 
 
 def small_values(model: TinyModel) -> dict[str, dict[str, Any]]:
@@ -22,7 +31,7 @@ def small_values(model: TinyModel) -> dict[str, dict[str, Any]]:
         "LoadWanVideoT5TextEncoder": {"model_name": model.text_encoder},
         # CPUs are slow at bf16.
         "WanVideoDistributedConfig": {"gpu_count": 2, "mixed_precision": "fp32"},
-        "WanVideoDistributedInference": {"width": 256, "height": 160, "num_frames": 17, "sample_steps": 6},
+        "WanVideoDistributedInference": {"width": 224, "height": 128, "num_frames": 13, "sample_steps": 6},
     }
 
 

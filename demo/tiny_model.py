@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..wan.t5_keys import hf_to_official
 from ..wan.vae_keys import WAN21, diffusers_to_official
+from .example import TinyModel
 
 DIM = 256
 """Two heads of 128: without a config.json a head has 128 channels."""
@@ -43,17 +43,6 @@ SENTENCES = (
     "The camera rises over a field of yellow flowers to the mountains.",
     "static, blurred, low quality, worst quality, ugly, subtitles, still picture",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class TinyModel:
-    """File names as ComfyUI shows them, and the official folder's where one was written."""
-
-    high_noise: str = "tiny_wan2.2_t2v_high_noise.safetensors"
-    low_noise: str = "tiny_wan2.2_t2v_low_noise.safetensors"
-    vae: str = "tiny_wan_2.1_vae.safetensors"
-    text_encoder: str = "tiny_umt5.safetensors"
-    folder: str = "Tiny-T2V-A14B"
 
 
 def write_comfyui_files(models: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> TinyModel:

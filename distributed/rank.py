@@ -9,9 +9,9 @@ import signal
 from typing import NoReturn
 
 from .jobdir import JobDir
-from .rank_log import redirect_to, set_up_logging
 from .processes import die_with_parent
 from .rank_files import RankFiles
+from .rank_log import redirect_to, set_up_logging
 
 
 def main(folder: JobDir) -> NoReturn:

@@ -6,16 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..distributed.job import SOLVERS, Job, JobError, ModelFiles, Parallel, Sampling, Text
+from ..distributed.job import Job, JobError, ModelFiles, Parallel, Sampling, Text
 from ..distributed.launcher import JobCancelled, JobFailed, new_job_id, run_job
-from . import config as config_node
 from . import embeds, host
 from .config import DistributedConfig
+from .inference_inputs import HIDDEN, optional, required
 from .status import Status
-
-SIZE_STEP = 16
-"""Pixels: the VAE makes one latent pixel of 8, the model one token of 2 latent pixels."""
-EMBEDS = "WANVIDEOTEXTEMBEDS,CONDITIONING"
 
 
 class WanVideoDistributedInference:
@@ -45,7 +41,7 @@ class WanVideoDistributedInference:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:
-        return {"required": _required(), "optional": _optional(), "hidden": dict(_HIDDEN)}
+        return {"required": required(), "optional": optional(), "hidden": dict(HIDDEN)}
 
     @classmethod
     def VALIDATE_INPUTS(cls, width: int | None = None, height: int | None = None) -> bool | str:
@@ -55,7 +51,7 @@ class WanVideoDistributedInference:
             if value is None:
                 continue
             # Naming an input here switches ComfyUI's own range check off for it, so that is done here too.
-            limits = _required()[name][1]
+            limits = required()[name][1]
             if not limits["min"] <= value <= limits["max"]:
                 return f"{name} is {value}; it must be {limits['min']} to {limits['max']}"
             try:
@@ -237,100 +233,3 @@ def _read_latents(path: Path) -> Any:
     from safetensors.torch import load_file
 
     return load_file(str(path))["samples"]
-
-
-_HIDDEN = {"unique_id": "UNIQUE_ID", "workflow_prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}
-
-
-def _required() -> dict[str, Any]:
-    return {
-        "model": ("WAN_DISTRIBUTED_MODEL", {"tooltip": "From Load Wan Video Model."}),
-        "prompt": (
-            "STRING",
-            {
-                "default": "",
-                "multiline": True,
-                "tooltip": "What the video shows. Encoded inside the job by the model's text encoder; "
-                "has no effect while text_embeds is connected.",
-            },
-        ),
-        "width": _int(832, 16, 8192, "Width in pixels, a multiple of 16.", step=SIZE_STEP),
-        "height": _int(480, 16, 8192, "Height in pixels, a multiple of 16.", step=SIZE_STEP),
-        "num_frames": _int(121, 1, 4097, "Frames: 4n + 1. Another number is raised to the next one.", step=4),
-        "sample_steps": _int(20, 1, 1000, "Denoising steps over both experts."),
-        "gpu_count": ("INT", config_node.GPU_COUNT),
-        "use_ulysses": ("BOOLEAN", config_node.USE_ULYSSES),
-        "use_fsdp": ("BOOLEAN", config_node.USE_FSDP),
-        "offload_model": ("BOOLEAN", config_node.OFFLOAD_MODEL),
-    }
-
-
-def _optional() -> dict[str, Any]:
-    return {
-        "text_embeds": (
-            EMBEDS,
-            {
-                "tooltip": "The prompt as embeddings: from WanVideo TextEncode, or from CLIP Text Encode with a "
-                "CLIP of type wan. Wins over prompt."
-            },
-        ),
-        "config": ("WAN_DISTRIBUTED_CONFIG", {"tooltip": "From Wan Video Distributed Config. Wins over this node."}),
-        "negative_embeds": (
-            EMBEDS,
-            {"tooltip": "The negative prompt as embeddings. Wins over the one that text_embeds carries."},
-        ),
-        "negative_prompt": (
-            "STRING",
-            {
-                "default": "",
-                "multiline": True,
-                "tooltip": "What the video should not show, encoded with prompt. Empty: Wan's own negative prompt.",
-            },
-        ),
-        "seed": _int(
-            0,
-            0,
-            2**64 - 1,
-            "Seed of the noise. The same seed gives the same video for any number of GPUs.",
-            control_after_generate=True,
-        ),
-        "scheduler": (
-            list(SOLVERS),
-            {"default": "unipc", "tooltip": "Solver. unipc is Wan's own default; euler is for distilled models."},
-        ),
-        "shift": _float(12.0, 0.01, 100.0, "Timestep shift: higher spends more steps on noise. Wan2.2 T2V: 12."),
-        "guidance_low": _float(
-            3.0, 0.0, 100.0, "Guidance of the low-noise expert. 1 skips the second pass: twice as fast."
-        ),
-        "guidance_high": _float(
-            4.0, 0.0, 100.0, "Guidance of the high-noise expert. 1 skips the second pass: twice as fast."
-        ),
-        "boundary": _float(
-            0.875,
-            0.0,
-            1.0,
-            "The high-noise expert runs while the noise level is at least this. Wan2.2 T2V: 0.875.",
-            step=0.001,
-        ),
-        "fps": _float(16.0, 1.0, 240.0, "Frames per second of the mp4. Wan2.2 A14B: 16.", step=1.0),
-        "filename_prefix": (
-            "STRING",
-            {"default": "video/wan", "tooltip": "Folder and name in ComfyUI's output folder; a number is added."},
-        ),
-        "on_error": (
-            ["raise", "return"],
-            {
-                "default": "raise",
-                "tooltip": "raise: a failed run stops the workflow with an error. return: video_path is empty, "
-                "status begins with error: and the nodes behind video and samples do not run.",
-            },
-        ),
-    }
-
-
-def _int(default: int, low: int, high: int, tooltip: str, **options: Any) -> tuple[str, dict[str, Any]]:
-    return "INT", {"default": default, "min": low, "max": high, **options, "tooltip": tooltip}
-
-
-def _float(default: float, low: float, high: float, tooltip: str, step: float = 0.01) -> tuple[str, dict[str, Any]]:
-    return "FLOAT", {"default": default, "min": low, "max": high, "step": step, "tooltip": tooltip}

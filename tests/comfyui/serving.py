@@ -12,8 +12,7 @@ from typing import Any
 
 from wan_pack.demo.client import Run, run_prompt
 from wan_pack.demo.comfyui import Server
-from wan_pack.demo.example import Prompt, small_example
-from wan_pack.demo.tiny_model import TinyModel
+from wan_pack.demo.example import Prompt, TinyModel, small_example
 
 INFERENCE = "WanVideoDistributedInference"
 

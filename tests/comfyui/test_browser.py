@@ -80,13 +80,13 @@ def test_example_loads_runs_and_plays(browser: Browser, comfy: Comfy, tmp_path: 
     values[INFERENCE] |= {"sample_steps": 2, "seed": 100 + vue}
     shown = browser.visit(comfy, tmp_path, vue=vue, run=True, values=values)
     assert shown["missing"] == shown["red"] == shown["shifted"] == shown["dialogs"] == shown["pageErrors"] == []
-    assert shown["links"] == 7
+    assert shown["links"] == 6
     assert api_inputs(shown["api"]) == api_inputs(json.loads(EXAMPLE.read_text(encoding="utf-8")))
     assert shown["ending"][0] == "execution_success", shown["ending"]
     # One on the inference node, one on Save Video.
     assert len(shown["players"]) == 2, shown["players"]
     for player in shown["players"]:
-        assert (player["width"], player["height"], player["error"]) == (256, 160, None), player
+        assert (player["width"], player["height"], player["error"]) == (224, 128, None), player
         assert player["ready"] == 4 and player["time"] > 0.1, player
 
 

@@ -72,13 +72,13 @@ def test_example_makes_the_video_it_says(comfy: Comfy, finished: Run, inference_
     assert entry["type"] == "output"
     assert re.fullmatch(r"wan_\d{5}_\.mp4", path.name)
     assert comfy.outputs(finished)[inference_id]["animated"] == [True]
-    assert probe(path) == (9, (256, 160), 16.0)
+    assert probe(path) == (9, (224, 128), 16.0)
     assert [name.name for name in path.parent.iterdir() if name.name.startswith(".")] == []
 
 
 def test_save_video_behind_the_node_works(comfy: Comfy, finished: Run) -> None:
     path, _ = saved(comfy, finished, node_id(comfy.example(), "SaveVideo"))
-    assert probe(path)[:2] == (9, (256, 160))
+    assert probe(path)[:2] == (9, (224, 128))
 
 
 def test_view_serves_whole_video_and_parts_of_it(comfy: Comfy, finished: Run, inference_id: str) -> None:
