@@ -105,7 +105,7 @@ class Experts:
         if expert in self._parkings:
             self._parkings[expert].fetch()
         resident = sum(parking.resident_bytes for parking in self._parkings.values())
-        if self._parkings:
+        if len(self._parkings) > 1:
             log.info("offload: %s expert on the device (%.2f GiB), the other in host memory", expert, resident / 2**30)
         self._contexts = {c: TextContext(rows, keep=self._keep_text) for c, rows in self._rows.items()}
         self._active = expert

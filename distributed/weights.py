@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import local
 
 import torch
@@ -46,7 +47,10 @@ def load_weights(
         checkpoint.read_into(name, rows, start=start, staging=buffers.staging)
         merge(loras, name, rows, start // max(parameter.numel() // parameter.shape[0], 1))
 
-    with torch.no_grad(), ThreadPoolExecutor(CUDA_READERS if device.type == "cuda" else 1) as readers:
+    on_cuda = device.type == "cuda"
+    # A thread starts on GPU 0; page-locking a buffer there would cost every rank a context on it.
+    start = partial(torch.cuda.set_device, device) if on_cuda else None
+    with torch.no_grad(), ThreadPoolExecutor(CUDA_READERS if on_cuda else 1, initializer=start) as readers:
         for done, _ in enumerate(readers.map(read, parameters), start=1):
             on_tensor(done, len(parameters))
 

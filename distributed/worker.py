@@ -21,7 +21,7 @@ from ..wan.checkpoint import Checkpoint
 from ..wan.config import TEXT_LEN
 from ..wan.denoise import HIGH_NOISE, LOW_NOISE, Guidance, denoise, draw_noise
 from ..wan.latents import denormalise
-from ..wan.model import pad_text
+from ..wan.model import WanModel, pad_text
 from ..wan.patch import patchify, token_grid, unpatchify
 from ..wan.schedule import make_solver
 from .experts import Experts, load_expert
@@ -140,11 +140,11 @@ class Worker:
         solver = make_solver(sampling.solver, sampling.steps, sampling.shift)
         with self.phase("load"):
             needed = [e for e in (HIGH_NOISE, LOW_NOISE) if e in {guidance.expert(t) for t in solver.timesteps}]
-            models, parkings = self.load_experts(needed, shard)
+            models, weights = self.load_experts(needed, shard)
         with self.phase("denoise"), self.kernel.activate():
             experts = Experts(
                 models, texts, grid=grid, shard=shard, device=self.device,
-                keep_text=not parallel.memory_optimization, parkings=parkings,
+                keep_text=not parallel.memory_optimization, parkings=weights if parallel.offload_model else {},
             )  # fmt: skip
             self.files.progress("denoise", 0, sampling.steps)
             self._step_start = time.perf_counter()
@@ -153,27 +153,31 @@ class Worker:
                 solver=solver, guidance=guidance, predict=experts.predict, on_step=self.on_step,
             )  # fmt: skip
             tokens = shard.gather(tokens, self.mesh.get_group() if self.mesh else None)
+        # Not left to the garbage collector: FSDP's hooks and the model refer to each other.
+        for expert in weights.values():
+            expert.drop()
         return unpatchify(tokens, grid)
 
-    def load_experts(self, names: list[str], shard: SequenceShard) -> tuple[dict, dict[str, HostParking]]:
-        """The experts that the schedule runs. Offloaded ones are parked before the next is read."""
-        models, parkings = {}, {}
-        offload = self.job.parallel.offload_model and len(names) > 1
+    def load_experts(
+        self, names: list[str], shard: SequenceShard
+    ) -> tuple[dict[str, WanModel], dict[str, HostParking]]:
+        """The experts that the schedule runs, and their weights. Offloaded ones are parked before the next is read."""
+        models, weights = {}, {}
         # The one that runs first is read last, so that it is the one on the device.
         for index, name in enumerate(reversed(names)):
 
             def on_tensor(done: int, total: int, name: str = name, index: int = index) -> None:
                 self.files.progress("load", index * total + done, total * len(names), message=f"{name} expert")
 
+            if self.job.parallel.offload_model:
+                for parking in weights.values():
+                    parking.park()
             models[name] = load_expert(
                 [file.path for file in getattr(self.job.model, name)],
                 parallel=self.job.parallel, mesh=self.mesh, shard=shard, device=self.device, on_tensor=on_tensor,
             )  # fmt: skip
-            if offload:
-                parkings[name] = HostParking(models[name])
-                if index < len(names) - 1:
-                    parkings[name].park()
-        return models, parkings
+            weights[name] = HostParking(models[name])
+        return models, weights
 
     def on_step(self, index: int) -> None:
         if self.device.type == "cuda":
