@@ -48,8 +48,8 @@ def _parallel(world: int, **settings: Any) -> Parallel:
     return Parallel(gpu_count=world, **{"mixed_precision": "fp32", "use_fsdp": True, **settings})
 
 
-def _velocity(folder: str, parallel: Parallel, mesh: Any, rank: int, world: int) -> tuple[torch.Tensor, Any]:
-    """One evaluation on made-up input, gathered, and the model."""
+def _velocity(folder: str, parallel: Parallel, mesh: Any, rank: int, world: int) -> tuple[torch.Tensor, Any, int]:
+    """One evaluation on made-up input, gathered; the model; and how many tokens this rank computed."""
     grid = (3, 3, 5)
     split = world if parallel.use_ulysses else 1
     shard = SequenceShard(length=45, rank=rank if split > 1 else 0, world=split)
@@ -62,16 +62,27 @@ def _velocity(folder: str, parallel: Parallel, mesh: Any, rank: int, world: int)
     rope = rope_table(grid, model.config.head_dim, start=shard.start, stop=shard.stop)
     for _ in range(2):  # the second time on kept text
         local = model(shard.split(tokens), torch.tensor([700.0]), text, rope)
-    return shard.gather(local, mesh.get_group() if mesh else None), model
+    return shard.gather(local, mesh.get_group() if mesh else None), model, local.shape[0]
 
 
-def options_equal_plain(rank: int, world: int, *, folder: str, settings: list[dict[str, Any]]) -> None:
-    """Every combination of options gives the velocity of one process without any."""
+def options_equal_plain(rank: int, world: int, *, folder: str, settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Every combination of options gives the velocity of one process without any.
+
+    Returns the tokens that this rank computed under each, and what was compiled.
+    """
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ulysses",))
-    plain, _ = _velocity(folder, Parallel(gpu_count=1, mixed_precision="fp32"), None, 0, 1)
+    plain, *_ = _velocity(folder, Parallel(gpu_count=1, mixed_precision="fp32"), None, 0, 1)
+    tokens = []
     for options in settings:
-        out, _ = _velocity(folder, _parallel(world, **options), mesh, rank, world)
+        out, _, computed = _velocity(folder, _parallel(world, **options), mesh, rank, world)
         torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-4, msg=lambda m, o=options: f"{o}: {m}")
+        tokens.append(computed)
+    counters = torch._dynamo.utils.counters
+    return {
+        "tokens": tokens,
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": sum(counters["graph_break"].values()),
+    }
 
 
 def fsdp_keeps_only_its_rows(rank: int, world: int, *, folder: str) -> dict[str, Any]:
@@ -79,7 +90,7 @@ def fsdp_keeps_only_its_rows(rank: int, world: int, *, folder: str) -> dict[str,
     from safetensors.torch import load_file
 
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ulysses",))
-    _, model = _velocity(folder, _parallel(world), mesh, rank, world)
+    _, model, _ = _velocity(folder, _parallel(world), mesh, rank, world)
     whole = {name: t for file in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(file).items()}
     for name, parameter in model.named_parameters():
         rows, start = local_rows(parameter)
@@ -92,7 +103,7 @@ def fsdp_keeps_only_its_rows(rank: int, world: int, *, folder: str) -> dict[str,
 def offload_round_trip(rank: int, world: int, *, folder: str) -> dict[str, Any]:
     """A parked model holds no device memory and, fetched again, computes the same."""
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ulysses",))
-    before, model = _velocity(folder, _parallel(world), mesh, rank, world)
+    before, model, _ = _velocity(folder, _parallel(world), mesh, rank, world)
     parking = HostParking(model)
     resident = parking.resident_bytes
     parking.park()

@@ -35,14 +35,18 @@ def test_every_option_alone_and_combined(checkpoint: str):
         for ulysses, fsdp, memory in product([True, False], repeat=3)
         if ulysses or fsdp
     ]
-    run_ranks("options_equal_plain", 2, folder=checkpoint, settings=settings)
+    for result in run_ranks("options_equal_plain", 2, folder=checkpoint, settings=settings):
+        # Of 45 tokens: half with Ulysses, all without.
+        assert result["tokens"] == [23 if options["use_ulysses"] else 45 for options in settings]
+        assert result["graphs"] == 0
 
 
 def test_torch_compile_with_ulysses_and_fsdp(checkpoint: str):
-    run_ranks(
-        "options_equal_plain", 2, folder=checkpoint,
-        settings=[{"torch_compile": True}, {"torch_compile": True, "use_fsdp": False, "memory_optimization": True}],
-    )  # fmt: skip
+    """Two graphs per layout, shared by all blocks, and no collective in them: that would break a graph."""
+    settings = [{"torch_compile": True}, {"torch_compile": True, "use_fsdp": False, "memory_optimization": True}]
+    for result in run_ranks("options_equal_plain", 2, folder=checkpoint, settings=settings):
+        assert result["graphs"] == 2 * len(settings)
+        assert result["breaks"] == 0
 
 
 def test_fsdp_shards_hold_the_files_rows(checkpoint: str):
