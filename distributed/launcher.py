@@ -20,7 +20,6 @@ import secrets
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -36,6 +35,7 @@ from .job import VERSION, Job, JobError
 from .jobdir import JobDir
 from .leftovers import claim, keep_failed, remove_abandoned
 from .logs import LogFollower, log_tail
+from .loopback import listen
 from .processes import Process, descendants, kill_all, members
 from .progress import Progress, read_progress
 from .signs_of_life import Problem, SignsOfLife, dump_stacks, find_suspect
@@ -111,7 +111,8 @@ def run_job(
     require_platform()
     if cancelled():
         raise JobCancelled("cancelled before the job started")
-    _check_port(job.parallel.master_port)
+    if job.parallel.master_port:
+        listen(job.parallel.master_port).close()
     parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(parent)
     _check_space(parent, job)
@@ -268,21 +269,6 @@ def _private(path: str, flags: int) -> int:
 
 def new_job_id() -> str:
     return secrets.token_hex(16)
-
-
-def _check_port(port: int) -> None:
-    if port == 0:
-        return
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # As the rank will bind it: a port in TIME_WAIT is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise JobError(
-                f"master_port is {port}, and 127.0.0.1:{port} cannot be used ({error.strerror}). "
-                "Choose another port, or 0 to need none"
-            ) from error
 
 
 def _check_space(parent: Path, job: Job) -> None:

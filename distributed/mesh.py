@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import socket
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from .loopback import listen
 
 ULYSSES = "ulysses"
 """Mesh axis: ranks that share one sequence, and one copy of the weights under FSDP."""
@@ -47,16 +48,7 @@ def _tcp_store(port: int, *, rank: int, world: int, timeout: timedelta) -> dist.
     """torch's TCPStore, listening on 127.0.0.1 only: by itself it listens on every interface."""
     if rank > 0:
         return dist.TCPStore("127.0.0.1", port, world, is_master=False, timeout=timeout)
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(("127.0.0.1", port))
-    except OSError as error:
-        raise RuntimeError(
-            f"master_port is {port}, and 127.0.0.1:{port} cannot be used: {error.strerror}. "
-            "Choose another port, or 0 to need none"
-        ) from error
-    listener.listen()
+    listener = listen(port)
     # The store owns the descriptor from here on.
     return dist.TCPStore(
         "127.0.0.1",
