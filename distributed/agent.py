@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .jobdir import JobDir
-from .processes import Process, descendants, kill_all, members
+from .processes import AGENT_VARIABLE, Process, descendants, kill_all, members, signal_name
 
 GRACE = 3
 """Seconds that the ranks get to end by themselves once one of them has failed. torchrun's own 30 would all be spent
@@ -28,7 +28,7 @@ def main(folder: JobDir) -> int:
     from torch.distributed.run import parse_args, run
 
     job = folder.read_job()
-    os.environ["WAN_AGENT_PID"] = str(os.getpid())
+    os.environ[AGENT_VARIABLE] = str(os.getpid())
     _shorten_grace(SubprocessContext)
     try:
         run(parse_args(_torchrun_arguments(folder, job.parallel.gpu_count)))
@@ -37,7 +37,7 @@ def main(folder: JobDir) -> int:
             {
                 "rank": rank,
                 "exitcode": failure.exitcode,
-                "signal": _signal_name(failure.exitcode),
+                "signal": signal_name(failure.exitcode),
                 "seconds": failure.timestamp,
             }
             for rank, failure in error.failures.items()
@@ -75,15 +75,6 @@ def _shorten_grace(context: type[Any]) -> None:
         close(self, death_sig, min(timeout, GRACE))
 
     context.close = close_soon
-
-
-def _signal_name(exitcode: int) -> str | None:
-    if exitcode >= 0:
-        return None
-    try:
-        return signal.Signals(-exitcode).name
-    except ValueError:
-        return f"signal {-exitcode}"
 
 
 def _end_with_stdin(job_folder: Path) -> None:

@@ -19,7 +19,6 @@ import os
 import secrets
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -36,8 +35,8 @@ from .jobdir import JobDir
 from .leftovers import claim, keep_failed, remove_abandoned
 from .logs import LogFollower, log_tail
 from .loopback import listen
-from .processes import Process, descendants, kill_all, members
-from .progress import Progress, read_progress
+from .processes import Process, descendants, kill_all, members, signal_name
+from .progress import Progress, place, read_progress
 from .signs_of_life import Problem, SignsOfLife, dump_stacks, find_suspect
 
 POLL = 0.1
@@ -231,11 +230,13 @@ class _Run:
     def _failure_of_ranks(self) -> JobFailed:
         cause = root_cause(read_failures(self._folder, self._job.parallel.gpu_count))
         if cause is not None:
-            where = f"\nin {cause.phase}" + (f" at step {cause.step}" if cause.step else "") if cause.phase else ""
+            where = f"\nin {place(cause.phase, cause.step)}" if cause.phase else ""
             return self._failure(cause.headline + where, cause)
         code = self._agent.returncode
-        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return self._failure(f"the agent was killed by {name}" if code < 0 else f"the agent ended with {name}", None)
+        name = signal_name(code)
+        return self._failure(
+            f"the agent was killed by {name}" if name else f"the agent ended with exit code {code}", None
+        )
 
     def _failure(self, text: str, cause: RankFailure | None) -> JobFailed:
         path = self._folder.log(cause.rank if cause else 0)

@@ -14,6 +14,8 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 JOB_VARIABLE = "WAN_JOB_FOLDER"
 """Environment variable by which every process of a job is known, whoever its parent or session is by now."""
+AGENT_VARIABLE = "WAN_AGENT_PID"
+"""Environment variable that tells a rank which parent it must not outlive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,16 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def signal_name(exitcode: int) -> str | None:
+    """The signal that ended a process with this return code, as subprocess gives it; None if it was none."""
+    if exitcode >= 0:
+        return None
+    try:
+        return signal.Signals(-exitcode).name
+    except ValueError:
+        return f"signal {-exitcode}"
 
 
 def _all() -> Iterator[tuple[Process, int]]:

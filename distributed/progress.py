@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .job import JobError
@@ -54,6 +55,17 @@ class Progress:
             eta = f"{hours}:{minutes:02}:{left % 60:02}" if hours else f"{minutes}:{left % 60:02}"
             parts += [f"{self.seconds_per_step:.2f} s/it", f"ETA {eta}"]
         return " - ".join(parts)
+
+
+def place(phase: str, step: int) -> str:
+    """Where a rank is: "denoise at step 3"; "load" while it has made no step."""
+    return phase + (f" at step {step}" if step else "")
+
+
+def steady_seconds(step_seconds: Sequence[float]) -> float:
+    """Mean seconds per step. The first step also compiles and warms up; it says little about the others."""
+    steady = step_seconds[1:] or step_seconds
+    return sum(steady) / len(steady)
 
 
 def read_progress(folder: JobDir) -> Progress | None:

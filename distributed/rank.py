@@ -9,14 +9,14 @@ import signal
 from typing import NoReturn
 
 from .jobdir import JobDir
-from .processes import die_with_parent
+from .processes import AGENT_VARIABLE, die_with_parent
 from .rank_files import RankFiles
 from .rank_log import redirect_to, set_up_logging
 
 
 def main(folder: JobDir) -> NoReturn:
     """Runs the rank that torchrun's environment names, and ends the process."""
-    die_with_parent(int(os.environ["WAN_AGENT_PID"]))
+    die_with_parent(int(os.environ[AGENT_VARIABLE]))
     rank = int(os.environ["RANK"])
     redirect_to(folder.log(rank))
     # Python's stack of a rank that is stuck, on request of the launcher.

@@ -11,7 +11,7 @@ from .job import JobError, Parallel
 from .jobdir import JobDir
 from .logs import clean_lines
 from .processes import Process
-from .progress import SHARES
+from .progress import SHARES, place
 
 PHASES = tuple(SHARES)
 BEFORE_DENOISING = ("start", "encode", "load")
@@ -35,7 +35,7 @@ class Seen:
 
     @property
     def where(self) -> str:
-        return self.phase + (f" at step {self.step}" if self.step else "")
+        return place(self.phase, self.step)
 
     @property
     def place(self) -> tuple[int, int]:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from .job import JobError
 from .jobdir import JobDir
-from .launcher import JobCancelled, JobFailed, Result, new_job_id, run_job
-from .progress import Progress
+from .launcher import JobCancelled, Result, new_job_id, run_job
+from .progress import Progress, steady_seconds
 
 
 def main(arguments: list[str]) -> int:
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     except JobCancelled:
         print("\ncancelled", file=sys.stderr)
         return 1
-    except (JobFailed, JobError, ValueError, OSError) as error:
+    except (JobError, ValueError, OSError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     try:
@@ -76,10 +76,9 @@ def _keep(result: Result, output: Path) -> None:
 def _print_summary(result: Result, output: Path) -> None:
     info = result.info
     steps = info["step_seconds"]
-    steady = steps[1:] or steps
     print(f"\nvideo: {output / result.folder.video.name}")
     for name, seconds in info["phases"].items():
         print(f"{name:8} {seconds:8.2f} s")
-    print(f"step     {sum(steady) / len(steady):8.2f} s (the first {steps[0]:.2f} s)")
+    print(f"step     {steady_seconds(steps):8.2f} s (the first {steps[0]:.2f} s)")
     for rank, (gpu, host) in enumerate(zip(info["peak_gpu_bytes"], info["peak_rss_bytes"], strict=True)):
         print(f"rank {rank}: peak GPU memory {gpu / 2**30:.2f} GiB, peak host memory {host / 2**30:.2f} GiB")

@@ -49,8 +49,8 @@ def load_weights(
 
     on_cuda = device.type == "cuda"
     # A thread starts on GPU 0; page-locking a buffer there would cost every rank a context on it.
-    start = partial(torch.cuda.set_device, device) if on_cuda else None
-    with torch.no_grad(), ThreadPoolExecutor(CUDA_READERS if on_cuda else 1, initializer=start) as readers:
+    enter = partial(torch.cuda.set_device, device) if on_cuda else None
+    with torch.no_grad(), ThreadPoolExecutor(CUDA_READERS if on_cuda else 1, initializer=enter) as readers:
         for done, _ in enumerate(readers.map(read, parameters), start=1):
             on_tensor(done, len(parameters))
 

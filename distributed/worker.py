@@ -30,6 +30,7 @@ from .jobdir import JobDir
 from .mesh import init_mesh
 from .offload import HostParking
 from .preflight import latents_shape, needs_negative
+from .progress import steady_seconds
 from .rank_files import RankFiles
 from .sequence import SequenceShard, gather_bytes
 
@@ -186,9 +187,8 @@ class Worker:
         now = time.perf_counter()
         self.step_seconds.append(now - self._step_start)
         self._step_start = now
-        # The first step also compiles and warms up; it says little about the next ones.
-        steady = self.step_seconds[1:] or self.step_seconds
-        self.files.progress("denoise", index + 1, self.job.sampling.steps, seconds_per_step=sum(steady) / len(steady))
+        steady = steady_seconds(self.step_seconds)
+        self.files.progress("denoise", index + 1, self.job.sampling.steps, seconds_per_step=steady)
         log.info("step %d of %d: %.2f s", index + 1, self.job.sampling.steps, self.step_seconds[-1])
 
     def peaks(self) -> list[list[int]]:

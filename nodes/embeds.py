@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..wan.config import TEXT_LEN
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-MAX_TOKENS = 512
-"""What the model was trained with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +70,6 @@ def _one(value: Any, name: str, notes: tuple[str, ...]) -> Embedding:
         raise ValueError(f"{name} has the shape {list(tokens.shape)}; it must be [tokens, dim]")
     used = tokens.ne(0).any(dim=1).nonzero()
     length = int(used[-1]) + 1 if len(used) else 1
-    if length > MAX_TOKENS:
-        notes = (*notes, f"{name} has {length} tokens; it was cut to {MAX_TOKENS}, which is what the model takes")
-    return Embedding(tokens[: min(length, MAX_TOKENS)].contiguous(), notes)
+    if length > TEXT_LEN:
+        notes = (*notes, f"{name} has {length} tokens; it was cut to {TEXT_LEN}, which is what the model takes")
+    return Embedding(tokens[: min(length, TEXT_LEN)].contiguous(), notes)

@@ -153,20 +153,8 @@ def _parallel(settings: dict[str, Any], status: Status) -> Parallel:
         if differing:
             status.note(f"config is connected: its {', '.join(differing)} won over this node's own values")
     gpu_count, gpu_ids = choose_gpus(chosen.gpu_count, chosen.gpu_ids, host.visible_gpus())
-    return Parallel(
-        gpu_count=gpu_count,
-        gpu_ids=gpu_ids,
-        use_ulysses=chosen.use_ulysses,
-        use_fsdp=chosen.use_fsdp,
-        offload_model=chosen.offload_model,
-        memory_optimization=chosen.memory_optimization,
-        torch_compile=chosen.torch_compile,
-        mixed_precision=chosen.mixed_precision,
-        ulysses_engine=chosen.ulysses_engine,
-        master_port=chosen.master_port,
-        start_timeout=float(chosen.start_timeout),
-        stall_timeout=float(chosen.stall_timeout),
-    )
+    timeouts = {name: float(getattr(chosen, name)) for name in ("start_timeout", "stall_timeout")}
+    return Parallel(**{**dataclasses.asdict(chosen), **timeouts, "gpu_count": gpu_count, "gpu_ids": gpu_ids})
 
 
 def _sampling(settings: dict[str, Any], status: Status) -> Sampling:

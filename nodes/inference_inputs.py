@@ -7,13 +7,13 @@ from typing import Any
 from ..distributed.job import SOLVERS
 from . import config as config_node
 
-SIZE_STEP = 16
-"""Pixels: the VAE makes one latent pixel of 8, the model one token of 2 latent pixels."""
 EMBEDS = "WANVIDEOTEXTEMBEDS,CONDITIONING"
 HIDDEN = {"unique_id": "UNIQUE_ID", "workflow_prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}
 
 
 def required() -> dict[str, Any]:
+    from ..distributed.preflight import SIZE_MULTIPLE  # brings torch, which the import of this pack does without
+
     return {
         "model": ("WAN_DISTRIBUTED_MODEL", {"tooltip": "From Load Wan Video Model."}),
         "prompt": (
@@ -25,8 +25,8 @@ def required() -> dict[str, Any]:
                 "has no effect while text_embeds is connected.",
             },
         ),
-        "width": _int(832, 16, 8192, "Width in pixels, a multiple of 16.", step=SIZE_STEP),
-        "height": _int(480, 16, 8192, "Height in pixels, a multiple of 16.", step=SIZE_STEP),
+        "width": _int(832, 16, 8192, "Width in pixels, a multiple of 16.", step=SIZE_MULTIPLE),
+        "height": _int(480, 16, 8192, "Height in pixels, a multiple of 16.", step=SIZE_MULTIPLE),
         "num_frames": _int(121, 1, 4097, "Frames: 4n + 1. Another number is raised to the next one.", step=4),
         "sample_steps": _int(20, 1, 1000, "Denoising steps over both experts."),
         "gpu_count": ("INT", config_node.GPU_COUNT),

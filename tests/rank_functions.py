@@ -48,21 +48,35 @@ def _parallel(world: int, **settings: Any) -> Parallel:
     return Parallel(gpu_count=world, **{"mixed_precision": "fp32", "use_fsdp": True, **settings})
 
 
-def _velocity(folder: str, parallel: Parallel, mesh: Any, rank: int, world: int) -> tuple[torch.Tensor, Any, int]:
-    """One evaluation on made-up input, gathered; the model; and how many tokens this rank computed."""
-    grid = (3, 3, 5)
-    split = world if parallel.use_ulysses else 1
-    shard = SequenceShard(length=45, rank=rank if split > 1 else 0, world=split)
+def _shard(parallel: Parallel, rank: int, world: int) -> SequenceShard:
+    """This rank's part of the made-up video's 45 tokens."""
+    split = parallel.use_ulysses and world > 1
+    return SequenceShard(length=45, rank=rank if split else 0, world=world if split else 1)
+
+
+def _load(folder: str, parallel: Parallel, mesh: Any, shard: SequenceShard) -> Any:
     files = sorted(str(file) for file in Path(folder).glob("*.safetensors"))
-    model = load_expert(files, parallel=parallel, mesh=mesh, shard=shard, device=CPU)
+    return load_expert(files, parallel=parallel, mesh=mesh, shard=shard, device=CPU)
+
+
+def _evaluate(model: Any, parallel: Parallel, mesh: Any, shard: SequenceShard) -> tuple[torch.Tensor, int]:
+    """The velocity of made-up input, gathered, and how many tokens this rank computed."""
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randn(45, 4 * model.config.in_dim, generator=generator)
     rows = torch.randn(9, model.config.text_dim, generator=generator)
     text = TextContext(pad_text(rows), keep=not parallel.memory_optimization)
-    rope = rope_table(grid, model.config.head_dim, start=shard.start, stop=shard.stop)
+    rope = rope_table((3, 3, 5), model.config.head_dim, start=shard.start, stop=shard.stop)
     for _ in range(2):  # the second time on kept text
         local = model(shard.split(tokens), torch.tensor([700.0]), text, rope)
-    return shard.gather(local, mesh.get_group() if mesh else None), model, local.shape[0]
+    return shard.gather(local, mesh.get_group() if mesh else None), local.shape[0]
+
+
+def _velocity(folder: str, parallel: Parallel, mesh: Any, rank: int, world: int) -> tuple[torch.Tensor, Any, int]:
+    """Loads and evaluates once: the velocity, the model, and how many tokens this rank computed."""
+    shard = _shard(parallel, rank, world)
+    model = _load(folder, parallel, mesh, shard)
+    velocity, computed = _evaluate(model, parallel, mesh, shard)
+    return velocity, model, computed
 
 
 def options_equal_plain(rank: int, world: int, *, folder: str, settings: list[dict[str, Any]]) -> dict[str, Any]:
@@ -109,12 +123,8 @@ def offload_round_trip(rank: int, world: int, *, folder: str) -> dict[str, Any]:
     parking.park()
     parked = parking.resident_bytes
     parking.fetch()
-    grid, shard = (3, 3, 5), SequenceShard(length=45, rank=rank, world=world)
-    generator = torch.Generator().manual_seed(5)
-    tokens = torch.randn(45, 4 * model.config.in_dim, generator=generator)
-    text = TextContext(pad_text(torch.randn(9, model.config.text_dim, generator=generator)))
-    rope = rope_table(grid, model.config.head_dim, start=shard.start, stop=shard.stop)
-    after = shard.gather(model(shard.split(tokens), torch.tensor([700.0]), text, rope), mesh.get_group())
+    parallel = _parallel(world)
+    after, _ = _evaluate(model, parallel, mesh, _shard(parallel, rank, world))
     assert torch.equal(after, before)
     return {"resident": resident, "parked": parked}
 

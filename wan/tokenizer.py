@@ -8,10 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .config import TEXT_LEN
 from .tokenizer_files import EXPECTED, TOKENIZER_JSON
-
-MAX_TOKENS = 512
-"""Of a prompt, end of text included; longer ones are cut."""
 
 _log = logging.getLogger(__name__)
 
@@ -76,12 +74,12 @@ class Tokenizer:
         return self._pieces.get_piece_size() if self._json is None else self._json.get_vocab_size()
 
     def __call__(self, text: str) -> list[int]:
-        """Token ids of a prompt: cleaned, at most 512, the last one is the end of text."""
+        """Token ids of a prompt: cleaned, at most 512, the last one is the end of text; longer ones are cut."""
         text = clean(text)
         if self._json is not None:
             ids = self._json.encode(text, add_special_tokens=False).ids
         else:
             ids = self._pieces.encode(text)
-        if len(ids) >= MAX_TOKENS:
-            _log.warning("the prompt has %d tokens; the last %d are cut", len(ids), len(ids) - MAX_TOKENS + 1)
-        return [*ids[: MAX_TOKENS - 1], self.end_id]
+        if len(ids) >= TEXT_LEN:
+            _log.warning("the prompt has %d tokens; the last %d are cut", len(ids), len(ids) - TEXT_LEN + 1)
+        return [*ids[: TEXT_LEN - 1], self.end_id]
