@@ -119,7 +119,9 @@ def write_job(folder: Path, arguments: argparse.Namespace, gpus: int) -> Path:
     check_job(job, (64, text_dim), None)
     path = folder / f"job-{gpus}"
     path.mkdir(exist_ok=True)
-    save_file({"context": torch.randn(64, text_dim)}, path / "inputs.safetensors")
+    save_file(
+        {"context": torch.randn(64, text_dim, generator=torch.Generator().manual_seed(0))}, path / "inputs.safetensors"
+    )
     JobDir(path).write_job(job)
     return path
 
@@ -149,6 +151,14 @@ def run(folder: Path, arguments: argparse.Namespace, gpus: int) -> dict[str, Any
     }
 
 
+def latents_difference(folder: Path, first: int, second: int) -> float:
+    """Relative difference of what two runs denoised: rounding, where the same job ran on another number of GPUs."""
+    from safetensors.torch import load_file
+
+    a, b = (load_file(folder / f"job-{gpus}" / "latents.safetensors")["samples"] for gpus in (first, second))
+    return ((a - b).norm() / a.norm()).item()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the random weights and the jobs go")
@@ -167,13 +177,16 @@ def main() -> None:
     mount_pack()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     write_model(arguments.folder, arguments.model)
-    lines = [run(arguments.folder, arguments, gpus) for gpus in arguments.gpus]
-    with RESULTS.open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-    for line in lines:
+    for index, gpus in enumerate(arguments.gpus):
+        line = run(arguments.folder, arguments, gpus)
+        if index:
+            line["latents_difference"] = latents_difference(arguments.folder, arguments.gpus[0], gpus)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(line) + "\n")
         print(
             f"{line['gpus']} GPUs: load {line['load_seconds']} s, step {line['seconds_per_step']} s, "
             f"GPU {line['peak_gpu_gib']} GiB, host {line['peak_host_gib']} GiB"
+            + (f", latents differ by {line['latents_difference']:.1e} from the first run's" if index else "")
         )
 
 
