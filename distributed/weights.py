@@ -1,9 +1,10 @@
-"""Fills a model's parameters from a checkpoint, each rank only the rows that it keeps."""
+"""Builds a checkpoint's model and fills its parameters, each rank only the rows that it keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from threading import local
 
@@ -11,10 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from ..wan.checkpoint import STAGING_BYTES, Checkpoint
-from ..wan.lora import Lora, merge
+from ..wan.linear import quantise_rows
+from ..wan.lora import Lora, changes, merge
+from ..wan.model import WanModel, meta_model
 
 CUDA_READERS = 4
 """Threads that read and copy at the same time: one cannot keep both the disk and the bus busy."""
+MERGED_ELEMENTS = 16 << 20
+"""Of a weight, in float32 at once, while LoRAs are merged into it."""
+
+
+def empty_model(checkpoint: Checkpoint, compute: torch.dtype, loras: Sequence[Lora] = ()) -> WanModel:
+    """The model of `checkpoint` on the meta device, each parameter in the dtype that it will be kept in.
+
+    Args:
+        compute: dtype of the matrix products.
+        loras: those that `load_weights` will merge; an fp8 weight that they change gets a scale for each row.
+    """
+    fp8 = {
+        name: replace(weight, scaled=weight.scaled or changes(loras, name)) for name, weight in checkpoint.fp8.items()
+    }
+    return meta_model(checkpoint.config, compute, fp8)
 
 
 def load_weights(
@@ -30,29 +48,70 @@ def load_weights(
     Host memory stays at the rows kept (on a CPU) plus one staging buffer per reader.
 
     Args:
+        model: from `empty_model` with the same LoRAs, sharded over rows or not.
         loras: merged into the rows as they arrive, in float32.
         on_tensor: called with (tensors read, tensors in all).
     """
     model.to_empty(device=device)
-    parameters = list(model.named_parameters())
+    names = [name for name, _ in model.named_parameters()]
+    read_weights(model, checkpoint, names, device=device, loras=loras, on_tensor=on_tensor)
+
+
+def read_weights(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    *,
+    device: torch.device,
+    loras: Sequence[Lora] = (),
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Reads the named parameters of a model that has its memory. Arguments as for `load_weights`."""
+    parameters = dict(model.named_parameters())
     buffers = local()
 
-    def read(item: tuple[str, Tensor]) -> None:
-        name, parameter = item
-        rows, start = local_rows(parameter)
+    def read(name: str) -> None:
+        rows, start = local_rows(parameters[name])
         if rows.numel() == 0:
             return
         if not hasattr(buffers, "staging"):
             buffers.staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        checkpoint.read_into(name, rows, start=start, staging=buffers.staging)
-        merge(loras, name, rows, start // max(parameter.numel() // parameter.shape[0], 1))
+        if changes(loras, name):
+            scale = parameters.get(f"{name}_scale")
+            scales = None if scale is None else local_rows(scale)[0]
+            _read_merged(checkpoint, loras, name, rows, start, scales, buffers.staging)
+        # The scale of a changed weight is a new one, written with the weight.
+        elif not changes(loras, name.removesuffix("_scale")):
+            checkpoint.read_into(name, rows, start=start, staging=buffers.staging)
 
     on_cuda = device.type == "cuda"
     # A thread starts on GPU 0; page-locking a buffer there would cost every rank a context on it.
     enter = partial(torch.cuda.set_device, device) if on_cuda else None
     with torch.no_grad(), ThreadPoolExecutor(CUDA_READERS if on_cuda else 1, initializer=enter) as readers:
-        for done, _ in enumerate(readers.map(read, parameters), start=1):
-            on_tensor(done, len(parameters))
+        for done, _ in enumerate(readers.map(read, names), start=1):
+            on_tensor(done, len(names))
+
+
+def _read_merged(
+    checkpoint: Checkpoint,
+    loras: Sequence[Lora],
+    name: str,
+    rows: Tensor,
+    start: int,
+    scales: Tensor | None,
+    staging: Tensor,
+) -> None:
+    """Reads rows in float32, adds what `loras` change, and rounds once: to the dtype of `rows`, or to fp8 `scales`."""
+    per_row = rows.numel() // rows.shape[0]
+    count = max(MERGED_ELEMENTS // per_row, 1)
+    for first in range(0, rows.shape[0], count):
+        part = rows[first : first + count]
+        values = torch.empty(part.shape, dtype=torch.float32, device=rows.device)
+        checkpoint.read_into(name, values, start=start + first * per_row, staging=staging)
+        merge(loras, name, values, start // per_row + first)
+        if scales is not None:
+            values, scales[first : first + count] = quantise_rows(values, rows.dtype)
+        part.copy_(values)
 
 
 def local_rows(parameter: Tensor) -> tuple[Tensor, int]:

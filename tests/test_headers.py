@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from wan_pack.wan.headers import read_header
+from wan_pack.wan.model_folder import folder_files
 from wan_pack.wan.model_index import read_pth_names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,6 +84,12 @@ def test_truncated_says_both_sizes(tmp_path: Path) -> None:
         ({"a": []}, "not described"),
         ({"a": {"dtype": "F32"}}, "not described"),
         ({"__metadata__": {"a": 1}, "a": _entry()}, "__metadata__"),
+        ({"a": _entry(shape=[2**62] * 64)}, "takes"),
+        ({"a": _entry(shape=[1] * 65)}, "shape"),
+        ({"a": _entry(shape=[10**40])}, "a number of 41 digits"),
+        ({"a" * 501: _entry()}, "a tensor name of 501 characters"),
+        ({"\ud800": _entry()}, "'\\ud800', which holds characters that cannot be shown"),
+        ({"a": _entry(dtype="x" * 10**6)}, "dtype"),
     ],
 )
 def test_damaged_header(tmp_path: Path, header: object, words: str) -> None:
@@ -90,6 +97,7 @@ def test_damaged_header(tmp_path: Path, header: object, words: str) -> None:
     with pytest.raises(ValueError, match=r"x\.safetensors has a damaged safetensors header") as caught:
         read_header(path)
     assert words in str(caught.value)
+    assert len(str(caught.value)) < 1000 and str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("raw", [b'{"a": ', b'{"a"' + b":[" * 100_000, b"{\xff}", b'{"a": 1, "a": 2}'])
@@ -143,10 +151,39 @@ def test_pth_names_without_unpickling(tmp_path: Path) -> None:
         read_pth_names(path)
 
 
+def test_folders_of_diffusers_and_transformers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is a folder that holds none of .*; expected a model"):
+        folder_files(tmp_path, "a model")
+    assert folder_files(tmp_path / "file.gguf", "a model") == (tmp_path / "file.gguf",)
+    # The last one written is preferred to all before it.
+    for name, index in (
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+        ("model.fp16.safetensors", "model.safetensors.index.fp16.json"),
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
+    ):
+        shards = [f"{name}-{i}" for i in (2, 1)]
+        for shard in shards:
+            (tmp_path / shard).touch()
+        (tmp_path / index).write_text(json.dumps({"weight_map": {"a": shards[0], "b": shards[1], "c": shards[1]}}))
+        assert [path.name for path in folder_files(tmp_path, "a model")] == shards[::-1]
+        (tmp_path / name).touch()
+        assert folder_files(tmp_path, "a model") == (tmp_path / name,)
+
+
+@pytest.mark.parametrize("value", ["../x", "/etc/passwd", "gone.safetensors", "", ".", "a\0b", "x" * 5000, 3, None])
+def test_an_index_names_only_files_beside_it(tmp_path: Path, value: object) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": value}}))
+    with pytest.raises(ValueError, match=r"index\.json names .* which is not a file in") as caught:
+        folder_files(tmp_path, "a model")
+    assert len(str(caught.value)) < 1000
+
+
 def test_checks_need_only_the_standard_library() -> None:
     code = (
         "import sys, types; pack = types.ModuleType('p'); pack.__path__ = [sys.argv[1]]; sys.modules['p'] = pack\n"
-        "import p.wan.headers, p.wan.vae_keys, p.wan.t5_keys, p.wan.tokenizer_files\n"
+        "import p.wan.headers, p.wan.vae_keys, p.wan.t5_keys, p.wan.tokenizer_files, p.wan.model_folder\n"
         "assert not {'torch', 'numpy', 'safetensors', 'diffusers', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True, timeout=60)

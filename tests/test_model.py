@@ -32,7 +32,13 @@ def prompt() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "tensors", "parameters"), [("t2v-A14B", 1095, 14_288_491_584), ("t2v-1.3B", 825, 1_418_996_800)]
+    ("name", "tensors", "parameters"),
+    [
+        ("t2v-A14B", 1095, 14_288_491_584),
+        ("i2v-A14B", 1095, 14_288_901_184),
+        ("ti2v-5B", 825, 4_999_787_712),
+        ("t2v-1.3B", 825, 1_418_996_800),
+    ],
 )
 def test_released_models_have_their_official_size(name: str, tensors: int, parameters: int):
     model = meta_model(WAN_CONFIGS[name], torch.bfloat16)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 HEAD_DIM = 128
 """Channels per attention head in every released Wan model."""
+MAX_SIZE = 1 << 20
+"""Of a tensor that decides a size: far above any model, far below what an allocation could not describe."""
+MAX_LAYERS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +43,13 @@ class WanConfig:
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
+    @property
+    def task(self) -> str:
+        """t2v: from text. i2v: 20 more channels in, the image's. ti2v: known latents are given at timestep 0."""
+        if self.in_dim > self.out_dim:
+            return "i2v"
+        return "ti2v" if self.out_dim == 48 else "t2v"
+
 
 TEXT_LEN = 512
 """Rows of text the cross-attention sees; shorter prompts are padded with zero rows, longer ones cut."""
@@ -51,6 +61,12 @@ EPS = 1e-6
 WAN_CONFIGS: dict[str, WanConfig] = {
     "t2v-A14B": WanConfig(
         dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16, text_dim=4096, freq_dim=256
+    ),
+    "i2v-A14B": WanConfig(
+        dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36, out_dim=16, text_dim=4096, freq_dim=256
+    ),
+    "ti2v-5B": WanConfig(
+        dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48, text_dim=4096, freq_dim=256
     ),
     "t2v-1.3B": WanConfig(
         dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16, text_dim=4096, freq_dim=256
@@ -80,12 +96,16 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], *, num_heads: int 
             raise ValueError(f"tensor {name} is missing; a Wan transformer has it")
         if len(shapes[name]) != rank:
             raise ValueError(f"tensor {name} has shape {shapes[name]}; it must have {rank} dimensions")
+        if not all(1 <= size <= MAX_SIZE for size in shapes[name]):
+            raise ValueError(f"tensor {name} has shape {shapes[name]}; its sizes must be 1 to {MAX_SIZE}")
     dim = shapes["head.modulation"][-1]
     if num_heads is None and dim % HEAD_DIM:
         raise ValueError(f"dim is {dim}; without a config.json it must be a multiple of {HEAD_DIM}")
     layers = {
         int(name.split(".")[1]) for name in shapes if name.startswith("blocks.") and name.split(".")[1].isdecimal()
     }
+    if len(layers) > MAX_LAYERS:
+        raise ValueError(f"it has {len(layers)} blocks; at most {MAX_LAYERS} are read")
     return WanConfig(
         dim=dim,
         ffn_dim=shapes["blocks.0.ffn.0.weight"][0],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,17 @@ from typing import Any, BinaryIO
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
+MAX_NAME_LENGTH = 500
+MAX_DIMS = 64
+"""torch's own limit."""
+MAX_DIGITS = 30
+"""Of a number in a header; a size has at most 19."""
+MAX_QUOTE = 400
+"""Characters that a message quotes from a file."""
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = 200
+"""Long enough for the names of files and tensors."""
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8,
@@ -76,14 +88,14 @@ def read_header(path: str | Path) -> SafetensorsHeader:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_int=_integer)
         if not isinstance(entries, dict):
             raise ValueError("it is not a JSON object")
         metadata = _metadata(entries.pop("__metadata__", {}))
         tensors = {name: _tensor_info(name, entry, data_start) for name, entry in entries.items()}
         end = _check_contiguous(tensors, data_start)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} has a damaged safetensors header: {error}") from error
+        raise ValueError(f"{path} has a damaged safetensors header: {brief(error)}") from error
     if end > file_size:
         raise ValueError(f"{path} is truncated: its header promises {end} bytes, the file has {file_size}")
     if end < file_size:
@@ -122,6 +134,29 @@ def describe_file(path: str | Path) -> str:
     return "of an unknown format"
 
 
+def check_name(name: str) -> str:
+    """The name of a tensor, if it can be one. Raises ValueError for a name that no message or log could show."""
+    if len(name) > MAX_NAME_LENGTH:
+        raise ValueError(f"it has a tensor name of {len(name)} characters; at most {MAX_NAME_LENGTH} are allowed")
+    if not name.isprintable():
+        raise ValueError(f"it has the tensor name {name!a}, which holds characters that cannot be shown")
+    return name
+
+
+def brief(value: object) -> str:
+    """A value from a file, for a message: short and printable, whatever the file holds."""
+    text = str(value) if isinstance(value, Exception) else _REPR.repr(value)
+    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text[:MAX_QUOTE])
+    return text if len(text) < MAX_QUOTE else f"{text[:MAX_QUOTE]}..."
+
+
+def _integer(digits: str) -> int:
+    # Digits without end would take time that grows with their square.
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"it holds a number of {len(digits)} digits")
+    return int(digits)
+
+
 def _header_text(path: Path, file: BinaryIO, file_size: int) -> tuple[bytes, int]:
     """The JSON text and the absolute offset at which the tensors start."""
     prefix = file.read(9)
@@ -155,19 +190,20 @@ def _is_size(value: Any) -> bool:
 
 
 def _tensor_info(name: str, entry: Any, data_start: int) -> TensorInfo:
+    check_name(name)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name!r} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise ValueError(f"tensor {name!r} has dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
-    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
-        raise ValueError(f"tensor {name!r} has shape {shape!r}")
+        raise ValueError(f"tensor {name!r} has dtype {brief(dtype)}; known are {', '.join(DTYPE_BITS)}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_is_size(size) for size in shape):
+        raise ValueError(f"tensor {name!r} has shape {brief(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
-        raise ValueError(f"tensor {name!r} has data_offsets {offsets!r}")
+        raise ValueError(f"tensor {name!r} has data_offsets {brief(offsets)}")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
         raise ValueError(
-            f"tensor {name!r} ({dtype}, shape {shape}) takes {bits / 8:g} bytes, "
+            f"tensor {name!r} ({dtype}, shape {brief(shape)}) takes {bits // 8} bytes, "
             f"but its data_offsets {offsets} hold {offsets[1] - offsets[0]}"
         )
     return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])

@@ -4,13 +4,13 @@ Shapes: S = tokens held here, H = heads, D = channels per head, C = dim, R = tex
 Everything is unbatched: a video is one sample. There is no distributed code: `forward` takes any run of tokens
 with its rotary table, and attention between tokens goes through `SelfAttention.attention`, which may be replaced.
 
-Matrix products run in the dtype of their weight; the residual stream, modulation, normalisation, time path and head
+Matrix products run in their layer's `compute_dtype`; the residual stream, modulation, normalisation, time path and head
 are float32 (`parameter_dtype`), as in the official code under autocast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from .attention import attention
 from .config import EPS, PATCH_SIZE, TEXT_LEN, WanConfig
+from .linear import Fp8Weight, Linear
 from .rope import apply_rope
 
 Rope = tuple[Tensor, Tensor]
+Rows = Tensor | None
 
 
 def parameter_dtype(name: str, compute: torch.dtype) -> torch.dtype:
@@ -29,13 +31,6 @@ def parameter_dtype(name: str, compute: torch.dtype) -> torch.dtype:
     head, _, tail = name.partition(".")
     fp32 = head in ("time_embedding", "time_projection", "head") or "norm" in tail or name.endswith("modulation")
     return torch.float32 if fp32 else compute
-
-
-class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -78,7 +73,7 @@ class SelfAttention(nn.Module):
 
     def queries_keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """x: [S, C] -> q, k, v: [S, H, D], rotated, in the dtype of the matrix products."""
-        x = x.to(self.q.weight.dtype)
+        x = x.to(self.q.compute_dtype)
         q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim)), *rope)
         k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, (-1, self.head_dim)), *rope)
         v = self.v(x).unflatten(-1, (-1, self.head_dim))
@@ -128,28 +123,30 @@ class WanBlock(nn.Module):
         self.ffn_chunk: int | None = None
         """Tokens per feed-forward call; None: all at once."""
 
-    def attention_inputs(self, x: Tensor, e: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [S, C] and e: [1 or S, 6, C], float32 -> q, k, v: [S, H, D]."""
-        shift, scale, *_ = (self.modulation + e).unbind(1)
+    def attention_inputs(self, x: Tensor, e: Tensor, rows: Rows, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [S, C] and e: [n, 6, C], float32; rows: see `WanModel.forward` -> q, k, v: [S, H, D]."""
+        shift, scale, *_ = _per_token(self.modulation + e, rows)
         return self.self_attn.queries_keys_values(self._norm(x) * (1 + scale) + shift, rope)
 
-    def attention_outputs(self, x: Tensor, y: Tensor, e: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention_outputs(self, x: Tensor, y: Tensor, e: Tensor, rows: Rows, k: Tensor, v: Tensor) -> Tensor:
         """The rest of the block. y: self-attention's [S, H, D]; k, v: the text's [R, H, D]. Returns [S, C]."""
-        _, _, gate, shift, scale, ffn_gate = (self.modulation + e).unbind(1)
+        _, _, gate, shift, scale, ffn_gate = _per_token(self.modulation + e, rows)
         x = x + self.self_attn.o(y.flatten(-2)) * gate
         x = x + self.cross_attn(self.norm3(x), k, v)
-        y = (self._norm(x) * (1 + scale) + shift).to(self.ffn[0].weight.dtype)
+        y = (self._norm(x) * (1 + scale) + shift).to(self.ffn[0].compute_dtype)
         if self.ffn_chunk is None:
             y = self.ffn(y)
         else:
             y = torch.cat([self.ffn(part) for part in y.split(self.ffn_chunk)])
         return x + y * ffn_gate
 
-    def forward(self, x: Tensor, e: Tensor, rope: Rope, context: Tensor, cached: KeysValues | None) -> BlockOutput:
-        q, k, v = self.attention_inputs(x, e, rope)
+    def forward(
+        self, x: Tensor, e: Tensor, rows: Rows, rope: Rope, context: Tensor, cached: KeysValues | None
+    ) -> BlockOutput:
+        q, k, v = self.attention_inputs(x, e, rows, rope)
         y = self.self_attn.attention(q, k, v)
         context_kv = self.cross_attn.keys_values(context) if cached is None else cached
-        return self.attention_outputs(x, y, e, *context_kv), context_kv
+        return self.attention_outputs(x, y, e, rows, *context_kv), context_kv
 
     def _norm(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, (self.dim,), eps=EPS)
@@ -159,6 +156,11 @@ KeysValues = tuple[Tensor, Tensor]
 BlockOutput = tuple[Tensor, KeysValues]
 
 
+def _per_token(e: Tensor, rows: Rows) -> tuple[Tensor, ...]:
+    """[n, k, C] -> k tensors that broadcast over tokens: [1, C], or [S, C] where tokens differ."""
+    return e.unbind(1) if rows is None else tuple(part[rows] for part in e.unbind(1))
+
+
 class Head(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -166,9 +168,9 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
         self.head = Linear(config.dim, config.out_dim * PATCH_SIZE[1] * PATCH_SIZE[2])
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        """x: [S, C], e: [1 or S, C], float32 -> [S, 4 * out_dim]."""
-        shift, scale = (self.modulation + e[:, None]).unbind(1)
+    def forward(self, x: Tensor, e: Tensor, rows: Rows) -> Tensor:
+        """x: [S, C], e: [n, C], float32 -> [S, 4 * out_dim]."""
+        shift, scale = _per_token(self.modulation + e[:, None], rows)
         return self.head(F.layer_norm(x, (self.dim,), eps=EPS) * (1 + scale) + shift)
 
 
@@ -204,14 +206,16 @@ class WanModel(nn.Module):
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
         self.head = Head(config)
 
-    def forward(self, tokens: Tensor, timestep: Tensor, text: TextContext, rope: Rope) -> Tensor:
+    def forward(self, tokens: Tensor, timestep: Tensor, text: TextContext, rope: Rope, rows: Rows = None) -> Tensor:
         """One evaluation.
 
         Args:
             tokens: [S, 4 * in_dim], float32 (patch.py's order).
-            timestep: [1] for all tokens, or [S], float32, 0 to 1000.
+            timestep: [n] different ones, float32, 0 to 1000; n is 1 unless `rows` is given.
             text: the prompt.
             rope: cos, sin of these tokens, each [S, D/2].
+            rows: [S], int64, the index into `timestep` of each token: what depends on the timestep is computed for
+                the few different ones, not for every token.
         Returns:
             velocity [S, 4 * out_dim], float32.
         """
@@ -222,10 +226,10 @@ class WanModel(nn.Module):
             text.embedded = context
         x = self.patch_embedding(tokens).float()
         for i, block in enumerate(self.blocks):
-            x, keys_values = block(x, e6, rope, context, text.keys_values.get(i))
+            x, keys_values = block(x, e6, rows, rope, context, text.keys_values.get(i))
             if text.keep:
                 text.keys_values[i] = keys_values
-        return self.head(x, e)
+        return self.head(x, e, rows)
 
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
@@ -236,11 +240,17 @@ def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=1).float()
 
 
-def meta_model(config: WanConfig, compute: torch.dtype) -> WanModel:
-    """The model without memory, each parameter in its dtype (`parameter_dtype`), frozen."""
+def meta_model(config: WanConfig, compute: torch.dtype, fp8: Mapping[str, Fp8Weight] | None = None) -> WanModel:
+    """The model without memory, each parameter in its dtype (`parameter_dtype`), frozen.
+
+    Args:
+        fp8: the weights that stay fp8, by parameter name.
+    """
     with torch.device("meta"):
         model = WanModel(config)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(parameter_dtype(name, compute))
         parameter.requires_grad_(False)
+    for name, stored in (fp8 or {}).items():
+        model.get_submodule(name.removesuffix(".weight")).keep_fp8(stored, parameter_dtype(name, compute))
     return model.eval()

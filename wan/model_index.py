@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import io
 import pickletools
+import struct
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .headers import TensorInfo, describe_file, read_header
+from .headers import MAX_NAME_LENGTH, TensorInfo, brief, describe_file, read_header
+from .quant_formats import quant_formats
 
+if TYPE_CHECKING:
+    from .gguf_files import GgufFile
+
+GGUF_SUFFIX = ".gguf"
 PTH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 """Of PyTorch's own zip format."""
-MAX_INDEX_BYTES = 64_000_000
+MAX_INDEX_BYTES = 4 << 20
+"""Of a .pth's list of tensors; a thousand tensors take a tenth of it."""
+
+_ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, OSError, struct.error)
+"""What the library raises for a damaged archive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +35,11 @@ class ModelIndex:
     """The files, for messages."""
     names: frozenset[str]
     tensors: dict[str, TensorInfo] | None
-    """None if a file is a .pth, whose shapes only torch can read."""
+    """None if the files are .pth, whose shapes only torch can read."""
+    formats: dict[str, str] = field(default_factory=dict)
+    """Layer -> the quantised format that the file says it is stored in."""
+    gguf: GgufFile | None = None
+    """The last GGUF file among them."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]] | None:
@@ -44,29 +59,54 @@ def read_index(files: Sequence[str | Path], expected: str) -> ModelIndex:
     """Reads the headers of one model's files.
 
     Args:
-        files: one file, or every shard; .safetensors or PyTorch checkpoints. JSON files are ignored.
+        files: one file, or every shard; .safetensors, .gguf or PyTorch checkpoints. JSON files are ignored.
         expected: what the caller wants, for messages.
     Raises:
         ValueError: naming the file, what it is, and what was expected.
     """
     paths = weight_files(files, expected)
-    names: set[str] = set()
-    tensors: dict[str, TensorInfo] | None = {}
+    pickles = [path for path in paths if path.suffix.lower() in PTH_SUFFIXES]
+    if 0 < len(pickles) < len(paths):
+        raise ValueError(f"{', '.join(map(str, paths))} are files of different formats; expected {expected}")
+    names: dict[str, Path] = {}
+    tensors: dict[str, TensorInfo] = {}
+    formats: dict[str, str] = {}
+    gguf = None
     try:
         for path in paths:
-            if path.suffix.lower() in PTH_SUFFIXES:
-                names |= read_pth_names(path)
-                tensors = None
-            elif path.suffix.lower() == ".safetensors":
-                header = read_header(path).tensors
-                names |= header.keys()
-                if tensors is not None:
-                    tensors |= header
+            suffix = path.suffix.lower()
+            if suffix in PTH_SUFFIXES:
+                # Every string of a pickle: some, such as "cpu", are in each file.
+                names |= dict.fromkeys(read_pth_names(path), path)
+                continue
+            if suffix == GGUF_SUFFIX:
+                gguf = open_gguf(path)
+                found = {
+                    name: TensorInfo(tensor.type_name, tensor.shape, tensor.offset, tensor.offset + tensor.nbytes)
+                    for name, tensor in gguf.tensors.items()
+                }
+            elif suffix == ".safetensors":
+                header = read_header(path)
+                found = header.tensors
+                formats |= quant_formats(path, header)
             else:
-                raise ValueError(f"{path} is {describe_file(path)}, not a .safetensors or .pth file")
+                raise ValueError(f"{path} is {describe_file(path)}, not a .safetensors, .gguf or .pth file")
+            for name in found:
+                if name in names:
+                    raise ValueError(f"{path}: tensor {name} is also in {names[name]}")
+                names[name] = path
+            tensors |= found
     except ValueError as error:
         raise ValueError(f"{error}; expected {expected}") from error
-    return ModelIndex(", ".join(map(str, paths)), frozenset(names), tensors)
+    return ModelIndex(", ".join(map(str, paths)), frozenset(names), None if pickles else tensors, formats, gguf)
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """Reads a GGUF file's header. ValueError naming the file, or the package that is missing."""
+    # Not at the top: it imports torch, which nothing else here needs.
+    from .gguf_files import GgufFile
+
+    return GgufFile(path)
 
 
 def read_pth_names(path: str | Path) -> set[str]:
@@ -79,18 +119,28 @@ def read_pth_names(path: str | Path) -> set[str]:
     try:
         with path.open("rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
-        if not is_zip:
-            raise ValueError(f"{path} is not a PyTorch checkpoint: it is {describe_file(path)}")
-        with zipfile.ZipFile(path) as archive:
-            index = [entry for entry in archive.infolist() if entry.filename.split("/")[1:] == ["data.pkl"]]
-            if not index or index[0].file_size > MAX_INDEX_BYTES:
-                raise ValueError(f"{path} is not a PyTorch checkpoint: it is a zip archive without data.pkl")
-            text = archive.read(index[0])
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{path} is a truncated or damaged PyTorch checkpoint: {error}") from error
+    if not is_zip:
+        raise ValueError(f"{path} is not a PyTorch checkpoint: it is {describe_file(path)}")
+    index = _pth_index(path)
+    if index is None:
+        raise ValueError(f"{path} is not a PyTorch checkpoint: it is a zip archive without a plain data.pkl")
     try:
-        return {argument for _, argument, _ in pickletools.genops(io.BytesIO(text)) if isinstance(argument, str)}
+        strings = {argument for _, argument, _ in pickletools.genops(io.BytesIO(index)) if isinstance(argument, str)}
     except ValueError as error:
-        raise ValueError(f"{path} is a damaged PyTorch checkpoint: {error}") from error
+        raise ValueError(f"{path} is a damaged PyTorch checkpoint: {brief(error)}") from error
+    return {text for text in strings if len(text) <= MAX_NAME_LENGTH and text.isprintable()}
+
+
+def _pth_index(path: Path) -> bytes | None:
+    """The pickle that lists the tensors; None for another kind of archive."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [entry for entry in archive.infolist() if entry.filename.split("/")[1:] == ["data.pkl"]]
+            # PyTorch stores it uncompressed: no archive makes more of it than the file has bytes.
+            if not entries or entries[0].compress_type != zipfile.ZIP_STORED or entries[0].file_size > MAX_INDEX_BYTES:
+                return None
+            return archive.read(entries[0])
+    except _ZIP_ERRORS as error:
+        raise ValueError(f"{path} is a truncated or damaged PyTorch checkpoint: {brief(error)}") from error

@@ -1,0 +1,70 @@
+"""How a safetensors file says that its layers are quantised. Standard library only: runs before any process.
+
+ComfyUI writes it in two ways: a JSON object `_quantization_metadata` in the header, or one tensor
+`<layer>.comfy_quant` per layer whose bytes are a JSON object. Older files say nothing and just have scales.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .headers import SafetensorsHeader, brief
+
+METADATA = "_quantization_metadata"
+TENSOR = ".comfy_quant"
+MAX_TENSOR_BYTES = 4096
+READABLE = ("float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e5m2", "int8_tensorwise")
+"""Turned back into floats by one factor per tensor or per output row."""
+
+_OPTIONS = ("format", "full_precision_matrix_mult")
+"""Keys of a layer that do not change the values it stands for beyond its format."""
+
+
+def quant_formats(path: str | Path, header: SafetensorsHeader) -> dict[str, str]:
+    """Layer (as named in the file) -> the format it is stored in, as far as the file says so.
+
+    Raises:
+        ValueError: what the file says cannot be understood; the message names the file.
+    """
+    try:
+        formats = _from_metadata(header.metadata)
+        names = [name for name in header.tensors if name.endswith(TENSOR)]
+        if names:
+            with Path(path).open("rb") as file:
+                for name in names:
+                    info = header.tensors[name]
+                    if info.end - info.start > MAX_TENSOR_BYTES:
+                        raise ValueError(f"{name} has {info.end - info.start} bytes; at most {MAX_TENSOR_BYTES}")
+                    file.seek(info.start)
+                    formats[name.removesuffix(TENSOR)] = _format(name, _parse(file.read(info.end - info.start)))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} describes its quantisation in an unknown way: {brief(error)}") from error
+    return formats
+
+
+def _from_metadata(metadata: dict[str, str]) -> dict[str, str]:
+    if METADATA not in metadata:
+        return {}
+    value = _parse(metadata[METADATA])
+    layers = value.get("layers") if isinstance(value, dict) else None
+    if not isinstance(layers, dict):
+        raise ValueError(f"{METADATA} has no layers")
+    return {layer: _format(layer, entry) for layer, entry in layers.items()}
+
+
+def _parse(text: str | bytes) -> Any:
+    # Trailing zeros pad a tensor's bytes.
+    return json.loads(text.rstrip(b"\0") if isinstance(text, bytes) else text)
+
+
+def _format(layer: str, entry: Any) -> str:
+    """The format's name; an option that changes what the values mean makes it another format."""
+    name = entry.get("format") if isinstance(entry, dict) else entry
+    if not isinstance(name, str):
+        raise ValueError(f"the format of {layer} is {brief(entry)}")
+    options = sorted(key for key in entry if key not in _OPTIONS and entry[key]) if isinstance(entry, dict) else []
+    return " ".join((name, *options))
