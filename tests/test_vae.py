@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from wan_pack.wan.latents import denormalise, latent_statistics, normalise
+from wan_pack.wan.model_folder import folder_files
 from wan_pack.wan.vae import decode_frames, encode, load_vae
 from wan_pack.wan.vae_keys import check_vae_file, diffusers_to_official, module_names
 
@@ -56,10 +57,13 @@ def test_every_file_loads_to_the_same_tensors(case: str, kind: str, z_dim: int, 
         "all_in_one.safetensors": {f"vae.{name}": tensor for name, tensor in official.items()}
         | {"model.diffusion_model.head.modulation": torch.zeros(1)},
         "half.safetensors": {name: tensor.half() for name, tensor in official.items()},
+        "vae/diffusion_pytorch_model.safetensors": diffusers,
     }
+    (tmp_path / "vae").mkdir()
     for name, tensors in files.items():
         save_file(tensors, tmp_path / name)
     torch.save(official, tmp_path / "official.pth")
+    assert folder_files(tmp_path / "vae", "a VAE") == (tmp_path / "vae" / "diffusion_pytorch_model.safetensors",)
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"_class_name": "AutoencoderKLWan"}))
     expected = load_vae([_model(case)]).state_dict()
@@ -135,7 +139,8 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         {k: v for k, v in official.items() if k != "conv2.weight"},
         "lacks 1 tensors (conv2.weight)",
     )
-    add("lacking.pth", {k: v for k, v in official.items() if "upsamples.14" not in k}, "lacks 4 tensors")
+    add("bias.safetensors", {k: v for k, v in official.items() if k != "conv2.bias"}, "lacks 1 tensors (conv2.bias)")
+    add("lacking.pth", {k: v for k, v in official.items() if "upsamples.14" not in k}, "lacks 6 tensors")
     add("lora.safetensors", {"x.lora_up.weight": torch.zeros(2), "x.lora_down.weight": torch.zeros(2)}, "a LoRA")
     add("cut.pth", official, "truncated or damaged")
     add("cut.safetensors", official, "is truncated")
@@ -152,10 +157,15 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         ValueError, match=r"shape\.safetensors: tensor decoder\.conv1\.weight has shape \[16, 16, 3, 3, 1\]"
     ):
         load_vae([tmp_path / "shape.safetensors"])
-    # A bias is not what the check by header looks for; loading still names it.
-    save_file({k: v for k, v in official.items() if k != "conv2.bias"}, tmp_path / "bias.safetensors")
-    with pytest.raises(ValueError, match=r"bias\.safetensors is a Wan2\.1 VAE that lacks 1 tensors \(conv2\.bias\)"):
-        load_vae([tmp_path / "bias.safetensors"])
+    save_file(official | {"conv2.bias": torch.zeros(16, dtype=torch.int8)}, tmp_path / "int8.safetensors")
+    for attempt in (check_vae_file, lambda file: load_vae([file])):
+        with pytest.raises(ValueError, match=r"int8\.safetensors stores conv2\.bias as I8"):
+            attempt(tmp_path / "int8.safetensors")
+    # Which blocks have a shortcut depends on their widths: only the model built from them tells.
+    shortcut = next(name for name in official if name.endswith("shortcut.weight"))
+    save_file({k: v for k, v in official.items() if k != shortcut}, tmp_path / "shortcut.safetensors")
+    with pytest.raises(ValueError, match=rf"shortcut\.safetensors is a Wan2\.1 VAE that lacks 1 tensors \({shortcut}"):
+        load_vae([tmp_path / "shortcut.safetensors"])
 
 
 class _Trap:

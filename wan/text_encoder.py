@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .t5_keys import EXPECTED, SCALES, TextEncoderInfo, check_weight, source_names, text_encoder_info
+from .t5_keys import EXPECTED, TextEncoderInfo, check_weights, source_names, text_encoder_info
 from .tensor_files import TensorFiles, fill
 from .tokenizer import Tokenizer
 from .tokenizer_files import choose_tokenizer_file
+from .tokenizer_gguf import carries_tokenizer, sentencepiece_model
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -62,11 +63,11 @@ def load_text_encoder(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
 ) -> TextEncoder:
-    """Loads a umT5 encoder of any size under official or transformers' names, float8 and scaled float8 included.
+    """Loads a umT5 encoder of any size under official, transformers' or llama.cpp's names, quantised ones included.
 
     Args:
-        files: one .safetensors or .pth, or every shard.
-        tokenizer_files: tokenizer.json or a SentencePiece model; unused if the encoder carries `spiece_model`.
+        files: one .safetensors, .pth or .gguf, or every shard.
+        tokenizer_files: tokenizer.json or a SentencePiece model; unused if the encoder carries a tokenizer.
         dtype: of weights and embeddings.
     Raises:
         ValueError: naming the file, what it is, and what was expected.
@@ -86,14 +87,7 @@ def load_umt5(tensors: TensorFiles, *, dtype: torch.dtype, device: torch.device 
     """The encoder alone, without a tokenizer. Raises ValueError as `load_text_encoder` does."""
     info = text_encoder_info(tensors.shapes.keys(), tensors.shapes, tensors.label)
     modules = source_names(info, tensors.shapes.keys())
-    scales: dict[str, str] = {}
-    for module in modules.values():
-        weight = f"{module}.weight"
-        scale = next((f"{module}.{name}" for name in SCALES if f"{module}.{name}" in tensors.shapes), None)
-        stored = None if scale is None else (tensors.dtypes[scale], tensors.shapes[scale])
-        check_weight(tensors.label, weight, tensors.dtypes[weight], stored)
-        if scale is not None:
-            scales[weight] = scale
+    scales = check_weights(tensors.index, modules.values())
     modules["encoder.embed_tokens"] = modules["shared"]
     model = _build(info)
     source = {name: f"{modules[name.removesuffix('.weight')]}.weight" for name in model.state_dict()}
@@ -103,6 +97,9 @@ def load_umt5(tensors: TensorFiles, *, dtype: torch.dtype, device: torch.device 
 
 def _load_tokenizer(tensors: TensorFiles, spiece_model: str | None, files: Sequence[str | Path]) -> Tokenizer:
     # What the encoder carries is surely its own; a file beside it may be another model's.
+    gguf = tensors.index.gguf
+    if gguf is not None and carries_tokenizer(gguf):
+        return Tokenizer(sentencepiece_model(gguf), label=f"{tensors.label} (its metadata)")
     if spiece_model is None:
         return Tokenizer(choose_tokenizer_file(files, tensors.label))
     data = tensors.read(spiece_model).numpy().tobytes()

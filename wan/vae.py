@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .latents import denormalise, latent_statistics, normalise
 from .tensor_files import TensorFiles, fill
-from .vae_keys import EXPECTED, WAN22, VaeInfo, module_names, vae_info
+from .vae_keys import EXPECTED, WAN22, VaeInfo, check_floats, module_names, vae_info
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -33,6 +33,7 @@ def load_vae(
     """
     tensors = TensorFiles(files, expected=EXPECTED)
     info = vae_info(tensors.shapes.keys(), tensors.shapes, tensors.label)
+    check_floats(tensors.index, info)
     vae = _build(info)
     official = {theirs: ours for ours, theirs in module_names(info.kind).items()}
     source: dict[str, str] = {}
@@ -91,6 +92,13 @@ def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     Returns:
         [1, z_dim, (F - 1) / 4 + 1, h, w], normalised, float32, on the VAE's device.
     """
+    check_video(vae, video)
+    mean = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode()
+    return normalise(mean, vae.config.z_dim)
+
+
+def check_video(vae: AutoencoderKLWan, video: Tensor) -> None:
+    """Raises ValueError if `video` is not [1, 3, 4n + 1, H, W] with H and W multiples of the VAE's spatial stride."""
     stride = vae.config.scale_factor_spatial
     if video.dim() != 5 or tuple(video.shape[:2]) != (1, 3):
         raise ValueError(f"the video has shape {list(video.shape)}; it must be [1, 3, F, H, W]")
@@ -100,8 +108,6 @@ def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
             f"the video has {frames} frames of {width}x{height}; it must have 4n + 1 frames whose width and height "
             f"are multiples of {stride}"
         )
-    mean = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode()
-    return normalise(mean, vae.config.z_dim)
 
 
 def _build(info: VaeInfo) -> AutoencoderKLWan:

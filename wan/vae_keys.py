@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .identify import describe_tensors
-from .model_index import read_index
+from .model_index import ModelIndex, read_index
 
 WAN21 = "Wan2.1"
 WAN22 = "Wan2.2"
@@ -22,6 +22,9 @@ Z_DIMS = {WAN21: 16, WAN22: 48}
 STAGES = 4
 RES_BLOCKS = 2
 """Residual blocks per stage of the encoder; the decoder has one more."""
+
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+"""What a weight may be stored as: it is only cast."""
 
 _OFFICIAL_MARKER = "decoder.middle.0.residual.0.gamma"
 _DIFFUSERS_MARKER = "decoder.mid_block.resnets.0.norm1.gamma"
@@ -134,10 +137,11 @@ def vae_info(names: Collection[str], shapes: Mapping[str, tuple[int, ...]] | Non
     kind = WAN22 if prefix + nested in names else WAN21
     modules = module_names(kind)
     wanted = modules if official else modules.values()
-    leaves = {module: "gamma" if module.endswith(_norms(official)) else "weight" for module in wanted}
+    norms = _norms(official)
     missing = sorted(
         f"{module}.{leaf}"
-        for module, leaf in leaves.items()
+        for module in wanted
+        for leaf in (("gamma",) if module.endswith(norms) else ("weight", "bias"))
         if f"{prefix}{module}.{leaf}" not in names and not module.endswith("shortcut")
     )
     if missing:
@@ -149,8 +153,8 @@ def vae_info(names: Collection[str], shapes: Mapping[str, tuple[int, ...]] | Non
 
     def first_size(official_module: str, leaf: str) -> int:
         name = f"{prefix}{official_module if official else modules[official_module]}.{leaf}"
-        if not shapes[name]:
-            raise ValueError(f"{path} is damaged: tensor {name} of a {kind} VAE is a single number")
+        if not shapes[name] or not shapes[name][0]:
+            raise ValueError(f"{path} is damaged: tensor {name} of a {kind} VAE has shape {list(shapes[name])}")
         return shapes[name][0]
 
     return VaeInfo(
@@ -163,6 +167,19 @@ def vae_info(names: Collection[str], shapes: Mapping[str, tuple[int, ...]] | Non
     )
 
 
+def check_floats(index: ModelIndex, info: VaeInfo) -> None:
+    """Raises ValueError for a VAE with a quantised weight: no release has one."""
+    modules = module_names(info.kind)
+    for module in modules if info.official else modules.values():
+        for leaf in ("weight", "bias", "gamma"):
+            tensor = (index.tensors or {}).get(f"{info.prefix}{module}.{leaf}")
+            if tensor is not None and index.gguf is None and tensor.dtype not in FLOATS:
+                raise ValueError(
+                    f"{index.label} stores {info.prefix}{module}.{leaf} as {tensor.dtype}; a {info.kind} VAE is read "
+                    f"from {', '.join(FLOATS)}"
+                )
+
+
 def check_vae_file(path: str | Path) -> VaeInfo:
     """Reads the header only: is this a complete Wan VAE, and which.
 
@@ -171,6 +188,7 @@ def check_vae_file(path: str | Path) -> VaeInfo:
     """
     index = read_index([path], EXPECTED)
     info = vae_info(index.names, index.shapes, path)
+    check_floats(index, info)
     if info.z_dim != Z_DIMS[info.kind]:
         raise ValueError(
             f"{path} is a {info.kind} VAE with {info.z_dim} latent channels; expected {Z_DIMS[info.kind]} of them"
