@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator, Mapping
 
 from ..wan.checkpoint import Checkpoint
-from ..wan.config import PATCH_SIZE, TEXT_LEN, WanConfig
+from ..wan.config import WanConfig
+from ..wan.denoise import HIGH_NOISE, LOW_NOISE
+from ..wan.identify import noise_side
+from ..wan.latents import SPATIAL_STRIDES, pixel_multiple
+from ..wan.lora import Lora
 from ..wan.t5_keys import check_text_encoder_files
 from ..wan.vae_keys import check_vae_file
+from .inputs import Shape, check_inputs
 from .job import Job, ModelFiles, Sampling
 
-VAE_STRIDE = (4, 8, 8)
-"""Frames, rows and columns of the video per latent, of the Wan2.1 VAE."""
-SIZE_MULTIPLE = VAE_STRIDE[1] * PATCH_SIZE[1]
-"""Width and height are whole tokens: 16 pixels."""
-
-Shape = tuple[int, ...]
+SIZE_MULTIPLE = pixel_multiple(16)
+"""Of width and height, for every model but TI2V-5B, whose tokens are twice as wide."""
 
 
-def check_size(name: str, value: int) -> None:
+def check_size(name: str, value: int, multiple: int = SIZE_MULTIPLE) -> None:
     """Raises ValueError naming the two nearest sizes unless `value` is a whole number of tokens."""
-    if value % SIZE_MULTIPLE:
-        below = max(value // SIZE_MULTIPLE, 1) * SIZE_MULTIPLE
+    if value % multiple:
+        below = max(value // multiple, 1) * multiple
         raise ValueError(
-            f"{name} is {value}; it must be a multiple of {SIZE_MULTIPLE}. "
-            f"The nearest are {below} and {below + SIZE_MULTIPLE}"
+            f"{name} is {value}; it must be a multiple of {multiple}. The nearest are {below} and {below + multiple}"
         )
 
 
-def latents_shape(sampling: Sampling, channels: int) -> tuple[int, int, int, int]:
-    """[C, T, H, W] of the latents of a video."""
-    frames, rows, cols = VAE_STRIDE
-    return (channels, (sampling.num_frames - 1) // frames + 1, sampling.height // rows, sampling.width // cols)
-
-
-def needs_negative(sampling: Sampling) -> bool:
+def needs_negative(model: ModelFiles, sampling: Sampling) -> bool:
     """Whether an unconditional pass runs at all."""
-    return sampling.guidance_low != 1 or sampling.guidance_high != 1
+    low = bool(model.low_noise) and sampling.guidance_low != 1
+    return low or (bool(model.high_noise) and sampling.guidance_high != 1)
 
 
 def check_model(model: ModelFiles) -> WanConfig:
@@ -45,43 +41,59 @@ def check_model(model: ModelFiles) -> WanConfig:
     Raises:
         ValueError: naming the file, what it is and what was expected.
     """
-    high = Checkpoint([part.path for part in model.high_noise])
-    low = Checkpoint([part.path for part in model.low_noise])
-    if high.config != low.config:
+    experts = [Checkpoint([part.path for part in files]) for files in (model.high_noise, model.low_noise) if files]
+    config = experts[0].config
+    for other in experts[1:]:
+        if other.config != config:
+            raise ValueError(
+                f"the experts do not belong together: {experts[0].label} is {config}, {other.label} is {other.config}"
+            )
+    if config.out_dim not in SPATIAL_STRIDES:
         raise ValueError(
-            f"the experts do not belong together: {high.label} is {high.config}, {low.label} is {low.config}"
+            f"{experts[0].label} makes latents of {config.out_dim} channels; the VAEs have {list(SPATIAL_STRIDES)}"
         )
     vae = model.vae[0].path
     z_dim = check_vae_file(vae).z_dim
-    if z_dim is not None and z_dim != high.config.out_dim:
-        raise ValueError(f"{vae} decodes {z_dim} channels; the transformer makes {high.config.out_dim}")
+    if z_dim is not None and z_dim != config.out_dim:
+        raise ValueError(f"{vae} decodes {z_dim} channels; the transformer makes {config.out_dim}")
+    _check_loras(model, experts)
     if model.text_encoder:
         encoder = [part.path for part in model.text_encoder]
         dim = check_text_encoder_files(encoder, [part.path for part in model.tokenizer]).dim
-        if dim is not None and dim != high.config.text_dim:
-            raise ValueError(f"{encoder[0]} makes rows of {dim} channels; the transformer takes {high.config.text_dim}")
-    return high.config
+        if dim is not None and dim != config.text_dim:
+            raise ValueError(f"{encoder[0]} makes rows of {dim} channels; the transformer takes {config.text_dim}")
+    return config
 
 
-def check_job(job: Job, context: Shape | None, context_null: Shape | None) -> tuple[str, ...]:
+def _check_loras(model: ModelFiles, experts: list[Checkpoint]) -> None:
+    """Opening a LoRA for its expert refuses one that fits nothing."""
+    slots = [(name, getattr(model, f"{name}_loras")) for name in (HIGH_NOISE, LOW_NOISE) if getattr(model, name)]
+    for expert, (name, loras) in zip(experts, slots, strict=True):
+        for lora in loras:
+            Lora(lora.file.path, lora.strength, expert.shapes, expert=name)
+
+
+def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
     """Everything that can be known to be wrong without running.
 
     Args:
-        context: shape of the prompt's embeddings [n, text_dim], None where the job encodes its prompt.
-        context_null: the same for the negative prompt.
+        shapes: of the tensors that travel with the job, by name (inputs.py).
     Returns:
         warnings for the status.
     Raises:
         ValueError: naming the field or the file, its value and what is allowed.
     """
     sampling, parallel, model = job.sampling, job.parallel, job.model
-    check_size("width", sampling.width)
-    check_size("height", sampling.height)
     config = check_model(model)
-    _check_embeddings(job, config, context, context_null)
-    warnings = []
-    if model.high_noise == model.low_noise:
-        warnings.append(f"both experts are the same file, {model.high_noise[0].path}")
+    for name in ("width", "height"):
+        check_size(name, getattr(sampling, name), pixel_multiple(config.out_dim))
+    check_inputs(job, config, shapes)
+    if job.text is None and "context_null" not in shapes and needs_negative(model, sampling):
+        raise ValueError(
+            f"guidance is {sampling.guidance_low} (low) and {sampling.guidance_high} (high), which needs "
+            "negative embeddings; connect them, or set both to 1"
+        )
+    warnings = list(_side_warnings(model))
     if parallel.gpu_count == 1:
         for name in ("use_fsdp", "master_port"):
             if getattr(parallel, name):
@@ -111,20 +123,15 @@ def _check_engine(job: Job, heads: int) -> list[str]:
     return []
 
 
-def _check_embeddings(job: Job, config: WanConfig, context: Shape | None, context_null: Shape | None) -> None:
-    if job.text is not None:
+def _side_warnings(model: ModelFiles) -> Iterator[str]:
+    if not (model.high_noise and model.low_noise):
         return
-    if context is None:
-        raise ValueError("the job has neither a prompt to encode nor embeddings")
-    if context_null is None and needs_negative(job.sampling):
-        raise ValueError(
-            f"guidance is {job.sampling.guidance_low} (low) and {job.sampling.guidance_high} (high), which needs "
-            "negative embeddings; connect them, or set both to 1"
-        )
-    for name, shape in (("text_embeds", context), ("negative_embeds", context_null)):
-        if shape is None:
-            continue
-        if len(shape) != 2 or not 1 <= shape[0] <= TEXT_LEN or shape[1] != config.text_dim:
-            raise ValueError(
-                f"{name} has shape {tuple(shape)}; it must be [1 to {TEXT_LEN}, {config.text_dim}] for this transformer"
-            )
+    high, low = model.high_noise[0].path, model.low_noise[0].path
+    if model.high_noise == model.low_noise:
+        yield f"both experts are the same file, {high}"
+        return
+    sides = noise_side(high), noise_side(low)
+    if sides == ("low", "high"):
+        yield f"the experts look swapped: high_noise is {high}, low_noise is {low}"
+    elif sides[0] is not None and sides[0] == sides[1]:
+        yield f"both experts look like the {sides[0]}-noise one: {high} and {low}"

@@ -79,6 +79,7 @@ class GoldenRun:
 
     def forward(self, folder: Path) -> float:
         """One evaluation of a transformer."""
+        import torch
         from wan_pack.wan.model import TextContext, pad_text
         from wan_pack.wan.patch import patchify, token_grid, unpatchify
         from wan_pack.wan.rope import rope_table
@@ -88,15 +89,22 @@ class GoldenRun:
         shard = self.shard(grid)
         model = self.expert(folder / "model", shard)
         rope = rope_table(grid, model.config.head_dim, start=shard.start, stop=shard.stop)
-        tokens = shard.split(patchify(io["x"]))
-        local = model(tokens, io["t"].float(), TextContext(pad_text(io["context"])), rope)
+        channels = torch.cat((io["x"], io["y"])) if "y" in io else io["x"]
+        tokens = shard.split(patchify(channels))
+        timesteps, rows = io["t"].float(), None
+        if timesteps.numel() > 1:
+            # One per token: the model takes the different ones, and which of them is a token's.
+            timesteps, rows = timesteps.flatten().unique(return_inverse=True)
+            rows = shard.split(rows[:, None])[:, 0]
+        local = model(tokens, timesteps, TextContext(pad_text(io["context"])), rope, rows)
         return relative_error(unpatchify(self.gather(local, shard), grid), io["out"])
 
     def generate(self, folder: Path) -> float:
         """A whole loop: noise from the seed, two experts, guidance, solver."""
         import torch
         from wan_pack.distributed.experts import Experts
-        from wan_pack.wan.denoise import HIGH_NOISE, LOW_NOISE, Guidance, denoise, draw_noise
+        from wan_pack.wan.conditioning import first_frame_known
+        from wan_pack.wan.denoise import HIGH_NOISE, LOW_NOISE, Guidance, Known, denoise, draw_noise
         from wan_pack.wan.patch import patchify, token_grid, unpatchify
         from wan_pack.wan.schedule import make_solver
 
@@ -107,20 +115,37 @@ class GoldenRun:
             raise ValueError(f"{folder}: the noise of seed {case['seed']} differs from the recorded one")
         grid = token_grid(tuple(noise.shape))
         shard = self.shard(grid)
-        low, high = case["guidance_low_high"]
-        guidance = Guidance(low=low, high=high, boundary=case["boundary"])
         models = {}
         for name in (HIGH_NOISE, LOW_NOISE):
-            lora = sorted((folder / f"lora_{name.removesuffix('_noise')}").glob("*.safetensors"))
-            models[name] = self.expert(folder / f"{name}_model", shard, tuple((str(file), 1.0) for file in lora))
+            model = folder / f"{name}_model"
+            if model.is_dir():
+                lora = sorted((folder / f"lora_{name.removesuffix('_noise')}").glob("*.safetensors"))
+                models[name] = self.expert(model, shard, tuple((str(file), 1.0) for file in lora))
+        if not models:
+            models[LOW_NOISE] = self.expert(folder / "model", shard)
+        low, high = case["guidance_low_high"] if "guidance_low_high" in case else (case["guidance"],) * 2
+        guidance = Guidance(
+            low=low, high=high, boundary=case.get("boundary", 0.0),
+            only=next(iter(models)) if len(models) == 1 else None,
+        )  # fmt: skip
+        image = shard.split(patchify(io["y"])) if "y" in io else None
+        known = None
+        if "first_frame" in io:
+            latents, mask = first_frame_known(noise, torch.zeros(3, 1, 1), lambda picture: io["first_frame"][None])
+            known = Known(shard.split(patchify(latents)), shard.split(patchify(mask.expand_as(latents))))
         experts = Experts(
             models, {True: io["context"], False: io["context_null"]},
             grid=grid, shard=shard, device=self.device, keep_text=True, parkings={},
+            image=image, timestep_rows=None if known is None else known.timestep_rows,
         )  # fmt: skip
         solver = make_solver(case["solver"], case["steps"], case["shift"])
-        if [guidance.expert(t).removesuffix("_noise") for t in solver.timesteps] != case["experts"]:
+        if [guidance.expert(t).removesuffix("_noise") for t in solver.timesteps] != case.get(
+            "experts", ["low"] * case["steps"]
+        ):
             raise ValueError(f"{folder}: the experts run at other steps than recorded")
-        tokens = denoise(shard.split(patchify(noise)), solver=solver, guidance=guidance, predict=experts.predict)
+        tokens = denoise(
+            shard.split(patchify(noise)), solver=solver, guidance=guidance, predict=experts.predict, known=known
+        )
         return relative_error(unpatchify(self.gather(tokens, shard), grid), io["latents"])
 
     def vae(self, folder: Path) -> float:
@@ -147,9 +172,9 @@ class GoldenRun:
 
 
 CASES: dict[str, Callable[[GoldenRun, Path], float]] = {
-    "dit_t2v": GoldenRun.forward,
-    "gen_t2v": GoldenRun.generate,
-    "vae_wan21": GoldenRun.vae,
+    "dit_": GoldenRun.forward,
+    "gen_": GoldenRun.generate,
+    "vae_": GoldenRun.vae,
     "t5_encoder": GoldenRun.text_encoder,
 }
 """Start of a case's folder name -> how it runs."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wan_pack.distributed.job import FileIdentity, Job, JobError, ModelFiles, Parallel, Sampling, Text
+from wan_pack.distributed.job import FileIdentity, Job, JobError, LoraFile, ModelFiles, Parallel, Sampling, Text
 from wan_pack.distributed.jobdir import JobDir
 
 FILE = FileIdentity(path="/models/high.safetensors", size=10, mtime_ns=1)
@@ -51,13 +51,19 @@ def test_round_trip():
         (SAMPLING, "guidance_high", float("inf"), "0 to 100"),
         (SAMPLING, "boundary", 1.5, "0 to 1"),
         (SAMPLING, "fps", 0.0, "1 to 240"),
+        (SAMPLING, "strength", 0.0, "0.01 to 1"),
+        (SAMPLING, "strength", float("nan"), "0.01 to 1"),
+        (SAMPLING, "start_step", 20, "0 to 19"),
+        (SAMPLING, "end_step", 21, "1 to 20"),
+        (SAMPLING, "end_step", -1, "1 to 20"),
         (MODEL, "vae", (), "at least one file"),
+        (LoraFile(file=FILE, strength=1.0), "strength", float("inf"), "-100 to 100"),
         (FILE, "path", "relative", "absolute"),
         (FILE, "path", "/a\0b", "absolute"),
         (FILE, "path", "/\udcff", "UTF-8"),
         (JOB.text, "prompt", "a \ud800 cat", "valid Unicode"),
         (JOB, "id", "../x", "hexadecimal"),
-        (JOB, "version", 2, "version is 2"),
+        (JOB, "version", 1, "version is 1"),
     ],
 )
 def test_bad_values_name_field_value_and_what_is_allowed(of: Any, field: str, value: Any, words: str):
@@ -69,6 +75,31 @@ def test_bad_values_name_field_value_and_what_is_allowed(of: Any, field: str, va
 def test_a_prompt_needs_a_text_encoder():
     with pytest.raises(ValueError, match="text_encoder"):
         dataclasses.replace(JOB, model=dataclasses.replace(MODEL, text_encoder=()))
+
+
+def test_a_model_has_one_expert_or_two():
+    for name in ("high_noise", "low_noise"):
+        one = dataclasses.replace(MODEL, **{name: ()})
+        assert one.transformer == (FILE,)
+        assert Job.from_json(dataclasses.replace(JOB, model=one).to_json()).model == one
+        with pytest.raises(ValueError, match=f"{name}_loras is given"):
+            dataclasses.replace(one, **{f"{name}_loras": (LoraFile(file=FILE, strength=1.0),)})
+    with pytest.raises(ValueError, match="both empty"):
+        dataclasses.replace(MODEL, high_noise=(), low_noise=())
+
+
+def test_the_part_of_the_schedule_that_runs():
+    def steps(**settings: Any) -> tuple[int, range]:
+        sampling = dataclasses.replace(SAMPLING, **settings)
+        return sampling.schedule_steps, sampling.step_range
+
+    assert steps() == (20, range(20))
+    assert steps(start_step=5, end_step=12) == (20, range(5, 12))
+    assert steps(start_step=19) == (20, range(19, 20))
+    # Half of the noise: the last 20 steps of 40.
+    assert steps(strength=0.5) == (40, range(20, 40))
+    with pytest.raises(ValueError, match="one or the other"):
+        steps(strength=0.5, start_step=2)
 
 
 def test_random_values_only_raise_value_error():

@@ -24,8 +24,12 @@ class Guidance:
     high: float
     boundary: float
     """The high-noise expert runs while t >= boundary * 1000."""
+    only: str | None = None
+    """The expert that runs every step, of a model that has one."""
 
     def expert(self, timestep: float) -> str:
+        if self.only is not None:
+            return self.only
         return HIGH_NOISE if timestep >= self.boundary * NUM_TRAIN_TIMESTEPS else LOW_NOISE
 
     def scale(self, expert: str) -> float:
@@ -37,24 +41,55 @@ def draw_noise(shape: tuple[int, int, int, int], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
 
 
+def noised(samples: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """Latents at noise level `sigma`: the straight line from video (0) to noise (1)."""
+    return (1 - sigma) * samples + sigma * noise
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Latents that are given and must stay, such as the first frame of a TI2V model."""
+
+    tokens: Tensor
+    """[S, channels], float32."""
+    mask: Tensor
+    """[S, channels], bool: True where `tokens` stays."""
+
+    def impose(self, tokens: Tensor) -> Tensor:
+        return torch.where(self.mask, self.tokens, tokens)
+
+    @property
+    def timestep_rows(self) -> Tensor:
+        """[S], int64: 0 for tokens that are known (timestep 0), 1 for the others; a token's first corner decides."""
+        return 1 - self.mask[:, 0].long()
+
+
 def denoise(
     tokens: Tensor,
     *,
     solver: Solver,
     guidance: Guidance,
     predict: Predict,
+    steps: range | None = None,
+    known: Known | None = None,
     on_step: Callable[[int], None] = lambda index: None,
 ) -> Tensor:
     """Runs the loop.
 
     Args:
-        tokens: [S, channels], float32 noise; any part of the sequence.
+        tokens: [S, channels], float32, at the noise level of the first step; any part of the sequence.
         predict: one evaluation of one expert. With a guidance of 1 it is not asked for the unconditional velocity.
-        on_step: called after each step with its index.
+        steps: which steps run; all of them by default.
+        known: put back before the first and after every step, as the official code does.
+        on_step: called after each step with how many have run.
     Returns:
         the denoised tokens, same shape.
     """
-    for index, timestep in enumerate(solver.timesteps):
+    steps = range(len(solver.timesteps)) if steps is None else steps
+    if known is not None:
+        tokens = known.impose(tokens)
+    for done, index in enumerate(steps, start=1):
+        timestep = solver.timesteps[index]
         expert = guidance.expert(timestep)
         scale = guidance.scale(expert)
         velocity = predict(expert, tokens, timestep, True)
@@ -62,5 +97,7 @@ def denoise(
             unconditional = predict(expert, tokens, timestep, False)
             velocity = unconditional + scale * (velocity - unconditional)
         tokens = solver.step(velocity, index, tokens)
-        on_step(index)
+        if known is not None:
+            tokens = known.impose(tokens)
+        on_step(done)
     return tokens

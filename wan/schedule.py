@@ -27,6 +27,8 @@ class Solver(ABC):
 
     timesteps: Sequence[float]
     """What the model is told at each step, 0 to 1000."""
+    sigmas: Sequence[float]
+    """Noise level before each step."""
 
     @abstractmethod
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ class Solver(ABC):
 
         Args:
             velocity: the model's output for `sample` at `timesteps[index]`, float32.
-            index: 0, 1, 2, ... in order.
+            index: `first`, `first` + 1, ... in order.
             sample: [..., channels], float32.
         Returns:
             the sample at the next noise level.
@@ -48,19 +50,20 @@ class UniPC(Solver):
     another, so the sigmas are given.
     """
 
-    def __init__(self, steps: int, shift: float) -> None:
+    def __init__(self, steps: int, shift: float, first: int = 0) -> None:
         from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-        first = np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS)
+        start = np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS)
         self._scheduler = UniPCMultistepScheduler(
             num_train_timesteps=NUM_TRAIN_TIMESTEPS,
             prediction_type="flow_prediction",
             use_flow_sigmas=True,
             flow_shift=shift,
         )
-        self._scheduler.set_timesteps(sigmas=np.linspace(first, 0, steps + 1)[:-1])
-        self._scheduler.set_begin_index(0)
+        self._scheduler.set_timesteps(sigmas=np.linspace(start, 0, steps + 1)[:-1])
+        self._scheduler.set_begin_index(first)
         self.timesteps = [float(t) for t in self._scheduler.timesteps]
+        self.sigmas = self._scheduler.sigmas.tolist()[:-1]
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         return self._scheduler.step(velocity, self._scheduler.timesteps[index], sample, return_dict=False)[0]
@@ -73,9 +76,11 @@ class DPMSolverPlusPlus(Solver):
     infinity. There the second-order term vanishes, so the first two steps and the last one are of order 1.
     """
 
-    def __init__(self, steps: int, shift: float) -> None:
+    def __init__(self, steps: int, shift: float, first: int = 0) -> None:
         self._sigmas = [shifted(float(s), shift) for s in np.linspace(1, 0, steps + 1)]
         self.timesteps = [float(int(NUM_TRAIN_TIMESTEPS * sigma)) for sigma in self._sigmas[:-1]]
+        self.sigmas = self._sigmas[:-1]
+        # Starts at any step: without a previous estimate the update is of order 1.
         self._previous: Tensor | None = None
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
@@ -99,13 +104,14 @@ def _log_snr(sigma: float) -> float:
 class Euler(Solver):
     """Euler's method, by diffusers, on the grid that Wan2.2-Lightning was distilled for: it starts at exactly 1."""
 
-    def __init__(self, steps: int, shift: float) -> None:
+    def __init__(self, steps: int, shift: float, first: int = 0) -> None:
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
         self._scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, shift=shift)
         self._scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])
-        self._scheduler.set_begin_index(0)
+        self._scheduler.set_begin_index(first)
         self.timesteps = [float(t) for t in self._scheduler.timesteps]
+        self.sigmas = self._scheduler.sigmas.tolist()[:-1]
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
         return self._scheduler.step(velocity, self._scheduler.timesteps[index], sample, return_dict=False)[0]
@@ -114,8 +120,8 @@ class Euler(Solver):
 SOLVERS: dict[str, type[Solver]] = {"unipc": UniPC, "dpm++": DPMSolverPlusPlus, "euler": Euler}
 
 
-def make_solver(name: str, steps: int, shift: float) -> Solver:
-    """A fresh solver. Raises ValueError on an unknown name."""
+def make_solver(name: str, steps: int, shift: float, first: int = 0) -> Solver:
+    """A fresh solver whose first update is that of step `first`. Raises ValueError on an unknown name."""
     if name not in SOLVERS:
         raise ValueError(f"solver is {name!r}; it must be one of {', '.join(SOLVERS)}")
-    return SOLVERS[name](steps, shift)
+    return SOLVERS[name](steps, shift, first)
