@@ -1,4 +1,4 @@
-"""`python <pack>/distributed agent|worker|run JOB_FOLDER`
+"""`python <pack>/distributed run JOB_FOLDER`; `agent|worker GROUP_FOLDER` are started by the pack itself.
 
 Mounts the pack under one private name, whatever its folder is called, and runs one role. The pack's root never gets on
 `sys.path`: it holds a `nodes`, and ComfyUI has a module of that name.
@@ -27,7 +27,7 @@ def main() -> int:
         return 2
     if sys.argv[1] == "run":
         return importlib.import_module(f"{PACKAGE}.distributed.standalone").main(sys.argv[2:])
-    folder = importlib.import_module(f"{PACKAGE}.distributed.jobdir").JobDir(sys.argv[2])
+    folder = importlib.import_module(f"{PACKAGE}.distributed.groupdir").GroupDir(sys.argv[2])
     module = "agent" if sys.argv[1] == "agent" else "rank"
     return importlib.import_module(f"{PACKAGE}.distributed.{module}").main(folder)
 

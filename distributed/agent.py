@@ -12,7 +12,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from .jobdir import JobDir
+from .groupdir import GroupDir
+from .json_files import read_json, write_json
 from .processes import AGENT_VARIABLE, Process, descendants, kill_all, members, signal_name
 
 GRACE = 3
@@ -20,18 +21,18 @@ GRACE = 3
 on a rank that is frozen or ignores SIGTERM, and no rank has anything to save."""
 
 
-def main(folder: JobDir) -> int:
-    """Runs the ranks of the job in `folder`. Returns the exit code."""
+def main(folder: GroupDir) -> int:
+    """Runs the ranks of the group in `folder`. Returns the exit code."""
     threading.Thread(target=_end_with_stdin, args=(folder.path,), daemon=True).start()
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    job = folder.read_job()
+    ranks = int(read_json(folder.group)["ranks"])
     os.environ[AGENT_VARIABLE] = str(os.getpid())
     _shorten_grace(SubprocessContext)
     try:
-        run(parse_args(_torchrun_arguments(folder, job.parallel.gpu_count)))
+        run(parse_args(_torchrun_arguments(folder, ranks)))
     except ChildFailedError as error:
         failures = [
             {
@@ -42,12 +43,12 @@ def main(folder: JobDir) -> int:
             }
             for rank, failure in error.failures.items()
         ]
-        folder.write_json(folder.failures, {"failures": failures})
+        write_json(folder.failures, {"failures": failures})
         return 1
     return 0
 
 
-def _torchrun_arguments(folder: JobDir, processes: int) -> list[str]:
+def _torchrun_arguments(folder: GroupDir, processes: int) -> list[str]:
     # torchrun replaces ${local_rank} in what it passes on, and $$ by $.
     script = str(Path(__file__).resolve().parent / "__main__.py")
     passed_on = [argument.replace("$", "$$") for argument in (script, "worker", str(folder.path))]
@@ -63,7 +64,7 @@ def _torchrun_arguments(folder: JobDir, processes: int) -> list[str]:
         "--rdzv-id=job",
         # Otherwise it asks the name server for this machine's full name, which can take long to fail.
         "--local-addr=127.0.0.1",
-        f"--log-dir={folder.logs / 'torchrun'}",
+        f"--log-dir={folder.path / 'torchrun'}",
         *passed_on,
     ]
 
@@ -77,12 +78,12 @@ def _shorten_grace(context: type[Any]) -> None:
     context.close = close_soon
 
 
-def _end_with_stdin(job_folder: Path) -> None:
+def _end_with_stdin(group_folder: Path) -> None:
     # The raw descriptor: a buffered reader here would make Python abort when it exits normally.
     while os.read(0, 4096):
         pass
     own = Process.of(os.getpid())
     assert own is not None
     below = descendants(own.pid)
-    kill_all(lambda: {*below, *members(job_folder)} - {own}, 0.5)
+    kill_all(lambda: {*below, *members(group_folder)} - {own}, 0.5)
     own.kill()

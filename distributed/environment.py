@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .job import Parallel
-from .processes import JOB_VARIABLE
+from .processes import GROUP_VARIABLE
 
 NAMES = frozenset(
     {
@@ -28,7 +28,7 @@ SECRETS = ("TOKEN", "SECRET", "PASSWORD", "API_KEY")
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
-def child_environment(parallel: Parallel, job_folder: Path, source: Mapping[str, str] = os.environ) -> dict[str, str]:
+def child_environment(parallel: Parallel, group_folder: Path, source: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What of `source` (ComfyUI's environment) the agent and the ranks get, and what is set for them."""
     kept = {
         name: value
@@ -49,7 +49,7 @@ def child_environment(parallel: Parallel, job_folder: Path, source: Mapping[str,
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
     fixed = {
-        JOB_VARIABLE: str(job_folder),
+        GROUP_VARIABLE: str(group_folder),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
@@ -63,6 +63,6 @@ def child_environment(parallel: Parallel, job_folder: Path, source: Mapping[str,
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_FR_DUMP_TEMP_FILE": str(job_folder / "nccl_trace_rank_"),
+        "TORCH_FR_DUMP_TEMP_FILE": str(group_folder / "nccl_trace_rank_"),
     }
     return {**defaults, **kept, **fixed}

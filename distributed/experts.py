@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..wan.attention import Attention, attention
 from ..wan.checkpoint import Checkpoint
-from ..wan.lora import Lora
-from ..wan.model import TextContext, WanModel, meta_model, pad_text
+from ..wan.config import PATCH_SIZE
+from ..wan.lora import Lora, changes
+from ..wan.model import TextContext, WanModel, pad_text
 from ..wan.rope import rope_table
 from .job import Parallel
 from .offload import HostParking
 from .parallelize import parallelize_wan
 from .sequence import SequenceShard
-from .weights import load_weights
+from .weights import empty_model, load_weights, read_weights
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """The names are those of `Parallel.mixed_precision`."""
@@ -33,23 +35,27 @@ def load_expert(
     mesh: DeviceMesh | None,
     shard: SequenceShard,
     device: torch.device,
+    expert: str | None = None,
+    attention: Attention = attention,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
 ) -> WanModel:
     """One expert on `device`, parallelized over `mesh` as `parallel` says.
 
     Args:
         loras: (path, strength) of each LoRA to merge.
+        expert: HIGH_NOISE or LOW_NOISE, for a LoRA file that holds both experts' changes.
     """
     checkpoint = Checkpoint(files)
-    matrices = {name: shape for name, shape in checkpoint.shapes.items() if len(shape) == 2}
-    opened = [Lora(path, strength, matrices) for path, strength in loras]
+    opened = [Lora(path, strength, checkpoint.shapes, expert=expert) for path, strength in loras]
     for lora in opened:
         log.info(lora.report())
-    model = meta_model(checkpoint.config, COMPUTE_DTYPES[parallel.mixed_precision])
+    log.info(checkpoint.describe())
+    model = empty_model(checkpoint, COMPUTE_DTYPES[parallel.mixed_precision], opened)
     parallelize_wan(
         model,
         mesh,
         shard=shard,
+        attention=attention,
         use_fsdp=parallel.use_fsdp,
         ulysses_engine=parallel.ulysses_engine,
         torch_compile=parallel.torch_compile,
@@ -57,6 +63,38 @@ def load_expert(
     )
     load_weights(model, checkpoint, device=device, loras=opened, on_tensor=on_tensor)
     return model
+
+
+def relora_expert(
+    model: WanModel,
+    files: Sequence[str],
+    before: Sequence[str],
+    loras: Sequence[tuple[str, float]],
+    *,
+    device: torch.device,
+    expert: str | None = None,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+) -> bool:
+    """Makes a loaded expert what `load_expert` with other LoRAs would give; reads only weights that a LoRA changes.
+
+    Args:
+        model: from `load_expert` with the LoRA files `before`.
+    Returns:
+        False, with `model` as it was, if its parameters would be of other kinds: an fp8 weight that a LoRA changes has
+        a scale for each row.
+    """
+    checkpoint = Checkpoint(files)
+    opened = [Lora(path, strength, checkpoint.shapes, expert=expert) for path, strength in loras]
+    old = [Lora(path, 1.0, checkpoint.shapes, expert=expert) for path in before]
+    touched = {name for name in checkpoint.shapes if changes(opened, name) or changes(old, name)}
+    if any(changes(opened, name) != changes(old, name) for name in checkpoint.fp8):
+        return False
+    for lora in opened:
+        log.info(lora.report())
+    # A weight that no LoRA changes any more gets its own scale back.
+    names = [name for name, _ in model.named_parameters() if name.removesuffix("_scale") in touched]
+    read_weights(model, checkpoint, names, device=device, loras=opened, on_tensor=on_tensor)
+    return True
 
 
 class Experts:
@@ -68,6 +106,8 @@ class Experts:
         grid: tokens per axis.
         keep_text: keep each expert's cross-attention keys and values between steps.
         parkings: expert name -> its host parking, where the idle expert is offloaded.
+        image: this rank's tokens of an I2V model's further input channels, [S, 4 * (in_dim - out_dim)].
+        timestep_rows: [S], 0 for tokens that are given (`wan.denoise.Known`), 1 for the others; None: none is given.
     """
 
     def __init__(
@@ -80,23 +120,31 @@ class Experts:
         device: torch.device,
         keep_text: bool,
         parkings: dict[str, HostParking],
+        image: Tensor | None = None,
+        timestep_rows: Tensor | None = None,
     ) -> None:
         self._models = models
         self._rows = {conditional: pad_text(rows).to(device) for conditional, rows in texts.items()}
         self._keep_text = keep_text
         self._parkings = parkings
         self._device = device
+        self._image = None if image is None else image.unflatten(1, (PATCH_SIZE[1] * PATCH_SIZE[2], -1))
+        self._timestep_rows = timestep_rows
         self._active: str | None = None
         self._contexts: dict[bool, TextContext] = {}
         config = next(iter(models.values())).config
         self._rope = rope_table(grid, config.head_dim, start=shard.start, stop=shard.stop, device=device)
 
     def predict(self, expert: str, tokens: Tensor, timestep: float, conditional: bool) -> Tensor:
-        """tokens: this rank's [S, 4 * in_dim] -> velocity [S, 4 * out_dim], float32."""
+        """tokens: this rank's [S, 4 * out_dim] -> velocity, the same shape, float32."""
         if expert != self._active:
             self._activate(expert)
-        t = torch.tensor([timestep], dtype=torch.float32, device=self._device)
-        return self._models[expert](tokens, t, self._contexts[conditional], self._rope)
+        rows = self._timestep_rows
+        t = torch.tensor([timestep] if rows is None else [0.0, timestep], dtype=torch.float32, device=self._device)
+        if self._image is not None:
+            # Channels are fastest within a token: the image's go behind the latent's at each of its positions.
+            tokens = torch.cat((tokens.unflatten(1, (self._image.shape[1], -1)), self._image), dim=2).flatten(1)
+        return self._models[expert](tokens, t, self._contexts[conditional], self._rope, rows)
 
     def _activate(self, expert: str) -> None:
         for name, parking in self._parkings.items():

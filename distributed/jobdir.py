@@ -5,17 +5,15 @@ Runs everywhere. Standard library only.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import IO, Any
 
 from .job import Job, JobError
+from .json_files import MAX_JSON_BYTES, read_bounded, read_json, replace_text, write_json
 
 PREFIX = "wan-job-"
-MAX_JSON_BYTES = 4 << 20
 
 
 class JobDir:
@@ -30,15 +28,12 @@ class JobDir:
         """Locked by the process that will remove the folder, for as long as that lives."""
         self.progress = self.path / "progress.json"
         self.failures = self.path / "failures.json"
+        """The agent's, of the group that the job ended."""
         self.result = self.path / "result.json"
         """Written last: with it the job succeeded."""
         self.latents = self.path / "latents.safetensors"
         """`samples` [1, C, T, h, w], float32, un-normalised, as ComfyUI's LATENT."""
         self.video = self.path / "video.mp4"
-        self.rendezvous = self.path / "rendezvous"
-        """The agent's file store."""
-        self.process_group = self.path / "process_group"
-        """The ranks' file store."""
         self.logs = self.path / "logs"
         self.agent_log = self.logs / "agent.log"
         self.lock: IO[bytes] | None = None
@@ -65,20 +60,14 @@ class JobDir:
 
     def write_json(self, path: Path, value: Any) -> None:
         """Readers see the old file or the new one, never a part. Mode 0600."""
-        _replace_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+        write_json(path, value)
 
     def read_json(self, path: Path) -> dict[str, Any]:
         """An object. Raises JobError naming the file if it is missing, too large or damaged."""
-        try:
-            value = json.loads(read_bounded(path, MAX_JSON_BYTES), parse_constant=_refuse)
-        except (OSError, ValueError, RecursionError) as error:
-            raise JobError(f"{path.name} cannot be read: {error}") from error
-        if not isinstance(value, dict):
-            raise JobError(f"{path.name} holds a {type(value).__name__}; expected an object")
-        return value
+        return read_json(path)
 
     def write_job(self, job: Job) -> None:
-        _replace_text(self.job, job.to_json())
+        replace_text(self.job, job.to_json())
 
     def read_job(self) -> Job:
         """Raises JobError if job.json is missing, too large, damaged or of another version."""
@@ -93,29 +82,3 @@ class JobDir:
         shutil.rmtree(self.path, ignore_errors=True)
         if self.lock is not None:
             self.lock.close()
-
-
-def read_bounded(path: Path, limit: int) -> str:
-    """A UTF-8 text of at most `limit` bytes. Raises OSError or ValueError."""
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"it is over {limit} bytes")
-    return data.decode("utf-8")
-
-
-def _replace_text(path: Path, text: str) -> None:
-    data = text.encode("utf-8")
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _refuse(name: str) -> None:
-    # NaN and the infinities, which JSON does not have but Python's reader takes.
-    raise ValueError(f"it holds {name}")

@@ -1,4 +1,4 @@
-"""Runs a job from ComfyUI: spawns the agent, follows it, ends it, and says what went wrong. Standard library only.
+"""Runs a job from ComfyUI: gives it to a group of processes, follows it, says what went wrong. Standard library only.
 
 What is covered:
 - cancel, an exception in the caller, a crash or a stop of any rank or of the agent: every process of the job is gone
@@ -15,11 +15,9 @@ What is not covered:
 
 from __future__ import annotations
 
-import os
 import secrets
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,27 +26,21 @@ from pathlib import Path
 from typing import Any
 
 from ..wan.headers import read_header
-from .environment import child_environment
+from . import group
+from .errors import JobCancelled
 from .failures import RankFailure, advice, read_failures, root_cause
 from .job import VERSION, Job, JobError
 from .jobdir import JobDir
 from .leftovers import claim, keep_failed, remove_abandoned
 from .logs import LogFollower, log_tail
-from .loopback import listen
-from .processes import Process, descendants, kill_all, members, signal_name
+from .pool import Pool
+from .processes import signal_name
 from .progress import Progress, place, read_progress
 from .signs_of_life import Problem, SignsOfLife, dump_stacks, find_suspect
 
 POLL = 0.1
-END_TIMEOUT = 5.0
-"""Seconds that killed processes get to disappear."""
 MAX_LOG = 64 << 10
 MIN_FREE_BYTES = 64 << 20
-AGENT = Path(__file__).resolve().parent
-
-
-class JobCancelled(JobError):
-    """The user cancelled; nothing is left."""
 
 
 class JobFailed(JobError):
@@ -95,10 +87,12 @@ def run_job(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_log_line: Callable[[str], None] = lambda line: None,
     cancelled: Callable[[], bool] = lambda: False,
+    pool: Pool | None = None,
 ) -> Result:
     """Runs a job to its end. Must be called on a thread that outlives the job.
 
     Args:
+        pool: where a group of processes may wait for the next job; without one it ends with the job.
         write_inputs: writes inputs.safetensors to the given path; does nothing if the job has none.
         parent: where job folders live.
         failed: where the folders of failed jobs are kept.
@@ -110,8 +104,6 @@ def run_job(
     require_platform()
     if cancelled():
         raise JobCancelled("cancelled before the job started")
-    if job.parallel.master_port:
-        listen(job.parallel.master_port).close()
     parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(parent)
     _check_space(parent, job)
@@ -122,7 +114,7 @@ def run_job(
         write_inputs(folder.inputs)
         if folder.inputs.exists():
             folder.inputs.chmod(0o600)
-        run = _Run(job, folder, failed, on_progress, on_log_line, cancelled)
+        run = _Run(job, folder, failed, on_progress, on_log_line, cancelled, Pool() if pool is None else pool)
         return run.to_the_end()
     except JobFailed:
         raise
@@ -142,27 +134,23 @@ class _Run:
         on_progress: Callable[[Progress], None],
         on_log_line: Callable[[str], None],
         cancelled: Callable[[], bool],
+        pool: Pool,
     ) -> None:
         self._job, self._folder, self._failed = job, folder, failed
         self._on_progress, self._on_log_line, self._cancelled = on_progress, on_log_line, cancelled
+        self._pool = pool
         self._shown: Progress | None = None
         self._log = LogFollower(folder.log(0))
         self._signs = SignsOfLife(folder, job.parallel)
 
     def to_the_end(self) -> Result:
-        with open(self._folder.agent_log, "wb", opener=_private) as log:
-            self._agent = subprocess.Popen(
-                [sys.executable, "-u", str(AGENT), "agent", str(self._folder.path)],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=self._folder.path,
-                env=child_environment(self._job.parallel, self._folder.path),
-                start_new_session=True,
-                umask=0o077,
-            )
+        self._group = self._pool.take(
+            self._job, self._folder.path.parent, cancelled=self._cancelled, on_wait=self._show_wait
+        )
+        good = False
         try:
-            while self._agent.poll() is None:
+            self._group.submit(self._folder)
+            while self._group.exit_code is None and not self._signs.all_done():
                 if self._cancelled():
                     raise JobCancelled("cancelled")
                 self._report()
@@ -170,32 +158,35 @@ class _Run:
                     raise self._stuck(problem)
                 time.sleep(POLL)
             self._report()
+            if self._group.exit_code:
+                self._end()
+                raise self._failure_of_ranks()
+            try:
+                info = self._checked_result()
+            except (JobError, ValueError) as error:
+                self._end()
+                raise self._failure(f"the job ended without a valid result: {error}", None) from error
+            good = True
         finally:
-            left = self._end()
+            if good and self._group.exit_code is None:
+                self._pool.give_back(self._group, self._job)
+            else:
+                self._end()
+        return Result(self._folder, info, log_tail(self._folder.log(0), lines=10_000, limit=MAX_LOG))
+
+    def _end(self) -> None:
+        """Ends every process of the group. Raises JobFailed if one cannot be killed."""
+        if self._group.ended:
+            return
+        left = self._group.end()
+        self._group.hand_over(self._folder)
+        self._pool.forget(self._group)
         if left:
             pids = ", ".join(map(str, left))
             raise self._failure(f"processes {pids} cannot be killed; they wait inside a driver", None)
-        if self._agent.returncode != 0:
-            raise self._failure_of_ranks()
-        try:
-            info = self._checked_result()
-        except (JobError, ValueError) as error:
-            raise self._failure(f"the job ended without a valid result: {error}", None) from error
-        return Result(self._folder, info, log_tail(self._folder.log(0), lines=10_000, limit=MAX_LOG))
 
-    def _end(self) -> list[int]:
-        """Ends every process of the job. Returns the pids that could not be killed."""
-        # Listed before the agent ends: afterwards orphans have another parent, and only their environment tells.
-        below = descendants(self._agent.pid) if self._agent.poll() is None else []
-        agent = Process.of(self._agent.pid)
-        assert self._agent.stdin is not None
-        self._agent.stdin.close()
-        if agent is not None and self._agent.poll() is None:
-            agent.kill()
-        left = kill_all(lambda: {*below, *members(self._folder.path)}, END_TIMEOUT)
-        if not left:
-            self._agent.wait(END_TIMEOUT)
-        return sorted(process.pid for process in left)
+    def _show_wait(self, reason: str) -> None:
+        self._on_progress(Progress(phase="start", message=reason))
 
     def _report(self) -> None:
         progress = read_progress(self._folder)
@@ -232,7 +223,8 @@ class _Run:
         if cause is not None:
             where = f"\nin {place(cause.phase, cause.step)}" if cause.phase else ""
             return self._failure(cause.headline + where, cause)
-        code = self._agent.returncode
+        code = self._group.exit_code
+        assert code is not None
         name = signal_name(code)
         return self._failure(
             f"the agent was killed by {name}" if name else f"the agent ended with exit code {code}", None
@@ -245,7 +237,8 @@ class _Run:
         kept = keep_failed(self._folder, self._failed)
         out_of_memory = cause is not None and cause.out_of_memory
         hint = advice(text, out_of_memory=out_of_memory, killed=cause is not None and cause.signal == "SIGKILL")
-        again = f"the job is kept in {kept}; {shlex.join([sys.executable, str(AGENT), 'run', str(kept)])} repeats it"
+        command = shlex.join([sys.executable, str(group.AGENT), "run", str(kept)])
+        again = f"the job is kept in {kept}; {command} repeats it"
         parts = [text, f"\nlast lines of its log:\n{tail}\n" if tail else "", again, hint]
         return JobFailed(
             "\n".join(part for part in parts if part),
@@ -259,13 +252,9 @@ class _Run:
         samples = read_header(self._folder.latents).tensors.get("samples")
         if samples is None or samples.dtype != "F32" or list(samples.shape) != info.get("latents", {}).get("shape"):
             raise JobError("latents.safetensors is not what result.json promises")
-        if not self._folder.video.is_file() or self._folder.video.stat().st_size == 0:
+        if self._job.decode and (not self._folder.video.is_file() or self._folder.video.stat().st_size == 0):
             raise JobError("video.mp4 is missing or empty")
         return info
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def new_job_id() -> str:

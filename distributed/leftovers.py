@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+from .groupdir import GROUP_PREFIX, GroupDir
 from .jobdir import PREFIX, JobDir
 
 KEPT = 5
@@ -17,7 +18,7 @@ GRACE_SECONDS = 60
 """Age below which a folder without an owner may just be being made."""
 
 
-def claim(folder: JobDir) -> None:
+def claim(folder: JobDir | GroupDir) -> None:
     """Makes the folder this process's, until the process ends or removes it."""
     # A lock, not a pid: the kernel lets go of it however its holder dies, and two containers that share this folder
     # do not see each other's pids.
@@ -26,8 +27,8 @@ def claim(folder: JobDir) -> None:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Removes the folders of jobs whose launcher is gone: a ComfyUI that was killed cannot."""
-    for path in parent.glob(f"{PREFIX}*"):
+    """Removes the folders of jobs and groups whose launcher is gone: a ComfyUI that was killed cannot."""
+    for path in (*parent.glob(f"{PREFIX}*"), *parent.glob(f"{GROUP_PREFIX}*")):
         with contextlib.suppress(OSError):
             if not _owned(JobDir(path)):
                 shutil.rmtree(path, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..wan.attention import Attention
 from ..wan.model import WanModel
 from .sequence import SequenceShard
 from .ulysses import ENGINES
@@ -13,11 +14,20 @@ FFN_CHUNK = 4096
 """Tokens per feed-forward call under memory optimization: large enough to keep a GPU busy."""
 
 
+def set_shard(model: WanModel, shard: SequenceShard) -> None:
+    """Tells a parallelized model which tokens it gets from now on: another video has another length."""
+    # One engine serves all blocks; a kernel that knows nothing of ranks needs no telling.
+    engine = model.blocks[0].self_attn.attention
+    if hasattr(engine, "shard"):
+        engine.shard = shard
+
+
 def parallelize_wan(
     model: WanModel,
     mesh: DeviceMesh | None,
     *,
     shard: SequenceShard,
+    attention: Attention,
     use_fsdp: bool,
     ulysses_engine: str,
     torch_compile: bool,
@@ -31,13 +41,14 @@ def parallelize_wan(
     Args:
         mesh: the ranks, or None for one.
         shard: this rank's tokens; a world of 1 there means that every rank runs the whole sequence.
+        attention: the kernel of self-attention.
         use_fsdp: shard each block's weights over the mesh.
         ulysses_engine: a name in `ENGINES`.
     """
     if shard.world > 1:
-        engine = ENGINES[ulysses_engine](mesh.get_group(), shard)
-        for block in model.blocks:
-            block.self_attn.attention = engine
+        attention = ENGINES[ulysses_engine](mesh.get_group(), shard, attention)
+    for block in model.blocks:
+        block.self_attn.attention = attention
     if memory_optimization:
         for block in model.blocks:
             block.ffn_chunk = FFN_CHUNK

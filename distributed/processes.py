@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
-JOB_VARIABLE = "WAN_JOB_FOLDER"
-"""Environment variable by which every process of a job is known, whoever its parent or session is by now."""
+GROUP_VARIABLE = "WAN_GROUP_FOLDER"
+"""Environment variable by which every process of a group is known, whoever its parent or session is by now."""
 AGENT_VARIABLE = "WAN_AGENT_PID"
 """Environment variable that tells a rank which parent it must not outlive."""
 
@@ -83,9 +83,9 @@ def descendants(pid: int) -> list[Process]:
     return found
 
 
-def members(job_folder: Path) -> list[Process]:
-    """Every process of a job: agent, ranks, and what they started, also after their parents died."""
-    mark = os.fsencode(f"{JOB_VARIABLE}={job_folder}")
+def members(group_folder: Path) -> list[Process]:
+    """Every process of a group: agent, ranks, and what they started, also after their parents died."""
+    mark = os.fsencode(f"{GROUP_VARIABLE}={group_folder}")
     found = []
     for process, _ in _all():
         with contextlib.suppress(OSError):

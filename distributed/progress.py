@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .job import JobError
 from .jobdir import JobDir
 
-SHARES = {"start": 0.02, "encode": 0.03, "load": 0.15, "denoise": 0.65, "decode": 0.14, "write": 0.01}
+SHARES = {"start": 0.02, "encode": 0.03, "load": 0.15, "denoise": 0.65, "decode": 0.14, "write": 0.01, "done": 0.0}
 """Part of the progress bar that each phase gets, in order."""
 WORDS = {
     "start": "starting processes",
@@ -17,6 +17,7 @@ WORDS = {
     "denoise": "sampling",
     "decode": "decoding",
     "write": "writing the video",
+    "done": "done",
 }
 
 

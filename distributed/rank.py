@@ -1,38 +1,69 @@
-"""The shell around a rank: dies with the agent, logs to its file, keeps its exception. Imports torch last."""
+"""The shell around a rank: waits for jobs, logs to their files, keeps its exception, dies with the agent.
+
+Imports torch last.
+"""
 
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import logging
 import os
 import signal
-from typing import NoReturn
+import time
+from typing import TYPE_CHECKING, NoReturn
 
+from .groupdir import GroupDir
 from .jobdir import JobDir
 from .processes import AGENT_VARIABLE, die_with_parent
 from .rank_files import RankFiles
 from .rank_log import redirect_to, set_up_logging
 
+if TYPE_CHECKING:
+    from .session import Session
 
-def main(folder: JobDir) -> NoReturn:
-    """Runs the rank that torchrun's environment names, and ends the process."""
+POLL = 0.02
+"""Seconds between two looks for the next job: soon enough, and a tenth of a percent of one core."""
+
+
+def main(group: GroupDir) -> NoReturn:
+    """Runs the rank that torchrun's environment names, job after job, and ends the process."""
     die_with_parent(int(os.environ[AGENT_VARIABLE]))
-    rank = int(os.environ["RANK"])
-    redirect_to(folder.log(rank))
-    # Python's stack of a rank that is stuck, on request of the launcher.
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    # And of one that crashes in native code.
-    faulthandler.enable()
-    files = RankFiles(folder, rank)
-    files.progress("start", 0, 0)
+    session: Session | None = None
+    for number in itertools.count(1):
+        folder = _wait_for_job(group, number)
+        rank = int(os.environ["RANK"])
+        redirect_to(folder.log(rank))
+        # Python's stack of a rank that is stuck, on request of the launcher.
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        # And of one that crashes in native code.
+        faulthandler.enable()
+        files = RankFiles(folder, rank)
+        files.progress("start", 0, 0)
+        session, stays = _run(group, folder, files, session)
+        logging.getLogger(__name__).info("done")
+        files.progress("done", 0, 0)
+        if not stays:
+            # Not the ordinary way out: gloo's threads sometimes abort a process that is being torn down, its work done.
+            logging.shutdown()
+            os._exit(0)
+    raise AssertionError("numbers do not end")
+
+
+def _run(group: GroupDir, folder: JobDir, files: RankFiles, session: Session | None) -> tuple[Session, bool]:
+    """Runs one job. Returns what to keep, and whether to wait for another."""
     try:
-        set_up_logging(rank, verbose=folder.read_job().verbose)
+        job = folder.read_job()
+        set_up_logging(int(os.environ["RANK"]), verbose=job.verbose)
         from .worker import main as run_worker
 
-        run_worker(folder, files)
+        return run_worker(group, folder, files, session), job.parallel.keep_warm_seconds > 0
     except BaseException as error:
         files.error(error)
         raise
-    # Not the ordinary way out: gloo's threads sometimes abort a process that is being torn down, its work done.
-    logging.shutdown()
-    os._exit(0)
+
+
+def _wait_for_job(group: GroupDir, number: int) -> JobDir:
+    while (folder := group.read_request(number)) is None:
+        time.sleep(POLL)
+    return folder

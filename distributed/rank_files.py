@@ -32,7 +32,7 @@ class RankFiles:
         """Where this rank is; a sign of life. Rank 0's is what the user sees.
 
         Args:
-            phase: start, encode, load, denoise, decode or write.
+            phase: start, encode, load, denoise, decode, write or done.
             total: steps of the phase, 0 if unknown.
         """
         now, same_phase = time.monotonic(), phase == self.phase

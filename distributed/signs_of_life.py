@@ -78,6 +78,11 @@ class SignsOfLife:
         late = now - self._last > parallel.stall_timeout
         return Problem("stall_timeout", parallel.stall_timeout) if late else None
 
+    def all_done(self) -> bool:
+        """Whether every rank has finished the job."""
+        ranks = self.ranks()
+        return len(ranks) == self._parallel.gpu_count and all(seen.phase == "done" for seen in ranks.values())
+
     def _all_loaded(self) -> bool:
         ranks = self.ranks()
         return len(ranks) == self._parallel.gpu_count and not any(

@@ -67,7 +67,8 @@ def _show(progress: Progress) -> None:
 
 
 def _keep(result: Result, output: Path) -> None:
-    for path in (result.folder.video, result.folder.latents, result.folder.result, result.folder.log(0)):
+    video = (result.folder.video,) if result.info["video"] else ()
+    for path in (*video, result.folder.latents, result.folder.result, result.folder.log(0)):
         draft = output / f".{path.name}.{os.getpid()}"
         shutil.copyfile(path, draft)
         os.replace(draft, output / path.name)
@@ -76,7 +77,8 @@ def _keep(result: Result, output: Path) -> None:
 def _print_summary(result: Result, output: Path) -> None:
     info = result.info
     steps = info["step_seconds"]
-    print(f"\nvideo: {output / result.folder.video.name}")
+    made = result.folder.video if info["video"] else result.folder.latents
+    print(f"\n{made.stem}: {output / made.name}")
     for name, seconds in info["phases"].items():
         print(f"{name:8} {seconds:8.2f} s")
     print(f"step     {steady_seconds(steps):8.2f} s (the first {steps[0]:.2f} s)")

@@ -8,16 +8,14 @@ Only `all_to_all_single` is used, which every backend has.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..wan.attention import attention
+from ..wan.attention import Attention
 from .sequence import SequenceShard, split_evenly
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class PackedUlysses:
@@ -26,22 +24,24 @@ class PackedUlysses:
     The receive buffer is [P * S, 3, h, D], so q, k and v are strided views of it: attention reads them without a copy.
     """
 
-    def __init__(self, group: dist.ProcessGroup, shard: SequenceShard) -> None:
+    def __init__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> None:
         self._group = group
-        self._shard = shard
+        self.shard = shard
+        """May be replaced between videos, which have other lengths."""
+        self._attention = attention
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[S, H, D] three times -> [S, H, D]."""
-        heads = split_evenly(q.shape[1], self._shard.world)
+        heads = split_evenly(q.shape[1], self.shard.world)
         q, k, v = self._scatter_heads(q, k, v, heads).unbind(1)
         # Keys past the true length are padding.
-        y = attention(q, k[: self._shard.length], v[: self._shard.length])
+        y = self._attention(q, k[: self.shard.length], v[: self.shard.length])
         return self._gather_heads(y, heads)
 
     def _scatter_heads(self, q: Tensor, k: Tensor, v: Tensor, heads: list[int]) -> Tensor:
         """q, k, v: [S, H, D] -> [P * S, 3, h, D]."""
         tokens, _, channels = q.shape
-        mine = heads[self._shard.rank]
+        mine = heads[self.shard.rank]
         send_sizes = [tokens * 3 * h * channels for h in heads]
         send = q.new_empty(sum(send_sizes))
         first = 0
@@ -50,17 +50,17 @@ class PackedUlysses:
             for i, x in enumerate((q, k, v)):
                 packed[:, i].copy_(x[:, first : first + h])
             first += h
-        received = q.new_empty(tokens * self._shard.world, 3, mine, channels)
-        share = [tokens * 3 * mine * channels] * self._shard.world
+        received = q.new_empty(tokens * self.shard.world, 3, mine, channels)
+        share = [tokens * 3 * mine * channels] * self.shard.world
         dist.all_to_all_single(received.view(-1), send, share, send_sizes, group=self._group)
         return received
 
     def _gather_heads(self, y: Tensor, heads: list[int]) -> Tensor:
         """y: [P * S, h, D] -> [S, H, D]."""
-        tokens, channels = self._shard.size, y.shape[-1]
+        tokens, channels = self.shard.size, y.shape[-1]
         receive_sizes = [tokens * h * channels for h in heads]
         received = y.new_empty(sum(receive_sizes))
-        share = [tokens * heads[self._shard.rank] * channels] * self._shard.world
+        share = [tokens * heads[self.shard.rank] * channels] * self.shard.world
         dist.all_to_all_single(received, y.contiguous().view(-1), receive_sizes, share, group=self._group)
         parts = [part.view(tokens, h, channels) for part, h in zip(received.split(receive_sizes), heads, strict=True)]
         return torch.cat(parts, dim=1)
@@ -69,16 +69,18 @@ class PackedUlysses:
 class DeepSpeedUlysses:
     """DeepSpeed's DistributedAttention: four all-to-alls; heads must divide by the number of ranks."""
 
-    def __init__(self, group: dist.ProcessGroup, shard: SequenceShard) -> None:
+    def __init__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> None:
         import deepspeed
         from deepspeed.sequence.layer import DistributedAttention
 
         # DeepSpeed wraps the process group that is already there.
         deepspeed.init_distributed(dist_backend=dist.get_backend(group), verbose=False)
 
+        self.shard = shard
+
         def local_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             """[1, P * S, h, D] three times -> [1, P * S, h, D]."""
-            return attention(q[0], k[0, : shard.length], v[0, : shard.length])[None]
+            return attention(q[0], k[0, : self.shard.length], v[0, : self.shard.length])[None]
 
         self._attention = DistributedAttention(local_attention, group, scatter_idx=2, gather_idx=1)
 
@@ -87,7 +89,13 @@ class DeepSpeedUlysses:
         return self._attention(q[None], k[None], v[None], batch_dim_idx=0)[0]
 
 
-ENGINES: dict[str, Callable[[dist.ProcessGroup, SequenceShard], Attention]] = {
+class Engine(Protocol):
+    """Makes the attention of one rank out of a kernel's."""
+
+    def __call__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> Attention: ...
+
+
+ENGINES: dict[str, Engine] = {
     "packed": PackedUlysses,
     "deepspeed": DeepSpeedUlysses,
 }

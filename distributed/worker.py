@@ -1,4 +1,4 @@
-"""One rank of a job: joins the group, loads, denoises; rank 0 then decodes and writes the video."""
+"""One rank of a job: joins the group, encodes, loads, denoises, decodes; rank 0 writes the video."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import logging
 import math
 import os
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,85 +15,88 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..wan.attention import choose_kernel
 from ..wan.checkpoint import Checkpoint
+from ..wan.conditioning import Conditioning, build_conditioning
 from ..wan.config import TEXT_LEN
-from ..wan.denoise import HIGH_NOISE, LOW_NOISE, Guidance, denoise, draw_noise
-from ..wan.latents import denormalise
-from ..wan.model import WanModel, pad_text
+from ..wan.denoise import HIGH_NOISE, LOW_NOISE, Guidance, Known, denoise, draw_noise
+from ..wan.latents import denormalise, latents_shape
+from ..wan.model import pad_text
 from ..wan.patch import patchify, token_grid, unpatchify
 from ..wan.schedule import make_solver
-from .experts import Experts, load_expert
-from .job import VERSION, Job, JobError
+from .experts import Experts
+from .groupdir import GroupDir
+from .inputs import CONTEXT, CONTEXT_NULL
+from .job import Job, JobError
 from .jobdir import JobDir
-from .mesh import init_mesh
-from .offload import HostParking
-from .preflight import latents_shape, needs_negative
+from .preflight import needs_negative
 from .progress import steady_seconds
 from .rank_files import RankFiles
+from .report import gather_peaks, result_of
 from .sequence import SequenceShard, gather_bytes
+from .session import Session
 
 log = logging.getLogger(__name__)
 
 
-def main(folder: JobDir, files: RankFiles) -> None:
-    """Runs this rank (RANK, WORLD_SIZE and LOCAL_RANK from torchrun) of the job in `folder`."""
+def main(group: GroupDir, folder: JobDir, files: RankFiles, session: Session | None) -> Session:
+    """Runs this rank (RANK, WORLD_SIZE and LOCAL_RANK from torchrun) of the job in `folder`.
+
+    Args:
+        session: what this rank keeps of the group's job before; None for the first.
+    """
     job = folder.read_job()
-    world = int(os.environ["WORLD_SIZE"])
-    if world != job.parallel.gpu_count:
-        raise JobError(f"WORLD_SIZE is {world}; the job was written for {job.parallel.gpu_count}")
+    session = Session.of(job) if session is None else session
     try:
         with torch.no_grad():
-            Worker(job, folder, files, rank=int(os.environ["RANK"]), world=world).run()
+            Worker(job, group, folder, files, session).run()
     except BaseException as error:
         # Before the group is left: with NCCL that may wait for peers, which wait for this rank.
         files.error(error)
+        session.leave()
         raise
-    finally:
-        # A gloo process that exits inside its group may abort.
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return session
 
 
 class Worker:
-    """The phases of one rank, in order."""
+    """The phases of one job on one rank, in order."""
 
-    def __init__(self, job: Job, folder: JobDir, files: RankFiles, *, rank: int, world: int) -> None:
-        self.job, self.folder, self.files = job, folder, files
-        self.rank, self.world = rank, world
-        self.device = _device(job)
+    def __init__(self, job: Job, group: GroupDir, folder: JobDir, files: RankFiles, session: Session) -> None:
+        self.job, self.group, self.folder, self.files, self.session = job, group, folder, files, session
+        self.rank, self.device = session.rank, session.device
         self.phase_seconds: dict[str, float] = {}
         self.step_seconds: list[float] = []
-        self.kernel = choose_kernel(self.device)
 
     def run(self) -> None:
         with self.phase("start"):
             for file in self.job.model.all():
                 file.check_unchanged()
-            self.mesh = init_mesh(
-                rank=self.rank,
-                world=self.world,
-                device=self.device,
-                store_file=self.folder.process_group,
-                master_port=self.job.parallel.master_port,
-                # Behind the launcher's own time-outs: it sees all ranks, and so which of them the others wait for.
-                timeout=max(self.job.parallel.start_timeout, self.job.parallel.stall_timeout) + 60,
-            )
-            self.config = Checkpoint([file.path for file in self.job.model.high_noise]).config
-            self.noise = draw_noise(latents_shape(self.job.sampling, self.config.out_dim), self.job.sampling.seed)
+            self.session.begin(self.job, self.group)
+            self.prepare()
             self.check_ranks_agree()
         with self.phase("encode"):
             texts = self.texts()
-        latents = self.denoised(texts)
-        peaks = self.peaks()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if self.rank == 0:
-            self.finish(latents, peaks)
+            conditioning = self.conditioning()
+        latents = self.denoised(texts, conditioning)
+        self.finish(latents)
+
+    def prepare(self) -> None:
+        """The schedule, and the noise that it starts from."""
+        sampling, model = self.job.sampling, self.job.model
+        self.config = Checkpoint([file.path for file in model.transformer]).config
+        shape = latents_shape(sampling.width, sampling.height, sampling.num_frames, self.config.out_dim)
+        self.noise = draw_noise(shape, sampling.seed)
+        self.steps = sampling.step_range
+        self.solver = make_solver(sampling.solver, sampling.schedule_steps, sampling.shift, self.steps.start)
+        present = [name for name in (HIGH_NOISE, LOW_NOISE) if getattr(model, name)]
+        self.guidance = Guidance(
+            low=sampling.guidance_low, high=sampling.guidance_high, boundary=sampling.boundary,
+            only=present[0] if len(present) == 1 else None,
+        )  # fmt: skip
+        self.inputs = load_file(self.folder.inputs) if self.folder.inputs.exists() else {}
 
     def check_ranks_agree(self) -> None:
         """Raises JobError naming the first rank that has other inputs or other noise than rank 0."""
-        if self.mesh is None:
+        if self.session.mesh is None:
             return
         digest = hashlib.sha256(self.folder.job.read_bytes())
         if self.folder.inputs.exists():
@@ -107,15 +109,14 @@ class Worker:
 
     def texts(self) -> dict[bool, Tensor]:
         """Conditional? -> text rows [n, text_dim]; the unconditional ones only where guidance needs them."""
-        negative = needs_negative(self.job.sampling)
+        negative = needs_negative(self.job.model, self.job.sampling)
         if self.job.text is None:
-            inputs = load_file(self.folder.inputs)
-            return {True: inputs["context"]} | ({False: inputs["context_null"]} if negative else {})
+            return {True: self.inputs[CONTEXT]} | ({False: self.inputs[CONTEXT_NULL]} if negative else {})
         # One rank encodes: the encoder is large, its output small.
         rows = torch.zeros(1 + negative, TEXT_LEN, self.config.text_dim, device=self.device)
         if self.rank == 0:
             rows = torch.stack([pad_text(row.to(rows)) for row in self.encode_prompts(negative)])
-        if self.mesh is not None:
+        if self.session.mesh is not None:
             dist.broadcast(rows, src=0)
         return dict(zip((True, False), rows, strict=False))
 
@@ -131,56 +132,60 @@ class Worker:
         )
         return encoder.encode([text.prompt] + [text.negative_prompt or DEFAULT_NEGATIVE_PROMPT] * negative)
 
-    def denoised(self, texts: dict[bool, Tensor]) -> Tensor:
-        """Loads the experts and runs the loop. Returns the normalised latents [C, T, H, W], on every rank."""
-        sampling, parallel = self.job.sampling, self.job.parallel
+    def conditioning(self) -> Conditioning:
+        """What the video starts from; pictures are encoded by all ranks together."""
+        first, sampling = self.steps.start, self.job.sampling
+        return build_conditioning(
+            self.inputs, self.noise, task=self.config.task, num_frames=sampling.num_frames,
+            # At its very start a schedule is pure noise, also where a solver's grid begins a hair below 1.
+            sigma=self.solver.sigmas[first] if first else 1.0,
+            add_noise=sampling.add_noise,
+            encode=lambda video: self.session.vae(self.job).encode(video).cpu(),
+        )  # fmt: skip
+
+    def denoised(self, texts: dict[bool, Tensor], conditioning: Conditioning) -> Tensor:
+        """Loads the experts and runs the loop. Returns the normalised latents [C, T, h, w], on every rank."""
+        session, parallel = self.session, self.job.parallel
         grid = token_grid(tuple(self.noise.shape))
-        split = self.mesh is not None and parallel.use_ulysses
-        shard = SequenceShard(length=math.prod(grid), rank=self.rank if split else 0, world=self.world if split else 1)
-        guidance = Guidance(low=sampling.guidance_low, high=sampling.guidance_high, boundary=sampling.boundary)
-        solver = make_solver(sampling.solver, sampling.steps, sampling.shift)
+        split = session.mesh is not None and parallel.use_ulysses
+        shard = SequenceShard(
+            length=math.prod(grid), rank=self.rank if split else 0, world=session.world if split else 1
+        )
+
+        def tokens_of(latents: Tensor | None) -> Tensor | None:
+            return None if latents is None else shard.split(patchify(latents)).to(self.device)
+
         with self.phase("load"):
-            needed = [e for e in (HIGH_NOISE, LOW_NOISE) if e in {guidance.expert(t) for t in solver.timesteps}]
-            models, weights = self.load_experts(needed, shard)
-        with self.phase("denoise"), self.kernel.activate():
+            runs = {self.guidance.expert(self.solver.timesteps[index]) for index in self.steps}
+            needed = [name for name in (HIGH_NOISE, LOW_NOISE) if name in runs]
+            session.load_experts(needed, self.job, shard, self.on_tensor)
+        with self.phase("denoise"), session.kernel.activate():
+            known = None
+            if conditioning.known is not None:
+                mask = conditioning.known_mask.expand_as(conditioning.known)
+                known = Known(tokens_of(conditioning.known), tokens_of(mask))
             experts = Experts(
-                models, texts, grid=grid, shard=shard, device=self.device,
-                keep_text=not parallel.memory_optimization, parkings=weights if parallel.offload_model else {},
+                session.models, texts, grid=grid, shard=shard, device=self.device,
+                keep_text=not parallel.memory_optimization,
+                parkings=session.weights if parallel.offload_model else {},
+                image=tokens_of(conditioning.image),
+                timestep_rows=None if known is None else known.timestep_rows,
             )  # fmt: skip
-            self.files.progress("denoise", 0, sampling.steps)
+            self.files.progress("denoise", 0, len(self.steps))
             self._step_start = time.perf_counter()
             tokens = denoise(
-                shard.split(patchify(self.noise)).to(self.device),
-                solver=solver, guidance=guidance, predict=experts.predict, on_step=self.on_step,
+                tokens_of(conditioning.latents), solver=self.solver, guidance=self.guidance, predict=experts.predict,
+                steps=self.steps, known=known, on_step=self.on_step,
             )  # fmt: skip
-            tokens = shard.gather(tokens, self.mesh.get_group() if self.mesh else None)
-        # Not left to the garbage collector: FSDP's hooks and the model refer to each other.
-        for expert in weights.values():
-            expert.drop()
+            tokens = shard.gather(tokens, session.group)
+        if self.job.parallel.keep_warm_seconds == 0:
+            session.drop_experts()
         return unpatchify(tokens, grid)
 
-    def load_experts(
-        self, names: list[str], shard: SequenceShard
-    ) -> tuple[dict[str, WanModel], dict[str, HostParking]]:
-        """The experts that the schedule runs, and their weights. Offloaded ones are parked before the next is read."""
-        models, weights = {}, {}
-        # The one that runs first is read last, so that it is the one on the device.
-        for index, name in enumerate(reversed(names)):
+    def on_tensor(self, message: str, done: int, total: int) -> None:
+        self.files.progress("load", done, total, message=message)
 
-            def on_tensor(done: int, total: int, name: str = name, index: int = index) -> None:
-                self.files.progress("load", index * total + done, total * len(names), message=f"{name} expert")
-
-            if self.job.parallel.offload_model:
-                for parking in weights.values():
-                    parking.park()
-            models[name] = load_expert(
-                [file.path for file in getattr(self.job.model, name)],
-                parallel=self.job.parallel, mesh=self.mesh, shard=shard, device=self.device, on_tensor=on_tensor,
-            )  # fmt: skip
-            weights[name] = HostParking(models[name])
-        return models, weights
-
-    def on_step(self, index: int) -> None:
+    def on_step(self, done: int) -> None:
         if self.device.type == "cuda":
             # The step is timed and reported when it is done, not when it is queued.
             torch.cuda.synchronize(self.device)
@@ -188,89 +193,54 @@ class Worker:
         self.step_seconds.append(now - self._step_start)
         self._step_start = now
         steady = steady_seconds(self.step_seconds)
-        self.files.progress("denoise", index + 1, self.job.sampling.steps, seconds_per_step=steady)
-        log.info("step %d of %d: %.2f s", index + 1, self.job.sampling.steps, self.step_seconds[-1])
+        self.files.progress("denoise", done, len(self.steps), seconds_per_step=steady)
+        log.info("step %d of %d: %.2f s", done, len(self.steps), self.step_seconds[-1])
 
-    def peaks(self) -> list[list[int]]:
-        """[[peak GPU bytes, peak host bytes]] of every rank up to now, in rank order."""
-        gpu = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        mine = torch.tensor([gpu, host], device=self.device)
-        if self.mesh is None:
-            return [mine.tolist()]
-        everyone = mine.new_empty(self.world * 2)
-        dist.all_gather_into_tensor(everyone, mine)
-        return everyone.view(self.world, 2).tolist()
-
-    def finish(self, latents: Tensor, peaks: list[list[int]]) -> None:
-        """Rank 0: keeps the latents, decodes them, writes the video and, last, the result."""
-        from ..wan.vae import decode_frames, load_vae
-        from ..wan.video import VideoWriter
-
-        sampling = self.job.sampling
+    def finish(self, latents: Tensor) -> None:
+        """Rank 0 keeps the latents; all decode; rank 0 writes the video and, last, the result."""
         if not latents.isfinite().all():
             raise JobError(
                 "the denoised latents are not finite; with mixed_precision fp16 try bf16, otherwise the weights are "
                 "damaged or made for another model"
             )
-        samples = denormalise(latents[None], latents.shape[0]).cpu().contiguous()
-        partial = self.folder.latents.with_suffix(".tmp")
-        save_file({"samples": samples}, partial)
-        os.replace(partial, self.folder.latents)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        with self.phase("decode"):
-            vae = load_vae([file.path for file in self.job.model.vae], dtype=self.vae_dtype(), device=self.device)
-            frames = 0
-            self.files.progress("decode", 0, sampling.num_frames)
-            with VideoWriter(
-                self.folder.video, width=sampling.width, height=sampling.height, fps=sampling.fps
-            ) as video:
-                for part in decode_frames(vae, latents[None]):
-                    video.write(part)
-                    frames += part.shape[1]
-                    self.files.progress("decode", frames, sampling.num_frames)
-                self.files.progress("write", 0, 0)
+        shape = [1, *latents.shape]
+        if self.rank == 0:
+            samples = denormalise(latents[None], latents.shape[0]).cpu().contiguous()
+            partial = self.folder.latents.with_suffix(".tmp")
+            save_file({"samples": samples}, partial)
+            os.replace(partial, self.folder.latents)
+        frames = 0
+        if self.job.decode:
+            with self.phase("decode"):
+                frames = self.decode(latents)
+        peaks = gather_peaks(self.session)
+        if self.rank == 0:
+            result = result_of(
+                self.job, self.session, frames=frames, latents_shape=shape, phases=self.phase_seconds,
+                step_seconds=self.step_seconds, peaks=peaks,
+            )  # fmt: skip
+            self.folder.write_json(self.folder.result, result)
+
+    def decode(self, latents: Tensor) -> int:
+        """Decodes with all ranks, while rank 0 writes what is done. Returns the frames written: 0 on other ranks."""
+        from ..wan.video import VideoWriter
+
+        sampling, frames = self.job.sampling, 0
+        vae = self.session.vae(self.job)
+        self.files.progress("decode", 0, sampling.num_frames)
+        if self.rank > 0:
+            for _ in vae.decode(latents[None]):
+                pass
+            return 0
+        with VideoWriter(self.folder.video, width=sampling.width, height=sampling.height, fps=sampling.fps) as video:
+            for part in vae.decode(latents[None]):
+                video.write(part)
+                frames += part.shape[1]
+                self.files.progress("decode", frames, sampling.num_frames)
+            self.files.progress("write", 0, 0)
         if frames != sampling.num_frames:
             raise JobError(f"the VAE made {frames} frames; the job asks for {sampling.num_frames}")
-        if self.device.type == "cuda":
-            peaks[0][0] = torch.cuda.max_memory_allocated(self.device)
-        result = {
-            "id": self.job.id,
-            "version": VERSION,
-            "latents": {"shape": list(samples.shape), "dtype": "float32"},
-            "video": {"width": sampling.width, "height": sampling.height, "frames": frames, "fps": sampling.fps},
-            "phases": self.phase_seconds,
-            "step_seconds": self.step_seconds,
-            "peak_gpu_bytes": [gpu for gpu, _ in peaks],
-            "peak_rss_bytes": [host for _, host in peaks],
-            "settings": self.settings(),
-            "warnings": list(self.job.warnings),
-        }
-        self.folder.write_json(self.folder.result, result)
-
-    def settings(self) -> dict[str, str | int | float | bool]:
-        """What was in effect, for the status."""
-        parallel, sampling = self.job.parallel, self.job.sampling
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        return {
-            "device": f"{self.world} x {device}",
-            "sequence parallel": f"Ulysses, {parallel.ulysses_engine}" if parallel.use_ulysses else "off",
-            "fsdp": parallel.use_fsdp and self.world > 1,
-            "offload": parallel.offload_model,
-            "memory optimization": parallel.memory_optimization,
-            "compiled": parallel.torch_compile,
-            "precision": f"{parallel.mixed_precision}, VAE {str(self.vae_dtype()).removeprefix('torch.')}",
-            "attention": f"{self.kernel.name} ({self.kernel.reason})",
-            "solver": f"{sampling.solver}, {sampling.steps} steps, shift {sampling.shift:g}",
-            "guidance": f"{sampling.guidance_high:g} high, {sampling.guidance_low:g} low",
-            "torch": torch.__version__,
-        }
-
-    def vae_dtype(self) -> torch.dtype:
-        """bfloat16 decodes three times as fast on a GPU; fp16 and fp32 jobs, and CPUs, decode as the official code."""
-        fast = self.device.type == "cuda" and self.job.parallel.mixed_precision == "bf16"
-        return torch.bfloat16 if fast else torch.float32
+        return frames
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -280,17 +250,3 @@ class Worker:
         yield
         self.phase_seconds[name] = time.perf_counter() - start
         log.info("phase %s took %.2f s", name, self.phase_seconds[name])
-
-
-def _device(job: Job) -> torch.device:
-    if not job.parallel.gpu_ids:
-        return torch.device("cpu")
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if not torch.cuda.is_available() or torch.cuda.device_count() <= local_rank:
-        raise JobError(
-            f"GPUs {', '.join(job.parallel.gpu_ids)} were chosen, but torch {torch.__version__} sees "
-            f"{torch.cuda.device_count()}; the driver may be too old for this torch"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device

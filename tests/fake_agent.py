@@ -15,12 +15,15 @@ def write_result(folder: Path, **changes: object) -> None:
     header = json.dumps({"samples": {"dtype": "F32", "shape": [1, 16, 2, 6, 8], "data_offsets": [0, 6144]}}).encode()
     (folder / "latents.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(6144))
     (folder / "video.mp4").write_bytes(b"video")
-    result = {"id": job["id"], "version": 1, "latents": {"shape": [1, 16, 2, 6, 8], "dtype": "float32"}, **changes}
+    result = {"id": job["id"], "version": 2, "latents": {"shape": [1, 16, 2, 6, 8], "dtype": "float32"}, **changes}
     (folder / "result.json").write_text(json.dumps(result))
 
 
 def main() -> int:
-    folder = Path(sys.argv[2])
+    group = Path(sys.argv[2])
+    while not (request := group / "request-000001.json").exists():
+        time.sleep(0.01)
+    folder = Path(json.loads(request.read_text())["folder"])
     mode = (folder / "inputs.safetensors").read_text()
     if mode == "sleep":
         time.sleep(600)

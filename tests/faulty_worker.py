@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from . import experts, real_worker  # type: ignore[attr-defined]
+from . import experts, real_worker
+from . import session as session_module  # type: ignore[attr-defined]
 
 FAULT = json.loads((Path(__file__).parent / "fault.json").read_text())
 NAMES = sorted(os.environ)
@@ -52,7 +53,7 @@ def strike(worker: real_worker.Worker) -> None:
         time.sleep(1.5)
 
 
-def main(folder, files):  # type: ignore[no-untyped-def]
+def main(group, folder, files, session):  # type: ignore[no-untyped-def]
     rank = int(os.environ["RANK"])
     original = real_worker.Worker.on_step
     if FAULT["action"] == "fingerprint" and rank == FAULT["rank"]:
@@ -65,17 +66,17 @@ def main(folder, files):  # type: ignore[no-untyped-def]
             resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), used + (64 << 20)))
             return [bytearray(16 << 20) for _ in range(100)]
 
-        real_worker.load_expert = load
+        session_module.load_expert = load
 
     if FAULT["action"] == "disk" and rank == FAULT["rank"]:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 10, 4 << 10))
 
-    def on_step(self, index):  # type: ignore[no-untyped-def]
-        original(self, index)
-        if self.rank == FAULT["rank"] and index == FAULT["step"]:
+    def on_step(self, done):  # type: ignore[no-untyped-def]
+        original(self, done)
+        if self.rank == FAULT["rank"] and done == FAULT["step"] + 1:
             strike(self)
 
     real_worker.Worker.on_step = on_step
     assert experts is not None
-    real_worker.main(folder, files)
+    return real_worker.main(group, folder, files, session)

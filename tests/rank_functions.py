@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from wan_pack.distributed.job import Parallel
 from wan_pack.distributed.offload import HostParking
 from wan_pack.distributed.sequence import SequenceShard
 from wan_pack.distributed.ulysses import ENGINES
+from wan_pack.distributed.vae import RankVae
 from wan_pack.distributed.weights import local_rows
 from wan_pack.wan.attention import attention
 from wan_pack.wan.checkpoint import Checkpoint
 from wan_pack.wan.model import TextContext, pad_text
 from wan_pack.wan.rope import rope_table
+from wan_pack.wan.vae import decode_frames, encode, load_vae
 
 CPU = torch.device("cpu")
 
@@ -37,7 +40,7 @@ def attention_equals_plain(
                 q, k, v = torch.randn(3, length, h, 4, generator=generator).unbind(0)
                 shard = SequenceShard(length=length, rank=rank, world=size)
                 local = [shard.split(x.flatten(1)).unflatten(1, (h, 4)) for x in (q, k, v)]
-                y = ENGINES[engine](group, shard)(*local)
+                y = ENGINES[engine](group, shard, attention)(*local)
                 assert y.shape == (shard.size, h, 4)
                 whole = shard.gather(y.flatten(1), group).unflatten(1, (h, 4))
                 message = f"{engine}: {size} ranks, {h} heads, {length} tokens"
@@ -140,3 +143,74 @@ def peak_memory_of_loading(rank: int, world: int, *, folder: str) -> dict[str, i
     )  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"growth": after - before, "checkpoint": Checkpoint(files).nbytes}
+
+
+def fp8_under_fsdp(rank: int, world: int, *, fp8: str, bf16: str, lora: str) -> dict[str, int]:
+    """fp8 shards give the velocity of their values in bf16, also after parking; merged shards are rows of the whole.
+
+    Returns the bytes that this rank keeps of the blocks, from each file.
+    """
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ulysses",))
+    parallel = _parallel(world, mixed_precision="bf16")
+    kept, velocities = {}, []
+    for name, folder in (("fp8", fp8), ("bf16", bf16)):
+        velocity, model, _ = _velocity(folder, parallel, mesh, rank, world)
+        kept[name] = HostParking(model.blocks).resident_bytes
+        velocities.append(velocity)
+        if name == "fp8":
+            parking = HostParking(model)
+            parking.park()
+            assert parking.resident_bytes == 0
+            parking.fetch()
+            velocities.append(_evaluate(model, parallel, mesh, _shard(parallel, rank, world))[0])
+    assert all(torch.equal(velocity, velocities[0]) for velocity in velocities)
+    files, loras = [str(file) for file in Path(fp8).glob("*.safetensors")], [(lora, 1.0)]
+    whole = load_expert(files, loras, parallel=parallel, mesh=None, shard=SequenceShard(length=45), device=CPU)
+    sharded = load_expert(files, loras, parallel=parallel, mesh=mesh, shard=SequenceShard(length=45), device=CPU)
+    parameters = dict(whole.named_parameters())
+    for name, parameter in sharded.named_parameters():
+        rows, start = local_rows(parameter)
+        expected = parameters[name].flatten()[start : start + rows.numel()]
+        assert torch.equal(rows.flatten().float(), expected.float()), name
+    return kept
+
+
+def split_vae_equals_whole(rank: int, world: int, *, models: list[str], heights: list[int]) -> dict[str, Any]:
+    """Decoding and encoding over 1 to `world` ranks gives what one rank gives, for every height in latent rows.
+
+    In float64: float32's kernels round by shape.
+    Returns, per model, group size and height, the rows that this rank's encoder and decoder were given.
+    """
+    groups = [dist.new_group(list(range(size))) for size in range(1, world + 1)]
+    shares = []
+    for model in models:
+        whole = load_vae([model], dtype=torch.float64)
+        shares.append({})
+        for size, height in itertools.product(range(rank + 1, world + 1), heights):
+            vae = RankVae([model], dtype=torch.float64, device=CPU, group=groups[size - 1])
+            shares[-1][f"{size} {height}"] = _compare_vaes(vae, whole, height, alone=height < size, rank=rank)
+    return {"shares": shares}
+
+
+def _compare_vaes(vae: RankVae, whole: torch.nn.Module, height: int, *, alone: bool, rank: int) -> list[int]:
+    """Compares on a made-up picture. Returns the heights that this rank's part of `vae` worked on."""
+    generator = torch.Generator().manual_seed(height)
+    stride = whole.config.scale_factor_spatial
+    latents = torch.randn(1, whole.config.z_dim, 3, height, 3, generator=generator)
+    video = torch.rand(1, 3, 5, height * stride, 2 * stride, generator=generator) * 2 - 1
+    seen = set()
+    for part in (vae._vae.encoder, vae._vae.decoder):
+        part.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].shape[-2]))
+    _assert_near(vae.encode(video), encode(whole, video))
+    chunks = list(vae.decode(latents))
+    if rank == 0:
+        assert [chunk.shape[1] for chunk in chunks] == [1, 4, 4]
+        _assert_near(torch.cat(chunks, dim=1), torch.cat(list(decode_frames(whole, latents)), dim=1))
+    else:
+        assert chunks == ([] if alone else [None] * 3)
+    return sorted(seen)
+
+
+def _assert_near(out: torch.Tensor, expected: torch.Tensor) -> None:
+    error = ((out - expected).abs().max() / expected.abs().max()).item()
+    assert out.shape == expected.shape and error <= 1e-5, f"{error}: {list(out.shape)}, {list(expected.shape)}"

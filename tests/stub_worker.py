@@ -28,7 +28,7 @@ def stand_still() -> None:
     time.sleep(600)
 
 
-def main(folder, files):  # type: ignore[no-untyped-def]
+def main(group, folder, files, session):  # type: ignore[no-untyped-def]
     rank = int(os.environ["RANK"])
     other = folder.path / f"rank{1 - rank}.ready"
     files.progress("load", 0, 0)

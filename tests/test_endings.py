@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from golden import ROOT
-from wan_pack.distributed import launcher
+from wan_pack.distributed import group, launcher
 from wan_pack.distributed.job import FileIdentity, Job, ModelFiles, Parallel, Sampling
 from wan_pack.distributed.jobdir import JobDir
 from wan_pack.distributed.launcher import JobCancelled, JobFailed, run_job
@@ -46,7 +46,7 @@ class Started:
     def __call__(self, progress: launcher.Progress) -> None:
         if progress.phase == "denoise" and progress.step >= 2 and not self.at:
             self.at = time.monotonic()
-            (path,) = self.parent.iterdir()
+            (path,) = self.parent.glob("wan-job-*")
             self.act(JobDir(path))
 
     @property
@@ -66,7 +66,7 @@ def stub_pack(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str]
         (target.parent / "wan").symlink_to(ROOT / "wan")
         shutil.copyfile(STUB_WORKER, target / "worker.py")
         (target / "fault.json").write_text(json.dumps({"action": action}))
-        monkeypatch.setattr(launcher, "AGENT", target)
+        monkeypatch.setattr(group, "AGENT", target)
 
     return put
 
@@ -119,10 +119,12 @@ def test_the_rank_that_is_behind_is_suspected(stub_pack: Callable[[str], None], 
 
 
 def agent_of(folder: JobDir) -> Process:
+    """The agent of the only group beside the job's folder."""
+    (group_folder,) = folder.path.parent.glob("wan-group-*")
     (pid,) = [
         int(entry.name)
         for entry in Path("/proc").iterdir()
-        if entry.name.isdecimal() and _words(entry)[-2:] == ["agent", str(folder.path)]
+        if entry.name.isdecimal() and _words(entry)[-2:] == ["agent", str(group_folder)]
     ]
     process = Process.of(pid)
     assert process is not None
@@ -164,7 +166,7 @@ from golden import mount_pack
 mount_pack()
 from pathlib import Path
 import test_endings
-test_endings.launcher.AGENT = Path(sys.argv[3])
+test_endings.group.AGENT = Path(sys.argv[3])
 test_endings.run(Path(sys.argv[2]), test_endings.job())
 """
 
@@ -172,11 +174,11 @@ test_endings.run(Path(sys.argv[2]), test_endings.job())
 def test_what_a_rank_started_ends_with_comfyui(stub_pack: Callable[[str], None], tmp_path: Path):
     stub_pack("child")
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(Path(__file__).parent), str(tmp_path), str(launcher.AGENT)]
+        [sys.executable, "-c", PARENT, str(Path(__file__).parent), str(tmp_path), str(group.AGENT)]
     )
     try:
         deadline = time.monotonic() + 60
-        while not (found := list((tmp_path / "jobs").glob("*/rank[01].ready"))[1:]):
+        while not (found := list((tmp_path / "jobs").glob("wan-job-*/rank[01].ready"))[1:]):
             assert time.monotonic() < deadline and parent.poll() is None
             time.sleep(0.05)
         folder = JobDir(found[0].parent)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from jobs import faulty_pack, run_tiny, tiny_job, write_embeddings
-from wan_pack.distributed import launcher
+from wan_pack.distributed import group, launcher
 from wan_pack.distributed.job import JobError
 from wan_pack.distributed.jobdir import JobDir
 from wan_pack.distributed.launcher import JobCancelled, JobFailed
@@ -38,7 +38,7 @@ class Watch:
             self.act(self.folder())
 
     def folder(self) -> JobDir:
-        (path,) = self.parent.iterdir()
+        (path,) = self.parent.glob("wan-job-*")
         return JobDir(path)
 
 
@@ -51,7 +51,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_models: Path) -
     """Runs a job with a fault and returns how it failed."""
 
     def run(action: str, *, rank: int = 1, step: int = 1, **settings: Any) -> JobFailed:
-        monkeypatch.setattr(launcher, "AGENT", faulty_pack(tmp_path, action, rank=rank, step=step))
+        monkeypatch.setattr(group, "AGENT", faulty_pack(tmp_path, action, rank=rank, step=step))
         with pytest.raises(JobFailed) as caught:
             run_tiny(tiny_job(tiny_models, **settings), tmp_path)
         return caught.value
@@ -227,7 +227,7 @@ def test_everything_dies_with_the_parent(tiny_models: Path, tmp_path: Path, stop
     JobDir(tmp_path / "source").write_job(job)
     write_embeddings(JobDir(tmp_path / "source").inputs)
     parent = subprocess.Popen(
-        [sys.executable, str(launcher.AGENT), "run", str(tmp_path / "source")],
+        [sys.executable, str(group.AGENT), "run", str(tmp_path / "source")],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "TMPDIR": str(tmp_path)}, cwd=tmp_path,
     )  # fmt: skip
@@ -275,7 +275,7 @@ def test_run_repeats_a_job_without_comfyui(tiny_models: Path, tmp_path: Path):
     job = tiny_job(tiny_models, text="a red fox walks through snow")
     result = run_tiny(job, tmp_path)
     done = subprocess.run(
-        [sys.executable, str(launcher.AGENT), "run", str(result.folder.path), "--output", str(tmp_path / "out")],
+        [sys.executable, str(group.AGENT), "run", str(result.folder.path), "--output", str(tmp_path / "out")],
         capture_output=True, text=True, timeout=120, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -285,7 +285,7 @@ def test_run_repeats_a_job_without_comfyui(tiny_models: Path, tmp_path: Path):
     assert torch.equal(read_latents(JobDir(tmp_path / "out")), read_latents(result.folder))
     result.remove()
     broken = subprocess.run(
-        [sys.executable, str(launcher.AGENT), "run", str(tmp_path / "out")],
+        [sys.executable, str(group.AGENT), "run", str(tmp_path / "out")],
         capture_output=True,
         text=True,
         cwd=tmp_path,

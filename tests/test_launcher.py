@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from jobs import FAKE_AGENT, tiny_job
-from wan_pack.distributed import launcher
+from wan_pack.distributed import group, launcher
 from wan_pack.distributed.environment import child_environment
 from wan_pack.distributed.failures import RankFailure, root_cause
 from wan_pack.distributed.job import JobError, Parallel
@@ -27,7 +27,7 @@ from wan_pack.distributed.progress import SHARES, Progress
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_models: Path) -> Callable[..., Result]:
     """Runs a job whose agent does what `mode` says."""
-    monkeypatch.setattr(launcher, "AGENT", FAKE_AGENT)
+    monkeypatch.setattr(group, "AGENT", FAKE_AGENT)
 
     def start(mode: str, *, callbacks: dict[str, Any] | None = None, **settings: Any) -> Result:
         job = tiny_job(tiny_models, **settings)
@@ -189,8 +189,8 @@ def test_nothing_a_user_typed_is_on_the_command_line(
     run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     seen: list[list[str]] = []
-    popen = launcher.subprocess.Popen
-    monkeypatch.setattr(launcher.subprocess, "Popen", lambda argv, **kw: seen.append(argv) or popen(argv, **kw))
+    popen = group.subprocess.Popen
+    monkeypatch.setattr(group.subprocess, "Popen", lambda argv, **kw: seen.append(argv) or popen(argv, **kw))
     run("good", text="--nproc-per-node=9 ${local_rank} $(id)").remove()
     ((python, unbuffered, agent, role, folder),) = seen
     assert (python, unbuffered, agent, role) == (sys.executable, "-u", str(FAKE_AGENT), "agent")

@@ -1,0 +1,96 @@
+"""A group of processes, one per GPU, seen from ComfyUI: started, given jobs one after another, ended.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from .environment import child_environment
+from .groupdir import GroupDir
+from .job import Parallel
+from .jobdir import JobDir
+from .leftovers import claim
+from .loopback import listen
+from .processes import Process, descendants, kill_all, members
+
+AGENT = Path(__file__).resolve().parent
+END_TIMEOUT = 5.0
+"""Seconds that killed processes get to disappear."""
+
+
+class WorkerGroup:
+    """torchrun's agent and its ranks.
+
+    Raises:
+        JobError: the master port is taken.
+    """
+
+    def __init__(self, parallel: Parallel, parent: Path) -> None:
+        if parallel.master_port:
+            listen(parallel.master_port).close()
+        self.folder = GroupDir.create(parent, parallel.gpu_count)
+        self._jobs = 0
+        self.ended = False
+        try:
+            claim(self.folder)
+            with open(self.folder.agent_log, "wb", opener=_private) as log:
+                self._agent = subprocess.Popen(
+                    [sys.executable, "-u", str(AGENT), "agent", str(self.folder.path)],
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    cwd=self.folder.path,
+                    env=child_environment(parallel, self.folder.path),
+                    start_new_session=True,
+                    umask=0o077,
+                )
+        except BaseException:
+            self.folder.remove()
+            raise
+
+    def submit(self, job: JobDir) -> None:
+        """Has the ranks run the job in this folder. The one before it must be done."""
+        self._jobs += 1
+        self.folder.write_request(self._jobs, job)
+
+    @property
+    def exit_code(self) -> int | None:
+        """The agent's, as subprocess gives it; None while it runs."""
+        return self._agent.poll()
+
+    def hand_over(self, job: JobDir) -> None:
+        """Moves what the agent and NCCL left of a failure into the job's folder."""
+        for path in (self.folder.failures, *self.folder.path.glob("nccl_trace_rank_*")):
+            if path.exists():
+                shutil.move(path, job.path / path.name)
+        if self.folder.agent_log.exists():
+            shutil.copyfile(self.folder.agent_log, job.agent_log)
+
+    def end(self) -> list[int]:
+        """Ends every process and removes the folder. Returns the pids that could not be killed."""
+        # Listed before the agent ends: afterwards orphans have another parent, and only their environment tells.
+        self.ended = True
+        below = descendants(self._agent.pid) if self._agent.poll() is None else []
+        agent = Process.of(self._agent.pid)
+        assert self._agent.stdin is not None
+        self._agent.stdin.close()
+        if agent is not None and self._agent.poll() is None:
+            agent.kill()
+        left = kill_all(lambda: {*below, *members(self.folder.path)}, END_TIMEOUT)
+        if not left:
+            self._agent.wait(END_TIMEOUT)
+        return sorted(process.pid for process in left)
+
+    def remove(self) -> None:
+        """Deletes the folder of a group that has ended."""
+        self.folder.remove()
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

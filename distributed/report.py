@@ -1,0 +1,86 @@
+"""What a finished job says of itself: result.json."""
+
+from __future__ import annotations
+
+import resource
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .job import VERSION, Job
+from .session import Session
+
+Peaks = list[list[int]]
+"""[[peak GPU bytes, peak host bytes]] of every rank, in rank order."""
+
+
+def gather_peaks(session: Session) -> Peaks:
+    """Up to now; every rank must call it."""
+    device = session.device
+    gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    mine = torch.tensor([gpu, host], device=device)
+    if session.mesh is None:
+        return [mine.tolist()]
+    everyone = mine.new_empty(session.world * 2)
+    dist.all_gather_into_tensor(everyone, mine, group=session.group)
+    return everyone.view(session.world, 2).tolist()
+
+
+def result_of(
+    job: Job,
+    session: Session,
+    *,
+    frames: int,
+    latents_shape: list[int],
+    phases: dict[str, float],
+    step_seconds: list[float],
+    peaks: Peaks,
+) -> dict[str, Any]:
+    """The object for result.json.
+
+    Args:
+        frames: of the video; 0 if none was made.
+        phases: name -> seconds.
+    """
+    sampling = job.sampling
+    video = {"width": sampling.width, "height": sampling.height, "frames": frames, "fps": sampling.fps}
+    return {
+        "id": job.id,
+        "version": VERSION,
+        "latents": {"shape": latents_shape, "dtype": "float32"},
+        "video": video if frames else None,
+        "phases": phases,
+        "step_seconds": step_seconds,
+        "peak_gpu_bytes": [gpu for gpu, _ in peaks],
+        "peak_rss_bytes": [host for _, host in peaks],
+        "settings": settings_of(job, session),
+        "warnings": list(job.warnings),
+    }
+
+
+def settings_of(job: Job, session: Session) -> dict[str, str | int | float | bool]:
+    """What was in effect, for the status."""
+    parallel, sampling, device = job.parallel, job.sampling, session.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    vae_dtype = str(session.vae_dtype(job)).removeprefix("torch.")
+    steps = sampling.step_range
+    part = (
+        ""
+        if len(steps) == sampling.schedule_steps
+        else f" ({steps.start} to {steps.stop} of {sampling.schedule_steps})"
+    )
+    return {
+        "device": f"{session.world} x {name}",
+        "sequence parallel": f"Ulysses, {parallel.ulysses_engine}" if parallel.use_ulysses else "off",
+        "fsdp": parallel.use_fsdp and session.world > 1,
+        "offload": parallel.offload_model,
+        "memory optimization": parallel.memory_optimization,
+        "compiled": parallel.torch_compile,
+        "precision": f"{parallel.mixed_precision}, VAE {vae_dtype}",
+        "attention": f"{session.kernel.name} ({session.kernel.reason})",
+        "solver": f"{sampling.solver}, {sampling.steps} steps{part}, shift {sampling.shift:g}",
+        "guidance": f"{sampling.guidance_high:g} high, {sampling.guidance_low:g} low",
+        "torch": torch.__version__,
+    }
