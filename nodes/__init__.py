@@ -6,12 +6,14 @@ from . import host
 from .config import WanVideoDistributedConfig
 from .inference import WanVideoDistributedInference
 from .loaders import LoadWanVideoModel
+from .loras import WanVideoDistributedLora
 from .text import LoadWanVideoT5TextEncoder, WanVideoTextEncode
 
 DISPLAY_NAMES = {
     "WanVideoDistributedConfig": "Wan Video Distributed Config",
     "WanVideoDistributedInference": "Wan Video Distributed Inference",
     "LoadWanVideoModel": "Load Wan Video Model",
+    "WanVideoDistributedLora": "Wan Video Distributed Lora",
     "LoadWanVideoT5TextEncoder": "Load WanVideo T5 TextEncoder",
     "WanVideoTextEncode": "WanVideo TextEncode",
 }
@@ -23,7 +25,12 @@ def node_classes(taken: frozenset[str]) -> dict[str, type]:
     The text nodes have the ids and sockets of ComfyUI-WanVideoWrapper's, so that a workflow made with either pack
     loads with the other. They come as a pair or not at all: one pack's encoder does not fit the other's.
     """
-    classes: list[type] = [WanVideoDistributedConfig, WanVideoDistributedInference, LoadWanVideoModel]
+    classes: list[type] = [
+        WanVideoDistributedConfig,
+        WanVideoDistributedInference,
+        LoadWanVideoModel,
+        WanVideoDistributedLora,
+    ]
     pair = [LoadWanVideoT5TextEncoder, WanVideoTextEncode]
     if not any(kind.__name__ in taken for kind in pair):
         classes += pair

@@ -1,4 +1,4 @@
-"""Text embeddings as other nodes hand them on -> the two tensors that a job takes.
+"""The prompts: text for the job to encode, or embeddings as other nodes hand them on -> the tensors that a job takes.
 
 Two forms come in. WANVIDEOTEXTEMBEDS: a dict whose `prompt_embeds` and `negative_prompt_embeds` are a list of
 [n, dim] tensors, one per prompt segment, or one tensor. Core CONDITIONING: a list of [tensor [1, n, dim], dict].
@@ -10,10 +10,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..distributed.job import ModelFiles, Sampling, Text
 from ..wan.config import TEXT_LEN
+from .status import Status
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+IMAGE_KEYS = frozenset({"concat_latent_image", "concat_mask"})
+"""Of a CONDITIONING's dict; images.py reads them."""
+NO_EFFECT = frozenset({"clip_vision_output", "guidance", "frame_rate"})
+"""Of a CONDITIONING's dict: said, not followed. Wan2.2 has no image encoder, and guidance is this node's own."""
+NEUTRAL = {
+    "strength": 1.0,
+    "start_percent": 0.0,
+    "end_percent": 1.0,
+    "clip_start_percent": 0.0,
+    "clip_end_percent": 1.0,
+}
+"""Of a CONDITIONING's dict: the values that ask for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +39,43 @@ class Embedding:
     """[n, dim], 1 <= n <= 512, on the CPU."""
     notes: tuple[str, ...]
     """What the user should know about how it was read."""
+
+
+def text_inputs(
+    settings: dict[str, Any], model: ModelFiles, sampling: Sampling, status: Status
+) -> tuple[Text | None, dict[str, Tensor]]:
+    """The prompts to encode inside the job; or None and the tensors to send with it: context, context_null.
+
+    Args:
+        settings: the inference node's inputs by name.
+    """
+    from ..distributed.preflight import needs_negative
+
+    text_embeds, negative_embeds = settings.get("text_embeds"), settings.get("negative_embeds")
+    prompt, negative_prompt = settings["prompt"], settings.get("negative_prompt", "")
+    if text_embeds is None:
+        if negative_embeds is not None:
+            raise ValueError("negative_embeds is connected but text_embeds is not; connect both or neither")
+        if not prompt.strip():
+            raise ValueError("prompt is empty and text_embeds is not connected: there is nothing to make a video of")
+        if not model.text_encoder:
+            raise ValueError(
+                "text_embeds is not connected and the model has no text encoder: connect WanVideo TextEncode "
+                "(or CLIP Text Encode) to text_embeds, or choose a text_encoder in Load Wan Video Model"
+            )
+        return Text(prompt=prompt, negative_prompt=negative_prompt), {}
+    unused = [name for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)) if value.strip()]
+    if unused:
+        status.note(f"text_embeds is connected: {' and '.join(unused)} of this node had no effect")
+    found = {"context": prompt_of(text_embeds, "text_embeds")}
+    if needs_negative(model, sampling):
+        if negative_embeds is not None:
+            found["context_null"] = prompt_of(negative_embeds, "negative_embeds")
+        elif (null := negative_of(text_embeds, "text_embeds")) is not None:
+            found["context_null"] = null
+    for embedding in found.values():
+        status.note(*embedding.notes)
+    return None, {name: embedding.tokens for name, embedding in found.items()}
 
 
 def prompt_of(value: Any, name: str) -> Embedding:
@@ -50,10 +102,21 @@ def _from_conditioning(value: Any, name: str) -> Embedding:
     if len(value) > 1:
         notes.append(f"{name} has {len(value)} conditioning entries; the first one is used")
     tokens, extras = value[0][0], value[0][1]
-    ignored = sorted(key for key, extra in extras.items() if key != "pooled_output" and extra is not None)
-    if ignored:
-        notes.append(f"{name} carries {', '.join(ignored)}, which text to video does not use")
+    notes += _read_extras(extras, name)
     return _one(tokens, name, tuple(notes))
+
+
+def _read_extras(extras: dict[str, Any], name: str) -> list[str]:
+    """Notes on what a conditioning carries beside the prompt. Raises ValueError for what would change the video."""
+    carried = {key for key, extra in extras.items() if extra is not None} - IMAGE_KEYS - {"pooled_output"}
+    carried -= {key for key, value in NEUTRAL.items() if key in carried and extras[key] == value}
+    unsupported = sorted(carried - NO_EFFECT)
+    if unsupported:
+        raise ValueError(
+            f"{name} carries {', '.join(unsupported)}, which this node does not support; "
+            "take out the nodes between the text encoder and this node that add it"
+        )
+    return [f"{name} carries {', '.join(sorted(carried))}, which has no effect here"] if carried else []
 
 
 def _one(value: Any, name: str, notes: tuple[str, ...]) -> Embedding:

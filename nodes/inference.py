@@ -6,19 +6,24 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..distributed.job import Job, JobError, ModelFiles, Parallel, Sampling, Text
+from ..distributed.job import Job, JobError, ModelFiles, Parallel, Sampling
 from ..distributed.launcher import JobCancelled, JobFailed, new_job_id, run_job
-from . import embeds, host
+from . import catalogue, embeds, host, wrapper_model
 from .config import DistributedConfig
+from .images import image_tensors
 from .inference_inputs import HIDDEN, optional, required
+from .latents import latent_tensors
+from .loras import distilled_warnings, refreshed
+from .presets import with_preset
 from .status import Status
+from .wrapper_model import AUTO
 
 
 class WanVideoDistributedInference:
     DESCRIPTION = (
-        "Makes a video with Wan2.2 on several GPUs: one process per GPU, started by torchrun, with Ulysses sequence "
-        "parallelism and FSDP weight sharding. Shows progress while it runs and plays the video when it is done. "
-        "Cancel ends all processes at once."
+        "Makes a video with Wan2.2, from text, images or latents, on several GPUs: one process per GPU, started by "
+        "torchrun, with Ulysses sequence parallelism and FSDP weight sharding. Shows progress while it runs and plays "
+        "the video when it is done. Cancel ends all processes at once."
     )
     CATEGORY = "WanVideoDistributed"
     FUNCTION = "run"
@@ -26,13 +31,13 @@ class WanVideoDistributedInference:
     RETURN_TYPES = ("STRING", "STRING", "STRING", "VIDEO", "LATENT")
     RETURN_NAMES = ("video_path", "log_output", "status", "video", "samples")
     OUTPUT_TOOLTIPS = (
-        "Path of the mp4 in ComfyUI's output folder.",
+        "Path of the mp4 in ComfyUI's output folder; empty if decode_video is off.",
         "The log of the job's first process, its last 64 KiB.",
         "Success, the settings that were in effect, times and warnings, as text.",
         "The video, for Save Video and other video nodes.",
-        "The latents (un-normalised, as ComfyUI's own), for VAE Decode or another sampler.",
+        "The latents (un-normalised, as ComfyUI's own), for VAE Decode, another sampler or this node's samples.",
     )
-    SEARCH_ALIASES: ClassVar[list[str]] = ["wan2.2", "text to video", "multi gpu", "torchrun"]
+    SEARCH_ALIASES: ClassVar[list[str]] = ["wan2.2", "text to video", "image to video", "i2v", "multi gpu", "torchrun"]
 
     # ComfyUI asks a class, not an instance, whether a node must run again, hence kept on the class:
     # node id -> the video it made last; and how often such a video was found deleted.
@@ -61,14 +66,16 @@ class WanVideoDistributedInference:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, unique_id: str | None = None, **_: Any) -> int:
-        """Changes when the node's last video was deleted: a cached run would hand out a dead path."""
+    def IS_CHANGED(cls, unique_id: str | None = None, vae: str | None = AUTO, **_: Any) -> str:
+        """Changes when the node's last video was deleted, whose path a cached run would hand out, or when `vae` was
+        replaced; the files of links are looked at by the nodes that they come from."""
         key = str(unique_id)
         video = cls._videos.get(key)
         if video is not None and not video.is_file():
             del cls._videos[key]
             cls._deleted[key] = cls._deleted.get(key, 0) + 1
-        return cls._deleted.get(key, 0)
+        files = () if vae in (None, AUTO) else catalogue.vae_files(vae)
+        return f"{cls._deleted.get(key, 0)} {host.fingerprint(files)}"
 
     def run(self, **inputs: Any) -> dict[str, Any]:
         try:
@@ -87,22 +94,15 @@ class WanVideoDistributedInference:
     def _run(
         self,
         *,
-        model: ModelFiles,
         filename_prefix: str = "video/wan",
         unique_id: str | None = None,
         workflow_prompt: dict[str, Any] | None = None,
         extra_pnginfo: dict[str, Any] | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
-        from ..distributed.preflight import check_job
-
         status = Status()
-        sampling = _sampling(settings, status)
-        text, tensors = _text(settings, model, sampling, status)
-        job = Job(id=new_job_id(), model=model, parallel=_parallel(settings, status), sampling=sampling, text=text)
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        status.note(*check_job(job, shapes.get("context"), shapes.get("context_null")))
-        job = dataclasses.replace(job, warnings=tuple(status.warnings))
+        job, tensors = _job(settings, status)
+        sampling = job.sampling
         host.check_prefix(filename_prefix, sampling.width, sampling.height)
         host.free_memory()
         report = host.ProgressReport(unique_id)
@@ -115,30 +115,76 @@ class WanVideoDistributedInference:
             on_log_line=host.log,
             cancelled=host.interrupted,
         )
+        saved = None
         try:
-            saved = host.save_video(
-                result.folder.video,
-                filename_prefix,
-                width=sampling.width,
-                height=sampling.height,
-                workflow={"prompt": workflow_prompt, **(extra_pnginfo or {})},
-            )
+            if job.decode:
+                saved = host.save_video(
+                    result.folder.video,
+                    filename_prefix,
+                    width=sampling.width,
+                    height=sampling.height,
+                    workflow={"prompt": workflow_prompt, **(extra_pnginfo or {})},
+                )
             samples = _read_latents(result.folder.latents)
         finally:
             result.remove()
-        self._videos[str(unique_id)] = saved.path
         status.note(*result.info["warnings"])
         report.text(status.line(result.info))
+        path = None if saved is None else saved.path
+        self._remember(unique_id, path)
+        video = host.blocked_output() if saved is None else saved.video()
         return {
-            "ui": saved.ui(),
-            "result": (
-                str(saved.path),
-                result.log,
-                status.block(saved.path, result.info),
-                saved.video(),
-                {"samples": samples},
-            ),
+            "ui": {} if saved is None else saved.ui(),
+            "result": (str(path or ""), result.log, status.block(path, result.info), video, {"samples": samples}),
         }
+
+    def _remember(self, unique_id: str | None, video: Path | None) -> None:
+        self._videos.pop(str(unique_id), None)
+        if video is not None:
+            self._videos[str(unique_id)] = video
+
+
+def _job(settings: dict[str, Any], status: Status) -> tuple[Job, dict[str, Any]]:
+    """The job that the inputs ask for, checked, and the tensors that travel with it."""
+    from ..distributed.preflight import check_job, check_model
+
+    model = _model(settings, status)
+    config = check_model(model)
+    settings = with_preset(settings, config.task, status)
+    sampling = _sampling(settings, status)
+    text, tensors = embeds.text_inputs(settings, model, sampling, status)
+    images = image_tensors(settings, sampling, config, status)
+    samples = settings.get("samples")
+    latents = {} if samples is None else latent_tensors(samples, sampling, config, status)
+    if "samples" in images and latents:
+        raise ValueError("samples is connected, and image_embeds carries extra_latents; take one of them out")
+    tensors = {**tensors, **images, **latents}
+    job = Job(
+        id=new_job_id(),
+        model=model,
+        parallel=_parallel(settings, status),
+        sampling=sampling,
+        text=text,
+        decode=settings.get("decode_video", True),
+    )
+    status.note(*distilled_warnings(model, sampling))
+    status.note(*check_job(job, {name: tuple(tensor.shape) for name, tensor in tensors.items()}))
+    return dataclasses.replace(job, warnings=tuple(status.warnings)), tensors
+
+
+def _model(settings: dict[str, Any], status: Status) -> ModelFiles:
+    model, low_noise_model, vae = settings["model"], settings.get("low_noise_model"), settings.get("vae", AUTO)
+    if not isinstance(model, ModelFiles):
+        return wrapper_model.files_of(model, low_noise_model, vae, status)
+    if low_noise_model is not None:
+        raise ValueError(
+            "low_noise_model is connected, but model is from Load Wan Video Model, which names both experts; "
+            "disconnect low_noise_model"
+        )
+    if vae != AUTO:
+        model = dataclasses.replace(model, vae=catalogue.identities(catalogue.vae_files(vae)))
+        status.note(f"vae is {vae}, instead of the one that Load Wan Video Model names")
+    return refreshed(model)
 
 
 def _parallel(settings: dict[str, Any], status: Status) -> Parallel:
@@ -174,40 +220,11 @@ def _sampling(settings: dict[str, Any], status: Status) -> Sampling:
         guidance_high=float(settings.get("guidance_high", 4.0)),
         boundary=float(settings.get("boundary", 0.875)),
         fps=float(settings.get("fps", 16.0)),
+        strength=float(settings.get("strength", 1.0)),
+        start_step=settings.get("start_step", 0),
+        end_step=settings.get("end_step", 0),
+        add_noise=settings.get("add_noise", True),
     )
-
-
-def _text(
-    settings: dict[str, Any], model: ModelFiles, sampling: Sampling, status: Status
-) -> tuple[Text | None, dict[str, Any]]:
-    """The prompts to encode inside the job; or None and the tensors to send with it: context, context_null."""
-    from ..distributed.preflight import needs_negative
-
-    text_embeds, negative_embeds = settings.get("text_embeds"), settings.get("negative_embeds")
-    prompt, negative_prompt = settings["prompt"], settings.get("negative_prompt", "")
-    if text_embeds is None:
-        if negative_embeds is not None:
-            raise ValueError("negative_embeds is connected but text_embeds is not; connect both or neither")
-        if not prompt.strip():
-            raise ValueError("prompt is empty and text_embeds is not connected: there is nothing to make a video of")
-        if not model.text_encoder:
-            raise ValueError(
-                "text_embeds is not connected and the model has no text encoder: connect WanVideo TextEncode "
-                "(or CLIP Text Encode) to text_embeds, or choose a text_encoder in Load Wan Video Model"
-            )
-        return Text(prompt=prompt, negative_prompt=negative_prompt), {}
-    unused = [name for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)) if value.strip()]
-    if unused:
-        status.note(f"text_embeds is connected: {' and '.join(unused)} of this node had no effect")
-    found = {"context": embeds.prompt_of(text_embeds, "text_embeds")}
-    if needs_negative(sampling):
-        if negative_embeds is not None:
-            found["context_null"] = embeds.prompt_of(negative_embeds, "negative_embeds")
-        elif (null := embeds.negative_of(text_embeds, "text_embeds")) is not None:
-            found["context_null"] = null
-    for embedding in found.values():
-        status.note(*embedding.notes)
-    return None, {name: embedding.tokens for name, embedding in found.items()}
 
 
 def _write_inputs(path: Path, tensors: dict[str, Any]) -> None:

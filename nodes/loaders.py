@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..distributed.job import FileIdentity, ModelFiles
+from ..distributed.job import ModelFiles
+from ..wan.identify import noise_side
 from . import catalogue, host
+from .loras import lora_files
 
 NONE = "none"
 
 
 class LoadWanVideoModel:
     DESCRIPTION = (
-        "Chooses the files of a Wan2.2 model: two experts, the VAE and, if prompts are to be encoded inside the job, "
-        "the text encoder. Reads only their headers; the weights are loaded by the job's processes, each its own part."
+        "Chooses the files of a Wan2.2 model (T2V-A14B, I2V-A14B, TI2V-5B): two experts or one transformer, the VAE, "
+        "LoRAs and, if prompts are to be encoded inside the job, the text encoder. Reads only their headers; the "
+        "weights are loaded by the job's processes, each its own part."
     )
     CATEGORY = "WanVideoDistributed"
     FUNCTION = "load"
@@ -31,31 +33,31 @@ class LoadWanVideoModel:
         return {
             "required": {
                 "high_noise": (
-                    experts,
-                    _prefer(
-                        experts,
-                        ("high",),
-                        "The expert for the first, noisy steps, such as "
-                        "wan2.2_t2v_high_noise_14B_fp16.safetensors in models/diffusion_models, or an official "
-                        "folder's high_noise_model.",
-                    ),
+                    [*experts, NONE],
+                    {
+                        "default": next((name for name in experts if noise_side(name) == "high"), [*experts, NONE][0]),
+                        "tooltip": "The expert for the first, noisy steps, such as "
+                        "wan2.2_t2v_high_noise_14B_fp16.safetensors in models/diffusion_models: .safetensors or .gguf, "
+                        "an official or diffusers folder, or an all-in-one file of models/checkpoints. A model of one "
+                        "transformer (TI2V-5B) goes here, with none in low_noise.",
+                    },
                 ),
                 "low_noise": (
-                    experts,
-                    _prefer(
-                        experts,
-                        ("low",),
-                        "The expert for the last steps, such as wan2.2_t2v_low_noise_14B_fp16.safetensors in "
-                        "models/diffusion_models, or an official folder's low_noise_model.",
-                    ),
+                    [*experts, NONE],
+                    {
+                        "default": next((name for name in experts if noise_side(name) == "low"), NONE),
+                        "tooltip": "The expert for the last steps, such as "
+                        "wan2.2_t2v_low_noise_14B_fp16.safetensors. none: the transformer in high_noise runs all "
+                        "steps.",
+                    },
                 ),
                 "vae": (
                     vaes,
-                    _prefer(
-                        vaes,
-                        ("wan", "2.1"),
-                        "The Wan2.1 VAE (the A14B models use it), such as wan_2.1_vae.safetensors in models/vae.",
-                    ),
+                    {
+                        **_default_vae(vaes),
+                        "tooltip": "The Wan2.1 VAE for A14B models, such as wan_2.1_vae.safetensors in models/vae; "
+                        "the Wan2.2 VAE (wan2.2_vae.safetensors) for TI2V-5B.",
+                    },
                 ),
             },
             "optional": {
@@ -67,40 +69,65 @@ class LoadWanVideoModel:
                         "none: text_embeds come from another node.",
                     },
                 ),
+                "high_noise_lora": (
+                    "WANVIDLORA",
+                    {"tooltip": "LoRAs for the transformer in high_noise, from Wan Video Distributed Lora."},
+                ),
+                "low_noise_lora": (
+                    "WANVIDLORA",
+                    {"tooltip": "LoRAs for the transformer in low_noise, from Wan Video Distributed Lora."},
+                ),
             },
         }
 
     @classmethod
-    def IS_CHANGED(cls, **names: str | None) -> str:
-        if any(name is None for name in names.values()):
+    def IS_CHANGED(
+        cls,
+        high_noise: str | None = None,
+        low_noise: str | None = None,
+        vae: str | None = None,
+        text_encoder: str | None = NONE,
+        **_: Any,
+    ) -> str:
+        # None: the name comes through a link. What LoRA links carry is fingerprinted by the nodes that made it.
+        if high_noise is None or low_noise is None or vae is None or text_encoder is None:
             return ""
-        model = _files(**names)
+        model = _files(high_noise, low_noise, vae, text_encoder)
         return host.fingerprint(Path(part.path) for part in model.all())
 
-    def load(self, high_noise: str, low_noise: str, vae: str, text_encoder: str = NONE) -> tuple[ModelFiles]:
+    def load(
+        self,
+        high_noise: str,
+        low_noise: str,
+        vae: str,
+        text_encoder: str = NONE,
+        high_noise_lora: list[dict[str, Any]] | None = None,
+        low_noise_lora: list[dict[str, Any]] | None = None,
+    ) -> tuple[ModelFiles]:
         from ..distributed.preflight import check_model
 
-        model = _files(high_noise, low_noise, vae, text_encoder)
+        loras = {"high_noise_lora": high_noise_lora, "low_noise_lora": low_noise_lora}
+        files = {f"{name}s": lora_files(value, name) for name, value in loras.items()}
+        model = _files(high_noise, low_noise, vae, text_encoder, **files)
         check_model(model)
         return (model,)
 
 
-def _files(high_noise: str, low_noise: str, vae: str, text_encoder: str = NONE) -> ModelFiles:
+def _files(high_noise: str, low_noise: str, vae: str, text_encoder: str, **loras: Any) -> ModelFiles:
+    if high_noise == NONE and low_noise == NONE:
+        raise ValueError("high_noise and low_noise are both none; choose a transformer for at least one of them")
     encoder, tokenizer = ((), ()) if text_encoder == NONE else catalogue.text_encoder_files(text_encoder)
     return ModelFiles(
-        high_noise=_identities(catalogue.expert_files(high_noise)),
-        low_noise=_identities(catalogue.expert_files(low_noise)),
-        vae=_identities(catalogue.vae_files(vae)),
-        text_encoder=_identities(encoder),
-        tokenizer=_identities(tokenizer),
+        high_noise=catalogue.identities(() if high_noise == NONE else catalogue.expert_files(high_noise)),
+        low_noise=catalogue.identities(() if low_noise == NONE else catalogue.expert_files(low_noise)),
+        vae=catalogue.identities(catalogue.vae_files(vae)),
+        text_encoder=catalogue.identities(encoder),
+        tokenizer=catalogue.identities(tokenizer),
+        **loras,
     )
 
 
-def _identities(paths: Sequence[Path]) -> tuple[FileIdentity, ...]:
-    return tuple(FileIdentity.of(path) for path in paths)
-
-
-def _prefer(names: list[str], words: tuple[str, ...], tooltip: str) -> dict[str, Any]:
-    """Input options whose default is the first name with all `words` in it."""
-    fitting = [name for name in names if all(word in name.lower() for word in words)]
-    return {"tooltip": tooltip, **({"default": fitting[0]} if fitting else {})}
+def _default_vae(names: list[str]) -> dict[str, str]:
+    """The Wan2.1 VAE as the default, where there is one: most models use it."""
+    fitting = [name for name in names if "wan" in name.lower() and ("2.1" in name or "2_1" in name)]
+    return {"default": fitting[0]} if fitting else {}

@@ -21,19 +21,20 @@ class Status:
 
     def line(self, info: Mapping[str, Any]) -> str:
         """One line for the node, from a job's result.json."""
+        done = f"done in {sum(info['phases'].values()):.0f} s: "
         video = info["video"]
-        return f"done in {sum(info['phases'].values()):.0f} s: {video['frames']} frames, {video['fps']:g} fps"
+        return done + (f"{video['frames']} frames, {video['fps']:g} fps" if video else "latents, no video")
 
-    def block(self, path: Path, info: Mapping[str, Any]) -> str:
-        """The readable status of a run that made a video: plain text that ComfyUI's text preview shows as a list."""
-        video, steps, phases = info["video"], info["step_seconds"], info["phases"]
+    def block(self, path: Path | None, info: Mapping[str, Any]) -> str:
+        """The readable status of a finished run: plain text that ComfyUI's text preview shows as a list.
+
+        Args:
+            path: of the video; None if none was made.
+            info: the job's result.json.
+        """
+        steps, phases = info["step_seconds"], info["phases"]
         times = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.items())
-        lines = [
-            "success",
-            f"- video: {path}",
-            f"- size: {video['width']}x{video['height']}, {video['frames']} frames, {video['fps']:g} fps",
-            f"- time: {sum(phases.values()):.1f} s ({times})",
-        ]
+        lines = ["success", *self._made(path, info), f"- time: {sum(phases.values()):.1f} s ({times})"]
         if steps:
             lines.append(f"- step: {sum(steps) / len(steps):.2f} s, mean of {len(steps)}")
         for name, key in (("GPU memory", "peak_gpu_bytes"), ("host memory", "peak_rss_bytes")):
@@ -43,3 +44,12 @@ class Status:
         if self.warnings:
             lines += ["- warnings:", *(f"  - {line}" for line in self.warnings)]
         return "\n".join(lines)
+
+    def _made(self, path: Path | None, info: Mapping[str, Any]) -> list[str]:
+        video = info["video"]
+        if path is None or video is None:
+            return [f"- latents: {info['latents']['shape']}, no video (decode_video is off)"]
+        return [
+            f"- video: {path}",
+            f"- size: {video['width']}x{video['height']}, {video['frames']} frames, {video['fps']:g} fps",
+        ]

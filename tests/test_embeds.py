@@ -44,9 +44,10 @@ def test_more_than_one_conditioning_entry_is_said() -> None:
     assert found.notes == ("text_embeds has 2 conditioning entries; the first one is used",)
 
 
-def test_what_is_not_used_is_said() -> None:
-    found = embeds.prompt_of([[rows(3)[None], {"concat_latent_image": 1, "pooled_output": None}]], "text_embeds")
-    assert found.notes == ("text_embeds carries concat_latent_image, which text to video does not use",)
+def test_what_has_no_effect_is_said() -> None:
+    extras = {"pooled_output": rows(1), "guidance": 3.5, "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    found = embeds.prompt_of([[rows(3)[None], extras]], "text_embeds")
+    assert found.notes == ("text_embeds carries guidance, which has no effect here",)
 
 
 @pytest.mark.parametrize(

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from node_inputs import rows, settings
-from wan_pack.demo.example import TinyModel
-from wan_pack.distributed.job import FileIdentity, JobError, ModelFiles
+import torch
+from node_inputs import BOTH, model_files, rows, settings, tiny_files, use_model_folders
+from safetensors.torch import save_file
+from wan_pack.distributed.job import JobError, ModelFiles
 from wan_pack.distributed.launcher import JobCancelled, JobFailed
-from wan_pack.nodes import host
+from wan_pack.nodes import embeds, host
 from wan_pack.nodes import inference as inference_module
 from wan_pack.nodes.config import DistributedConfig, WanVideoDistributedConfig
 from wan_pack.nodes.inference import WanVideoDistributedInference
 from wan_pack.nodes.status import Status
 
 
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """ComfyUI's model folders, in `tmp_path`."""
+    use_model_folders(tmp_path, monkeypatch)
+    return tmp_path
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> ModelFiles:
-    (tmp_path / "file").write_bytes(b"x")
-    identity = FileIdentity.of(tmp_path / "file")
-    return ModelFiles(high_noise=(identity,), low_noise=(identity,), vae=(identity,))
+    return model_files(tmp_path)
 
 
 @pytest.mark.parametrize(("asked", "made"), [(1, 1), (2, 5), (80, 81), (81, 81), (84, 85), (121, 121)])
@@ -61,7 +68,7 @@ def test_config_wins_and_the_status_says_so(monkeypatch: pytest.MonkeyPatch) -> 
 
 def text_of(model: ModelFiles, status: Status, **values: Any) -> Any:
     given = settings(**values)
-    return inference_module._text(given, model, inference_module._sampling(given, Status()), status)
+    return embeds.text_inputs(given, model, inference_module._sampling(given, Status()), status)
 
 
 def test_connected_embeddings_win_over_the_prompt(model: ModelFiles) -> None:
@@ -96,6 +103,19 @@ def test_no_guidance_needs_no_negative(model: ModelFiles) -> None:
 def test_text_that_cannot_work_is_explained(model: ModelFiles, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         text_of(model, Status(), **values)
+
+
+def test_replaced_vae_makes_the_node_run_once_more(folders: Path) -> None:
+    node = WanVideoDistributedInference
+    vae = folders / "vae" / "other.safetensors"
+    vae.parent.mkdir()
+    vae.touch()
+    before = node.IS_CHANGED(unique_id="test", vae="other.safetensors")
+    assert node.IS_CHANGED(unique_id="test", vae="other.safetensors") == before
+    vae.write_bytes(b"new")
+    assert node.IS_CHANGED(unique_id="test", vae="other.safetensors") != before
+    for nothing_chosen in ("auto", None):
+        assert node.IS_CHANGED(unique_id="test", vae=nothing_chosen) == node.IS_CHANGED(unique_id="test")
 
 
 def test_deleted_video_makes_the_node_run_once_more(tmp_path: Path) -> None:
@@ -135,6 +155,22 @@ def test_status_tells_what_was_done(tmp_path: Path) -> None:
     assert "host memory" not in text
     assert "  - precision: bf16" in text
     assert text.count("a warning") == 1
+    assert status.line(info) == "done in 50 s: 81 frames, 16 fps"
+
+
+def test_status_tells_that_no_video_was_made() -> None:
+    info = {
+        "video": None,
+        "latents": {"shape": [1, 16, 2, 6, 8], "dtype": "float32"},
+        "phases": {"load": 10.0, "denoise": 40.0},
+        "step_seconds": [],
+        "peak_gpu_bytes": [0],
+        "peak_rss_bytes": [0],
+        "settings": {},
+    }
+    lines = Status().block(None, info).splitlines()
+    assert lines[:2] == ["success", "- latents: [1, 16, 2, 6, 8], no video (decode_video is off)"]
+    assert Status().line(info) == "done in 50 s: latents, no video"
 
 
 # How a run ends
@@ -148,9 +184,14 @@ class OutOfMemory(Exception):
     """Stands for ComfyUI's."""
 
 
+@pytest.fixture(scope="module")
+def t2v(tiny_models: Path) -> ModelFiles:
+    return tiny_files(tiny_models)
+
+
 @pytest.fixture
-def failing_node(tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs the node on the tiny model with a launcher that raises the given error."""
+def failing_node(t2v: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the node on the tiny model with a launcher that raises the given error; None: with the one that is there."""
     for name, result in {
         "visible_gpus": "",
         "check_prefix": None,
@@ -163,21 +204,15 @@ def failing_node(tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     }.items():
         monkeypatch.setattr(host, name, lambda *_, result=result: result)
     monkeypatch.setattr(host, "out_of_memory", OutOfMemory)
-    names = TinyModel()
-    model = ModelFiles(
-        high_noise=(FileIdentity.of(tiny_models / "diffusion_models" / names.high_noise),),
-        low_noise=(FileIdentity.of(tiny_models / "diffusion_models" / names.low_noise),),
-        vae=(FileIdentity.of(tiny_models / "vae" / names.vae),),
-    )
 
-    def run(error: Exception, **values: Any) -> Any:
+    def run(error: Exception | None, **values: Any) -> Any:
         def run_job(job: Any, write_inputs: Any, **_: Any) -> None:
             write_inputs(tmp_path / "inputs.safetensors")
             raise error
 
-        monkeypatch.setattr(inference_module, "run_job", run_job)
-        both = {"prompt_embeds": [rows(3, dim=64)], "negative_prompt_embeds": [rows(4, dim=64)]}
-        given = settings(model=model, text_embeds=both, gpu_count=1, **values)
+        if error is not None:
+            monkeypatch.setattr(inference_module, "run_job", run_job)
+        given = settings(model=t2v, text_embeds=BOTH, gpu_count=1, **values)
         return WanVideoDistributedInference().run(**given, unique_id="1", workflow_prompt=None, extra_pnginfo=None)
 
     return run
@@ -208,3 +243,26 @@ def test_out_of_memory_is_comfyuis_own_exception(failing_node: Any) -> None:
 )
 def test_failure_can_be_returned_instead(failing_node: Any, error: Exception, log: str) -> None:
     assert failing_node(error, on_error="return") == {"result": ("", log, f"error: {error}", "blocked", "blocked")}
+
+
+# Without a video
+
+
+def test_latents_without_a_video_are_handed_on(
+    failing_node: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = SimpleNamespace(latents=tmp_path / "latents.safetensors")
+    save_file({"samples": torch.ones(1, 16, 2, 6, 8)}, folder.latents)
+    info: dict[str, Any] = {"video": None, "latents": {"shape": [1, 16, 2, 6, 8]}, "phases": {}, "step_seconds": []}
+    info |= {"peak_gpu_bytes": [], "peak_rss_bytes": [], "settings": {}, "warnings": []}
+    result = SimpleNamespace(folder=folder, info=info, log="the log", remove=folder.latents.unlink)
+    monkeypatch.setattr(host, "ProgressReport", lambda node_id: SimpleNamespace(text=lambda line: None))
+    monkeypatch.setattr(inference_module, "run_job", lambda job, write, **_: result)
+    WanVideoDistributedInference._videos["1"] = tmp_path / "older.mp4"
+    made = failing_node(None, decode_video=False)
+    path, log, status, video, samples = made["result"]
+    assert (made["ui"], path, log, video) == ({}, "", "the log", "blocked")
+    assert status.startswith("success\n- latents: [1, 16, 2, 6, 8]")
+    assert samples["samples"].shape == (1, 16, 2, 6, 8)
+    assert not folder.latents.exists()
+    assert "1" not in WanVideoDistributedInference._videos

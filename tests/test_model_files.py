@@ -39,6 +39,7 @@ def test_official_folders_are_listed_beside_files(loader_folders: Path) -> None:
         "tiny_wan2.2_t2v_low_noise.safetensors",
         "Wan2.2-T2V-A14B/high_noise_model",
         "Wan2.2-T2V-A14B/low_noise_model",
+        "none",
     ]
     assert options["default"] == experts[0]
     assert inputs["low_noise"][1]["default"] == experts[1]

@@ -10,30 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from node_inputs import inputs_of, widgets
-from wan_pack.nodes import DISPLAY_NAMES, NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, host, node_classes
+from node_inputs import inputs_of, use_model_folders, widgets
+from wan_pack.nodes import DISPLAY_NAMES, NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, node_classes
 from wan_pack.nodes.inference import WanVideoDistributedInference
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT_NODES = {"LoadWanVideoT5TextEncoder", "WanVideoTextEncode"}
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """ComfyUI's model folders, in `tmp_path`."""
-
-    def model_files(key: str) -> list[str]:
-        root = tmp_path / key
-        return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-
-    monkeypatch.setattr(host, "model_folders", lambda key: [tmp_path / key])
-    monkeypatch.setattr(host, "model_files", model_files)
-    monkeypatch.setattr(host, "model_path", lambda key, name: tmp_path / key / name)
+    use_model_folders(tmp_path, monkeypatch)
     return tmp_path
 
 
 @pytest.mark.parametrize("node", NODE_CLASS_MAPPINGS.values(), ids=lambda node: node.__name__)
-def test_node_declares_everything_a_user_reads(node: Any, folders: Path) -> None:
+def test_node_declares_everything_a_user_reads(node: Any) -> None:
     assert node.DESCRIPTION.endswith(".")
     assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES) == len(node.OUTPUT_TOOLTIPS)
     assert all(node.OUTPUT_TOOLTIPS)
@@ -44,13 +37,13 @@ def test_node_declares_everything_a_user_reads(node: Any, folders: Path) -> None
 
 
 @pytest.mark.parametrize("node", NODE_CLASS_MAPPINGS.values(), ids=lambda node: node.__name__)
-def test_node_function_takes_its_inputs(node: Any, folders: Path) -> None:
+def test_node_function_takes_its_inputs(node: Any) -> None:
     names = [*inputs_of(node), *node.INPUT_TYPES().get("hidden", {})]
     inspect.signature(getattr(node, node.FUNCTION)).bind(None, **dict.fromkeys(names))
 
 
 @pytest.mark.parametrize("node", NODE_CLASS_MAPPINGS.values(), ids=lambda node: node.__name__)
-def test_lists_are_lists_that_the_server_checks(node: Any, folders: Path) -> None:
+def test_lists_are_lists_that_the_server_checks(node: Any) -> None:
     for name, (kind, options) in inputs_of(node).items():
         assert kind != "COMBO", f"{name}: the server does not check a COMBO"
         if kind in ("INT", "FLOAT"):
@@ -64,7 +57,7 @@ def test_text_nodes_come_as_a_pair_or_not_at_all() -> None:
         assert "WanVideoDistributedInference" in node_classes(frozenset({taken}))
 
 
-def test_text_nodes_have_the_sockets_of_the_pack_they_replace(folders: Path) -> None:
+def test_text_nodes_have_the_sockets_of_the_pack_they_replace() -> None:
     loader, encode = (NODE_CLASS_MAPPINGS[name] for name in ("LoadWanVideoT5TextEncoder", "WanVideoTextEncode"))
     assert list(loader.INPUT_TYPES()["required"]) == ["model_name", "precision"]
     assert loader.INPUT_TYPES()["required"]["precision"][0] == ["fp32", "bf16"]
@@ -74,15 +67,19 @@ def test_text_nodes_have_the_sockets_of_the_pack_they_replace(folders: Path) -> 
     assert (encode.RETURN_TYPES, encode.RETURN_NAMES) == (("WANVIDEOTEXTEMBEDS",), ("text_embeds",))
 
 
-def test_inference_inputs_keep_their_order() -> None:
+def test_inputs_keep_their_order() -> None:
     # Saved workflows hold values by position: a new input may only come at the end.
     assert list(inputs_of(WanVideoDistributedInference)) == [
         *("model", "prompt", "width", "height", "num_frames", "sample_steps"),
         *("gpu_count", "use_ulysses", "use_fsdp", "offload_model"),
         *("text_embeds", "config", "negative_embeds", "negative_prompt", "seed", "scheduler", "shift"),
         *("guidance_low", "guidance_high", "boundary", "fps", "filename_prefix", "on_error"),
+        *("start_image", "end_image", "image_embeds", "samples", "strength", "start_step", "end_step", "add_noise"),
+        *("decode_video", "preset", "low_noise_model", "vae"),
     ]
     assert WanVideoDistributedInference.RETURN_NAMES == ("video_path", "log_output", "status", "video", "samples")
+    loader = ["high_noise", "low_noise", "vae", "text_encoder", "high_noise_lora", "low_noise_lora"]
+    assert list(inputs_of(NODE_CLASS_MAPPINGS["LoadWanVideoModel"])) == loader
 
 
 def test_import_is_light_and_has_no_side_effects(tmp_path: Path) -> None:
@@ -127,4 +124,7 @@ def test_example_workflow_holds_a_value_for_every_widget() -> None:
             values = dict(zip(names, node["widgets_values"], strict=True))
             assert (values["width"], values["height"], values["num_frames"]) == (832, 480, 81)
             assert values["on_error"] == "raise"
+            defaults = {name: options["default"] for name, (_, options) in widgets().items()}
+            later = ("strength", "start_step", "end_step", "add_noise", "decode_video", "preset", "vae")
+            assert {name: values[name] for name in later} == {name: defaults[name] for name in later}
     assert (ROOT / "example_workflows" / "distributed_inference_workflow.jpg").is_file()

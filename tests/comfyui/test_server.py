@@ -23,6 +23,7 @@ from wan_pack.demo.example import Prompt, node_id, node_of
 
 NODES = (
     "LoadWanVideoModel",
+    "WanVideoDistributedLora",
     "LoadWanVideoT5TextEncoder",
     "WanVideoTextEncode",
     "WanVideoDistributedConfig",
