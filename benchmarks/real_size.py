@@ -116,7 +116,7 @@ def write_job(folder: Path, arguments: argparse.Namespace, gpus: int) -> Path:
         ),
     )  # fmt: skip
     text_dim = Checkpoint([part.path for part in experts[0]]).config.text_dim
-    check_job(job, (64, text_dim), None)
+    check_job(job, {"context": (64, text_dim)})
     path = folder / f"job-{gpus}"
     path.mkdir(exist_ok=True)
     save_file(
@@ -151,6 +151,11 @@ def run(folder: Path, arguments: argparse.Namespace, gpus: int) -> dict[str, Any
     }
 
 
+def append_results(line: dict[str, Any]) -> None:
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def latents_difference(folder: Path, first: int, second: int) -> float:
     """Relative difference of what two runs denoised: rounding, where the same job ran on another number of GPUs."""
     from safetensors.torch import load_file
@@ -181,8 +186,7 @@ def main() -> None:
         line = run(arguments.folder, arguments, gpus)
         if index:
             line["latents_difference"] = latents_difference(arguments.folder, arguments.gpus[0], gpus)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_results(line)
         print(
             f"{line['gpus']} GPUs: load {line['load_seconds']} s, step {line['seconds_per_step']} s, "
             f"GPU {line['peak_gpu_gib']} GiB, host {line['peak_host_gib']} GiB"
