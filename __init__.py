@@ -1,7 +1,9 @@
 """Wan2.2 video generation on several GPUs, as ComfyUI nodes."""
 
 if __package__:
-    from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+    from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, warm
+
+    warm.register()
 else:
     # pytest imports this file alone while it collects: there is no package to be relative to.
     NODE_CLASS_MAPPINGS: dict[str, type] = {}

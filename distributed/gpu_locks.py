@@ -84,8 +84,15 @@ def _folder() -> Path:
 
 
 def _open(path: Path) -> IO[str]:
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(FileExistsError):
+            created = os.open(path, flags | os.O_CREAT | os.O_EXCL)
+            # Whatever the umask: the GPU's next user may be another one.
+            os.fchmod(created, 0o666)
+            os.close(created)
+        # Without O_CREAT, which a sticky folder refuses for a file of another user (fs.protected_regular).
+        descriptor = os.open(path, flags)
     except OSError as error:
         raise JobError(f"the GPU's lock {path} cannot be opened: {error.strerror}; remove it") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -70,7 +70,7 @@ class WorkerGroup:
             if path.exists():
                 shutil.move(path, job.path / path.name)
         if self.folder.agent_log.exists():
-            shutil.copyfile(self.folder.agent_log, job.agent_log)
+            shutil.copy(self.folder.agent_log, job.agent_log)
 
     def end(self) -> list[int]:
         """Ends every process and removes the folder. Returns the pids that could not be killed."""

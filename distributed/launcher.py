@@ -141,12 +141,13 @@ class _Run:
         self._pool = pool
         self._shown: Progress | None = None
         self._log = LogFollower(folder.log(0))
-        self._signs = SignsOfLife(folder, job.parallel)
 
     def to_the_end(self) -> Result:
         self._group = self._pool.take(
             self._job, self._folder.path.parent, cancelled=self._cancelled, on_wait=self._show_wait
         )
+        # Not before: the time-outs are the ranks', and waiting for a GPU is not their fault.
+        self._signs = SignsOfLife(self._folder, self._job.parallel)
         good = False
         try:
             self._group.submit(self._folder)
@@ -238,7 +239,8 @@ class _Run:
         out_of_memory = cause is not None and cause.out_of_memory
         hint = advice(text, out_of_memory=out_of_memory, killed=cause is not None and cause.signal == "SIGKILL")
         command = shlex.join([sys.executable, str(group.AGENT), "run", str(kept)])
-        again = f"the job is kept in {kept}; {command} repeats it"
+        does = "continues from its denoised latents" if JobDir(kept).latents.exists() else "repeats it"
+        again = f"the job is kept in {kept}; {command} {does}"
         parts = [text, f"\nlast lines of its log:\n{tail}\n" if tail else "", again, hint]
         return JobFailed(
             "\n".join(part for part in parts if part),

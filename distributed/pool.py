@@ -22,8 +22,9 @@ class _Member:
     locks: GpuLocks
     kind: Any
     idle: bool = False
+    released: bool = False
+    """To end with its job."""
     timer: threading.Timer | None = None
-    parent: Path | None = None
 
 
 def _kind(job: Job) -> tuple[Any, ...]:
@@ -39,7 +40,6 @@ class Pool:
     def __init__(self) -> None:
         self._members: list[_Member] = []
         self._lock = threading.RLock()
-        self._released = 0
 
     def take(
         self, job: Job, parent: Path, *, cancelled: Callable[[], bool], on_wait: Callable[[str], None]
@@ -77,7 +77,7 @@ class Pool:
         with self._lock:
             member = self._member(group)
             seconds = job.parallel.keep_warm_seconds
-            if seconds <= 0 or self._released:
+            if seconds <= 0 or member.released:
                 self._end(member)
                 return
             member.idle = True
@@ -94,9 +94,15 @@ class Pool:
             member.locks.release()
 
     def release(self) -> int:
-        """Ends every idle group; GPU memory is free when this returns. Returns how many there were."""
+        """Ends every idle group; GPU memory is free when this returns. Busy ones end with their job.
+
+        Returns:
+            how many ended now.
+        """
         with self._lock:
             idle = [member for member in self._members if member.idle]
+            for member in self._members:
+                member.released = True
             for member in idle:
                 self._end(member)
             return len(idle)

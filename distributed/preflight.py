@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from ..wan.checkpoint import Checkpoint
 from ..wan.config import WanConfig
@@ -35,9 +35,11 @@ def needs_negative(model: ModelFiles, sampling: Sampling) -> bool:
     return low or (bool(model.high_noise) and sampling.guidance_high != 1)
 
 
-def check_model(model: ModelFiles) -> WanConfig:
+def check_model(model: ModelFiles, on_report: Callable[[str], None] = lambda line: None) -> WanConfig:
     """The transformer's sizes, once the headers show that all files are what they should be and belong together.
 
+    Args:
+        on_report: told of each LoRA that fits in part.
     Raises:
         ValueError: naming the file, what it is and what was expected.
     """
@@ -56,7 +58,8 @@ def check_model(model: ModelFiles) -> WanConfig:
     z_dim = check_vae_file(vae).z_dim
     if z_dim is not None and z_dim != config.out_dim:
         raise ValueError(f"{vae} decodes {z_dim} channels; the transformer makes {config.out_dim}")
-    _check_loras(model, experts)
+    for report in _lora_reports(model, experts):
+        on_report(report)
     if model.text_encoder:
         encoder = [part.path for part in model.text_encoder]
         dim = check_text_encoder_files(encoder, [part.path for part in model.tokenizer]).dim
@@ -65,12 +68,14 @@ def check_model(model: ModelFiles) -> WanConfig:
     return config
 
 
-def _check_loras(model: ModelFiles, experts: list[Checkpoint]) -> None:
-    """Opening a LoRA for its expert refuses one that fits nothing."""
+def _lora_reports(model: ModelFiles, experts: list[Checkpoint]) -> Iterator[str]:
+    """A line for each LoRA of which something does not fit. Opening one refuses it if nothing does."""
     slots = [(name, getattr(model, f"{name}_loras")) for name in (HIGH_NOISE, LOW_NOISE) if getattr(model, name)]
     for expert, (name, loras) in zip(experts, slots, strict=True):
         for lora in loras:
-            Lora(lora.file.path, lora.strength, expert.shapes, expert=name)
+            opened = Lora(lora.file.path, lora.strength, expert.shapes, expert=name)
+            if opened.skipped or not opened.applied:
+                yield opened.report()
 
 
 def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
@@ -84,7 +89,8 @@ def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
         ValueError: naming the field or the file, its value and what is allowed.
     """
     sampling, parallel, model = job.sampling, job.parallel, job.model
-    config = check_model(model)
+    warnings: list[str] = []
+    config = check_model(model, warnings.append)
     for name in ("width", "height"):
         check_size(name, getattr(sampling, name), pixel_multiple(config.out_dim))
     check_inputs(job, config, shapes)
@@ -93,7 +99,7 @@ def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
             f"guidance is {sampling.guidance_low} (low) and {sampling.guidance_high} (high), which needs "
             "negative embeddings; connect them, or set both to 1"
         )
-    warnings = list(_side_warnings(model))
+    warnings += _side_warnings(model, sampling)
     if parallel.gpu_count == 1:
         for name in ("use_fsdp", "master_port"):
             if getattr(parallel, name):
@@ -123,8 +129,12 @@ def _check_engine(job: Job, heads: int) -> list[str]:
     return []
 
 
-def _side_warnings(model: ModelFiles) -> Iterator[str]:
+def _side_warnings(model: ModelFiles, sampling: Sampling) -> Iterator[str]:
     if not (model.high_noise and model.low_noise):
+        path = model.transformer[0].path
+        side, whole = noise_side(path), len(sampling.step_range) == sampling.schedule_steps
+        if side is not None and whole:
+            yield f"only one expert is given, which looks like the {side}-noise one, and it runs every step: {path}"
         return
     high, low = model.high_noise[0].path, model.low_noise[0].path
     if model.high_noise == model.low_noise:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import resource
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .job import VERSION, Job
+from .job import VERSION, Job, ModelFiles
 from .session import Session
 
 Peaks = list[list[int]]
@@ -60,6 +61,17 @@ def result_of(
     }
 
 
+def _loras(model: ModelFiles) -> str:
+    """ "high lightning 1, style 0.5; low lightning 1", by file name and strength."""
+    sides = {"high": model.high_noise_loras, "low": model.low_noise_loras}
+    texts = [
+        f"{side} " + ", ".join(f"{Path(lora.file.path).stem} {lora.strength:g}" for lora in loras)
+        for side, loras in sides.items()
+        if loras
+    ]
+    return "; ".join(texts) or "none"
+
+
 def settings_of(job: Job, session: Session) -> dict[str, str | int | float | bool]:
     """What was in effect, for the status."""
     parallel, sampling, device = job.parallel, job.sampling, session.device
@@ -80,7 +92,9 @@ def settings_of(job: Job, session: Session) -> dict[str, str | int | float | boo
         "compiled": parallel.torch_compile,
         "precision": f"{parallel.mixed_precision}, VAE {vae_dtype}",
         "attention": f"{session.kernel.name} ({session.kernel.reason})",
+        "LoRAs": _loras(job.model),
         "solver": f"{sampling.solver}, {sampling.steps} steps{part}, shift {sampling.shift:g}",
         "guidance": f"{sampling.guidance_high:g} high, {sampling.guidance_low:g} low",
+        "keep warm": f"{parallel.keep_warm_seconds:g} s" if parallel.keep_warm_seconds else "off",
         "torch": torch.__version__,
     }

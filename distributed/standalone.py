@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
         output.mkdir(parents=True, exist_ok=True)
         result = run_job(
             job,
-            lambda path: _copy_inputs(source.inputs, path),
+            lambda path: _copy_inputs(source, JobDir(path.parent)),
             parent=Path(tempfile.gettempdir()) / "wan_distributed",
             failed=output / "failed",
             on_progress=_show,
@@ -54,9 +54,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _copy_inputs(source: Path, target: Path) -> None:
-    if source.exists():
-        shutil.copyfile(source, target)
+def _copy_inputs(source: JobDir, target: JobDir) -> None:
+    if source.inputs.exists():
+        shutil.copyfile(source.inputs, target.inputs)
+    # Of a job that failed after it had denoised: what it was still to do is cheap. One that has a result is repeated.
+    if source.latents.exists() and not source.result.exists():
+        shutil.copyfile(source.latents, target.latents)
+        print("continuing from the denoised latents that the job has kept", file=sys.stderr)
 
 
 def _show(progress: Progress) -> None:
@@ -81,6 +85,7 @@ def _print_summary(result: Result, output: Path) -> None:
     print(f"\n{made.stem}: {output / made.name}")
     for name, seconds in info["phases"].items():
         print(f"{name:8} {seconds:8.2f} s")
-    print(f"step     {steady_seconds(steps):8.2f} s (the first {steps[0]:.2f} s)")
+    if steps:
+        print(f"step     {steady_seconds(steps):8.2f} s (the first {steps[0]:.2f} s)")
     for rank, (gpu, host) in enumerate(zip(info["peak_gpu_bytes"], info["peak_rss_bytes"], strict=True)):
         print(f"rank {rank}: peak GPU memory {gpu / 2**30:.2f} GiB, peak host memory {host / 2**30:.2f} GiB")

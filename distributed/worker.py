@@ -19,7 +19,7 @@ from ..wan.checkpoint import Checkpoint
 from ..wan.conditioning import Conditioning, build_conditioning
 from ..wan.config import TEXT_LEN
 from ..wan.denoise import HIGH_NOISE, LOW_NOISE, Guidance, Known, denoise, draw_noise
-from ..wan.latents import denormalise, latents_shape
+from ..wan.latents import denormalise, latents_shape, normalise
 from ..wan.model import pad_text
 from ..wan.patch import patchify, token_grid, unpatchify
 from ..wan.schedule import make_solver
@@ -73,11 +73,23 @@ class Worker:
             self.session.begin(self.job, self.group)
             self.prepare()
             self.check_ranks_agree()
-        with self.phase("encode"):
-            texts = self.texts()
-            conditioning = self.conditioning()
-        latents = self.denoised(texts, conditioning)
+        latents = self.kept_latents()
+        if latents is None:
+            with self.phase("encode"):
+                texts = self.texts()
+                conditioning = self.conditioning()
+            latents = self.denoised(texts, conditioning)
         self.finish(latents)
+
+    def kept_latents(self) -> Tensor | None:
+        """What an earlier run of the job has denoised [C, T, h, w], where it failed behind that."""
+        if not self.folder.latents.exists():
+            return None
+        samples = load_file(self.folder.latents)["samples"].to(self.device)
+        if tuple(samples.shape[1:]) != tuple(self.noise.shape):
+            raise JobError(f"the kept latents have shape {list(samples.shape)}; the job makes {list(self.noise.shape)}")
+        log.info("continuing from kept latents")
+        return normalise(samples[0], samples.shape[1])
 
     def prepare(self) -> None:
         """The schedule, and the noise that it starts from."""

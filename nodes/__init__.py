@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import host
+from . import host, warm
 from .config import WanVideoDistributedConfig
 from .inference import WanVideoDistributedInference
 from .loaders import LoadWanVideoModel
@@ -36,6 +36,8 @@ def node_classes(taken: frozenset[str]) -> dict[str, type]:
         classes += pair
     return {kind.__name__: kind for kind in classes}
 
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "warm"]
 
 NODE_CLASS_MAPPINGS = node_classes(host.registered_node_ids())
 NODE_DISPLAY_NAME_MAPPINGS = {name: DISPLAY_NAMES[name] for name in NODE_CLASS_MAPPINGS}

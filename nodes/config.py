@@ -51,6 +51,7 @@ class DistributedConfig:
     """Seconds."""
     stall_timeout: int = 600
     """Seconds."""
+    keep_warm_seconds: int = 0
 
 
 class WanVideoDistributedConfig:
@@ -143,6 +144,17 @@ class WanVideoDistributedConfig:
                         "max": 86400,
                         "tooltip": "Seconds without a sign of life from a process after which the job is ended. "
                         "Raise it if one step takes longer than this.",
+                    },
+                ),
+                "keep_warm_seconds": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 86400,
+                        "tooltip": "Seconds for which the processes keep the model on the GPUs after a video, so that "
+                        "the next one starts at once. 0: they end with the video. ComfyUI's 'Free memory' and this "
+                        "node's 'Release GPUs' (right click) end them at any time.",
                     },
                 ),
             },

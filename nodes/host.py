@@ -9,7 +9,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +128,46 @@ def save_video(source: Path, prefix: str, *, width: int, height: int, workflow: 
     finally:
         draft.unlink(missing_ok=True)
     return saved
+
+
+# The server
+
+
+def _server() -> Any | None:
+    """ComfyUI's web server; None where there is none (tests, scripts)."""
+    module = sys.modules.get("server")
+    return getattr(getattr(module, "PromptServer", None), "instance", None)
+
+
+def add_route(path: str, answer: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
+    """Answers POST `path` with JSON. Only while ComfyUI loads its packs: later its routes are fixed."""
+    server = _server()
+    if server is None:
+        return
+    from aiohttp import web
+
+    async def handle(request: web.Request) -> web.Response:
+        return web.json_response(await answer())
+
+    server.routes.post(path)(handle)
+
+
+def on_free_memory(react: Callable[[], Awaitable[Any]]) -> None:
+    """Calls `react` when somebody asks ComfyUI to unload models or to free memory.
+
+    ComfyUI itself only sets a flag, for after the next prompt, and tells nobody.
+    """
+    server = _server()
+    if server is None:
+        return
+
+    async def look(request: Any, response: Any) -> None:
+        if request.method == "POST" and request.path in ("/free", "/api/free"):
+            asked = await request.json()
+            if asked.get("unload_models") or asked.get("free_memory"):
+                await react()
+
+    server.app.on_response_prepare.append(look)
 
 
 # The run

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ..distributed.job import Job, JobError, ModelFiles, Parallel, Sampling
 from ..distributed.launcher import JobCancelled, JobFailed, new_job_id, run_job
-from . import catalogue, embeds, host, wrapper_model
+from . import catalogue, embeds, host, warm, wrapper_model
 from .config import DistributedConfig
 from .images import image_tensors
 from .inference_inputs import HIDDEN, optional, required
@@ -114,6 +114,7 @@ class WanVideoDistributedInference:
             on_progress=report,
             on_log_line=host.log,
             cancelled=host.interrupted,
+            pool=warm.pool(),
         )
         saved = None
         try:
@@ -199,8 +200,9 @@ def _parallel(settings: dict[str, Any], status: Status) -> Parallel:
         if differing:
             status.note(f"config is connected: its {', '.join(differing)} won over this node's own values")
     gpu_count, gpu_ids = choose_gpus(chosen.gpu_count, chosen.gpu_ids, host.visible_gpus())
-    timeouts = {name: float(getattr(chosen, name)) for name in ("start_timeout", "stall_timeout")}
-    return Parallel(**{**dataclasses.asdict(chosen), **timeouts, "gpu_count": gpu_count, "gpu_ids": gpu_ids})
+    names = ("start_timeout", "stall_timeout", "keep_warm_seconds")
+    seconds = {name: float(getattr(chosen, name)) for name in names}
+    return Parallel(**{**dataclasses.asdict(chosen), **seconds, "gpu_count": gpu_count, "gpu_ids": gpu_ids})
 
 
 def _sampling(settings: dict[str, Any], status: Status) -> Sampling:

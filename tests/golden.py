@@ -9,13 +9,13 @@ and number of ranks; exits with 1 if an error is over 1e-4 relative.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,27 @@ class Ranks:
     rank: int
     world: int
     store: Path
-    fsdp: bool
+    layouts: tuple[Layout, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the transformer is spread over the ranks."""
+
     engine: str
+    fsdp: bool
+
+    def __str__(self) -> str:
+        return self.engine + "+fsdp" * self.fsdp
+
+    @classmethod
+    def of(cls, text: str) -> Layout:
+        engine, _, fsdp = text.partition("+")
+        if engine not in ("packed", "deepspeed") or fsdp not in ("", "fsdp"):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no layout; it must be packed or deepspeed, with or without +fsdp"
+            )
+        return cls(engine, bool(fsdp))
 
 
 def mount_pack() -> None:
@@ -49,21 +68,28 @@ class GoldenRun:
 
     def __init__(self, ranks: Ranks) -> None:
         import torch
-        from wan_pack.distributed.job import Parallel
         from wan_pack.distributed.mesh import init_mesh
 
         self.device = torch.device("cpu")
         self.ranks = ranks
-        self.parallel = Parallel(
-            gpu_count=ranks.world, use_ulysses=True, use_fsdp=ranks.fsdp, ulysses_engine=ranks.engine,
-            mixed_precision="fp32",
-        )  # fmt: skip
         self.mesh = init_mesh(
             rank=ranks.rank, world=ranks.world, device=self.device, store_file=ranks.store, master_port=0, timeout=120
         )
 
+    def use(self, layout: Layout) -> None:
+        from wan_pack.distributed.job import Parallel
+
+        self.parallel = Parallel(
+            gpu_count=self.ranks.world, use_ulysses=True, use_fsdp=layout.fsdp, ulysses_engine=layout.engine,
+            mixed_precision="fp32",
+        )  # fmt: skip
+
+    @property
+    def group(self) -> Any:
+        return None if self.mesh is None else self.mesh.get_group()
+
     def gather(self, tokens: Any, shard: Any) -> Any:
-        return shard.gather(tokens, None if self.mesh is None else self.mesh.get_group())
+        return shard.gather(tokens, self.group)
 
     def shard(self, grid: tuple[int, int, int]) -> Any:
         from wan_pack.distributed.sequence import SequenceShard
@@ -149,15 +175,17 @@ class GoldenRun:
         return relative_error(unpatchify(self.gather(tokens, shard), grid), io["latents"])
 
     def vae(self, folder: Path) -> float:
-        """Decoding as the job does it, latent frame by latent frame, and encoding."""
+        """Encoding and decoding as the job does it: split over the ranks, latent frame by latent frame."""
         import torch
-        from wan_pack.wan.vae import decode_frames, encode, load_vae
+        from wan_pack.distributed.vae import RankVae
 
         io = read(folder / "io.safetensors")
-        files = sorted((folder / "vae").iterdir())
-        vae = load_vae(files)
-        decoded = torch.cat(list(decode_frames(vae, io["latents"])), dim=1)[None]
-        return max(relative_error(decoded, io["decoded"]), relative_error(encode(vae, io["video"]), io["encoded"]))
+        vae = RankVae(sorted((folder / "vae").iterdir()), dtype=torch.float32, device=self.device, group=self.group)
+        error = relative_error(vae.encode(io["video"]), io["encoded"])
+        frames = list(vae.decode(io["latents"]))
+        if self.ranks.rank == 0:  # the others have no frames
+            error = max(error, relative_error(torch.cat(frames, dim=1)[None], io["decoded"]))
+        return error
 
     def text_encoder(self, folder: Path) -> float:
         import torch
@@ -178,6 +206,8 @@ CASES: dict[str, Callable[[GoldenRun, Path], float]] = {
     "t5_encoder": GoldenRun.text_encoder,
 }
 """Start of a case's folder name -> how it runs."""
+WITHOUT_LAYOUT = ("vae_", "t5_encoder")
+"""Cases without a transformer: one layout is all."""
 
 
 def cases(folder: Path) -> Iterator[tuple[Path, Callable[[GoldenRun, Path], float]]]:
@@ -209,33 +239,50 @@ def run_rank(folder: Path, ranks: Ranks) -> int:
     torch.set_grad_enabled(False)
     golden = GoldenRun(ranks)
     failed = False
-    for case, run in cases(folder):
-        try:
-            error, reason = run(golden, case), ""
-        except Exception as exception:  # one broken case must not hide the others
-            error, reason = float("nan"), f" {type(exception).__name__}: {exception}"
-        bad = not error <= LIMIT
-        failed |= bad
-        if ranks.rank == 0:
-            layout = f"{ranks.world} rank{'s' * (ranks.world > 1)} {ranks.engine}{' fsdp' if ranks.fsdp else ''}"
-            print(f"{case.name:24} {layout:24} {error:.2e} {'FAILED' if bad else 'ok'}{reason}", flush=True)
+    for layout in ranks.layouts:
+        golden.use(layout)
+        for case, run in cases(folder):
+            if layout is not ranks.layouts[0] and case.name.startswith(WITHOUT_LAYOUT):
+                continue
+            try:
+                error, reason = run(golden, case), ""
+            except Exception as exception:  # one broken case must not hide the others
+                error, reason = float("nan"), f" {type(exception).__name__}: {exception}"
+            bad = not error <= LIMIT
+            failed |= bad
+            if ranks.rank == 0:
+                place = f"{ranks.world} rank{'s' * (ranks.world > 1)} {layout}"
+                print(f"{case.name:24} {place:24} {error:.2e} {'FAILED' if bad else 'ok'}{reason}", flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
     return int(failed)
 
 
-def run(folder: Path, *, world: int, fsdp: bool, engine: str) -> int:
-    """Runs every case on `world` processes. Returns 0 if all of them passed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+def run(folder: Path, *, world: int, layouts: Sequence[Layout]) -> int:
+    """Runs every case in every layout on `world` processes. Returns 0 if all of them passed."""
+    import_everything()
     with tempfile.TemporaryDirectory() as temp:
-        command = [sys.executable, __file__, str(folder), "--ranks", str(world), "--engine", engine]
-        command += ["--fsdp"] * fsdp + ["--store", f"{temp}/store", "--rank"]
-        processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(world)]
-        try:
-            return max(abs(process.wait()) for process in processes)
-        finally:
-            for process in processes:
-                process.kill()
+
+        def rank_main(rank: int) -> int:
+            return run_rank(folder, Ranks(rank=rank, world=world, store=Path(temp, "store"), layouts=tuple(layouts)))
+
+        from forks import fork_ranks
+
+        return int(any(fork_ranks(rank_main, world)))
+
+
+def import_everything() -> None:
+    """What ranks import, once before they are forked: it takes longer than the cases."""
+    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    mount_pack()
+    for name in (
+        "diffusers.models.autoencoders.autoencoder_kl_wan",
+        "diffusers.schedulers.scheduling_unipc_multistep",
+        "transformers.models.umt5.modeling_umt5",
+        "wan_pack.distributed.experts",
+        "wan_pack.distributed.vae",
+    ):
+        importlib.import_module(name)
 
 
 def main() -> int:
@@ -244,18 +291,12 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--fsdp", action="store_true", help="shard the weights as well")
     parser.add_argument("--engine", default="packed", choices=["packed", "deepspeed"])
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--layouts", type=Layout.of, nargs="+", help="such as packed deepspeed+fsdp, in one go")
     arguments = parser.parse_args()
     if not any(cases(arguments.folder)):
         parser.error(f"{arguments.folder} holds no golden case; expected folders such as {', '.join(CASES)}")
-    if arguments.rank is not None:
-        ranks = Ranks(
-            rank=arguments.rank, world=arguments.ranks[0], store=arguments.store, fsdp=arguments.fsdp,
-            engine=arguments.engine,
-        )  # fmt: skip
-        return run_rank(arguments.folder, ranks)
-    codes = [run(arguments.folder, world=w, fsdp=arguments.fsdp, engine=arguments.engine) for w in arguments.ranks]
+    layouts = arguments.layouts or [Layout(arguments.engine, arguments.fsdp)]
+    codes = [run(arguments.folder, world=world, layouts=layouts) for world in arguments.ranks]
     return int(any(codes))
 
 

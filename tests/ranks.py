@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,31 +23,27 @@ def run_ranks(function: str, world: int, **arguments: Any) -> list[dict[str, Any
         AssertionError: with the output of the ranks, if one of them failed or none ended in time.
     """
     with tempfile.TemporaryDirectory() as temp:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, function, str(rank), str(world), temp, json.dumps(arguments)],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world)
-        ]
+        command = [sys.executable, __file__, function, str(world), temp, json.dumps(arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        # A session of its own: at the time-out all ranks end with it.
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
         try:
-            outputs = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
+            output, _ = process.communicate(timeout=TIMEOUT)
         finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        failed = [
-            f"rank {r}:\n{out}" for r, (p, out) in enumerate(zip(processes, outputs, strict=True)) if p.returncode
-        ]
-        assert not failed, "\n".join(failed)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        assert process.returncode == 0, output
         return [json.loads(Path(temp, f"result{rank}.json").read_text()) for rank in range(world)]
 
 
-def _main() -> None:
-    function, rank, world, temp, arguments = sys.argv[1:]
+def _main() -> int:
+    """Imports once, then forks the ranks."""
+    function, world, temp, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+    from forks import fork_ranks
     from golden import mount_pack
 
     mount_pack()
@@ -55,15 +53,20 @@ def _main() -> None:
     torch.set_grad_enabled(False)
     import rank_functions
 
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(f"{temp}/store", int(world)), rank=int(rank), world_size=int(world)
-    )
-    try:
-        result = getattr(rank_functions, function)(int(rank), int(world), **json.loads(arguments))
-    finally:
-        dist.destroy_process_group()
-    Path(temp, f"result{rank}.json").write_text(json.dumps(result or {}))
+    def run(rank: int) -> int:
+        dist.init_process_group("gloo", store=dist.FileStore(f"{temp}/store", world), rank=rank, world_size=world)
+        try:
+            result = getattr(rank_functions, function)(rank, world, **arguments)
+        except BaseException:
+            print(f"rank {rank} failed:", flush=True)
+            raise
+        finally:
+            dist.destroy_process_group()
+        Path(temp, f"result{rank}.json").write_text(json.dumps(result or {}))
+        return 0
+
+    return int(any(fork_ranks(run, world)))
 
 
 if __name__ == "__main__":
-    _main()
+    raise SystemExit(_main())

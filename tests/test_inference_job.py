@@ -36,7 +36,7 @@ def i2v(t2v: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> ModelFiles
     weights = load_file(t2v.low_noise[0].path)
     dim = weights["patch_embedding.weight"].shape[0]
     weights["patch_embedding.weight"] = torch.zeros(dim, 36, 1, 2, 2, dtype=torch.bfloat16)
-    path = tmp_path_factory.mktemp("i2v") / "wan2.2_i2v_low_noise.safetensors"
+    path = tmp_path_factory.mktemp("i2v") / "wan2.2_i2v.safetensors"
     save_file(weights, path)
     return dataclasses.replace(t2v, high_noise=(), low_noise=(FileIdentity.of(path),))
 
