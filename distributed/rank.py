@@ -54,7 +54,7 @@ def _run(group: GroupDir, folder: JobDir, files: RankFiles, session: Session | N
     """Runs one job. Returns what to keep, and whether to wait for another."""
     try:
         job = folder.read_job()
-        set_up_logging(int(os.environ["RANK"]), verbose=job.verbose)
+        set_up_logging(int(os.environ["RANK"]), lambda: files.phase, verbose=job.verbose)
         from .worker import main as run_worker
 
         return run_worker(group, folder, files, session), job.parallel.keep_warm_seconds > 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-FORMAT = "%(asctime)s rank {rank} | %(message)s"
+FORMAT = "%(asctime)s rank {rank} %(phase)-7s | %(message)s"
+"""Of every line, the pack's own and libraries'."""
 
 
 def redirect_to(path: Path) -> None:
@@ -20,9 +22,20 @@ def redirect_to(path: Path) -> None:
     os.close(descriptor)
 
 
-def set_up_logging(rank: int, *, verbose: bool) -> None:
-    """This pack's lines at INFO (DEBUG if `verbose`), libraries' from WARNING on."""
+def set_up_logging(rank: int, phase: Callable[[], str], *, verbose: bool) -> None:
+    """This pack's lines at INFO (DEBUG if `verbose`), libraries' from WARNING on.
+
+    Args:
+        phase: where the rank is now.
+    """
     logging.basicConfig(
         stream=sys.stdout, format=FORMAT.format(rank=rank), datefmt="%H:%M:%S", level=logging.WARNING, force=True
     )
+
+    def add_phase(record: logging.LogRecord) -> bool:
+        record.phase = phase()
+        return True
+
+    # On the handler: a filter of a logger does not see what its children log.
+    logging.getLogger().handlers[0].addFilter(add_phase)
     logging.getLogger(__package__.partition(".")[0]).setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from .offload import HostParking
 from .parallelize import set_shard
 from .sequence import SequenceShard
 from .vae import RankVae
+
+log = logging.getLogger(__name__)
 
 EXPERTS = (HIGH_NOISE, LOW_NOISE)
 OnTensor = Callable[[str, int, int], None]
@@ -89,6 +92,13 @@ class Session:
             timeout=max(job.parallel.start_timeout, job.parallel.stall_timeout) + 60,
         )
 
+    def memory(self) -> str:
+        """For a line of the log: what is in use on the GPU now, and at most so far."""
+        if self.device.type != "cuda":
+            return ""
+        now, most = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        return f", GPU memory {now / 2**30:.2f} GiB, peak {most / 2**30:.2f} GiB"
+
     def leave(self) -> None:
         """A gloo process that exits inside its group may abort."""
         if dist.is_initialized():
@@ -132,6 +142,7 @@ class Session:
                 self.weights[name] = HostParking(self.models[name])
             self._loaded[name] = wanted[name]
         for name in names:
+            log.debug("%s expert: %s", name, "loaded now" if name in stale else "kept from the job before")
             set_shard(self.models[name], shard)
 
     def _drop(self, name: str) -> None:

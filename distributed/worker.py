@@ -256,9 +256,9 @@ class Worker:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        log.info("phase %s", name)
         self.files.progress(name, 0, 0)
+        log.info("begins")
         start = time.perf_counter()
         yield
         self.phase_seconds[name] = time.perf_counter() - start
-        log.info("phase %s took %.2f s", name, self.phase_seconds[name])
+        log.info("took %.2f s%s", self.phase_seconds[name], self.session.memory())

@@ -205,6 +205,11 @@ def log(line: str) -> None:
     logging.getLogger("wan_distributed").info("%s", line)
 
 
+def verbose() -> bool:
+    """Whether ComfyUI was started with --verbose DEBUG."""
+    return logging.getLogger().isEnabledFor(logging.DEBUG)
+
+
 def interrupted() -> bool:
     """Whether the user pressed cancel."""
     from comfy import model_management

@@ -167,6 +167,7 @@ def _job(settings: dict[str, Any], status: Status) -> tuple[Job, dict[str, Any]]
         sampling=sampling,
         text=text,
         decode=settings.get("decode_video", True),
+        verbose=host.verbose(),
     )
     status.note(*distilled_warnings(model, sampling))
     status.note(*check_job(job, {name: tuple(tensor.shape) for name, tensor in tensors.items()}))

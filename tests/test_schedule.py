@@ -17,7 +17,11 @@ def test_unipc_has_the_official_grid(golden_folder: Path):
         _, steps, shift = key.split("_")
         solver = make_solver("unipc", int(steps), float(shift))
         assert solver.timesteps == recorded["timesteps"], key
-        torch.testing.assert_close(solver._scheduler.sigmas, torch.tensor(recorded["sigmas"]), rtol=0, atol=2e-7)
+        recorded_sigmas = torch.tensor(recorded["sigmas"])
+        torch.testing.assert_close(torch.tensor(solver.sigmas), recorded_sigmas, rtol=0, atol=2e-7)
+        # What the library steps along is the same.
+        torch.testing.assert_close(solver._scheduler.sigmas, recorded_sigmas, rtol=0, atol=2e-7)
+        assert [float(t) for t in solver._scheduler.timesteps] == recorded["timesteps"]
 
 
 def test_lightning_has_its_grid():

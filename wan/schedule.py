@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -23,12 +25,32 @@ def shifted(sigma: float, shift: float) -> float:
 
 
 class Solver(ABC):
-    """Integrates the flow over `steps` steps."""
+    """Integrates the flow over `steps` steps.
 
+    Making one costs nothing: the library behind it is imported at the first step.
+
+    Args:
+        first: the step to begin with.
+    """
+
+    sigmas: Sequence[float]
+    """Noise level before each step, and after the last."""
     timesteps: Sequence[float]
     """What the model is told at each step, 0 to 1000."""
-    sigmas: Sequence[float]
-    """Noise level before each step."""
+
+    def __init__(self, steps: int, shift: float, first: int = 0) -> None:
+        self.sigmas = [shifted(float(sigma), shift) for sigma in self._grid(steps)]
+        self.timesteps = [self._timestep(NUM_TRAIN_TIMESTEPS * sigma) for sigma in self.sigmas[:-1]]
+        self._first = first
+
+    @staticmethod
+    def _grid(steps: int) -> np.ndarray:
+        """Noise levels before the shift, [steps + 1]."""
+        return np.linspace(1, 0, steps + 1)
+
+    @staticmethod
+    def _timestep(value: float) -> float:
+        return float(int(value))
 
     @abstractmethod
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
@@ -43,30 +65,41 @@ class Solver(ABC):
         """
 
 
-class UniPC(Solver):
-    """UniPC, order 2, bh2 (Zhao et al., 2023, arXiv 2302.04867), by diffusers.
+class LibrarySolver(Solver):
+    """A solver whose updates are a diffusers scheduler's, on this module's grid: no scheduler's own is the official."""
 
-    The official grid starts at 0.999, not at 1, and its timesteps are whole numbers; diffusers' own default grid is
-    another, so the sigmas are given.
-    """
+    @abstractmethod
+    def _make_scheduler(self) -> Any: ...
 
-    def __init__(self, steps: int, shift: float, first: int = 0) -> None:
+    @cached_property
+    def _scheduler(self) -> Any:
+        scheduler = self._make_scheduler()
+        scheduler.set_timesteps(sigmas=np.array(self.sigmas[:-1]))
+        scheduler.set_begin_index(self._first)
+        return scheduler
+
+    def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
+        scheduler = self._scheduler
+        return scheduler.step(velocity, scheduler.timesteps[index], sample, return_dict=False)[0]
+
+
+class UniPC(LibrarySolver):
+    """UniPC, order 2, bh2 (Zhao et al., 2023, arXiv 2302.04867). The official grid starts at 0.999, not at 1."""
+
+    @staticmethod
+    def _grid(steps: int) -> np.ndarray:
+        return np.linspace(np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS), 0, steps + 1)
+
+    def _make_scheduler(self) -> Any:
         from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-        start = np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS)
-        self._scheduler = UniPCMultistepScheduler(
+        # The sigmas that it is given are shifted already.
+        return UniPCMultistepScheduler(
             num_train_timesteps=NUM_TRAIN_TIMESTEPS,
             prediction_type="flow_prediction",
             use_flow_sigmas=True,
-            flow_shift=shift,
+            flow_shift=1.0,
         )
-        self._scheduler.set_timesteps(sigmas=np.linspace(start, 0, steps + 1)[:-1])
-        self._scheduler.set_begin_index(first)
-        self.timesteps = [float(t) for t in self._scheduler.timesteps]
-        self.sigmas = self._scheduler.sigmas.tolist()[:-1]
-
-    def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
-        return self._scheduler.step(velocity, self._scheduler.timesteps[index], sample, return_dict=False)[0]
 
 
 class DPMSolverPlusPlus(Solver):
@@ -76,20 +109,16 @@ class DPMSolverPlusPlus(Solver):
     infinity. There the second-order term vanishes, so the first two steps and the last one are of order 1.
     """
 
-    def __init__(self, steps: int, shift: float, first: int = 0) -> None:
-        self._sigmas = [shifted(float(s), shift) for s in np.linspace(1, 0, steps + 1)]
-        self.timesteps = [float(int(NUM_TRAIN_TIMESTEPS * sigma)) for sigma in self._sigmas[:-1]]
-        self.sigmas = self._sigmas[:-1]
-        # Starts at any step: without a previous estimate the update is of order 1.
-        self._previous: Tensor | None = None
+    # Of the step before; without one, wherever that is, the update is of order 1.
+    _previous: Tensor | None = None
 
     def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
-        sigma, sigma_next = self._sigmas[index : index + 2]
+        sigma, sigma_next = self.sigmas[index : index + 2]
         denoised = sample - sigma * velocity
         estimate = denoised
         if self._previous is not None and sigma_next > 0:
             h = _log_snr(sigma_next) - _log_snr(sigma)
-            h_previous = _log_snr(sigma) - _log_snr(self._sigmas[index - 1])
+            h_previous = _log_snr(sigma) - _log_snr(self.sigmas[index - 1])
             estimate = denoised + (denoised - self._previous) * (0.5 * h / h_previous)
         self._previous = denoised
         # exp(-h) * alpha_next / alpha = sigma_next / sigma, so alpha_next * (1 - exp(-h)) is this:
@@ -101,20 +130,17 @@ def _log_snr(sigma: float) -> float:
     return math.inf if sigma == 0 else -math.inf if sigma >= 1 else math.log1p(-sigma) - math.log(sigma)
 
 
-class Euler(Solver):
-    """Euler's method, by diffusers, on the grid that Wan2.2-Lightning was distilled for: it starts at exactly 1."""
+class Euler(LibrarySolver):
+    """Euler's method on the grid that Wan2.2-Lightning was distilled for: from exactly 1, with exact timesteps."""
 
-    def __init__(self, steps: int, shift: float, first: int = 0) -> None:
+    @staticmethod
+    def _timestep(value: float) -> float:
+        return value
+
+    def _make_scheduler(self) -> Any:
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-        self._scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, shift=shift)
-        self._scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1])
-        self._scheduler.set_begin_index(first)
-        self.timesteps = [float(t) for t in self._scheduler.timesteps]
-        self.sigmas = self._scheduler.sigmas.tolist()[:-1]
-
-    def step(self, velocity: Tensor, index: int, sample: Tensor) -> Tensor:
-        return self._scheduler.step(velocity, self._scheduler.timesteps[index], sample, return_dict=False)[0]
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS, shift=1.0)
 
 
 SOLVERS: dict[str, type[Solver]] = {"unipc": UniPC, "dpm++": DPMSolverPlusPlus, "euler": Euler}
