@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from ..wan.attention import Attention, attention
 from ..wan.checkpoint import Checkpoint
@@ -16,6 +16,7 @@ from ..wan.lora import Lora, changes
 from ..wan.model import TextContext, WanModel, pad_text
 from ..wan.rope import rope_table
 from .job import Parallel
+from .mesh import Mesh
 from .offload import HostParking
 from .parallelize import parallelize_wan
 from .sequence import SequenceShard
@@ -32,7 +33,7 @@ def load_expert(
     loras: Sequence[tuple[str, float]] = (),
     *,
     parallel: Parallel,
-    mesh: DeviceMesh | None,
+    mesh: Mesh | None,
     shard: SequenceShard,
     device: torch.device,
     expert: str | None = None,
@@ -107,6 +108,7 @@ class Experts:
         keep_text: keep each expert's cross-attention keys and values between steps.
         parkings: expert name -> its host parking, where the idle expert is offloaded.
         image: this rank's tokens of an I2V model's further input channels, [S, 4 * (in_dim - out_dim)].
+        mesh: the ranks; with CFG parallel each computes one of the two passes of a guided step.
         timestep_rows: [S], 0 for tokens that are given (`wan.denoise.Known`), 1 for the others; None: none is given.
     """
 
@@ -122,6 +124,7 @@ class Experts:
         parkings: dict[str, HostParking],
         image: Tensor | None = None,
         timestep_rows: Tensor | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         self._models = models
         self._rows = {conditional: pad_text(rows).to(device) for conditional, rows in texts.items()}
@@ -130,15 +133,24 @@ class Experts:
         self._device = device
         self._image = None if image is None else image.unflatten(1, (PATCH_SIZE[1] * PATCH_SIZE[2], -1))
         self._timestep_rows = timestep_rows
+        self._mesh = mesh
         self._active: str | None = None
         self._contexts: dict[bool, TextContext] = {}
         config = next(iter(models.values())).config
         self._rope = rope_table(grid, config.head_dim, start=shard.start, stop=shard.stop, device=device)
 
-    def predict(self, expert: str, tokens: Tensor, timestep: float, conditional: bool) -> Tensor:
-        """tokens: this rank's [S, 4 * out_dim] -> velocity, the same shape, float32."""
+    def predict(self, expert: str, tokens: Tensor, timestep: float, passes: tuple[bool, ...]) -> list[Tensor]:
+        """tokens: this rank's [S, 4 * out_dim] -> for each pass the velocity, the same shape, float32."""
         if expert != self._active:
             self._activate(expert)
+        if len(passes) == 2 and self._mesh is not None and self._mesh.cfg_group is not None:
+            mine = self._evaluate(expert, tokens, timestep, passes[self._mesh.cfg_rank])
+            both = mine.new_empty(2 * mine.shape[0], mine.shape[1])
+            dist.all_gather_into_tensor(both, mine.contiguous(), group=self._mesh.cfg_group)
+            return list(both.chunk(2))
+        return [self._evaluate(expert, tokens, timestep, conditional) for conditional in passes]
+
+    def _evaluate(self, expert: str, tokens: Tensor, timestep: float, conditional: bool) -> Tensor:
         rows = self._timestep_rows
         t = torch.tensor([timestep] if rows is None else [0.0, timestep], dtype=torch.float32, device=self._device)
         if self._image is not None:

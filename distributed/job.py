@@ -51,6 +51,8 @@ class Parallel:
     """Physical GPU indices or UUIDs, one per process; empty on a machine without a GPU."""
     use_ulysses: bool = True
     """Split the sequence over the GPUs (Ulysses all-to-all attention)."""
+    cfg_parallel: bool = False
+    """Half of the GPUs compute what the prompt asks for, half what the negative prompt does, at the same time."""
     use_fsdp: bool = False
     """Shard the weights over the GPUs (FSDP2)."""
     offload_model: bool = False
@@ -104,11 +106,25 @@ class Parallel:
             check(math.isfinite(value) and 1 <= value <= 86400, name, value, "1 to 86400 seconds")
         seconds = self.keep_warm_seconds
         check(math.isfinite(seconds) and 0 <= seconds <= 86400, "keep_warm_seconds", seconds, "0 to 86400 seconds")
-        if self.gpu_count > 1 and not (self.use_ulysses or self.use_fsdp):
+        check(
+            not self.cfg_parallel or self.gpu_count % 2 == 0,
+            "cfg_parallel", self.cfg_parallel, f"off with an odd number of GPUs (gpu_count is {self.gpu_count})",
+        )  # fmt: skip
+        if self.ulysses_size > 1 and not (self.use_ulysses or self.use_fsdp):
             raise ValueError(
                 f"gpu_count is {self.gpu_count} with use_ulysses and use_fsdp both off: every GPU would compute "
                 "the same video. Turn on use_ulysses (faster), use_fsdp (less memory per GPU), or set gpu_count to 1"
             )
+
+    @property
+    def cfg_size(self) -> int:
+        """Groups of GPUs that work on different prompts."""
+        return 2 if self.cfg_parallel else 1
+
+    @property
+    def ulysses_size(self) -> int:
+        """GPUs that share one sequence."""
+        return self.gpu_count // self.cfg_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,8 @@
-"""The process group and the device mesh of one job. Nothing else holds groups."""
+"""The process group of a job and how its ranks are laid out. Nothing else holds groups."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,17 +12,65 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .loopback import listen
 
-ULYSSES = "ulysses"
-"""Mesh axis: ranks that share one sequence, and one copy of the weights under FSDP."""
+CFG, ULYSSES, WORLD = "cfg", "ulysses", "world"
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Ranks as a table of `cfg` rows and `ulysses` columns; neighbours in a row are neighbours in rank.
+
+    A row shares one sequence (Ulysses). With two rows, one computes what the prompt asks for and the other what the
+    negative prompt does (CFG parallel). All ranks together share one copy of the weights under FSDP.
+    """
+
+    world: DeviceMesh
+    """All ranks, in one dimension."""
+    grid: DeviceMesh
+    """The table."""
+
+    @classmethod
+    def of(cls, device_type: str, world: int, *, cfg: int = 1) -> Mesh:
+        """Over the default process group, which `world` ranks have joined. `cfg` divides `world`."""
+        assert world % cfg == 0, f"{cfg} rows do not divide {world} ranks"
+        line = init_device_mesh(device_type, (world,), mesh_dim_names=(WORLD,))
+        return cls(line, init_device_mesh(device_type, (cfg, world // cfg), mesh_dim_names=(CFG, ULYSSES)))
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """Of all ranks."""
+        return self.world.get_group()
+
+    @property
+    def ulysses_group(self) -> dist.ProcessGroup:
+        return self.grid.get_group(ULYSSES)
+
+    @property
+    def ulysses_rank(self) -> int:
+        return self.grid.get_local_rank(ULYSSES)
+
+    @property
+    def ulysses_size(self) -> int:
+        return self.grid.size(1)
+
+    @property
+    def cfg_group(self) -> dist.ProcessGroup | None:
+        """Of the ranks that hold the same tokens for both prompts; None without CFG parallel."""
+        return self.grid.get_group(CFG) if self.grid.size(0) > 1 else None
+
+    @property
+    def cfg_rank(self) -> int:
+        """0 for the prompt, 1 for the negative prompt."""
+        return self.grid.get_local_rank(CFG)
 
 
 def init_mesh(
-    *, rank: int, world: int, device: torch.device, store_file: Path, master_port: int, timeout: float
-) -> DeviceMesh | None:
+    *, rank: int, world: int, cfg: int = 1, device: torch.device, store_file: Path, master_port: int, timeout: float
+) -> Mesh | None:
     """Joins the process group and lays the mesh over it. None for a single rank: there is nobody to talk to.
 
     Args:
-        store_file: rendezvous file in the job folder, used while `master_port` is 0.
+        cfg: rows of the mesh, 1 or 2.
+        store_file: rendezvous file in the group's folder, used while `master_port` is 0.
         master_port: TCP port on 127.0.0.1 for the rendezvous instead.
         timeout: seconds after which a collective that a peer never joined fails.
     """
@@ -41,7 +90,7 @@ def init_mesh(
         timeout=limit,
         device_id=device if device.type == "cuda" else None,
     )
-    return init_device_mesh(device.type, (world,), mesh_dim_names=(ULYSSES,))
+    return Mesh.of(device.type, world, cfg=cfg)
 
 
 def _tcp_store(port: int, *, rank: int, world: int, timeout: timedelta) -> dist.TCPStore:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from ..wan.attention import Attention
 from ..wan.model import WanModel
+from .mesh import Mesh
 from .sequence import SequenceShard
 from .ulysses import ENGINES
 
@@ -24,7 +24,7 @@ def set_shard(model: WanModel, shard: SequenceShard) -> None:
 
 def parallelize_wan(
     model: WanModel,
-    mesh: DeviceMesh | None,
+    mesh: Mesh | None,
     *,
     shard: SequenceShard,
     attention: Attention,
@@ -46,7 +46,7 @@ def parallelize_wan(
         ulysses_engine: a name in `ENGINES`.
     """
     if shard.world > 1:
-        attention = ENGINES[ulysses_engine](mesh.get_group(), shard, attention)
+        attention = ENGINES[ulysses_engine](mesh.ulysses_group, shard, attention)
     for block in model.blocks:
         block.self_attn.attention = attention
     if memory_optimization:
@@ -61,6 +61,6 @@ def parallelize_wan(
         from torch.distributed.fsdp import fully_shard
 
         for block in model.blocks:
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh.world)
         # By default the root keeps what it gathered, which offload would then leave on the device.
-        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh.world, reshard_after_forward=True)

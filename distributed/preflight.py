@@ -35,6 +35,12 @@ def needs_negative(model: ModelFiles, sampling: Sampling) -> bool:
     return low or (bool(model.high_noise) and sampling.guidance_high != 1)
 
 
+def always_guided(model: ModelFiles, sampling: Sampling) -> bool:
+    """Whether every step has an unconditional pass, as far as the experts that the model has go."""
+    guidance = [(model.low_noise, sampling.guidance_low), (model.high_noise, sampling.guidance_high)]
+    return all(scale != 1 for files, scale in guidance if files)
+
+
 def check_model(model: ModelFiles, on_report: Callable[[str], None] = lambda line: None) -> WanConfig:
     """The transformer's sizes, once the headers show that all files are what they should be and belong together.
 
@@ -99,6 +105,11 @@ def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
             f"guidance is {sampling.guidance_low} (low) and {sampling.guidance_high} (high), which needs "
             "negative embeddings; connect them, or set both to 1"
         )
+    if parallel.cfg_parallel and not needs_negative(model, sampling):
+        raise ValueError(
+            f"cfg_parallel is on, but guidance is {sampling.guidance_low:g} (low) and {sampling.guidance_high:g} "
+            "(high): there is no second pass for the other GPUs; turn it off"
+        )
     warnings += _side_warnings(model, sampling)
     if parallel.gpu_count == 1:
         for name in ("use_fsdp", "master_port"):
@@ -110,20 +121,20 @@ def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
 
 
 def _check_engine(job: Job, heads: int) -> list[str]:
-    parallel = job.parallel
+    parallel, ranks = job.parallel, job.parallel.ulysses_size
     if parallel.ulysses_engine == "deepspeed":
-        if heads % parallel.gpu_count:
+        if heads % ranks:
             divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
             raise ValueError(
-                f"ulysses_engine is 'deepspeed' and gpu_count is {parallel.gpu_count}, which does not divide the "
+                f"ulysses_engine is 'deepspeed' and {ranks} GPUs share a sequence, which does not divide the "
                 f"model's {heads} heads. Choose gpu_count {', '.join(divisors)}, or ulysses_engine 'packed'"
             )
         if importlib.util.find_spec("deepspeed") is None:
             raise ValueError("ulysses_engine is 'deepspeed', which is not installed; choose 'packed' or install it")
-    if heads % parallel.gpu_count:
-        most, least = -(-heads // parallel.gpu_count), heads // parallel.gpu_count
+    if heads % ranks:
+        most, least = -(-heads // ranks), heads // ranks
         return [
-            f"{heads} heads do not divide by {parallel.gpu_count} GPUs: some compute {most}, some {least}; "
+            f"{heads} heads do not divide by {ranks} GPUs: some compute {most}, some {least}; "
             "attention runs at the pace of the fullest"
         ]
     return []

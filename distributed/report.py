@@ -61,6 +61,13 @@ def result_of(
     }
 
 
+def _sequence(job: Job) -> str:
+    parallel = job.parallel
+    if not parallel.use_ulysses or parallel.ulysses_size == 1:
+        return "off"
+    return f"Ulysses over {parallel.ulysses_size} GPUs, {parallel.ulysses_engine}"
+
+
 def _loras(model: ModelFiles) -> str:
     """ "high lightning 1, style 0.5; low lightning 1", by file name and strength."""
     sides = {"high": model.high_noise_loras, "low": model.low_noise_loras}
@@ -85,7 +92,8 @@ def settings_of(job: Job, session: Session) -> dict[str, str | int | float | boo
     )
     return {
         "device": f"{session.world} x {name}",
-        "sequence parallel": f"Ulysses, {parallel.ulysses_engine}" if parallel.use_ulysses else "off",
+        "sequence parallel": _sequence(job),
+        "cfg parallel": parallel.cfg_parallel,
         "fsdp": parallel.use_fsdp and session.world > 1,
         "offload": parallel.offload_model,
         "memory optimization": parallel.memory_optimization,

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from ..wan.attention import AttentionKernel, choose_kernel
 from ..wan.denoise import HIGH_NOISE, LOW_NOISE
@@ -17,7 +16,7 @@ from ..wan.model import WanModel
 from .experts import COMPUTE_DTYPES, load_expert, relora_expert
 from .groupdir import GroupDir
 from .job import FileIdentity, Job, JobError, LoraFile
-from .mesh import init_mesh
+from .mesh import Mesh, init_mesh
 from .offload import HostParking
 from .parallelize import set_shard
 from .sequence import SequenceShard
@@ -51,7 +50,7 @@ class Session:
     world: int
     device: torch.device
     kernel: AttentionKernel
-    mesh: DeviceMesh | None = None
+    mesh: Mesh | None = None
     models: dict[str, WanModel] = field(default_factory=dict)
     """Expert name -> model."""
     weights: dict[str, HostParking] = field(default_factory=dict)
@@ -72,7 +71,8 @@ class Session:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        return None if self.mesh is None else self.mesh.get_group()
+        """Of all ranks."""
+        return None if self.mesh is None else self.mesh.group
 
     def begin(self, job: Job, group: GroupDir) -> None:
         """Before each job. The first time it meets the other ranks."""
@@ -85,6 +85,7 @@ class Session:
         self.mesh = init_mesh(
             rank=self.rank,
             world=self.world,
+            cfg=job.parallel.cfg_size,
             device=self.device,
             store_file=group.process_group,
             master_port=job.parallel.master_port,

@@ -159,10 +159,10 @@ class Worker:
         """Loads the experts and runs the loop. Returns the normalised latents [C, T, h, w], on every rank."""
         session, parallel = self.session, self.job.parallel
         grid = token_grid(tuple(self.noise.shape))
-        split = session.mesh is not None and parallel.use_ulysses
-        shard = SequenceShard(
-            length=math.prod(grid), rank=self.rank if split else 0, world=session.world if split else 1
-        )
+        shard = SequenceShard(length=math.prod(grid))
+        if session.mesh is not None and parallel.use_ulysses:
+            mesh = session.mesh
+            shard = SequenceShard(length=shard.length, rank=mesh.ulysses_rank, world=mesh.ulysses_size)
 
         def tokens_of(latents: Tensor | None) -> Tensor | None:
             return None if latents is None else shard.split(patchify(latents)).to(self.device)
@@ -181,7 +181,7 @@ class Worker:
                 keep_text=not parallel.memory_optimization,
                 parkings=session.weights if parallel.offload_model else {},
                 image=tokens_of(conditioning.image),
-                timestep_rows=None if known is None else known.timestep_rows,
+                timestep_rows=None if known is None else known.timestep_rows, mesh=session.mesh,
             )  # fmt: skip
             self.files.progress("denoise", 0, len(self.steps))
             self._step_start = time.perf_counter()
@@ -189,7 +189,7 @@ class Worker:
                 tokens_of(conditioning.latents), solver=self.solver, guidance=self.guidance, predict=experts.predict,
                 steps=self.steps, known=known, on_step=self.on_step,
             )  # fmt: skip
-            tokens = shard.gather(tokens, session.group)
+            tokens = shard.gather(tokens, None if session.mesh is None else session.mesh.ulysses_group)
         if self.job.parallel.keep_warm_seconds == 0:
             session.drop_experts()
         return unpatchify(tokens, grid)

@@ -52,6 +52,8 @@ class DistributedConfig:
     stall_timeout: int = 600
     """Seconds."""
     keep_warm_seconds: int = 0
+    cfg_parallel: str = "auto"
+    """auto, on or off."""
 
 
 class WanVideoDistributedConfig:
@@ -155,6 +157,15 @@ class WanVideoDistributedConfig:
                         "tooltip": "Seconds for which the processes keep the model on the GPUs after a video, so that "
                         "the next one starts at once. 0: they end with the video. ComfyUI's 'Free memory' and this "
                         "node's 'Release GPUs' (right click) end them at any time.",
+                    },
+                ),
+                "cfg_parallel": (
+                    ["auto", "on", "off"],
+                    {
+                        "default": "auto",
+                        "tooltip": "Half of the GPUs compute what the prompt asks for, half what the negative prompt "
+                        "does, at the same time: the fastest split when guidance is over 1. The video is the same. "
+                        "auto: on with an even number of GPUs and guidance over 1 at every step.",
                     },
                 ),
             },

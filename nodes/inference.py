@@ -163,7 +163,7 @@ def _job(settings: dict[str, Any], status: Status) -> tuple[Job, dict[str, Any]]
     job = Job(
         id=new_job_id(),
         model=model,
-        parallel=_parallel(settings, status),
+        parallel=_parallel(settings, model, sampling, status),
         sampling=sampling,
         text=text,
         decode=settings.get("decode_video", True),
@@ -189,8 +189,9 @@ def _model(settings: dict[str, Any], status: Status) -> ModelFiles:
     return refreshed(model)
 
 
-def _parallel(settings: dict[str, Any], status: Status) -> Parallel:
+def _parallel(settings: dict[str, Any], model: ModelFiles, sampling: Sampling, status: Status) -> Parallel:
     from ..distributed.gpus import choose_gpus
+    from ..distributed.preflight import always_guided
 
     chosen: DistributedConfig | None = settings.get("config")
     own = {key: settings[key] for key in ("gpu_count", "use_ulysses", "use_fsdp", "offload_model")}
@@ -203,7 +204,13 @@ def _parallel(settings: dict[str, Any], status: Status) -> Parallel:
     gpu_count, gpu_ids = choose_gpus(chosen.gpu_count, chosen.gpu_ids, host.visible_gpus())
     names = ("start_timeout", "stall_timeout", "keep_warm_seconds")
     seconds = {name: float(getattr(chosen, name)) for name in names}
-    return Parallel(**{**dataclasses.asdict(chosen), **seconds, "gpu_count": gpu_count, "gpu_ids": gpu_ids})
+    cfg_parallel = chosen.cfg_parallel == "on"
+    if chosen.cfg_parallel == "auto":
+        # With both ways of sharing work off the user is asked what is meant, not served with a third.
+        shares = chosen.use_ulysses or chosen.use_fsdp
+        cfg_parallel = shares and gpu_count % 2 == 0 and always_guided(model, sampling)
+    own = {"gpu_count": gpu_count, "gpu_ids": gpu_ids, "cfg_parallel": cfg_parallel}
+    return Parallel(**{**dataclasses.asdict(chosen), **seconds, **own})
 
 
 def _sampling(settings: dict[str, Any], status: Status) -> Sampling:

@@ -12,15 +12,14 @@ import argparse
 import importlib
 import json
 import os
-import sys
 import tempfile
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from mount import mount_pack
+
 LIMIT = 1e-4
 """Largest relative error, ||out - expected|| / ||expected||."""
 
@@ -40,27 +39,21 @@ class Layout:
     """How the transformer is spread over the ranks."""
 
     engine: str
-    fsdp: bool
+    fsdp: bool = False
+    cfg: bool = False
+    """Half of the ranks for each prompt of a guided step."""
 
     def __str__(self) -> str:
-        return self.engine + "+fsdp" * self.fsdp
+        return self.engine + "+fsdp" * self.fsdp + "+cfg" * self.cfg
 
     @classmethod
     def of(cls, text: str) -> Layout:
-        engine, _, fsdp = text.partition("+")
-        if engine not in ("packed", "deepspeed") or fsdp not in ("", "fsdp"):
+        engine, *options = text.split("+")
+        if engine not in ("packed", "deepspeed") or not set(options) <= {"fsdp", "cfg"}:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is no layout; it must be packed or deepspeed, with or without +fsdp"
+                f"{text!r} is no layout; it is packed or deepspeed, then +fsdp, +cfg or both"
             )
-        return cls(engine, bool(fsdp))
-
-
-def mount_pack() -> None:
-    """Makes the pack importable as `wan_pack`, whatever its folder is called, without running its __init__."""
-    if "wan_pack" not in sys.modules:
-        package = types.ModuleType("wan_pack")
-        package.__path__ = [str(ROOT)]
-        sys.modules["wan_pack"] = package
+        return cls(engine, "fsdp" in options, "cfg" in options)
 
 
 class GoldenRun:
@@ -68,33 +61,40 @@ class GoldenRun:
 
     def __init__(self, ranks: Ranks) -> None:
         import torch
-        from wan_pack.distributed.mesh import init_mesh
+        from wan_pack.distributed.mesh import Mesh, init_mesh
 
         self.device = torch.device("cpu")
         self.ranks = ranks
-        self.mesh = init_mesh(
+        mesh = init_mesh(
             rank=ranks.rank, world=ranks.world, device=self.device, store_file=ranks.store, master_port=0, timeout=120
         )
+        self.meshes = {False: mesh}
+        if ranks.world % 2 == 0:
+            self.meshes[True] = Mesh.of("cpu", ranks.world, cfg=2)
 
     def use(self, layout: Layout) -> None:
         from wan_pack.distributed.job import Parallel
 
+        self.mesh = self.meshes[layout.cfg]
         self.parallel = Parallel(
-            gpu_count=self.ranks.world, use_ulysses=True, use_fsdp=layout.fsdp, ulysses_engine=layout.engine,
-            mixed_precision="fp32",
+            gpu_count=self.ranks.world, use_ulysses=True, use_fsdp=layout.fsdp, cfg_parallel=layout.cfg,
+            ulysses_engine=layout.engine, mixed_precision="fp32",
         )  # fmt: skip
 
     @property
     def group(self) -> Any:
-        return None if self.mesh is None else self.mesh.get_group()
+        return None if self.mesh is None else self.mesh.group
 
     def gather(self, tokens: Any, shard: Any) -> Any:
-        return shard.gather(tokens, self.group)
+        return shard.gather(tokens, None if self.mesh is None else self.mesh.ulysses_group)
 
     def shard(self, grid: tuple[int, int, int]) -> Any:
         from wan_pack.distributed.sequence import SequenceShard
 
-        return SequenceShard(length=grid[0] * grid[1] * grid[2], rank=self.ranks.rank, world=self.ranks.world)
+        length = grid[0] * grid[1] * grid[2]
+        if self.mesh is None:
+            return SequenceShard(length=length)
+        return SequenceShard(length=length, rank=self.mesh.ulysses_rank, world=self.mesh.ulysses_size)
 
     def expert(self, folder: Path, shard: Any, loras: tuple[tuple[str, float], ...] = ()) -> Any:
         from wan_pack.distributed.experts import load_expert
@@ -162,7 +162,7 @@ class GoldenRun:
         experts = Experts(
             models, {True: io["context"], False: io["context_null"]},
             grid=grid, shard=shard, device=self.device, keep_text=True, parkings={},
-            image=image, timestep_rows=None if known is None else known.timestep_rows,
+            image=image, timestep_rows=None if known is None else known.timestep_rows, mesh=self.mesh,
         )  # fmt: skip
         solver = make_solver(case["solver"], case["steps"], case["shift"])
         if [guidance.expert(t).removesuffix("_noise") for t in solver.timesteps] != case.get(
@@ -290,12 +290,13 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--fsdp", action="store_true", help="shard the weights as well")
+    parser.add_argument("--cfg", action="store_true", help="half of the ranks for each prompt of a guided step")
     parser.add_argument("--engine", default="packed", choices=["packed", "deepspeed"])
     parser.add_argument("--layouts", type=Layout.of, nargs="+", help="such as packed deepspeed+fsdp, in one go")
     arguments = parser.parse_args()
     if not any(cases(arguments.folder)):
         parser.error(f"{arguments.folder} holds no golden case; expected folders such as {', '.join(CASES)}")
-    layouts = arguments.layouts or [Layout(arguments.engine, arguments.fsdp)]
+    layouts = arguments.layouts or [Layout(arguments.engine, arguments.fsdp, arguments.cfg)]
     codes = [run(arguments.folder, world=world, layouts=layouts) for world in arguments.ranks]
     return int(any(codes))
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from wan_pack.distributed.experts import load_expert
 from wan_pack.distributed.job import Parallel
+from wan_pack.distributed.mesh import Mesh
 from wan_pack.distributed.offload import HostParking
 from wan_pack.distributed.sequence import SequenceShard
 from wan_pack.distributed.ulysses import ENGINES
@@ -71,7 +71,7 @@ def _evaluate(model: Any, parallel: Parallel, mesh: Any, shard: SequenceShard) -
     rope = rope_table((3, 3, 5), model.config.head_dim, start=shard.start, stop=shard.stop)
     for _ in range(2):  # the second time on kept text
         local = model(shard.split(tokens), torch.tensor([700.0]), text, rope)
-    return shard.gather(local, mesh.get_group() if mesh else None), local.shape[0]
+    return shard.gather(local, mesh.ulysses_group if mesh else None), local.shape[0]
 
 
 def _velocity(folder: str, parallel: Parallel, mesh: Any, rank: int, world: int) -> tuple[torch.Tensor, Any, int]:
@@ -87,7 +87,7 @@ def options_equal_plain(rank: int, world: int, *, folder: str, settings: list[di
 
     Returns the tokens that this rank computed under each, and what was compiled.
     """
-    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ulysses",))
+    mesh = Mesh.of("cpu", world)
     plain, *_ = _velocity(folder, Parallel(gpu_count=1, mixed_precision="fp32"), None, 0, 1)
     tokens = []
     for options in settings:
@@ -106,7 +106,7 @@ def fsdp_keeps_only_its_rows(rank: int, world: int, *, folder: str) -> dict[str,
     """Returns the bytes of this rank's shards, and checks each of them against the file."""
     from safetensors.torch import load_file
 
-    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ulysses",))
+    mesh = Mesh.of("cpu", world)
     _, model, _ = _velocity(folder, _parallel(world), mesh, rank, world)
     whole = {name: t for file in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(file).items()}
     for name, parameter in model.named_parameters():
@@ -119,7 +119,7 @@ def fsdp_keeps_only_its_rows(rank: int, world: int, *, folder: str) -> dict[str,
 
 def offload_round_trip(rank: int, world: int, *, folder: str) -> dict[str, Any]:
     """A parked model holds no device memory and, fetched again, computes the same."""
-    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ulysses",))
+    mesh = Mesh.of("cpu", world)
     before, model, _ = _velocity(folder, _parallel(world), mesh, rank, world)
     parking = HostParking(model)
     resident = parking.resident_bytes
@@ -134,7 +134,7 @@ def offload_round_trip(rank: int, world: int, *, folder: str) -> dict[str, Any]:
 
 def peak_memory_of_loading(rank: int, world: int, *, folder: str) -> dict[str, int]:
     """Growth of this rank's peak resident memory while it loads a sharded checkpoint, in bytes."""
-    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ulysses",))
+    mesh = Mesh.of("cpu", world)
     files = sorted(str(file) for file in Path(folder).glob("*.safetensors"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     load_expert(
@@ -150,7 +150,7 @@ def fp8_under_fsdp(rank: int, world: int, *, fp8: str, bf16: str, lora: str) -> 
 
     Returns the bytes that this rank keeps of the blocks, from each file.
     """
-    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ulysses",))
+    mesh = Mesh.of("cpu", world)
     parallel = _parallel(world, mixed_precision="bf16")
     kept, velocities = {}, []
     for name, folder in (("fp8", fp8), ("bf16", bf16)):

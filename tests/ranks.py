@@ -44,7 +44,7 @@ def _main() -> int:
     """Imports once, then forks the ranks."""
     function, world, temp, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
     from forks import fork_ranks
-    from golden import mount_pack
+    from mount import mount_pack
 
     mount_pack()
     import torch

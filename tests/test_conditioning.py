@@ -90,7 +90,7 @@ def test_a_first_frame_stays_and_has_timestep_zero():
     assert known.timestep_rows.tolist() == [0, 0] + [1] * 4
     tokens = denoise(
         patchify(noise), solver=make_solver("euler", 3, 5.0), guidance=Always(), known=known,
-        predict=lambda expert, tokens, timestep, conditional: tokens,
+        predict=lambda expert, tokens, timestep, passes: [tokens],
     )  # fmt: skip
     torch.testing.assert_close(tokens[:2], torch.full((2, 192), 0.6))
     assert not torch.equal(tokens[2:], patchify(noise)[2:])
@@ -120,8 +120,8 @@ class Always:
         return 1.0
 
 
-def velocity(expert: str, tokens: torch.Tensor, timestep: float, conditional: bool) -> torch.Tensor:
-    return torch.tanh(tokens) * timestep / 1000
+def velocity(expert: str, tokens: torch.Tensor, timestep: float, passes: tuple[bool, ...]) -> list[torch.Tensor]:
+    return [torch.tanh(tokens) * timestep / 1000]
 
 
 @pytest.mark.parametrize("name", ["euler"])

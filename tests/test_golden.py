@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
     ("world", "layouts"),
     [
         (1, "packed"),
-        (2, "packed packed+fsdp deepspeed"),
+        (2, "packed packed+fsdp deepspeed packed+cfg"),
         (3, "packed packed+fsdp"),
-        (4, "packed packed+fsdp deepspeed+fsdp"),
+        (4, "packed packed+fsdp deepspeed+fsdp packed+fsdp+cfg"),
     ],
 )
 def test_agrees_with_the_official_code(golden_folder: Path, world: int, layouts: str):

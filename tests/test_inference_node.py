@@ -51,19 +51,43 @@ def test_sizes_are_checked_before_a_run(size: dict[str, int], message: bool | st
     assert WanVideoDistributedInference.VALIDATE_INPUTS(**size) == message
 
 
-def test_config_wins_and_the_status_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_wins_and_the_status_says_so(model: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "visible_gpus", lambda: "")
     status = Status()
     (config,) = WanVideoDistributedConfig().build(
         gpu_count=2, use_ulysses=True, use_fsdp=False, offload_model=True, mixed_precision="fp32"
     )
     assert isinstance(config, DistributedConfig)
-    parallel = inference_module._parallel(settings(gpu_count=1, config=config), status)
+    given = settings(gpu_count=1, config=config)
+    parallel = inference_module._parallel(given, model, inference_module._sampling(given, Status()), status)
     assert (parallel.gpu_count, parallel.use_fsdp, parallel.offload_model) == (2, False, True)
     assert parallel.mixed_precision == "fp32"
     assert status.warnings == [
         "config is connected: its gpu_count, use_fsdp, offload_model won over this node's own values"
     ]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "guidance", "gpus", "expected"),
+    [
+        ("auto", 4.0, 2, True),
+        ("auto", 4.0, 3, False),
+        ("auto", 1.0, 2, False),
+        ("off", 4.0, 2, False),
+        ("on", 1.0, 2, True),  # refused when the job is checked
+    ],
+)
+def test_two_groups_of_gpus_for_two_prompts(
+    model: ModelFiles, monkeypatch: pytest.MonkeyPatch, chosen: str, guidance: float, gpus: int, expected: bool
+) -> None:
+    monkeypatch.setattr(host, "visible_gpus", lambda: "")
+    config = DistributedConfig(
+        gpu_count=gpus, use_ulysses=True, use_fsdp=True, offload_model=False, cfg_parallel=chosen
+    )
+    given = settings(config=config, guidance_low=guidance, guidance_high=4.0)
+    parallel = inference_module._parallel(given, model, inference_module._sampling(given, Status()), Status())
+    assert parallel.cfg_parallel is expected
+    assert parallel.ulysses_size == (gpus // 2 if expected else gpus)
 
 
 def text_of(model: ModelFiles, status: Status, **values: Any) -> Any:

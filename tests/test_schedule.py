@@ -58,9 +58,9 @@ def test_noise_is_the_same_bits_for_a_seed():
 def run_loop(guidance: Guidance) -> list[tuple[str, bool]]:
     asked: list[tuple[str, bool]] = []
 
-    def predict(expert: str, tokens: torch.Tensor, timestep: float, conditional: bool) -> torch.Tensor:
-        asked.append((expert, conditional))
-        return tokens * (0.5 if conditional else 0.25)
+    def predict(expert: str, tokens: torch.Tensor, timestep: float, passes: tuple[bool, ...]) -> list[torch.Tensor]:
+        asked.extend((expert, conditional) for conditional in passes)
+        return [tokens * (0.5 if conditional else 0.25) for conditional in passes]
 
     denoise(torch.ones(2, 4), solver=make_solver("euler", 4, 5.0), guidance=guidance, predict=predict)
     return asked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,11 @@ from .schedule import NUM_TRAIN_TIMESTEPS, Solver
 
 HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
 
-Predict = Callable[[str, Tensor, float, bool], Tensor]
-"""(expert, tokens, timestep, conditional) -> velocity of `tokens`."""
+Predict = Callable[[str, Tensor, float, tuple[bool, ...]], Sequence[Tensor]]
+"""(expert, tokens, timestep, for each pass: conditional?) -> for each pass: velocity of `tokens`.
+
+Both passes of a guided step are asked for at once, so that they may run at the same time.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +81,7 @@ def denoise(
 
     Args:
         tokens: [S, channels], float32, at the noise level of the first step; any part of the sequence.
-        predict: one evaluation of one expert. With a guidance of 1 it is not asked for the unconditional velocity.
+        predict: the evaluations of one expert. With a guidance of 1 it is not asked for the unconditional velocity.
         steps: which steps run; all of them by default.
         known: put back before the first and after every step, as the official code does.
         on_step: called after each step with how many have run.
@@ -92,10 +95,11 @@ def denoise(
         timestep = solver.timesteps[index]
         expert = guidance.expert(timestep)
         scale = guidance.scale(expert)
-        velocity = predict(expert, tokens, timestep, True)
-        if scale != 1:
-            unconditional = predict(expert, tokens, timestep, False)
-            velocity = unconditional + scale * (velocity - unconditional)
+        if scale == 1:
+            (velocity,) = predict(expert, tokens, timestep, (True,))
+        else:
+            conditional, unconditional = predict(expert, tokens, timestep, (True, False))
+            velocity = unconditional + scale * (conditional - unconditional)
         tokens = solver.step(velocity, index, tokens)
         if known is not None:
             tokens = known.impose(tokens)
