@@ -39,12 +39,14 @@ def load_expert(
     expert: str | None = None,
     attention: Attention = attention,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> WanModel:
     """One expert on `device`, parallelized over `mesh` as `parallel` says.
 
     Args:
         loras: (path, strength) of each LoRA to merge.
         expert: HIGH_NOISE or LOW_NOISE, for a LoRA file that holds both experts' changes.
+        meanwhile: called on this thread while others read the weights.
     """
     checkpoint = Checkpoint(files)
     opened = [Lora(path, strength, checkpoint.shapes, expert=expert) for path, strength in loras]
@@ -62,7 +64,7 @@ def load_expert(
         torch_compile=parallel.torch_compile,
         memory_optimization=parallel.memory_optimization,
     )
-    load_weights(model, checkpoint, device=device, loras=opened, on_tensor=on_tensor)
+    load_weights(model, checkpoint, device=device, loras=opened, on_tensor=on_tensor, meanwhile=meanwhile)
     return model
 
 

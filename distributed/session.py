@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable
@@ -115,6 +116,8 @@ class Session:
         for name in [name for name, loaded in self._loaded.items() if loaded.files != wanted[name].files]:
             self._drop(name)
         stale = [name for name in names if self._loaded.get(name) != wanted[name]]
+        # One core per rank, or a video that is not decoded, would only wait for it.
+        meanwhile = _import_diffusers if job.decode and self.device.type == "cuda" else _nothing
         # The one that runs first is read last, so that it is the one on the device.
         for index, name in enumerate(reversed(stale)):
 
@@ -138,7 +141,7 @@ class Session:
                 self.models[name] = load_expert(
                     paths, loras,
                     parallel=job.parallel, mesh=self.mesh, shard=shard, device=self.device,
-                    expert=name, attention=self.kernel.run, on_tensor=report,
+                    expert=name, attention=self.kernel.run, on_tensor=report, meanwhile=meanwhile,
                 )  # fmt: skip
                 self.weights[name] = HostParking(self.models[name])
             self._loaded[name] = wanted[name]
@@ -151,6 +154,11 @@ class Session:
         self.weights.pop(name).drop()
         del self.models[name]
         self._loaded.pop(name, None)
+
+    def rest(self) -> None:
+        """After each job: gives back what only that job needed."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def drop_experts(self) -> None:
         """Frees their memory."""
@@ -170,6 +178,17 @@ class Session:
         """bfloat16 decodes three times as fast on a GPU; fp16 and fp32 jobs, and CPUs, decode as the official code."""
         fast = self.device.type == "cuda" and job.parallel.mixed_precision == "bf16"
         return torch.bfloat16 if fast else torch.float32
+
+
+def _nothing() -> None: ...
+
+
+def _import_diffusers() -> None:
+    """Seconds of imports for the solver and the VAE, which the reading of the weights leaves time for.
+
+    On the main thread: Python cannot import modules that need each other on two threads at once.
+    """
+    importlib.import_module("diffusers.models.autoencoders.autoencoder_kl_wan")
 
 
 def _device(job: Job) -> torch.device:

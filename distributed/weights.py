@@ -42,6 +42,7 @@ def load_weights(
     device: torch.device,
     loras: Sequence[Lora] = (),
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
     """Allocates `model` on `device` and reads its parameters.
 
@@ -51,10 +52,11 @@ def load_weights(
         model: from `empty_model` with the same LoRAs, sharded over rows or not.
         loras: merged into the rows as they arrive, in float32.
         on_tensor: called with (tensors read, tensors in all).
+        meanwhile: called on this thread while others read.
     """
     model.to_empty(device=device)
     names = [name for name, _ in model.named_parameters()]
-    read_weights(model, checkpoint, names, device=device, loras=loras, on_tensor=on_tensor)
+    read_weights(model, checkpoint, names, device=device, loras=loras, on_tensor=on_tensor, meanwhile=meanwhile)
 
 
 def read_weights(
@@ -65,6 +67,7 @@ def read_weights(
     device: torch.device,
     loras: Sequence[Lora] = (),
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
     """Reads the named parameters of a model that has its memory. Arguments as for `load_weights`."""
     parameters = dict(model.named_parameters())
@@ -88,7 +91,9 @@ def read_weights(
     # A thread starts on GPU 0; page-locking a buffer there would cost every rank a context on it.
     enter = partial(torch.cuda.set_device, device) if on_cuda else None
     with torch.no_grad(), ThreadPoolExecutor(CUDA_READERS if on_cuda else 1, initializer=enter) as readers:
-        for done, _ in enumerate(readers.map(read, names), start=1):
+        results = readers.map(read, names)
+        meanwhile()
+        for done, _ in enumerate(results, start=1):
             on_tensor(done, len(names))
 
 

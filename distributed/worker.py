@@ -49,6 +49,7 @@ def main(group: GroupDir, folder: JobDir, files: RankFiles, session: Session | N
     try:
         with torch.no_grad():
             Worker(job, group, folder, files, session).run()
+            session.rest()
     except BaseException as error:
         # Before the group is left: with NCCL that may wait for peers, which wait for this rank.
         files.error(error)
