@@ -18,7 +18,10 @@ import sys
 import time
 import types
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wan_pack.wan.config import WanConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results.jsonl"
@@ -31,15 +34,21 @@ def mount_pack() -> None:
     sys.modules["wan_pack"] = package
 
 
+def tiny_config() -> WanConfig:
+    """For machines without a GPU."""
+    from wan_pack.wan.config import WanConfig
+
+    return WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=16, out_dim=16, text_dim=64, freq_dim=256)
+
+
 def write_model(folder: Path, name: str) -> None:
     """Random weights with the statistics of an initialised network: speed and memory do not depend on more."""
     import torch
     from safetensors.torch import save_file
-    from wan_pack.wan.config import WAN_CONFIGS, WanConfig
+    from wan_pack.wan.config import WAN_CONFIGS
     from wan_pack.wan.model import meta_model
 
-    tiny = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=16, out_dim=16, text_dim=64, freq_dim=256)
-    config = tiny if name == "tiny" else WAN_CONFIGS[name]
+    config = tiny_config() if name == "tiny" else WAN_CONFIGS[name]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
     shapes = {n: p.shape for n, p in meta_model(config, torch.bfloat16).named_parameters()}

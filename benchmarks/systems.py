@@ -1,0 +1,223 @@
+"""Who computes a forward in forward.py: this pack, diffusers, and the official code from a checkout.
+
+Every system gets the same random weights, drawn per tensor from its official name. A new one is an entry in `SYSTEMS`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+import zlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+TIMESTEP = 700.0
+TEXT_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One rank."""
+
+    rank: int
+    world: int
+    device: torch.device
+    mesh: Any
+    """`distributed.mesh.Mesh`; None for one rank."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+
+def random_weight(name: str, shape: torch.Size, device: torch.device) -> Tensor:
+    """Float32, the same for a name on every rank and in every system; with the statistics of an initialised network."""
+    if name.endswith("bias"):
+        return torch.zeros(shape, device=device)
+    if "norm" in name:
+        return torch.ones(shape, device=device)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator, device=device).mul_(0.02)
+
+
+class System(ABC):
+    """A transformer on the device, ready to be timed."""
+
+    def __init__(self, config: Any, place: Place, option: str) -> None:
+        self.config, self.place, self.option = config, place, option
+
+    @abstractmethod
+    def prepare(self, latents: Tensor, text: Tensor) -> None:
+        """latents: [C, T, h, w] float32; text: [512, text_dim]."""
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """One evaluation of what was prepared; any part of the output."""
+
+    @abstractmethod
+    def whole(self, output: Tensor) -> Tensor:
+        """The whole velocity [C, T, h, w] float32, on every rank."""
+
+
+class Ours(System):
+    """This pack. Option "compiled": with compiled segments."""
+
+    def __init__(self, config: Any, place: Place, option: str) -> None:
+        super().__init__(config, place, option)
+        from wan_pack.distributed.parallelize import parallelize_wan
+        from wan_pack.distributed.sequence import SequenceShard
+        from wan_pack.wan.attention import choose_kernel
+        from wan_pack.wan.model import meta_model
+
+        self.kernel = choose_kernel(place.device, place.dtype)
+        self.model = meta_model(config, place.dtype)
+        parallelize_wan(
+            self.model, place.mesh, shard=SequenceShard(length=1, rank=place.rank, world=place.world),
+            attention=self.kernel.run, use_fsdp=False, ulysses_engine="packed", torch_compile=option == "compiled",
+            memory_optimization=False,
+        )  # fmt: skip
+        self.model.to_empty(device=place.device)
+        for name, parameter in self.model.named_parameters():
+            parameter.data.copy_(random_weight(name, parameter.shape, place.device))
+
+    def prepare(self, latents: Tensor, text: Tensor) -> None:
+        from wan_pack.distributed.parallelize import set_shard
+        from wan_pack.distributed.sequence import SequenceShard
+        from wan_pack.wan.model import TextContext
+        from wan_pack.wan.patch import patchify, token_grid
+        from wan_pack.wan.rope import rope_table
+
+        place = self.place
+        self.grid = token_grid(tuple(latents.shape))
+        self.shard = SequenceShard(length=math.prod(self.grid), rank=place.rank, world=place.world)
+        set_shard(self.model, self.shard)
+        self.tokens = self.shard.split(patchify(latents))
+        self.text = TextContext(text)
+        self.rope = rope_table(
+            self.grid, self.config.head_dim, start=self.shard.start, stop=self.shard.stop, device=place.device
+        )
+        self.timestep = torch.tensor([TIMESTEP], device=place.device)
+
+    def forward(self) -> Tensor:
+        with self.kernel.activate():
+            return self.model(self.tokens, self.timestep, self.text, self.rope)
+
+    def whole(self, output: Tensor) -> Tensor:
+        from wan_pack.wan.patch import unpatchify
+
+        group = None if self.place.mesh is None else self.place.mesh.ulysses_group
+        return unpatchify(self.shard.gather(output.float(), group), self.grid)
+
+
+class Diffusers(System):
+    """diffusers with Ulysses context parallelism. Option "compiled": `compile_repeated_blocks`."""
+
+    def __init__(self, config: Any, place: Place, option: str) -> None:
+        super().__init__(config, place, option)
+        from diffusers import ContextParallelConfig, WanTransformer3DModel
+        from wan_pack.wan.diffusers_keys import to_official
+
+        with torch.device("meta"):
+            model = WanTransformer3DModel(
+                num_attention_heads=config.num_heads, attention_head_dim=config.head_dim, in_channels=config.in_dim,
+                out_channels=config.out_dim, text_dim=config.text_dim, freq_dim=config.freq_dim,
+                ffn_dim=config.ffn_dim, num_layers=config.num_layers,
+            ).to(place.dtype)  # fmt: skip
+        self.model = model.to_empty(device=place.device).eval().requires_grad_(False)
+        for name, tensor in self.model.state_dict().items():
+            tensor.copy_(random_weight(to_official(name), tensor.shape, place.device))
+        # Computed when a model is made, so empty in one made on the meta device.
+        self.model.rope = type(self.model.rope)(config.head_dim, (1, 2, 2), 1024).to(place.device)
+        if place.device.type == "cuda":
+            self.model.set_attention_backend("_native_cudnn")
+        if place.world > 1:
+            self.model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=place.world))
+        if option == "compiled":
+            self.model.compile_repeated_blocks(fullgraph=place.world == 1)
+
+    def prepare(self, latents: Tensor, text: Tensor) -> None:
+        self.inputs = {
+            "hidden_states": latents[None].to(self.place.dtype),
+            "timestep": torch.tensor([TIMESTEP], device=self.place.device),
+            "encoder_hidden_states": text[None].to(self.place.dtype),
+        }
+
+    def forward(self) -> Tensor:
+        return self.model(**self.inputs, return_dict=False)[0]
+
+    def whole(self, output: Tensor) -> Tensor:
+        return output[0].float()
+
+
+class Official(System):
+    """The official code in the checkout that the option names, on one GPU or with its Ulysses attention."""
+
+    def __init__(self, config: Any, place: Place, option: str) -> None:
+        super().__init__(config, place, option)
+        if not (Path(option) / "wan" / "modules" / "model.py").is_file():
+            raise ValueError(f"official is {option!r}; it must be the folder of a Wan2.2 checkout")
+        # The package's own __init__ imports pipelines with more dependencies than the model has.
+        package = types.ModuleType("wan")
+        package.__path__ = [str(Path(option) / "wan")]
+        sys.modules.setdefault("wan", package)
+        from wan.modules import model as official_model
+
+        # Its own kernels are packages to build; torch's cuDNN kernel is what diffusers is given here too.
+        official_model.flash_attention = _cudnn_attention
+        WanModel = official_model.WanModel
+        with torch.device("meta"):
+            self.model = WanModel(
+                model_type="t2v", dim=config.dim, ffn_dim=config.ffn_dim, freq_dim=config.freq_dim,
+                text_dim=config.text_dim, num_heads=config.num_heads, num_layers=config.num_layers,
+                in_dim=config.in_dim, out_dim=config.out_dim,
+            ).to(place.dtype)  # fmt: skip
+        freqs = WanModel(model_type="t2v", dim=config.dim, num_heads=config.num_heads, num_layers=1, ffn_dim=8).freqs
+        self.model.to_empty(device=place.device).eval().requires_grad_(False)
+        self.model.freqs = freqs
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(random_weight(name, parameter.shape, place.device))
+        if place.world > 1:
+            from wan.distributed import ulysses
+            from wan.distributed.sequence_parallel import sp_attn_forward, sp_dit_forward
+
+            ulysses.flash_attention = _cudnn_attention
+            for block in self.model.blocks:
+                block.self_attn.forward = types.MethodType(sp_attn_forward, block.self_attn)
+            self.model.forward = types.MethodType(sp_dit_forward, self.model)
+
+    def prepare(self, latents: Tensor, text: Tensor) -> None:
+        length = latents[0].numel() // 4
+        self.inputs = {
+            "x": [latents],
+            "t": torch.tensor([TIMESTEP], device=self.place.device),
+            "context": [text.to(self.place.dtype)],
+            "seq_len": -(-length // self.place.world) * self.place.world,
+        }
+
+    def forward(self) -> Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.place.device.type == "cuda"):
+            return self.model(**self.inputs)[0]
+
+    def whole(self, output: Tensor) -> Tensor:
+        return output.float()
+
+
+def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor, *, k_lens: Tensor | None = None, **_: Any) -> Tensor:
+    """q: [1, S, H, D]; k, v: [1, K, H, D], of which the first `k_lens` count -> [1, S, H, D]."""
+    dtype = torch.bfloat16 if q.is_cuda else q.dtype
+    length = k.shape[1] if k_lens is None else int(k_lens[0])
+    q_, k_, v_ = (x.transpose(1, 2).to(dtype) for x in (q, k[:, :length], v[:, :length]))
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends, set_priority=True):
+        return F.scaled_dot_product_attention(q_, k_, v_).transpose(1, 2).to(q.dtype)
+
+
+SYSTEMS: dict[str, type[System]] = {"ours": Ours, "diffusers": Diffusers, "official": Official}
