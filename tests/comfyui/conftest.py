@@ -1,23 +1,31 @@
-"""One ComfyUI with the pack and the tiny model, for all tests that need a real one."""
+"""One ComfyUI with the pack and the tiny models, for all tests that need a real one."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from serving import INFERENCE, Comfy
 from wan_pack.demo.client import Run
 from wan_pack.demo.comfyui import Server
 from wan_pack.demo.example import ROOT, node_id
-from wan_pack.demo.tiny_model import write_comfyui_files
+from wan_pack.demo.tiny_model import write_comfyui_files, write_other_comfyui_files
 
 
 @pytest.fixture(scope="session")
 def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
     base = tmp_path_factory.mktemp("comfyui")
     model = write_comfyui_files(base / "models")
+    write_other_comfyui_files(base / "models")
+    (base / "custom_nodes").mkdir()
+    shutil.copy(Path(__file__).with_name("core_conditioning_node.py"), base / "custom_nodes")
     with Server(base, pack=ROOT) as server:
-        yield Comfy(server, model)
+        comfy = Comfy(server, model)
+        # The examples begin with the picture that ComfyUI brings along.
+        comfy.picture(320, 200, "example.png")
+        yield comfy
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from wan_pack.demo.client import Run, run_prompt
 from wan_pack.demo.comfyui import Server
-from wan_pack.demo.example import Prompt, TinyModel, small_example
+from wan_pack.demo.example import TEXT_TO_VIDEO, Prompt, TinyModel, small_example
 
 INFERENCE = "WanVideoDistributedInference"
 
@@ -24,9 +26,9 @@ class Comfy:
     server: Server
     model: TinyModel
 
-    def example(self, **inference: Any) -> Prompt:
-        """The example workflow in small."""
-        return small_example(self.model, **{"sample_steps": 2, "num_frames": 5, **inference})
+    def example(self, name: str = TEXT_TO_VIDEO, **inference: Any) -> Prompt:
+        """An example workflow in small."""
+        return small_example(self.model, name, **{"sample_steps": 2, "num_frames": 5, **inference})
 
     def run(self, prompt: Prompt, on_event: Callable[[Run, str, dict[str, Any]], None] | None = None) -> Run:
         return asyncio.run(run_prompt(self.server.url, prompt, on_event=on_event))
@@ -34,6 +36,20 @@ class Comfy:
     def outputs(self, run: Run) -> dict[str, Any]:
         """Node id -> what the node shows, from the history."""
         return self.server.outputs(run.prompt_id)
+
+    def picture(self, width: int, height: int, name: str = "picture.png") -> str:
+        """Writes a picture into the input folder; its name there."""
+        across = np.linspace(0, 255, width)[None, :].repeat(height, 0)
+        down = np.linspace(255, 0, height)[:, None].repeat(width, 1)
+        disc = 255 * ((across - 128) ** 2 + (down - 128) ** 2 < 70**2)
+        folder = self.server.base / "input"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(np.stack([across, disc, down], -1).astype(np.uint8)).save(folder / name)
+        return name
+
+    def last_outputs(self) -> dict[str, Any]:
+        """Node id -> what the node shows, of the last workflow that ran."""
+        return list(self.server.request("/history").values())[-1]["outputs"]
 
     def job_folders(self) -> list[Path]:
         """Of running jobs."""

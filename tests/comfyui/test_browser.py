@@ -1,4 +1,4 @@
-"""ComfyUI's page in a headless Chromium: the example loads, runs and plays, and nodes come out of the library."""
+"""ComfyUI's page in a headless Chromium: the examples load, run and play, and nodes come out of the library."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 from serving import INFERENCE, Comfy
 from wan_pack.demo.comfyui import cache_folder
-from wan_pack.demo.example import EXAMPLE, UI_EXAMPLE, small_values
+from wan_pack.demo.example import IMAGE_TO_VIDEO, LIGHTNING, TEXT_TO_VIDEO, TI2V_5B, WORKFLOWS, Prompt, example, node_id
 from wan_pack.nodes import DISPLAY_NAMES
 
 PLAYWRIGHT = "playwright-core@1.65.1"
 SCREENSHOTS = Path(__file__).parent / "output"
 REQUIRED = "CI_REQUIRE_BROWSER"
+BYPASSED = 4
+"""A node's mode."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,15 @@ class Browser:
     node: str
     playwright: Path
 
-    def visit(self, comfy: Comfy, tmp_path: Path, **plan: Any) -> dict[str, Any]:
-        """Does what browser.mjs says about `plan`."""
+    def visit(self, comfy: Comfy, tmp_path: Path, name: str = TEXT_TO_VIDEO, **plan: Any) -> dict[str, Any]:
+        """Does what browser.mjs says about `plan` with the example workflow `name`."""
         SCREENSHOTS.mkdir(exist_ok=True)
         plan = {
             "url": comfy.server.url,
             "chromium": self.chromium,
             "playwright": str(self.playwright),
-            "workflow": json.loads(UI_EXAMPLE.read_text(encoding="utf-8")),
+            "workflow": ui_workflow(name),
+            "name": name,
             "screenshots": str(SCREENSHOTS),
             **plan,
         }
@@ -73,26 +76,62 @@ def browser() -> Iterator[Browser]:
     yield Browser(chromium, node, playwright)
 
 
-@pytest.mark.parametrize("vue", [False, True], ids=["canvas", "nodes2"])
-def test_example_loads_runs_and_plays(browser: Browser, comfy: Comfy, tmp_path: Path, vue: bool) -> None:
-    values = small_values(comfy.model)
-    # Another seed per renderer, or the second run would come from ComfyUI's cache.
-    values[INFERENCE] |= {"sample_steps": 2, "seed": 100 + vue}
-    shown = browser.visit(comfy, tmp_path, vue=vue, run=True, values=values)
-    assert shown["missing"] == shown["red"] == shown["shifted"] == shown["dialogs"] == shown["pageErrors"] == []
-    assert shown["links"] == 6
-    assert api_inputs(shown["api"]) == api_inputs(json.loads(EXAMPLE.read_text(encoding="utf-8")))
-    assert shown["ending"][0] == "execution_success", shown["ending"]
+@pytest.mark.parametrize(
+    ("name", "vue", "inference"),
+    [
+        # Another seed per renderer, or the second run would come from ComfyUI's cache.
+        (TEXT_TO_VIDEO, False, {"seed": 100}),
+        (TEXT_TO_VIDEO, True, {"seed": 101}),
+        # Presets of 40 and 50 steps take minutes on two cores.
+        (IMAGE_TO_VIDEO, False, {"preset": "custom"}),
+        (TI2V_5B, True, {"preset": "custom"}),
+        (LIGHTNING, False, {}),
+    ],
+    ids=["t2v-canvas", "t2v-nodes2", "i2v-canvas", "ti2v-nodes2", "lightning-canvas"],
+)
+def test_example_loads_runs_and_plays(
+    browser: Browser, comfy: Comfy, tmp_path: Path, name: str, vue: bool, inference: dict[str, Any]
+) -> None:
+    shipped, small = example(name), comfy.example(name, **inference)
+    workflow = ui_workflow(name)
+    # The picture that a workflow can begin with.
+    enable = [node["id"] for node in workflow["nodes"] if node["mode"] == BYPASSED]
     # One on the inference node, one on Save Video.
+    settings = {"values": changes(shipped, small), "enable": enable, "players": 2}
+    shown = browser.visit(comfy, tmp_path, name, vue=vue, run=True, **settings)
+    assert shown["missing"] == shown["red"] == shown["shifted"] == shown["dialogs"] == shown["pageErrors"] == []
+    assert shown["links"] == len(workflow["links"])
+    assert api_inputs(shown["api"]) == api_inputs(shipped)
+    assert shown["ending"][0] == "execution_success", shown["ending"]
     assert len(shown["players"]) == 2, shown["players"]
     for player in shown["players"]:
         assert (player["width"], player["height"], player["error"]) == (224, 128, None), player
         assert player["ready"] == 4 and player["time"] > 0.1, player
+    (status,) = comfy.last_outputs()[node_id(shipped, "PreviewAny")]["text"]
+    assert ("start_image is 320x200; it was scaled" in status) == (name in (IMAGE_TO_VIDEO, TI2V_5B)), status
+    assert ("LoRAs: none" in status) == (name != LIGHTNING), status
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in WORKFLOWS.glob("*.json")))
+def test_example_has_a_picture_for_the_list(name: str) -> None:
+    assert (WORKFLOWS / f"{name}.jpg").read_bytes().startswith(b"\xff\xd8")
 
 
 def test_node_can_be_dragged_from_the_library(browser: Browser, comfy: Comfy, tmp_path: Path) -> None:
     shown = browser.visit(comfy, tmp_path, vue=False, drag=DISPLAY_NAMES[INFERENCE])
     assert shown["dragged"] == INFERENCE
+
+
+def ui_workflow(name: str) -> dict[str, Any]:
+    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def changes(shipped: Prompt, small: Prompt) -> dict[str, Any]:
+    """Node id -> the values in which `small` differs."""
+    return {
+        key: {name: value for name, value in node["inputs"].items() if value != shipped[key]["inputs"][name]}
+        for key, node in small.items()
+    }
 
 
 def api_inputs(prompt: dict[str, Any]) -> dict[str, Any]:

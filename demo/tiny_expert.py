@@ -1,0 +1,116 @@
+"""Wan2.2's transformer in small, with random weights, and a LoRA for it. Official tensor names.
+
+So that a clip shows more than noise, the first block is set up to keep what neighbouring tokens have in common:
+coloured clouds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DIM = 256
+"""Two heads of 128: without a config.json a head has 128 channels."""
+FFN_DIM = 512
+LAYERS = 2
+TEXT_DIM = 64
+FREQ_DIM = 256
+SHARPNESS = 1.7
+"""Of the blur: higher is narrower."""
+GROWTH = 2.0
+LORA_RANK = 4
+LORA_LAYERS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "ffn.0", "ffn.2")
+
+
+def expert(seed: int, in_dim: int = 16, out_dim: int = 16) -> dict[str, Tensor]:
+    """One transformer.
+
+    Args:
+        in_dim: channels of the latents, and of the conditioning behind them: 16 for T2V, 36 for I2V, 48 for TI2V.
+        out_dim: channels of the latents.
+    """
+    make = _Weights(seed)
+    for name, rows, columns in (
+        ("text_embedding.0", DIM, TEXT_DIM),
+        ("text_embedding.2", DIM, DIM),
+        ("time_embedding.0", DIM, FREQ_DIM),
+        ("time_embedding.2", DIM, DIM),
+        ("time_projection.1", 6 * DIM, DIM),
+    ):
+        make.linear(name, rows, columns)
+    make.linear("patch_embedding", DIM, in_dim, 1, 2, 2)
+    for layer in range(LAYERS):
+        block = f"blocks.{layer}"
+        make.normal(f"{block}.modulation", (1, 6, DIM), DIM**-0.5)
+        for attention in ("self_attn", "cross_attn"):
+            for part in "qkvo":
+                make.linear(f"{block}.{attention}.{part}", DIM, DIM)
+            for part in ("norm_q", "norm_k"):
+                make.ones(f"{block}.{attention}.{part}.weight", DIM)
+        make.ones(f"{block}.norm3.weight", DIM)
+        make.normal(f"{block}.norm3.bias", (DIM,), 0.02)
+        make.linear(f"{block}.ffn.0", FFN_DIM, DIM)
+        make.linear(f"{block}.ffn.2", DIM, FFN_DIM)
+    make.normal("head.modulation", (1, 2, DIM), DIM**-0.5)
+    make.linear("head.head", 4 * out_dim, DIM)
+    _keep_what_neighbours_share(make.tensors, out_dim)
+    return make.tensors
+
+
+def lora(seed: int) -> dict[str, Tensor]:
+    """A LoRA for `expert()`, with the names and the alpha of the released four-step LoRAs."""
+    make = _Weights(seed)
+    for layer in range(LAYERS):
+        for part in LORA_LAYERS:
+            name = f"diffusion_model.blocks.{layer}.{part}"
+            make.normal(f"{name}.lora_down.weight", (LORA_RANK, FFN_DIM if part == "ffn.2" else DIM), DIM**-0.5)
+            make.normal(f"{name}.lora_up.weight", (FFN_DIM if part == "ffn.0" else DIM, LORA_RANK), 0.1)
+            make.tensors[f"{name}.alpha"] = torch.tensor(float(LORA_RANK))
+    return make.tensors
+
+
+def _keep_what_neighbours_share(tensors: dict[str, Tensor], out_dim: int) -> None:
+    """Makes the velocity about `x - GROWTH * blur(x)`: what is noise within a neighbourhood shrinks, the rest grows.
+
+    Queries and keys that are constant leave only the rotary position in the attention: it becomes a blur.
+    """
+    patches = tensors["patch_embedding.weight"]
+    embed = torch.linalg.qr(patches[:, :out_dim].reshape(DIM, 4 * out_dim)).Q
+    patches[:, :out_dim] = 2 * embed.reshape(DIM, out_dim, 1, 2, 2)
+    if patches.shape[1] > out_dim:
+        # The picture that an I2V model is given pulls the latents towards itself.
+        patches[:, -out_dim:] = -2 * embed.reshape(DIM, out_dim, 1, 2, 2)
+    # Behind the last norm the token's channels come in the order row, column, channel.
+    out = embed.reshape(DIM, out_dim, 2, 2).permute(2, 3, 1, 0).reshape(4 * out_dim, DIM)
+    tensors["head.head.weight"] = (out / 2).contiguous()
+    for part in ("q", "k"):
+        tensors[f"blocks.0.self_attn.{part}.weight"] *= 0.05
+        tensors[f"blocks.0.self_attn.{part}.bias"] = torch.ones(DIM)
+        tensors[f"blocks.0.self_attn.norm_{part}.weight"] *= SHARPNESS
+    tensors["blocks.0.self_attn.v.weight"] = torch.eye(DIM)
+    tensors["blocks.0.self_attn.o.weight"] = torch.eye(DIM)
+    modulation = torch.tensor([0.0, 0.0, -GROWTH, 0.0, 0.0, 0.1])
+    tensors["blocks.0.modulation"] = 0.1 * tensors["blocks.0.modulation"] + modulation[None, :, None]
+    for layer in range(LAYERS):
+        for name in ("cross_attn.o.weight", "ffn.2.weight"):
+            tensors[f"blocks.{layer}.{name}"] *= 0.1
+    tensors["time_projection.1.weight"] *= 0.05
+
+
+class _Weights:
+    """Makes random tensors under their names, the same for the same seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+        self.tensors: dict[str, Tensor] = {}
+
+    def linear(self, name: str, out_dim: int, *in_dims: int) -> None:
+        fan_in = torch.Size(in_dims).numel()
+        self.normal(f"{name}.weight", (out_dim, *in_dims), fan_in**-0.5)
+        self.normal(f"{name}.bias", (out_dim,), 0.02)
+
+    def normal(self, name: str, shape: tuple[int, ...], std: float) -> None:
+        self.tensors[name] = torch.randn(shape, generator=self._generator) * std
+
+    def ones(self, name: str, dim: int) -> None:
+        self.tensors[name] = torch.ones(dim)

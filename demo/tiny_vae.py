@@ -1,0 +1,39 @@
+"""Wan's video VAEs in small, with random weights that are smooth, so that their pictures are. Official tensor names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..wan.vae_keys import WAN21, WAN22, Z_DIMS, diffusers_to_official
+
+BASE_DIM = 8
+
+
+def vae(seed: int, kind: str = WAN21) -> dict[str, Tensor]:
+    """The VAE of the kind "Wan2.1" or "Wan2.2"."""
+    from diffusers import AutoencoderKLWan
+
+    options = {"base_dim": BASE_DIM, "z_dim": Z_DIMS[kind]}
+    if kind == WAN22:
+        options |= {"decoder_base_dim": BASE_DIM, "is_residual": True, "in_channels": 12, "out_channels": 12}
+        options |= {"patch_size": 2, "scale_factor_spatial": 16}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoencoderKLWan(**options)
+    weights = {diffusers_to_official(name, kind): _smooth(tensor) for name, tensor in model.state_dict().items()}
+    for name in (name for name in weights if name.startswith("decoder.") and "time_conv" in name):
+        # One half of the channels makes the earlier, the other the later of two frames; alike, they do not flicker.
+        early, late = weights[name].chunk(2)
+        weights[name] = torch.cat([early, 0.8 * early + 0.2 * late])
+    return weights
+
+
+def _smooth(weight: Tensor) -> Tensor:
+    """Gives every 3x3 kernel of a convolution the same smooth shape, at its own strength."""
+    if weight.ndim < 4 or weight.shape[-2:] != (3, 3):
+        return weight.contiguous()
+    blur = torch.tensor([0.25, 0.5, 0.25])
+    # The mean of nine random values is a third as large as one of them.
+    strength = 3 * weight.mean((-2, -1), keepdim=True)
+    return (9**0.5 * strength * torch.outer(blur, blur)).contiguous()
