@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo test soak lint format clean
 
 # A tiny model through the whole path in a real ComfyUI, to an mp4. No GPU needed.
 demo: $(READY)
@@ -10,6 +10,10 @@ demo: $(READY)
 
 test: $(READY) lint
 	$(PYTHON_IN_VENV) -m pytest
+
+# Three hundred jobs in one ComfyUI, every tenth with a fault. Ten minutes or so.
+soak: $(READY)
+	SOAK_JOBS=300 $(PYTHON_IN_VENV) -m pytest -s tests/comfyui/test_soak.py
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -36,6 +36,8 @@ class WorkerGroup:
             listen(parallel.master_port).close()
         self.folder = GroupDir.create(parent, parallel.gpu_count)
         self._jobs = 0
+        self.ranks: list[Process] = []
+        """Set when the first job is done."""
         self.ended = False
         try:
             claim(self.folder)
@@ -63,6 +65,12 @@ class WorkerGroup:
     def exit_code(self) -> int | None:
         """The agent's, as subprocess gives it; None while it runs."""
         return self._agent.poll()
+
+    @property
+    def usable(self) -> bool:
+        """Whether a group that waits can take a job: its agent needs a second to notice that a rank has died."""
+        agent = Process.of(self._agent.pid)
+        return self.exit_code is None and agent is not None and all(rank.alive() for rank in self.ranks)
 
     def hand_over(self, job: JobDir) -> None:
         """Moves what the agent and NCCL left of a failure into the job's folder."""

@@ -170,6 +170,7 @@ class _Run:
             good = True
         finally:
             if good and self._group.exit_code is None:
+                self._group.ranks = [seen.process for seen in self._signs.ranks().values()]
                 self._pool.give_back(self._group, self._job)
             else:
                 self._end()

@@ -55,12 +55,12 @@ class Pool:
         """
         with self._lock:
             for member in [member for member in self._members if member.idle]:
-                if member.kind == _kind(job) and member.group.exit_code is None:
+                if member.kind == _kind(job) and member.group.usable:
                     member.idle = False
                     if member.timer is not None:
                         member.timer.cancel()
                     return member.group
-                if member.group.exit_code is not None or _overlap(member.kind[0].gpu_ids, job.parallel.gpu_ids):
+                if not member.group.usable or _overlap(member.kind[0].gpu_ids, job.parallel.gpu_ids):
                     self._end(member)
         locks = wait_for_gpus(job.parallel.gpu_ids, cancelled=cancelled, on_wait=on_wait)
         try:

@@ -22,8 +22,8 @@ from .rank_log import redirect_to, set_up_logging
 if TYPE_CHECKING:
     from .session import Session
 
-POLL = 0.02
-"""Seconds between two looks for the next job: soon enough, and a tenth of a percent of one core."""
+POLL = 0.05
+"""Seconds between two looks for the next job: soon enough, and well under a percent of one core."""
 
 
 def main(group: GroupDir) -> NoReturn:

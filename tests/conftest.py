@@ -12,11 +12,16 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS))  # golden.py, ranks.py and the other helpers beside the tests
 
-from golden import mount_pack  # noqa: E402
+from fault_report import FaultReport  # noqa: E402
+from mount import mount_pack  # noqa: E402
 
 mount_pack()
 # Two cores, several processes: more threads each only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(FaultReport())
 
 
 @pytest.fixture(scope="session")
@@ -44,8 +49,8 @@ def _no_gradients() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _no_process_outlives_its_test(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The no-orphan promise, everywhere: no process is left that works in the test's folder."""
+def _nothing_outlives_its_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The no-orphan promise, everywhere: no process works in the test's folder, no job or group is left there."""
     # Asked for before the test: after it the folder's own fixture may be torn down already.
     folder = str(request.getfixturevalue("tmp_path")) if "tmp_path" in request.fixturenames else None
     yield
@@ -63,3 +68,5 @@ def _no_process_outlives_its_test(request: pytest.FixtureRequest) -> Iterator[No
         if folder in command or place.startswith(folder):
             left.append(f"{process.name}: {command} (in {place})")
     assert not left, "processes left behind:\n" + "\n".join(left)
+    folders = [path for kind in ("job", "group") for path in Path(folder).rglob(f"wan-{kind}-*")]
+    assert not folders, f"folders left behind: {folders}"

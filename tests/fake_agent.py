@@ -15,7 +15,8 @@ def write_result(folder: Path, **changes: object) -> None:
     header = json.dumps({"samples": {"dtype": "F32", "shape": [1, 16, 2, 6, 8], "data_offsets": [0, 6144]}}).encode()
     (folder / "latents.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(6144))
     (folder / "video.mp4").write_bytes(b"video")
-    result = {"id": job["id"], "version": 2, "latents": {"shape": [1, 16, 2, 6, 8], "dtype": "float32"}, **changes}
+    latents = {"shape": [1, 16, 2, 6, 8], "dtype": "float32"}
+    result = {"id": job["id"], "version": job["version"], "latents": latents, **changes}
     (folder / "result.json").write_text(json.dumps(result))
 
 
@@ -33,6 +34,12 @@ def main() -> int:
         write_result(folder, id="00")
     if mode == "wrong shape":
         write_result(folder, latents={"shape": [1, 16, 9, 9, 9], "dtype": "float32"})
+    if mode == "half a tensor":
+        write_result(folder)
+        os.truncate(folder / "latents.safetensors", 3000)
+    if mode == "good, then fail":
+        write_result(folder)
+        return 1
     if mode == "no video":
         write_result(folder)
         (folder / "video.mp4").unlink()

@@ -1,10 +1,8 @@
-"""A job is checked when it is made and when it is read back."""
+"""A job as it is written and read back. What it refuses is in faults/test_bad_input.py."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -28,51 +26,16 @@ def test_round_trip():
 @pytest.mark.parametrize(
     ("of", "field", "value", "words"),
     [
-        (PARALLEL, "gpu_count", 0, "1 to 64"),
-        (PARALLEL, "gpu_count", 65, "1 to 64"),
-        (PARALLEL, "gpu_ids", ("0",), "one per GPU"),
-        (PARALLEL, "gpu_ids", ("0", "0"), "without repeats"),
-        (PARALLEL, "use_ulysses", False, "use_ulysses and use_fsdp both off"),
-        (PARALLEL, "keep_warm_seconds", -1.0, "0 to 86400"),
-        (PARALLEL, "keep_warm_seconds", float("nan"), "0 to 86400"),
-        (dataclasses.replace(PARALLEL, gpu_count=3), "cfg_parallel", True, "odd number of GPUs"),
-        (PARALLEL, "mixed_precision", "fp64", "bf16, fp16, fp32"),
-        (PARALLEL, "ulysses_engine", "ring", "packed, deepspeed"),
-        (PARALLEL, "master_port", 80, "1024 to 65535"),
-        (PARALLEL, "master_port", 70000, "1024 to 65535"),
-        (PARALLEL, "start_timeout", float("nan"), "seconds"),
-        (PARALLEL, "stall_timeout", 0.0, "seconds"),
-        (SAMPLING, "width", 0, "16 to 8192"),
-        (SAMPLING, "num_frames", 80, "77 and 81|81 and 85"),
-        (SAMPLING, "num_frames", -3, r"4n \+ 1"),
-        (SAMPLING, "steps", 0, "1 to 1000"),
-        (SAMPLING, "seed", -1, "0 to 2"),
-        (SAMPLING, "seed", 2**64, "0 to 2"),
-        (SAMPLING, "solver", "ddim", "unipc"),
-        (SAMPLING, "shift", 0.0, "over 0"),
-        (SAMPLING, "guidance_low", float("nan"), "0 to 100"),
-        (SAMPLING, "guidance_high", float("inf"), "0 to 100"),
-        (SAMPLING, "boundary", 1.5, "0 to 1"),
-        (SAMPLING, "fps", 0.0, "1 to 240"),
-        (SAMPLING, "strength", 0.0, "0.01 to 1"),
-        (SAMPLING, "strength", float("nan"), "0.01 to 1"),
-        (SAMPLING, "start_step", 20, "0 to 19"),
-        (SAMPLING, "end_step", 21, "1 to 20"),
-        (SAMPLING, "end_step", -1, "1 to 20"),
-        (MODEL, "vae", (), "at least one file"),
-        (LoraFile(file=FILE, strength=1.0), "strength", float("inf"), "-100 to 100"),
         (FILE, "path", "relative", "absolute"),
         (FILE, "path", "/a\0b", "absolute"),
         (FILE, "path", "/\udcff", "UTF-8"),
         (JOB.text, "prompt", "a \ud800 cat", "valid Unicode"),
-        (JOB, "id", "../x", "hexadecimal"),
-        (JOB, "version", 1, "version is 1"),
+        (JOB.text, "prompt", "x" * 100_001, "100001 characters"),
     ],
 )
-def test_bad_values_name_field_value_and_what_is_allowed(of: Any, field: str, value: Any, words: str):
-    with pytest.raises(ValueError, match=words) as caught:
+def test_text_that_no_file_takes_is_refused(of: Any, field: str, value: str, words: str):
+    with pytest.raises(ValueError, match=words):
         dataclasses.replace(of, **{field: value})
-    assert field in str(caught.value)
 
 
 def test_a_prompt_needs_a_text_encoder():
@@ -105,48 +68,6 @@ def test_the_part_of_the_schedule_that_runs():
         steps(strength=0.5, start_step=2)
 
 
-def test_random_values_only_raise_value_error():
-    values = [0, 1, -1, 2**70, 1.5, float("nan"), float("-inf"), "", "bf16", "packed", True, False, 16, 81, (), ("a",)]
-    for seed in range(5000):
-        rng = random.Random(seed)
-        of = rng.choice([PARALLEL, SAMPLING])
-        field = rng.choice(dataclasses.fields(of))
-        of_its_type = [v for v in values if type(v) is type(getattr(of, field.name))]
-        try:
-            dataclasses.replace(of, **{field.name: rng.choice(of_its_type)})
-        except ValueError:
-            continue
-
-
-def test_mutated_json_only_raises_job_error():
-    good = JOB.to_json()
-    junk = ['"', "{", "}", "[", "null", "1e999", "-", "\\u0000", "\x00", "NaN", '"x":1,', "true", "é", " " * 100]
-    for seed in range(2000):
-        rng = random.Random(seed)
-        text = good
-        for _ in range(rng.randint(1, 3)):
-            at = rng.randrange(len(text))
-            text = text[:at] + rng.choice(junk) + text[at + rng.randint(0, 4) :]
-        try:
-            Job.from_json(text)
-        except JobError as error:
-            assert "job.json" in str(error), f"seed {seed}"
-
-
-@pytest.mark.parametrize("text", ["", "[]", "null", "{}", "[" * 100_000, '{"id": "0f"}'])
-def test_damaged_json_is_a_job_error(text: str):
-    with pytest.raises(JobError, match=r"job\.json"):
-        Job.from_json(text)
-
-
-def test_types_are_not_coerced():
-    for path, value in ((("sampling", "steps"), "20"), (("parallel", "use_fsdp"), 1), (("sampling", "steps"), True)):
-        raw = json.loads(JOB.to_json())
-        raw[path[0]][path[1]] = value
-        with pytest.raises(JobError, match=path[1]):
-            Job.from_json(json.dumps(raw))
-
-
 def test_a_changed_file_is_named(tmp_path: Path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"1234")
@@ -160,38 +81,10 @@ def test_a_changed_file_is_named(tmp_path: Path):
         identity.check_unchanged()
 
 
-def test_job_folder_is_private_and_reads_are_bounded(tmp_path: Path):
+def test_job_folder_is_private(tmp_path: Path):
     folder = JobDir.create(tmp_path)
     folder.write_job(JOB)
     assert folder.path.stat().st_mode & 0o777 == 0o700
     assert folder.job.stat().st_mode & 0o777 == 0o600
     assert folder.read_job() == JOB
-    folder.job.write_bytes(b" " * (5 << 20))
-    with pytest.raises(JobError, match="over 4194304 bytes"):
-        folder.read_job()
-    folder.result.write_bytes(b"\xff\xfe")
-    with pytest.raises(JobError, match=r"result\.json cannot be read"):
-        folder.read_json(folder.result)
-
-
-def test_readers_never_see_half_a_file(tmp_path: Path):
-    import threading
-
-    folder = JobDir.create(tmp_path)
-    folder.write_json(folder.progress, {"step": 0, "text": "x" * 5000})
-    done = threading.Event()
-
-    def write() -> None:
-        for step in range(1000):
-            folder.write_json(folder.progress, {"step": step, "text": "x" * 5000})
-        done.set()
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    reads = 0
-    while not done.is_set():
-        assert len(folder.read_json(folder.progress)["text"]) == 5000
-        reads += 1
-    writer.join()
-    assert reads > 10
-    assert [path.name for path in folder.path.iterdir() if path.is_file()] == ["progress.json"]
+    folder.remove()

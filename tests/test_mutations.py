@@ -135,7 +135,7 @@ COUNTS: dict[Callable[[Path], Case], int] = {
 
 
 @pytest.mark.parametrize("make", COUNTS, ids=lambda make: make.__name__)
-def test_damaged_files_are_refused_by_name(make: Callable[[Path], Case], tmp_path: Path) -> None:
+def test_fault_21_damaged_files_are_refused_by_name(make: Callable[[Path], Case], tmp_path: Path) -> None:
     tally = try_mutations(*make(tmp_path), COUNTS[make])
     assert tally.refused > tally.accepted, tally
 

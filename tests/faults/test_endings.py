@@ -1,0 +1,152 @@
+"""Cancel, and the deaths of ComfyUI and of the agent: nothing is left, and soon."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from jobs import TESTS, Watch, agent_of, gone_within, rank_of, run_stub
+from wan_pack.distributed import group
+from wan_pack.distributed.jobdir import JobDir
+from wan_pack.distributed.launcher import JobCancelled, JobFailed, Result
+from wan_pack.distributed.leftovers import remove_abandoned
+from wan_pack.distributed.processes import Process, descendants
+
+StubPack = Callable[..., None]
+
+
+def child_of(folder: JobDir) -> Process:
+    """What rank 1 started."""
+    deadline = time.monotonic() + 10
+    while not (folder.path / "child.pid").exists() or not (folder.path / "child.pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process = Process.of(int((folder.path / "child.pid").read_text()))
+    assert process is not None
+    return process
+
+
+@pytest.mark.parametrize("ending", ["cancel", "agent", "rank"])
+def test_fault_07_10_what_a_rank_started_ends_with_the_job(stub_pack: StubPack, tmp_path: Path, ending: str):
+    """A child in its own session, deaf to SIGTERM; its parents die first when the agent or the rank is killed."""
+    stub_pack("child")
+    processes: list[Process] = []
+
+    def act(folder: JobDir) -> None:
+        processes.extend([child_of(folder), agent_of(folder), rank_of(folder, 0), rank_of(folder, 1)])
+        if ending == "agent":
+            processes[1].kill()
+        if ending == "rank":
+            processes[3].kill()
+
+    watch = Watch(tmp_path, act)
+    with pytest.raises(JobCancelled if ending == "cancel" else JobFailed) as caught:
+        run_stub(tmp_path, on_progress=watch, cancelled=lambda: ending == "cancel" and bool(processes))
+    assert watch.seconds_ago < (2 if ending == "rank" else 1)
+    assert not any(process.alive() for process in processes)
+    assert not list((tmp_path / "jobs").iterdir())
+    if ending != "cancel":
+        assert str(caught.value).startswith({"agent": "the agent was killed by SIGKILL", "rank": "rank 1 was"}[ending])
+
+
+def test_fault_07_a_cancel_is_quick_with_a_deaf_rank_and_the_next_job_runs(stub_pack: StubPack, tmp_path: Path):
+    stub_pack("deaf peer", delay=60)
+    watch = Watch(tmp_path)
+    with pytest.raises(JobCancelled):
+        run_stub(tmp_path, on_progress=watch, cancelled=lambda: bool(watch.at) and watch.seconds_ago > 0.3)
+    assert watch.seconds_ago < 1.3
+    assert not list((tmp_path / "jobs").iterdir())
+    stub_pack("good")
+    run_stub(tmp_path).remove()
+
+
+def test_fault_07_an_exception_of_the_caller_ends_the_job(run_fake: Callable[..., Result], tmp_path: Path):
+    """ComfyUI's own cancel is one, raised by its progress bar."""
+
+    class InterruptProcessing(BaseException):
+        pass
+
+    def interrupt() -> bool:
+        raise InterruptProcessing
+
+    calls = iter([lambda: False, interrupt])
+    with pytest.raises(InterruptProcessing):
+        run_fake("sleep", callbacks={"cancelled": lambda: next(calls)()})
+    assert not list((tmp_path / "jobs").iterdir())
+
+
+def test_fault_08_a_cancel_before_the_start_starts_nothing(run_fake: Callable[..., Result], tmp_path: Path):
+    with pytest.raises(JobCancelled):
+        run_fake("sleep", callbacks={"cancelled": lambda: True})
+    assert not (tmp_path / "jobs").exists()
+
+
+def test_fault_08_a_cancel_while_the_agent_is_starting(stub_pack: StubPack, tmp_path: Path):
+    """0.2 s after it was spawned it is importing torch."""
+    stub_pack("good")
+    others, asked = set(descendants(os.getpid())), []
+
+    def cancelled() -> bool:
+        asked.append(time.monotonic())
+        return asked[-1] - asked[0] > 0.2
+
+    with pytest.raises(JobCancelled):
+        run_stub(tmp_path, cancelled=cancelled)
+    assert time.monotonic() - asked[-1] < 1
+    assert set(descendants(os.getpid())) <= others
+    assert not list((tmp_path / "jobs").iterdir())
+    assert not (tmp_path / "failed").exists()
+
+
+PARENT = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+from mount import mount_pack
+mount_pack()
+from pathlib import Path
+import jobs
+from wan_pack.distributed import group
+group.AGENT = Path(sys.argv[3])
+# As ComfyUI: the job runs on a daemon thread, a Ctrl-C reaches the main one.
+thread = threading.Thread(target=jobs.run_stub, args=(Path(sys.argv[2]),), daemon=True)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "killed, one rank frozen", "Ctrl-C"])
+def test_fault_09_everything_ends_with_comfyui(stub_pack: StubPack, tmp_path: Path, how: str):
+    stub_pack("stop" if "frozen" in how else "child")
+    # To a file: a pipe nobody reads could stop it.
+    with (tmp_path / "parent.log").open("wb") as log:
+        parent = subprocess.Popen(
+            [sys.executable, "-c", PARENT, str(TESTS), str(tmp_path), str(group.AGENT)], stderr=log
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := list((tmp_path / "jobs").glob("wan-job-*/rank[01].ready"))[1:]):
+            assert time.monotonic() < deadline and parent.poll() is None
+            time.sleep(0.05)
+        folder = JobDir(found[0].parent)
+        processes = [agent_of(folder), rank_of(folder, 0), rank_of(folder, 1)]
+        if "frozen" in how:
+            while not processes[2].stopped():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        else:
+            processes.append(child_of(folder))
+    finally:
+        parent.send_signal(signal.SIGINT if how == "Ctrl-C" else signal.SIGKILL)
+        parent.wait(10)
+    assert gone_within(1, *processes)
+    # A ComfyUI that was killed cannot tidy up; the start of the next job does.
+    if how != "Ctrl-C":
+        assert list((tmp_path / "jobs").glob("wan-group-*/owner.lock"))
+    remove_abandoned(tmp_path / "jobs")
+    assert not list((tmp_path / "jobs").iterdir())

@@ -1,0 +1,67 @@
+"""Ranks that stand still, are frozen, do not listen, or leave without a word."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from jobs import Watch
+from wan_pack.distributed.launcher import JobFailed, Result
+
+
+def test_fault_05_a_rank_that_hangs_is_named_with_its_stack(faulty: Callable[..., JobFailed]):
+    """Real ranks: the other one waits for it in a collective, and is not the suspect."""
+    error = faulty("sleep", stall_timeout=3.0)
+    assert str(error).startswith("rank 1 made no progress for 3 s in denoise at step 2 (stall_timeout is 3 s")
+    assert "stuck_in_a_test" in str(error), "its stack is shown"
+    assert "rank 0: denoise at step" in str(error)
+
+
+def test_fault_05_the_end_comes_in_time_and_the_rank_behind_is_suspected(
+    fails: Callable[..., JobFailed], tmp_path: Path
+):
+    watch = Watch(tmp_path)
+    error = fails("behind", {"on_progress": watch}, stall_timeout=3.0)
+    assert 2.7 < watch.seconds_ago < 9
+    assert str(error).startswith("rank 1 made no progress for 3 s in denoise at step 2 (stall_timeout is 3 s")
+    assert "rank 0: denoise at step 3" in str(error)
+    assert "stand_still" in str(error), "its stack is shown"
+
+
+@pytest.mark.parametrize("action", ["stop", "deaf"])
+def test_fault_06_a_frozen_or_deaf_rank_is_ended_as_soon(fails: Callable[..., JobFailed], tmp_path: Path, action: str):
+    watch = Watch(tmp_path)
+    error = fails(action, {"on_progress": watch}, stall_timeout=2.0)
+    assert 1.7 < watch.seconds_ago < 8
+    if action == "stop":
+        assert str(error).startswith("rank 1 made no progress for 2 s in denoise at step 2")
+        assert "it is frozen: a signal (SIGSTOP) or a debugger stopped it" in str(error)
+
+
+@pytest.mark.parametrize("action", ["frozen peer", "deaf peer"])
+def test_fault_06_a_failure_is_not_held_up_by_a_rank_that_does_not_end(
+    fails: Callable[..., JobFailed], tmp_path: Path, action: str
+):
+    """torchrun alone waits 30 s for it, and then its SIGKILL looks like the cause."""
+    watch = Watch(tmp_path)
+    error = fails(action, {"on_progress": watch}, fault={"delay": 0.3})
+    assert watch.seconds_ago < 8
+    assert str(error).startswith("rank 1: ValueError: the weights of layer 3 are bad")
+
+
+def test_fault_11_a_start_that_never_ends_names_its_setting(run_fake: Callable[..., Result]):
+    started = time.monotonic()
+    with pytest.raises(JobFailed, match=r"^rank 0 did not finish loading for 1 s .*start_timeout is 1 s; raise it"):
+        run_fake("sleep", start_timeout=1.0)
+    assert 0.9 < time.monotonic() - started < 3
+
+
+def test_fault_28_a_rank_that_returns_early_is_a_failure(fails: Callable[..., JobFailed], tmp_path: Path):
+    """It exits with 0, which torchrun does not mind; with NCCL the others would wait for it."""
+    watch = Watch(tmp_path)
+    error = fails("return", {"on_progress": watch}, stall_timeout=2.0)
+    assert 1.7 < watch.seconds_ago < 8
+    assert str(error).startswith("rank 1 made no progress for 2 s in denoise at step 2")
+    assert "it has ended before the others, without an error" in str(error)

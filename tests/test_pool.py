@@ -1,0 +1,198 @@
+"""Groups that wait for the next job: who gets them, and how they end. Real agents over ranks without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import FAKE_AGENT, STUB_WORKER, TESTS, Watch, agent_of, gone_within, pack_with, rank_of, run_stub, stub_job
+from wan_pack.distributed import gpu_locks, group
+from wan_pack.distributed.gpu_locks import wait_for_gpus
+from wan_pack.distributed.job import FileIdentity, Job
+from wan_pack.distributed.jobdir import JobDir
+from wan_pack.distributed.launcher import JobFailed
+from wan_pack.distributed.leftovers import remove_abandoned
+from wan_pack.distributed.pool import Pool
+from wan_pack.distributed.processes import Process, descendants
+
+Run = Callable[..., list[Process]]
+WARM = {"keep_warm_seconds": 60.0}
+
+
+@pytest.fixture
+def pool() -> Iterator[Pool]:
+    pool = Pool()
+    yield pool
+    pool.release()
+
+
+@pytest.fixture
+def run(pool: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs a good job in the pool. Returns the agent and the ranks that did it."""
+    monkeypatch.setattr(group, "AGENT", pack_with(STUB_WORKER, tmp_path, action="good", seconds=0.3))
+    (tmp_path / "locks").mkdir()
+    monkeypatch.setattr(gpu_locks, "_folder", lambda: tmp_path / "locks")
+
+    def start(job: Job | None = None, **settings: Any) -> list[Process]:
+        job = stub_job(**{**WARM, **settings}) if job is None else job
+        processes: list[Process] = []
+
+        def look(folder: JobDir) -> None:
+            ranks = [rank_of(folder, rank) for rank in range(job.parallel.gpu_count)]
+            agent = Process.of(int(Path(f"/proc/{ranks[0].pid}/stat").read_text().rpartition(")")[2].split()[1]))
+            assert agent is not None
+            processes.extend([agent, *ranks])
+
+        run_stub(tmp_path, job, on_progress=Watch(tmp_path, look), pool=pool).remove()
+        return processes
+
+    return start
+
+
+def alive(processes: list[Process]) -> bool:
+    return all(process.alive() for process in processes)
+
+
+def test_a_group_waits_until_it_is_released(run: Run, pool: Pool, tmp_path: Path):
+    first = run()
+    assert len(first) == 3
+    assert alive(first)
+    assert run(seed=5, start_timeout=30.0) == first
+    started = time.monotonic()
+    assert pool.release() == 1
+    assert time.monotonic() - started < 1
+    assert not any(process.alive() for process in first)
+    assert not list((tmp_path / "jobs").iterdir())
+    assert pool.release() == 0
+
+
+def test_a_group_ends_when_nobody_comes(run: Run, tmp_path: Path):
+    processes = run(keep_warm_seconds=0.5)
+    assert alive(processes)
+    time.sleep(0.3)
+    assert alive(processes)
+    assert gone_within(1.2, *processes)
+    deadline = time.monotonic() + 1
+    while list((tmp_path / "jobs").iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not list((tmp_path / "jobs").iterdir())
+
+
+def other_checkpoint(job: Job) -> Job:
+    """The same files by name, of which one was replaced on disk."""
+    newer = FileIdentity(path=job.model.vae[0].path, size=1, mtime_ns=2)
+    return dataclasses.replace(job, model=dataclasses.replace(job.model, low_noise=(newer,)))
+
+
+def swapped(job: Job) -> Job:
+    model = dataclasses.replace(job.model, high_noise=job.model.low_noise, low_noise=job.model.high_noise)
+    return dataclasses.replace(job, model=model)
+
+
+def test_another_kind_of_job_replaces_the_group(run: Run):
+    """Another checkpoint, the experts swapped, another precision, another number of ranks: the old processes go."""
+    first = stub_job(**WARM)
+    # Experts of two files, so that they can be swapped.
+    high = FileIdentity(path="/models/high.safetensors", size=1, mtime_ns=1)
+    first = dataclasses.replace(first, model=dataclasses.replace(first.model, high_noise=(high,)))
+    precise = dataclasses.replace(first, parallel=dataclasses.replace(first.parallel, mixed_precision="fp32"))
+    before = run(first)
+    for job in (swapped(first), other_checkpoint(first), precise):
+        after = run(job)
+        assert alive(after)
+        assert not any(process.alive() for process in before)
+        before = after
+
+
+def test_groups_on_other_gpus_stay(run: Run, pool: Pool):
+    """A crash ends the group that it happened in, and a job on some of another's GPUs replaces that one only."""
+    left, right = run(gpu_ids=("0", "1")), run(gpu_ids=("2", "3"))
+    assert alive([*left, *right])
+    right[2].kill()
+    again = run(gpu_ids=("2", "3"))
+    assert not set(again) & set(right)
+    assert run(gpu_ids=("0", "1")) == left
+    overlapping = run(gpu_ids=("1", "4"))
+    assert not any(process.alive() for process in left)
+    assert alive([*again, *overlapping])
+    assert pool.release() == 2
+
+
+@pytest.mark.parametrize("who", [0, 2], ids=["agent", "rank"])
+def test_a_group_that_died_while_it_waited_is_replaced_silently(run: Run, who: int):
+    before = run()
+    # At once: torchrun needs a second to notice.
+    before[who].kill()
+    after = run()
+    assert not set(before) & set(after)
+    assert not any(process.alive() for process in before)
+
+
+def test_a_crash_ends_the_group_and_the_next_job_gets_a_new_one(run: Run, pool: Pool, tmp_path: Path):
+    before = run()
+    with pytest.raises(JobFailed, match=r"^rank 1 was killed by SIGKILL"):
+        run_stub(
+            tmp_path, stub_job(**WARM), pool=pool, on_progress=Watch(tmp_path, lambda folder: rank_of(folder, 1).kill())
+        )
+    assert not any(process.alive() for process in before)
+    assert pool.release() == 0
+    assert not set(run()) & set(before)
+
+
+PARENT = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from mount import mount_pack
+mount_pack()
+from pathlib import Path
+import jobs
+from wan_pack.distributed import group
+from wan_pack.distributed.pool import Pool
+group.AGENT = Path(sys.argv[3])
+pool = Pool()
+jobs.run_stub(Path(sys.argv[2]), jobs.stub_job(keep_warm_seconds=600.0), pool=pool).remove()
+print("idle", flush=True)
+time.sleep(600)
+"""
+
+
+def test_an_idle_group_ends_with_comfyui(tmp_path: Path):
+    agent = pack_with(STUB_WORKER, tmp_path, action="good")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(TESTS), str(tmp_path), str(agent)], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    try:
+        with parent.stdout:
+            assert parent.stdout.readline() == "idle\n"
+        process = agent_of(JobDir(tmp_path / "jobs" / "any"))
+        ranks = descendants(process.pid)
+        assert len(ranks) == 2
+    finally:
+        parent.kill()
+        parent.wait()
+    assert gone_within(1, process, *ranks)
+    assert len(list((tmp_path / "jobs").glob("wan-group-*"))) == 1
+    remove_abandoned(tmp_path / "jobs")
+
+
+def test_waiting_for_a_gpu_is_not_part_of_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Another program may compute for an hour; start_timeout is about this job's own processes."""
+    monkeypatch.setattr(group, "AGENT", FAKE_AGENT)
+    monkeypatch.setattr(gpu_locks, "_folder", lambda: tmp_path)
+    other = wait_for_gpus(["0"], cancelled=lambda: False, on_wait=lambda text: None, folder=tmp_path)
+    threading.Timer(1.5, other.release).start()
+    told: list[str] = []
+    job = stub_job(gpu_count=1, gpu_ids=("0",), start_timeout=1.0)
+    result = run_stub(
+        tmp_path, job, lambda path: path.write_text("good"), on_progress=lambda progress: told.append(progress.text)
+    )
+    assert any("waiting for GPU 0, in use by process" in text for text in told)
+    result.remove()
