@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..distributed.launcher import Progress
 
+MAX_NAME_BYTES = 255
+"""Of a file, on every usual file system."""
 BAR_STEPS = 1000
 """Resolution of the progress bar over a whole job."""
 
@@ -95,8 +97,25 @@ class SavedVideo:
 
 
 def check_prefix(prefix: str, width: int, height: int) -> None:
-    """Raises ValueError if `prefix` is not a place inside the output folder."""
-    _save_path(prefix, width, height)
+    """Raises ValueError if `prefix` is not a place inside the output folder, or no name for a file."""
+    _, name, counter, _ = _save_path(prefix, width, height)
+    # Found out now, not when the video is done.
+    if any(ord(character) < 32 for character in name):
+        raise ValueError(f"filename_prefix is {prefix[:100]!r}; it must hold no control characters")
+    size = len(os.fsencode(_draft_name(_video_name(name, counter))))
+    if size > MAX_NAME_BYTES:
+        raise ValueError(
+            f"filename_prefix is {prefix[:100]!r}...; it makes a file name of {size} bytes; {MAX_NAME_BYTES} fit"
+        )
+
+
+def _video_name(name: str, counter: int) -> str:
+    return f"{name}_{counter:05}_.mp4"
+
+
+def _draft_name(video: str) -> str:
+    # Not `.mp4` at the end of a name that other programs would pick up half-written, so hidden instead.
+    return f".{video}.{os.getpid()}.mp4"
 
 
 def _save_path(prefix: str, width: int, height: int) -> tuple[Path, str, int, str]:
@@ -118,9 +137,8 @@ def save_video(source: Path, prefix: str, *, width: int, height: int, workflow: 
     from comfy_api.latest import InputImpl
 
     folder, name, counter, subfolder = _save_path(prefix, width, height)
-    saved = SavedVideo(folder, subfolder, f"{name}_{counter:05}_.mp4")
-    # Not `.mp4` at the end of a name that other programs would pick up half-written, so hidden instead.
-    draft = folder / f".{saved.path.name}.{os.getpid()}.mp4"
+    saved = SavedVideo(folder, subfolder, _video_name(name, counter))
+    draft = folder / _draft_name(saved.path.name)
     metadata = None if args.disable_metadata else {key: value for key, value in workflow.items() if value is not None}
     try:
         InputImpl.VideoFromFile(str(source)).save_to(str(draft), metadata=metadata or None)

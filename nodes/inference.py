@@ -35,7 +35,7 @@ class WanVideoDistributedInference:
         "The log of the job's first process, its last 64 KiB.",
         "Success, the settings that were in effect, times and warnings, as text.",
         "The video, for Save Video and other video nodes.",
-        "The latents (un-normalised, as ComfyUI's own), for VAE Decode, another sampler or this node's samples.",
+        "The latents (un-normalised, as ComfyUI's own), for VAE Decode or another of these nodes.",
     )
     SEARCH_ALIASES: ClassVar[list[str]] = ["wan2.2", "text to video", "image to video", "i2v", "multi gpu", "torchrun"]
 
