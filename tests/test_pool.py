@@ -116,6 +116,7 @@ def test_groups_on_other_gpus_stay(run: Run, pool: Pool):
     left, right = run(gpu_ids=("0", "1")), run(gpu_ids=("2", "3"))
     assert alive([*left, *right])
     right[2].kill()
+    assert gone_within(5, right[2])
     again = run(gpu_ids=("2", "3"))
     assert not set(again) & set(right)
     assert run(gpu_ids=("0", "1")) == left
@@ -128,8 +129,9 @@ def test_groups_on_other_gpus_stay(run: Run, pool: Pool):
 @pytest.mark.parametrize("who", [0, 2], ids=["agent", "rank"])
 def test_a_group_that_died_while_it_waited_is_replaced_silently(run: Run, who: int):
     before = run()
-    # At once: torchrun needs a second to notice.
     before[who].kill()
+    # And at once: torchrun needs a second to notice.
+    assert gone_within(5, before[who])
     after = run()
     assert not set(before) & set(after)
     assert not any(process.alive() for process in before)

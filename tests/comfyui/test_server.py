@@ -108,7 +108,7 @@ def test_status_names_settings_and_times(comfy: Comfy, finished: Run) -> None:
     path, _ = saved(comfy, finished, node_id(comfy.example(), INFERENCE))
     assert status.splitlines()[0] == "success"
     assert str(path) in status
-    assert "2 x " in status and "Ulysses" in status and "unipc, 3 steps" in status
+    assert "2 x " in status and "cfg parallel: True" in status and "unipc, 3 steps" in status
     assert "time: " in status
 
 
