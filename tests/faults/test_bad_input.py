@@ -84,7 +84,11 @@ def test_fault_19_random_values_only_raise_value_error():
 @pytest.mark.parametrize(
     ("settings", "shapes", "words"),
     [
-        ({"ulysses_engine": "deepspeed", "gpu_count": 3}, {}, "3 GPUs share a sequence, which does not divide the model's 2"),
+        (
+            {"ulysses_engine": "deepspeed", "gpu_count": 3},
+            {},
+            "3 GPUs share a sequence, which does not divide the model's 2",
+        ),
         ({"width": 250}, {}, "width is 250; it must be a multiple of 16. The nearest are 240 and 256"),
         ({}, {"context": (0, 64)}, r"text_embeds has shape \(0, 64\); it must be \[1 to 512, 64\]"),
         ({}, {"context": (3, 4096)}, r"text_embeds has shape \(3, 4096\)"),
