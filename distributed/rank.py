@@ -10,7 +10,6 @@ import itertools
 import logging
 import os
 import signal
-import time
 from typing import TYPE_CHECKING, NoReturn
 
 from .groupdir import GroupDir
@@ -22,8 +21,8 @@ from .rank_log import redirect_to, set_up_logging
 if TYPE_CHECKING:
     from .session import Session
 
-POLL = 0.05
-"""Seconds between two looks for the next job: soon enough, and well under a percent of one core."""
+LOOK_AGAIN = 5.0
+"""Seconds after which a rank looks for its next job although nobody rang."""
 
 
 def main(group: GroupDir) -> NoReturn:
@@ -64,6 +63,7 @@ def _run(group: GroupDir, folder: JobDir, files: RankFiles, session: Session | N
 
 
 def _wait_for_job(group: GroupDir, number: int) -> JobDir:
-    while (folder := group.read_request(number)) is None:
-        time.sleep(POLL)
+    with group.bell(int(os.environ["RANK"])) as bell:
+        while (folder := group.read_request(number)) is None:
+            bell.wait(LOOK_AGAIN)
     return folder

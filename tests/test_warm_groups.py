@@ -66,10 +66,12 @@ class Warm:
             job, lambda path: write_prompt(path, prompt), parent=self.folder / "jobs", failed=self.folder / "failed",
             on_progress=watch, pool=self.pool,
         )  # fmt: skip
+        # A job can be over before anybody has seen its first step.
+        first.append(time.monotonic() - started)
         try:
             alive = [result.folder.read_json(result.folder.alive(rank)) for rank in range(job.parallel.gpu_count)]
             ranks = [Process(entry["pid"], entry["started"]) for entry in alive]
-            return Made(read_latents(result.folder), ranks, first[0] if first else 0.0, weights)
+            return Made(read_latents(result.folder), ranks, first[0], weights)
         finally:
             result.remove()
 
@@ -124,7 +126,6 @@ def test_the_second_video_starts_at_once_on_the_same_processes(warm: Warm):
     later = [warm.run(warm.job(seed=seed)) for seed in (5, 6, 7)]
     assert all(made.ranks == first.ranks for made in later)
     assert all(made.weights_read == [] for made in later)
-    assert all(made.seconds_to_first_step > 0 for made in later)
     # The best of three: the machine may be busy.
     assert min(made.seconds_to_first_step for made in later) < 1
 
