@@ -18,7 +18,7 @@ from .errors import JobError, check, is_unicode
 from .model_files import FileIdentity, LoraFile, ModelFiles
 from .sampling import SOLVERS, Sampling
 
-VERSION = 2
+VERSION = 3
 __all__ = [
     "MAX_GPUS",
     "MIXED_PRECISION",
