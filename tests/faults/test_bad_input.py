@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from jobs import FILE, run_stub, stub_job, tiny_job
 from wan_pack.distributed import gpus
-from wan_pack.distributed.job import Job, JobError, LoraFile, ModelFiles, Parallel, Sampling, Text
+from wan_pack.distributed.job import VERSION, Job, JobError, LoraFile, ModelFiles, Parallel, Sampling, Text
 from wan_pack.distributed.jobdir import JobDir
 from wan_pack.distributed.launcher import JobFailed, Result
 from wan_pack.distributed.preflight import check_job
@@ -154,7 +154,7 @@ def test_fault_20_reads_are_bounded(tmp_path: Path):
 def test_fault_20_a_rank_names_what_is_wrong_with_its_job(stub_pack: Callable[..., None], tmp_path: Path):
     def damage(inputs: Path) -> None:
         job = inputs.with_name("job.json")
-        job.write_text(job.read_text().replace('"version": 2', '"version": 99'))
+        job.write_text(job.read_text().replace(f'"version": {VERSION}', '"version": 99'))
 
     stub_pack("good")
     with pytest.raises(JobFailed, match=r"^rank [01]: JobError: job\.json is not a job this version can run: version"):
