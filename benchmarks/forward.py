@@ -4,9 +4,12 @@
     python benchmarks/forward.py --gpus 1 2 --systems ours ours:compiled diffusers:compiled official:/path/to/Wan2.2
     python benchmarks/forward.py --model tiny --gpus 1 2 --sizes 64x48x5          (any machine)
 
-Prints and appends to results.jsonl, per system, size and number of GPUs: seconds (median), TFLOP/s per GPU, shares of
-the time in attention, matrix products, communication and the rest, peak memory, and how far the output is from the
-first system's.
+    python benchmarks/forward.py --gpus 1 2 --variants --results variants.jsonl
+
+Prints and appends to the results, per system, size and number of GPUs: seconds (median), TFLOP/s per GPU, the share of
+the floor that its matrix products and attention would take alone, milliseconds per block of attention, matrix products,
+communication, the rest and idling, peak memory, and how far from the first system's the output is and, for this pack,
+the latents after a few steps. table.py makes a table and a plot of them.
 """
 
 from __future__ import annotations
@@ -19,26 +22,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from real_size import append_results, mount_pack, tiny_config
+from breakdown import block_times, floor_seconds, work
+from real_size import RESULTS, mount_pack, tiny_config
 
 SIZES = {"480p": (832, 480, 81), "720p": (1280, 720, 81)}
 STORE = "WAN_BENCHMARK_STORE"
-KINDS = {
-    "attention": ("flash", "fmha", "attention", "sdpa", "cudnn_generated"),
-    "gemm": ("gemm", "nvjet", "cutlass", "xmma", "addmm", "mkldnn_linear", "aten::mm", "linear"),
-    "communication": ("nccl", "gloo", "all_to_all", "all_gather"),
-}
-"""Kind of work -> what the names of its kernels hold; everything else is elementwise."""
-
-
-def flops(config: Any, tokens: int) -> float:
-    """Of one forward: matrix products and self-attention; what does not grow with the tokens is left out."""
-    linear = 6 * config.dim**2 + 2 * config.dim * config.ffn_dim
-    attention = 2 * tokens * config.dim + 2 * 512 * config.dim
-    return 2.0 * tokens * config.num_layers * (linear + attention)
+VARIANTS = (
+    "ours", "ours:compiled", "ours:triton", "ours:overlap", "ours:triton+overlap", "ours:fp8", "ours:compiled+fp8",
+    "ours:triton+fp8", "ours:compiled+fp8+fa3-fp8", "ours:triton+fp8+fa3-fp8",
+)  # fmt: skip
+"""Of this pack, by what `systems.Ours` reads off them; the first is what the others are compared with."""
+SIGMAS = (1.0, 0.9, 0.75, 0.5)
+"""Of the few Euler steps after which latents are compared."""
 
 
 def parse_size(text: str) -> tuple[int, int, int]:
@@ -69,13 +68,17 @@ def run_rank(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
         mesh = Mesh.of(device.type, world)
     config = tiny_config() if arguments.model == "tiny" else WAN_CONFIGS[arguments.model]
-    references: dict[str, Any] = {}
+    references: dict[Any, Any] = {}
     for name in arguments.systems:
         kind, _, option = name.partition(":")
         if world > 1 and not cuda and kind != "ours":
             print(f"{kind} spreads over GPUs only: left out", flush=True)
             continue
-        system = SYSTEMS[kind](config, Place(rank, world, device, mesh), option)
+        try:
+            system = SYSTEMS[kind](config, Place(rank, world, device, mesh), option)
+        except ValueError as error:
+            print(f"{name} is left out: {error}", flush=True)
+            continue
         for size in arguments.sizes:
             width, height, frames = parse_size(size)
             generator = torch.Generator().manual_seed(0)
@@ -85,22 +88,30 @@ def run_rank(arguments: argparse.Namespace) -> None:
             if cuda:
                 torch.cuda.reset_peak_memory_stats(device)
             seconds = time_forwards(system, arguments.repeats, cuda)
-            work = flops(config, latents[0].numel() // 4)
+            tokens = latents[0].numel() // 4
+            median = statistics.median(seconds)
+            precision, kernel = system.precision, system.kernel.name if hasattr(system, "kernel") else ""
+            floor = floor_seconds(config, tokens, world, attention=kernel, precision=precision)
             whole = system.whole(system.forward())
             reference = references.setdefault(size, whole)
             line = {
                 "benchmark": "forward", "system": kind if kind == "official" else name, "model": arguments.model,
-                "gpus": world, "size": size, "seconds": round(statistics.median(seconds), 4),
+                "gpus": world, "size": size, "seconds": round(median, 4),
                 "spread": round(max(seconds) - min(seconds), 4),
-                "tflops_per_gpu": round(work / statistics.median(seconds) / world / 1e12, 1),
-                "shares": shares(system),
+                "tflops_per_gpu": round(sum(work(config, tokens)) / median / world / 1e12, 1),
+                "floor_share": round(floor / median, 3),
+                "block_ms": block_times(system, config.num_layers),
                 "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if cuda else 0.0,
-                "difference": f"{((whole - reference).norm() / reference.norm()).item():.1e}",
-                "attention": system.kernel.name if hasattr(system, "kernel") else "",
+                "difference": relative(whole, reference),
+                "attention": kernel, "precision": precision,
                 "device": torch.cuda.get_device_name(device) if cuda else "CPU", "torch": torch.__version__,
             }  # fmt: skip
+            if kind == "ours" and arguments.latents:
+                final = denoise(system, latents, text)
+                line["latents_difference"] = relative(final, references.setdefault((size, "latents"), final))
             if rank == 0:
-                append_results(line)
+                with arguments.results.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
                 print(json.dumps(line), flush=True)
         del system
         if cuda:
@@ -125,21 +136,16 @@ def time_forwards(system: Any, repeats: int, cuda: bool) -> list[float]:
     return seconds
 
 
-def shares(system: Any) -> dict[str, float]:
-    """Kind of work -> share of the time that kernels ran (operators, on a CPU)."""
-    from torch.profiler import ProfilerActivity, profile
+def denoise(system: Any, latents: Any, text: Any) -> Any:
+    """A few Euler steps from `latents` with the system's velocity. Returns latents [C, T, h, w] float32."""
+    for sigma, following in pairwise(SIGMAS):
+        system.prepare(latents, text)
+        latents = latents + (following - sigma) * system.whole(system.forward())
+    return latents
 
-    cuda = system.place.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as trace:
-        system.forward()
-    totals = dict.fromkeys([*KINDS, "elementwise"], 0.0)
-    for event in trace.key_averages():
-        spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-        key = event.key.lower()
-        kind = next((k for k, words in KINDS.items() if any(word in key for word in words)), "elementwise")
-        totals[kind] += spent
-    whole = sum(totals.values()) or 1.0
-    return {kind: round(spent / whole, 3) for kind, spent in totals.items()}
+
+def relative(out: Any, expected: Any) -> str:
+    return f"{((out - expected).norm() / expected.norm()).item():.1e}"
 
 
 def main() -> None:
@@ -149,10 +155,17 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["480p", "720p"], help="480p, 720p or WIDTHxHEIGHTxFRAMES")
     parser.add_argument(
         "--systems", nargs="+", default=["ours", "ours:compiled", "diffusers", "diffusers:compiled"],
-        help="ours or diffusers, :compiled or not; official:FOLDER",
+        help="ours or diffusers, :compiled or not; official:FOLDER; ours: with any of VARIANTS' words, joined by +",
     )  # fmt: skip
+    parser.add_argument("--variants", action="store_true", help="all of this pack's, instead of --systems")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--latents", action=argparse.BooleanOptionalAction, default=True, help="compare latents after a few steps"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where lines are appended")
     arguments = parser.parse_args()
+    if arguments.variants:
+        arguments.systems = list(VARIANTS)
     mount_pack()
     if "RANK" in os.environ:
         run_rank(arguments)

@@ -53,6 +53,8 @@ class System(ABC):
 
     def __init__(self, config: Any, place: Place, option: str) -> None:
         self.config, self.place, self.option = config, place, option
+        self.precision = "full"
+        """Of the large matrix products."""
 
     @abstractmethod
     def prepare(self, latents: Tensor, text: Tensor) -> None:
@@ -68,25 +70,55 @@ class System(ABC):
 
 
 class Ours(System):
-    """This pack. Option "compiled": with compiled segments."""
+    """This pack. Options, joined by +: compiled, triton, overlap, fp8 (linears), and the name of an attention kernel.
+
+    Raises:
+        ValueError: an option is unknown, or cannot run here.
+    """
 
     def __init__(self, config: Any, place: Place, option: str) -> None:
         super().__init__(config, place, option)
         from wan_pack.distributed.parallelize import parallelize_wan
         from wan_pack.distributed.sequence import SequenceShard
-        from wan_pack.wan.attention import choose_kernel
+        from wan_pack.wan.attention import KERNELS, choose_kernel
+        from wan_pack.wan.linear import E4M3, FP8_PRODUCTS, Fp8Weight, check_precision, quantise_rows
         from wan_pack.wan.model import meta_model
+        from wan_pack.wan.ops import check_kernels
 
-        self.kernel = choose_kernel(place.device, place.dtype)
-        self.model = meta_model(config, place.dtype)
+        options = set(option.split("+")) - {""}
+        names = options & set(KERNELS)
+        unknown = options - names - {"compiled", "triton", "overlap", "fp8"}
+        if unknown or len(names) > 1:
+            raise ValueError(f"option {option!r}: it must join some of compiled, triton, overlap, fp8, {list(KERNELS)}")
+        if "overlap" in options and place.world == 1:
+            raise ValueError("one GPU has nothing to send")
+        capability = torch.cuda.get_device_capability(place.device) if place.device.type == "cuda" else None
+        self.kernel = choose_kernel(capability, place.dtype, *names)
+        self.precision = "fp8" if "fp8" in options else "full"
+        check_precision(capability, self.precision)
+        kernels = "triton" if "triton" in options else "plain"
+        check_kernels(capability, kernels)
+        fp8 = {}
+        if self.precision == "fp8":
+            layers = (f"blocks.{i}.{layer}.weight" for i in range(config.num_layers) for layer in FP8_PRODUCTS)
+            fp8 = dict.fromkeys(layers, Fp8Weight(E4M3, scaled=True))
+        self.model = meta_model(config, place.dtype, fp8, fp8_products=bool(fp8))
         parallelize_wan(
             self.model, place.mesh, shard=SequenceShard(length=1, rank=place.rank, world=place.world),
-            attention=self.kernel.run, use_fsdp=False, ulysses_engine="packed", torch_compile=option == "compiled",
-            memory_optimization=False,
+            attention=self.kernel.run, use_fsdp=False,
+            ulysses_engine="packed-overlap" if "overlap" in options else "packed",
+            torch_compile="compiled" in options, memory_optimization=False, kernels=kernels,
         )  # fmt: skip
         self.model.to_empty(device=place.device)
-        for name, parameter in self.model.named_parameters():
-            parameter.data.copy_(random_weight(name, parameter.shape, place.device))
+        parameters = dict(self.model.named_parameters())
+        for name, parameter in parameters.items():
+            if name.removesuffix("_scale") in fp8 and name not in fp8:
+                continue
+            values = random_weight(name, parameter.shape, place.device)
+            if name in fp8:
+                values, scale = quantise_rows(values, E4M3)
+                parameters[f"{name}_scale"].data.copy_(scale)
+            parameter.data.copy_(values)
 
     def prepare(self, latents: Tensor, text: Tensor) -> None:
         from wan_pack.distributed.parallelize import set_shard

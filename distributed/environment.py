@@ -44,9 +44,10 @@ def child_environment(parallel: Parallel, group_folder: Path, source: Mapping[st
             if options:
                 kept[name] = ",".join(options)
     defaults = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel.gpu_count)),
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel.gpus_per_host)),
         # Compile workers take host memory on every rank, and a few graphs do not keep them busy.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        **_compile_cache(source),
     }
     fixed = {
         GROUP_VARIABLE: str(group_folder),
@@ -55,7 +56,7 @@ def child_environment(parallel: Parallel, group_folder: Path, source: Mapping[st
         "HF_HUB_OFFLINE": "1",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": ",".join(parallel.gpu_ids),
-        # One host: no traffic, and no listener, outside of it.
+        # No traffic, and no listener, outside of this machine; over several, hosts/agent.py names the interface.
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
@@ -66,3 +67,9 @@ def child_environment(parallel: Parallel, group_folder: Path, source: Mapping[st
         "TORCH_FR_DUMP_TEMP_FILE": str(group_folder / "nccl_trace_rank_"),
     }
     return {**defaults, **kept, **fixed}
+
+
+def _compile_cache(source: Mapping[str, str]) -> dict[str, str]:
+    """Where compiled kernels stay for the next job: torch's own choice is the temporary folder, often emptied."""
+    caches = source.get("XDG_CACHE_HOME") or (f"{source['HOME']}/.cache" if source.get("HOME") else "")
+    return {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/wan-distributed/inductor"} if caches else {}

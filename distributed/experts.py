@@ -18,12 +18,16 @@ from ..wan.rope import rope_table
 from .job import Parallel
 from .mesh import Mesh
 from .offload import HostParking
-from .parallelize import parallelize_wan
+from .parallelize import parallelize_wan, release_gathered
 from .sequence import SequenceShard
+from .streaming import BlockStream
 from .weights import empty_model, load_weights, read_weights
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """The names are those of `Parallel.mixed_precision`."""
+
+Weights = HostParking | BlockStream
+"""What holds an expert's weights, and takes them off the device and back."""
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ def load_expert(
     attention: Attention = attention,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
     meanwhile: Callable[[], None] = lambda: None,
+    on_weights: Callable[[Weights], None] = lambda weights: None,
 ) -> WanModel:
     """One expert on `device`, parallelized over `mesh` as `parallel` says.
 
@@ -47,24 +52,39 @@ def load_expert(
         loras: (path, strength) of each LoRA to merge.
         expert: HIGH_NOISE or LOW_NOISE, for a LoRA file that holds both experts' changes.
         meanwhile: called on this thread while others read the weights.
+        on_weights: given what holds the weights.
     """
     checkpoint = Checkpoint(files)
     opened = [Lora(path, strength, checkpoint.shapes, expert=expert) for path, strength in loras]
     for lora in opened:
         log.info(lora.report())
     log.info(checkpoint.describe())
-    model = empty_model(checkpoint, COMPUTE_DTYPES[parallel.mixed_precision], opened)
+    model = empty_model(
+        checkpoint, COMPUTE_DTYPES[parallel.mixed_precision], opened, fp8_products=parallel.linear_precision == "fp8"
+    )
     parallelize_wan(
         model,
         mesh,
         shard=shard,
         attention=attention,
         use_fsdp=parallel.use_fsdp,
+        gather=parallel.gather,
         ulysses_engine=parallel.ulysses_engine,
         torch_compile=parallel.torch_compile,
         memory_optimization=parallel.memory_optimization,
+        kernels=parallel.kernels,
     )
+    if parallel.stream_blocks:
+        stream = BlockStream(model, device)
+        with stream.writable():
+            names = [name for name, _ in model.named_parameters()]
+            read_weights(
+                model, checkpoint, names, device=device, loras=opened, on_tensor=on_tensor, meanwhile=meanwhile
+            )
+        on_weights(stream)
+        return model
     load_weights(model, checkpoint, device=device, loras=opened, on_tensor=on_tensor, meanwhile=meanwhile)
+    on_weights(HostParking(model))
     return model
 
 
@@ -123,7 +143,7 @@ class Experts:
         shard: SequenceShard,
         device: torch.device,
         keep_text: bool,
-        parkings: dict[str, HostParking],
+        parkings: dict[str, Weights],
         image: Tensor | None = None,
         timestep_rows: Tensor | None = None,
         mesh: Mesh | None = None,
@@ -160,7 +180,13 @@ class Experts:
             tokens = torch.cat((tokens.unflatten(1, (self._image.shape[1], -1)), self._image), dim=2).flatten(1)
         return self._models[expert](tokens, t, self._contexts[conditional], self._rope, rows)
 
+    def release(self) -> None:
+        """After the last step: what FSDP has gathered and kept is let go."""
+        for model in self._models.values():
+            release_gathered(model)
+
     def _activate(self, expert: str) -> None:
+        self.release()
         for name, parking in self._parkings.items():
             if name != expert:
                 parking.park()

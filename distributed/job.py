@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -37,8 +38,13 @@ __all__ = [
 """A job's parts are imported from here; model_files.py and sampling.py hold the larger ones."""
 
 MAX_GPUS = 64
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", re.ASCII)
 MIXED_PRECISION = ("bf16", "fp16", "fp32")
-ULYSSES_ENGINES = ("packed", "deepspeed")
+ULYSSES_ENGINES = ("packed", "deepspeed", "packed-overlap")
+ATTENTION = ("auto", "fa3", "cudnn", "flash", "flash-attn", "fa3-fp8", "sage", "cpu")
+LINEAR_PRECISION = ("full", "fp8")
+KERNELS = ("plain", "triton")
+GATHERS = ("block", "expert")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,39 +54,53 @@ class Parallel:
     gpu_count: int
     """Processes, one per GPU (or per CPU process where there is no GPU)."""
     gpu_ids: tuple[str, ...] = ()
-    """Physical GPU indices or UUIDs, one per process; empty on a machine without a GPU."""
+    """Physical GPU indices or UUIDs, one per process of a machine; empty on a machine without a GPU."""
     use_ulysses: bool = True
     """Split the sequence over the GPUs (Ulysses all-to-all attention)."""
     cfg_parallel: bool = False
     """Half of the GPUs compute what the prompt asks for, half what the negative prompt does, at the same time."""
     use_fsdp: bool = False
     """Shard the weights over the GPUs (FSDP2)."""
+    gather: str = "block"
+    """What FSDP gathers: block: one block at a time; expert: a whole one, kept until the other expert takes over."""
     offload_model: bool = False
     """The idle expert waits in pinned host memory."""
+    stream_blocks: bool = False
+    """The blocks wait in pinned host memory; each GPU holds the one at work and the next."""
     memory_optimization: bool = False
     """Trade speed for peak memory: chunked feed-forward, no kept cross-attention keys and values."""
     torch_compile: bool = False
     """Compile the per-block segments around attention."""
     mixed_precision: str = "bf16"
     """Matrix products and attention; the residual, modulation and solver stay fp32."""
+    linear_precision: str = "full"
+    """full: the large matrix products are in `mixed_precision`. fp8: they are of e4m3 codes, scaled by rows."""
+    attention: str = "auto"
+    """The kernel of self-attention; auto: the fastest exact one that the GPU and the installed packages allow."""
+    kernels: str = "plain"
+    """Of the arithmetic around the matrix products. plain: torch's. triton: fused ones."""
     ulysses_engine: str = "packed"
-    """packed: one all-to-all in, one out. deepspeed: DeepSpeed's DistributedAttention."""
+    """packed: one all-to-all in, one out. deepspeed: DeepSpeed's DistributedAttention. packed-overlap: one for each
+    tensor, beside the arithmetic."""
     master_port: int = 0
-    """0: rendezvous through files, no port. Otherwise a TCP port on 127.0.0.1."""
+    """0: rendezvous through files, no port. Otherwise a TCP port on 127.0.0.1, or on the first of `hosts`."""
     keep_warm_seconds: float = 0.0
     """How long the processes wait for the next job, its model loaded; 0: they end with the job."""
     start_timeout: float = 600.0
     """Seconds until every rank must have joined and loaded."""
     stall_timeout: float = 600.0
     """Seconds without a sign of life from a rank after which the job is ended."""
+    hosts: tuple[str, ...] = ()
+    """Machines, as ssh takes their names, with equally many of the processes each; empty: this one."""
 
     def __post_init__(self) -> None:
         check(1 <= self.gpu_count <= MAX_GPUS, "gpu_count", self.gpu_count, f"1 to {MAX_GPUS}")
+        self._check_hosts()
         check(
-            len(self.gpu_ids) in (0, self.gpu_count),
+            len(self.gpu_ids) in (0, self.gpus_per_host),
             "gpu_ids",
             self.gpu_ids,
-            f"empty or one per GPU (gpu_count is {self.gpu_count})",
+            f"empty or one per GPU of a machine ({self.gpus_per_host})",
         )
         check(len(set(self.gpu_ids)) == len(self.gpu_ids), "gpu_ids", self.gpu_ids, "without repeats")
         check(
@@ -95,6 +115,28 @@ class Parallel:
             self.ulysses_engine,
             "one of " + ", ".join(ULYSSES_ENGINES),
         )
+        for name, allowed in (
+            ("linear_precision", LINEAR_PRECISION), ("attention", ATTENTION), ("kernels", KERNELS)
+        ):  # fmt: skip
+            check(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
+        check(
+            self.linear_precision == "full" or self.mixed_precision == "bf16",
+            "linear_precision", self.linear_precision, f"'full' with mixed_precision {self.mixed_precision}",
+        )  # fmt: skip
+        check(
+            self.kernels == "plain" or not self.torch_compile,
+            "kernels", self.kernels, "'plain' with torch_compile, which makes kernels of its own",
+        )  # fmt: skip
+        check(
+            self.ulysses_engine != "packed-overlap" or not self.torch_compile,
+            "ulysses_engine", self.ulysses_engine,
+            "another one with torch_compile: what it sends early is inside of what is compiled",
+        )  # fmt: skip
+        check(self.gather in GATHERS, "gather", self.gather, "one of " + ", ".join(GATHERS))
+        check(
+            not (self.stream_blocks and self.use_fsdp and self.gpu_count > 1),
+            "stream_blocks", self.stream_blocks, "off with use_fsdp: every GPU streams whole blocks",
+        )  # fmt: skip
         check(
             self.master_port == 0 or 1024 <= self.master_port <= 65535,
             "master_port",
@@ -115,6 +157,28 @@ class Parallel:
                 f"gpu_count is {self.gpu_count} with use_ulysses and use_fsdp both off: every GPU would compute "
                 "the same video. Turn on use_ulysses (faster), use_fsdp (less memory per GPU), or set gpu_count to 1"
             )
+
+    def _check_hosts(self) -> None:
+        for name in self.hosts:
+            # As an argument of ssh and pdsh: no option, no list, no user.
+            check(_HOST.fullmatch(name) is not None, "hosts", name, "names or IPv4 addresses of machines")
+        check(len(set(self.hosts)) == len(self.hosts), "hosts", self.hosts, "without repeats")
+        if not self.hosts:
+            return
+        count = len(self.hosts)
+        check(self.gpu_count % count == 0, "gpu_count", self.gpu_count, f"a multiple of the {count} hosts")
+        seconds = self.keep_warm_seconds
+        check(seconds == 0, "keep_warm_seconds", seconds, "0 with several machines: their processes end with the job")
+
+    @property
+    def gpus_per_host(self) -> int:
+        """Processes on each machine."""
+        return self.gpu_count // max(1, len(self.hosts))
+
+    @property
+    def parks_experts(self) -> bool:
+        """The idle expert leaves the GPU."""
+        return self.offload_model or self.stream_blocks
 
     @property
     def cfg_size(self) -> int:
@@ -154,6 +218,8 @@ class Job:
     text: Text | None = None
     decode: bool = True
     """Off: only the latents are kept, no video is made."""
+    preview: bool = False
+    """Show while it is sampled what the video is going to be."""
     warnings: tuple[str, ...] = ()
     """What the user is told in the status, such as a raised frame count."""
     verbose: bool = False

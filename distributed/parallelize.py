@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from ..wan.attention import Attention
 from ..wan.model import WanModel
+from ..wan.ops import OPS
 from .mesh import Mesh
+from .planning.memory import FFN_CHUNK
 from .sequence import SequenceShard
 from .ulysses import ENGINES
-
-FFN_CHUNK = 4096
-"""Tokens per feed-forward call under memory optimization: large enough to keep a GPU busy."""
 
 
 def set_shard(model: WanModel, shard: SequenceShard) -> None:
@@ -29,9 +30,11 @@ def parallelize_wan(
     shard: SequenceShard,
     attention: Attention,
     use_fsdp: bool,
+    gather: str = "block",
     ulysses_engine: str,
     torch_compile: bool,
     memory_optimization: bool,
+    kernels: str = "plain",
 ) -> None:
     """Changes `model` (on the meta device or not) in place.
 
@@ -43,10 +46,20 @@ def parallelize_wan(
         shard: this rank's tokens; a world of 1 there means that every rank runs the whole sequence.
         attention: the kernel of self-attention.
         use_fsdp: shard each block's weights over the mesh.
+        gather: a name in `job.GATHERS`; with "expert" what is gathered stays until `release_gathered`.
         ulysses_engine: a name in `ENGINES`.
+        kernels: a name in `OPS`: the arithmetic around the matrix products.
     """
+    ops = OPS[kernels]()
+    for block in model.blocks:
+        block.ops = ops
     if shard.world > 1:
         attention = ENGINES[ulysses_engine](mesh.ulysses_group, shard, attention)
+        for block in model.blocks:
+            if kernels != "plain" and attention.takes_message:
+                block.self_attn.message_ranks = shard.world
+            # An engine may start to send q, k and v before it is called.
+            block.self_attn.send = getattr(attention, "send", block.self_attn.send)
     for block in model.blocks:
         block.self_attn.attention = attention
     if memory_optimization:
@@ -60,7 +73,18 @@ def parallelize_wan(
         # Here because it takes seconds to import.
         from torch.distributed.fsdp import fully_shard
 
+        drop = gather == "block"
         for block in model.blocks:
-            fully_shard(block, mesh=mesh.world)
+            fully_shard(block, mesh=mesh.world, reshard_after_forward=drop)
         # By default the root keeps what it gathered, which offload would then leave on the device.
-        fully_shard(model, mesh=mesh.world, reshard_after_forward=True)
+        fully_shard(model, mesh=mesh.world, reshard_after_forward=drop)
+        # Asked for before a block begins, so that its all-to-alls do not queue before the next block's weights.
+        for block, following in pairwise(model.blocks):
+            block.set_modules_to_forward_prefetch([following])
+
+
+def release_gathered(model: WanModel) -> None:
+    """Drops what FSDP has gathered and kept; this rank's shards stay. Nothing happens to a model without FSDP."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()

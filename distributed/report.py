@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .job import VERSION, Job, ModelFiles
+from .job import VERSION, Job, ModelFiles, Parallel
 from .session import Session
 
 Peaks = list[list[int]]
@@ -68,6 +68,10 @@ def _sequence(job: Job) -> str:
     return f"Ulysses over {parallel.ulysses_size} GPUs, {parallel.ulysses_engine}"
 
 
+def _linears(parallel: Parallel) -> str:
+    return "" if parallel.linear_precision == "full" else f", large matrix products {parallel.linear_precision}"
+
+
 def _loras(model: ModelFiles) -> str:
     """ "high lightning 1, style 0.5; low lightning 1", by file name and strength."""
     sides = {"high": model.high_noise_loras, "low": model.low_noise_loras}
@@ -94,11 +98,13 @@ def settings_of(job: Job, session: Session) -> dict[str, str | int | float | boo
         "device": f"{session.world} x {name}",
         "sequence parallel": _sequence(job),
         "cfg parallel": parallel.cfg_parallel,
-        "fsdp": parallel.use_fsdp and session.world > 1,
+        "fsdp": f"gathers one {parallel.gather}" if parallel.use_fsdp and session.world > 1 else False,
         "offload": parallel.offload_model,
+        "streamed blocks": parallel.stream_blocks,
         "memory optimization": parallel.memory_optimization,
         "compiled": parallel.torch_compile,
-        "precision": f"{parallel.mixed_precision}, VAE {vae_dtype}",
+        "precision": f"{parallel.mixed_precision}{_linears(parallel)}, VAE {vae_dtype}",
+        "kernels": parallel.kernels,
         "attention": f"{session.kernel.name} ({session.kernel.reason})",
         "LoRAs": _loras(job.model),
         "solver": f"{sampling.solver}, {sampling.steps} steps{part}, shift {sampling.shift:g}",

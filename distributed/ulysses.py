@@ -8,6 +8,7 @@ Only `all_to_all_single` is used, which every backend has.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -24,35 +25,48 @@ class PackedUlysses:
     The receive buffer is [P * S, 3, h, D], so q, k and v are strided views of it: attention reads them without a copy.
     """
 
+    takes_message = True
+    """It may be called with what it would send (`wan.ops.message`), which a kernel has written."""
+
     def __init__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> None:
         self._group = group
         self.shard = shard
         """May be replaced between videos, which have other lengths."""
         self._attention = attention
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[S, H, D] three times -> [S, H, D]."""
-        heads = split_evenly(q.shape[1], self.shard.world)
-        q, k, v = self._scatter_heads(q, k, v, heads).unbind(1)
+    def __call__(self, *qkv: Tensor) -> Tensor:
+        """q, k, v, [S, H, D] each, or the message [S * 3 * H, D] -> [S, H, D]."""
+        if len(qkv) == 1:
+            (message,) = qkv
+            heads = split_evenly(message.shape[0] // (3 * self.shard.size), self.shard.world)
+        else:
+            heads = split_evenly(qkv[0].shape[1], self.shard.world)
+            message = self._pack(*qkv, heads)
+        q, k, v = self._exchange(message, heads).unbind(1)
         # Keys past the true length are padding.
         y = self._attention(q, k[: self.shard.length], v[: self.shard.length])
         return self._gather_heads(y, heads)
 
-    def _scatter_heads(self, q: Tensor, k: Tensor, v: Tensor, heads: list[int]) -> Tensor:
-        """q, k, v: [S, H, D] -> [P * S, 3, h, D]."""
+    def _pack(self, q: Tensor, k: Tensor, v: Tensor, heads: list[int]) -> Tensor:
+        """q, k, v: [S, H, D] -> the message [S * 3 * H, D]: per rank its [S, 3, h, D]."""
         tokens, _, channels = q.shape
-        mine = heads[self.shard.rank]
-        send_sizes = [tokens * 3 * h * channels for h in heads]
-        send = q.new_empty(sum(send_sizes))
+        send = q.new_empty(tokens * 3 * sum(heads), channels)
         first = 0
-        for chunk, h in zip(send.split(send_sizes), heads, strict=True):
+        for chunk, h in zip(send.split([tokens * 3 * h for h in heads]), heads, strict=True):
             packed = chunk.view(tokens, 3, h, channels)
             for i, x in enumerate((q, k, v)):
                 packed[:, i].copy_(x[:, first : first + h])
             first += h
-        received = q.new_empty(tokens * self.shard.world, 3, mine, channels)
+        return send
+
+    def _exchange(self, message: Tensor, heads: list[int]) -> Tensor:
+        """[S * 3 * H, D] -> [P * S, 3, h, D]."""
+        tokens, channels = self.shard.size, message.shape[1]
+        mine = heads[self.shard.rank]
+        send_sizes = [tokens * 3 * h * channels for h in heads]
+        received = message.new_empty(tokens * self.shard.world, 3, mine, channels)
         share = [tokens * 3 * mine * channels] * self.shard.world
-        dist.all_to_all_single(received.view(-1), send, share, send_sizes, group=self._group)
+        dist.all_to_all_single(received.view(-1), message.view(-1), share, send_sizes, group=self._group)
         return received
 
     def _gather_heads(self, y: Tensor, heads: list[int]) -> Tensor:
@@ -66,8 +80,77 @@ class PackedUlysses:
         return torch.cat(parts, dim=1)
 
 
+@dataclass(slots=True)
+class _InFlight:
+    """A tensor [P * S, h, D] that is being received, and what keeps it coming."""
+
+    tensor: Tensor
+    sent: Tensor
+    work: dist.Work
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.tensor
+
+
+class OverlappedUlysses:
+    """Five all-to-alls that run beside the arithmetic: v's and q's beside the projections that follow them, that of the
+    output's first half of the heads beside the attention of the second."""
+
+    takes_message = False
+
+    def __init__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> None:
+        self._group = group
+        self.shard = shard
+        self._attention = attention
+
+    def send(self, x: Tensor) -> _InFlight:
+        """x: one of q, k and v, [S, H, D]; starts its exchange, in the same order on all ranks."""
+        heads = split_evenly(x.shape[1], self.shard.world)
+        tokens, channels = x.shape[0], x.shape[2]
+        message = torch.cat([part.flatten() for part in x.split(heads, dim=1)])
+        mine = heads[self.shard.rank]
+        received = x.new_empty(tokens * self.shard.world, mine, channels)
+        return self._start(
+            received, message, [tokens * mine * channels] * self.shard.world, [tokens * h * channels for h in heads]
+        )
+
+    def __call__(self, q: Tensor | _InFlight, k: Tensor | _InFlight, v: Tensor | _InFlight) -> Tensor:
+        """[S, H, D] three times, or what `send` returned for them -> [S, H, D]."""
+        v, q, k = (x if isinstance(x, _InFlight) else self.send(x) for x in (v, q, k))
+        total = q.sent.numel() // (self.shard.size * q.tensor.shape[2])
+        heads = split_evenly(total, self.shard.world)
+        q, k, v = q.wait(), k.wait()[: self.shard.length], v.wait()[: self.shard.length]
+        tokens, channels, mine = self.shard.size, q.shape[2], heads[self.shard.rank]
+        # Of each rank's heads; one of none is still an exchange, as ranks may differ.
+        halves = [[-(-h // 2) for h in heads], [h // 2 for h in heads]]
+        flying, first = [], 0
+        for half in halves:
+            own = slice(first, first + half[self.shard.rank])
+            first = own.stop
+            y = self._attention(q[:, own], k[:, own], v[:, own]).contiguous()
+            sizes = [tokens * h * channels for h in half]
+            share = [y.numel() // self.shard.world] * self.shard.world
+            flying.append(self._start(y.new_empty(sum(sizes)), y.view(-1), sizes, share))
+        assert first == mine, (first, mine)
+        parts = [
+            [
+                part.view(tokens, h, channels)
+                for part, h in zip(sent.wait().split([tokens * h * channels for h in half]), half, strict=True)
+            ]
+            for sent, half in zip(flying, halves, strict=True)
+        ]
+        return torch.cat([part for pair in zip(*parts, strict=True) for part in pair], dim=1)
+
+    def _start(self, received: Tensor, message: Tensor, receive: list[int], send: list[int]) -> _InFlight:
+        work = dist.all_to_all_single(received.view(-1), message, receive, send, group=self._group, async_op=True)
+        return _InFlight(received, message, work)
+
+
 class DeepSpeedUlysses:
     """DeepSpeed's DistributedAttention: four all-to-alls; heads must divide by the number of ranks."""
+
+    takes_message = False
 
     def __init__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> None:
         import deepspeed
@@ -92,11 +175,14 @@ class DeepSpeedUlysses:
 class Engine(Protocol):
     """Makes the attention of one rank out of a kernel's."""
 
+    takes_message: bool
+
     def __call__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> Attention: ...
 
 
 ENGINES: dict[str, Engine] = {
     "packed": PackedUlysses,
+    "packed-overlap": OverlappedUlysses,
     "deepspeed": DeepSpeedUlysses,
 }
 """The names are those of `Parallel.ulysses_engine`."""

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from threading import local
 
 import torch
 from torch import Tensor, nn
 
 from ..wan.checkpoint import STAGING_BYTES, Checkpoint
-from ..wan.linear import quantise_rows
+from ..wan.linear import E4M3, FP8_DTYPES, FP8_PRODUCTS, Fp8Weight, quantise_rows
 from ..wan.lora import Lora, changes, merge
 from ..wan.model import WanModel, meta_model
 
@@ -22,17 +23,25 @@ MERGED_ELEMENTS = 16 << 20
 """Of a weight, in float32 at once, while LoRAs are merged into it."""
 
 
-def empty_model(checkpoint: Checkpoint, compute: torch.dtype, loras: Sequence[Lora] = ()) -> WanModel:
+def empty_model(
+    checkpoint: Checkpoint, compute: torch.dtype, loras: Sequence[Lora] = (), *, fp8_products: bool = False
+) -> WanModel:
     """The model of `checkpoint` on the meta device, each parameter in the dtype that it will be kept in.
 
     Args:
         compute: dtype of the matrix products.
         loras: those that `load_weights` will merge; an fp8 weight that they change gets a scale for each row.
+        fp8_products: the large layers multiply e4m3 codes: the file's where it has them, or made of its values.
     """
     fp8 = {
         name: replace(weight, scaled=weight.scaled or changes(loras, name)) for name, weight in checkpoint.fp8.items()
     }
-    return meta_model(checkpoint.config, compute, fp8)
+    if fp8_products:
+        for i, layer in product(range(checkpoint.config.num_layers), FP8_PRODUCTS):
+            name = f"blocks.{i}.{layer}.weight"
+            if name not in fp8 or fp8[name].dtype != E4M3:
+                fp8[name] = Fp8Weight(E4M3, scaled=True)
+    return meta_model(checkpoint.config, compute, fp8, fp8_products=fp8_products)
 
 
 def load_weights(
@@ -73,18 +82,25 @@ def read_weights(
     parameters = dict(model.named_parameters())
     buffers = local()
 
+    def made_here(name: str) -> bool:
+        """Whether the weight's values are not just the file's, or not in the file's codes."""
+        dtype, stored = parameters[name].dtype, checkpoint.fp8.get(name)
+        recoded = dtype in FP8_DTYPES and (stored is None or stored.dtype != dtype)
+        return recoded or changes(loras, name)
+
     def read(name: str) -> None:
         rows, start = local_rows(parameters[name])
         if rows.numel() == 0:
             return
         if not hasattr(buffers, "staging"):
             buffers.staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        if changes(loras, name):
+        weight = name.removesuffix("_scale")
+        if weight == name and made_here(name):
             scale = parameters.get(f"{name}_scale")
             scales = None if scale is None else local_rows(scale)[0]
             _read_merged(checkpoint, loras, name, rows, start, scales, buffers.staging)
-        # The scale of a changed weight is a new one, written with the weight.
-        elif not changes(loras, name.removesuffix("_scale")):
+        # The scale of such a weight is a new one, written with the weight.
+        elif weight == name or not made_here(weight):
             checkpoint.read_into(name, rows, start=start, staging=buffers.staging)
 
     on_cuda = device.type == "cuda"

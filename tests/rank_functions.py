@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from wan_pack.distributed.experts import load_expert
 from wan_pack.distributed.job import Parallel
 from wan_pack.distributed.mesh import Mesh
 from wan_pack.distributed.offload import HostParking
+from wan_pack.distributed.parallelize import release_gathered
 from wan_pack.distributed.sequence import SequenceShard
 from wan_pack.distributed.ulysses import ENGINES
 from wan_pack.distributed.vae import RankVae
@@ -20,6 +23,7 @@ from wan_pack.distributed.weights import local_rows
 from wan_pack.wan.attention import attention
 from wan_pack.wan.checkpoint import Checkpoint
 from wan_pack.wan.model import TextContext, pad_text
+from wan_pack.wan.ops import PLAIN
 from wan_pack.wan.rope import rope_table
 from wan_pack.wan.vae import decode_frames, encode, load_vae
 
@@ -47,6 +51,31 @@ def attention_equals_plain(
                 torch.testing.assert_close(whole, attention(q, k, v), msg=lambda m, s=message: f"{s}: {m}")
 
 
+def other_exchanges_equal_plain(rank: int, world: int, **arguments: list[int]) -> None:
+    """The overlapped engine, and a message that a kernel has packed."""
+    attention_equals_plain(rank, world, engine="packed-overlap", **arguments)
+    _message_equals_packing(rank, arguments["sizes"], arguments["heads"])
+
+
+def _message_equals_packing(rank: int, sizes: list[int], heads: list[int]) -> None:
+    """`ops.message` exchanged == `ops.rotate` packed and exchanged, in every bit."""
+    for size in sizes:
+        group = dist.new_group(list(range(size)))
+        if rank >= size:
+            continue
+        for h in heads:
+            generator = torch.Generator().manual_seed(h)
+            shard = SequenceShard(length=16, rank=rank, world=size)
+            projections = [shard.split(x) for x in torch.randn(3, 16, h * 4, generator=generator)]
+            weights = torch.randn(2, h * 4, generator=generator).unbind(0)
+            rope = rope_table((1, 4, 4), 4, start=shard.start, stop=shard.stop)
+            engine = ENGINES["packed"](group, shard, attention)
+            q, k = (PLAIN.rotate(x, weight, rope, 4) for x, weight in zip(projections, weights, strict=False))
+            separate = engine(q, k, projections[2].unflatten(-1, (-1, 4)))
+            together = engine(PLAIN.message(tuple(projections), weights, rope, 4, size))
+            assert torch.equal(together, separate), f"{size} ranks, {h} heads"
+
+
 def _parallel(world: int, **settings: Any) -> Parallel:
     return Parallel(gpu_count=world, **{"mixed_precision": "fp32", "use_fsdp": True, **settings})
 
@@ -62,14 +91,16 @@ def _load(folder: str, parallel: Parallel, mesh: Any, shard: SequenceShard) -> A
     return load_expert(files, parallel=parallel, mesh=mesh, shard=shard, device=CPU)
 
 
-def _evaluate(model: Any, parallel: Parallel, mesh: Any, shard: SequenceShard) -> tuple[torch.Tensor, int]:
+def _evaluate(
+    model: Any, parallel: Parallel, mesh: Any, shard: SequenceShard, times: int = 2
+) -> tuple[torch.Tensor, int]:
     """The velocity of made-up input, gathered, and how many tokens this rank computed."""
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randn(45, 4 * model.config.in_dim, generator=generator)
     rows = torch.randn(9, model.config.text_dim, generator=generator)
     text = TextContext(pad_text(rows), keep=not parallel.memory_optimization)
     rope = rope_table((3, 3, 5), model.config.head_dim, start=shard.start, stop=shard.stop)
-    for _ in range(2):  # the second time on kept text
+    for _ in range(times):  # the second time on kept text
         local = model(shard.split(tokens), torch.tensor([700.0]), text, rope)
     return shard.gather(local, mesh.ulysses_group if mesh else None), local.shape[0]
 
@@ -175,6 +206,18 @@ def fp8_under_fsdp(rank: int, world: int, *, fp8: str, bf16: str, lora: str) -> 
     return kept
 
 
+def fp8_products_sharded(rank: int, world: int, *, folder: str) -> dict[str, int]:
+    """fp8 products on shards of weights and tokens give what one process gives. Returns the bytes that are kept."""
+    mesh = Mesh.of("cpu", world)
+    settings = {"mixed_precision": "bf16", "linear_precision": "fp8"}
+    plain, *_ = _velocity(folder, Parallel(gpu_count=1, **settings), None, 0, 1)
+    for fsdp in (False, True):
+        out, model, _ = _velocity(folder, _parallel(world, use_fsdp=fsdp, **settings), mesh, rank, world)
+        error = ((out - plain).norm() / plain.norm()).item()
+        assert error < 5e-3, f"use_fsdp {fsdp}: {error}"
+    return {"bytes": HostParking(model).resident_bytes}
+
+
 def split_vae_equals_whole(rank: int, world: int, *, models: list[str], heights: list[int]) -> dict[str, Any]:
     """Decoding and encoding over 1 to `world` ranks gives what one rank gives, for every height in latent rows.
 
@@ -214,3 +257,45 @@ def _compare_vaes(vae: RankVae, whole: torch.nn.Module, height: int, *, alone: b
 def _assert_near(out: torch.Tensor, expected: torch.Tensor) -> None:
     error = ((out - expected).abs().max() / expected.abs().max()).item()
     assert out.shape == expected.shape and error <= 1e-5, f"{error}: {list(out.shape)}, {list(expected.shape)}"
+
+
+def gathered_expert(rank: int, world: int, *, folder: str) -> dict[str, Any]:
+    """What FSDP keeps between forwards changes no velocity, also after parking.
+
+    Returns, per kind of gathering, the all-gathers of two forwards, and whether weights stay gathered until released.
+    """
+    mesh = Mesh.of("cpu", world)
+    plain, *_ = _velocity(folder, Parallel(gpu_count=1, mixed_precision="fp32"), None, 0, 1)
+    gathers, kept = {}, {}
+    for gather in ("block", "expert"):
+        parallel = _parallel(world, gather=gather)
+        shard = _shard(parallel, rank, world)
+        model = _load(folder, parallel, mesh, shard)
+        parking = HostParking(model)
+        counts = []
+        for _ in range(2):
+            with _counted_gathers() as count:
+                out, _ = _evaluate(model, parallel, mesh, shard, times=1)
+            counts.append(count())
+            torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-4)
+        gathers[gather] = counts
+        kept[gather] = not hasattr(model.blocks[0].modulation, "placements")
+        release_gathered(model)
+        assert all(hasattr(parameter, "placements") for parameter in model.parameters())
+        parking.park()
+        parking.fetch()
+        assert torch.equal(_evaluate(model, parallel, mesh, shard)[0], out)
+    return {"gathers": gathers, "kept": kept}
+
+
+@contextlib.contextmanager
+def _counted_gathers() -> Iterator[Callable[[], int]]:
+    """Counts the groups of parameters that FSDP gathers."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as module
+
+    calls, original = [], module.foreach_all_gather
+    module.foreach_all_gather = lambda *args, **options: (calls.append(1), original(*args, **options))[1]
+    try:
+        yield lambda: len(calls)
+    finally:
+        module.foreach_all_gather = original

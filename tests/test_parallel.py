@@ -24,6 +24,11 @@ def test_packed_attention_for_every_gpu_count_and_head_count():
     )
 
 
+def test_overlapped_and_ready_packed_attention_equal_plain():
+    """Heads that divide or not, ranks with one head, whose half is none, or without."""
+    run_ranks("other_exchanges_equal_plain", 3, sizes=[2, 3], heads=[12, 5, 2], lengths=[16, 45])
+
+
 def test_deepspeed_attention_where_heads_divide():
     run_ranks("attention_equals_plain", 4, engine="deepspeed", sizes=[4], heads=[4, 40], lengths=[16, 45])
 
@@ -35,6 +40,7 @@ def test_every_option_alone_and_combined(checkpoint: str):
         for ulysses, fsdp, memory in product([True, False], repeat=3)
         if ulysses or fsdp
     ]
+    settings.append({"use_ulysses": True, "ulysses_engine": "packed-overlap"})
     for result in run_ranks("options_equal_plain", 2, folder=checkpoint, settings=settings):
         # Of 45 tokens: half with Ulysses, all without.
         assert result["tokens"] == [23 if options["use_ulysses"] else 45 for options in settings]

@@ -15,8 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .linear import E4M3
+
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [S, H, D]; k, v [K, H, D] -> [S, H, D], dtype of q. Strided views are read as they are."""
+Capability = tuple[int, int]
+"""A GPU's compute capability, (9, 0) for Hopper."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -44,42 +48,152 @@ def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (out[0] if isinstance(out, tuple) else out)[0]
 
 
+def flash_attention_3_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention-3 on e4m3 codes with one scale per head and tensor (section 3.3 there):
+
+        s = max |x| / 448,  x8 = round(x / s),  softmax(sq sk q8 k8^T / sqrt(D)) sv v8
+
+    The kernel multiplies by the scales inside. Lossy: a relative error of about 5e-2 per call on Gaussian input.
+    """
+    from fa3_fwd_interface import flash_attn_func
+
+    if q.shape[1] == 0:
+        return q
+    codes, scales = zip(*(_quantise_heads(x) for x in (q, k, v)), strict=True)
+    names = ("q_descale", "k_descale", "v_descale")
+    out = flash_attn_func(*(x[None] for x in codes), **dict(zip(names, scales, strict=True)))
+    return (out[0] if isinstance(out, tuple) else out)[0].to(q.dtype)
+
+
+def _quantise_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x: [S, H, D] -> e4m3 codes [S, H, D], scales [1, H] float32: each head's largest magnitude becomes e4m3's."""
+    largest = torch.finfo(E4M3).max
+    # A norm reads the strided view once; abs() would write a copy of it.
+    scale = torch.linalg.vector_norm(x, ord=float("inf"), dim=(0, 2), dtype=torch.float32) / largest
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (x / scale[:, None]).clamp_(-largest, largest).to(E4M3), scale[None]
+
+
+def flash_attention_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention-2 (Dao, 2023, arXiv 2307.08691) by the package flash-attn."""
+    from flash_attn import flash_attn_func
+
+    return q if q.shape[1] == 0 else flash_attn_func(q[None], k[None], v[None])[0]
+
+
+def sage_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SageAttention 1 (Zhang et al., 2024, arXiv 2410.02367): q k^T on int8 codes, k with its mean taken off.
+
+    Lossy: a relative error of about 1e-2 per call on Gaussian input.
+    """
+    from sageattention import sageattn
+
+    return q if q.shape[1] == 0 else sageattn(q[None], k[None], v[None], tensor_layout="NHD")[0]
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionKernel:
-    """How attention between tokens is computed on one kind of device."""
+    """How attention between tokens is computed, and where it can be."""
 
     name: str
     reason: str
+    """Why it is chosen, for the log."""
     backends: tuple[SDPBackend, ...]
     """torch's, in order of preference; what is not self-attention always runs on them."""
     run: Attention = attention
     """Self-attention."""
+    oldest: Capability | None = (0, 0)
+    """The GPUs that it runs on, `newest` included; None: it runs without a GPU."""
+    newest: Capability = (99, 9)
+    automatic: tuple[Capability, ...] | None = ()
+    """The GPUs for which "auto" takes it where it can run; None: all."""
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+    module: str = ""
+    """What must be importable; empty: nothing but torch."""
+    package: str = ""
+    """The name under which users install it."""
 
     def activate(self) -> AbstractContextManager[None]:
         """Context in which `attention` prefers these backends."""
         return sdpa_kernel(list(self.backends), set_priority=True)
 
+    def obstacle(self, capability: Capability | None, dtype: torch.dtype) -> str:
+        """What keeps it from running; empty if nothing does."""
+        if (self.oldest is None) != (capability is None):
+            return "needs a GPU" if capability is None else "is for machines without a GPU"
+        if self.oldest is not None and not self.oldest <= capability <= self.newest:
+            wanted = f"{_dotted(self.oldest)} or newer"
+            if self.newest == self.oldest:
+                wanted = _dotted(self.oldest)
+            return f"needs compute capability {wanted}; this GPU has {_dotted(capability)}"
+        if dtype not in self.dtypes:
+            return f"computes in {', '.join(map(_name, self.dtypes))}, not in {_name(dtype)}"
+        if self.module and importlib.util.find_spec(self.module) is None:
+            return f"needs the package {self.package}, which is not installed"
+        return ""
+
 
 _FALLBACKS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 _CUDNN_FIRST = (SDPBackend.CUDNN_ATTENTION, *_FALLBACKS)
-KERNELS: dict[str, AttentionKernel] = {
-    "fa3": AttentionKernel(
-        "fa3", "FlashAttention-3, the fastest measured on Hopper, is installed", _CUDNN_FIRST, flash_attention_3
+_HALF = (torch.bfloat16, torch.float16)
+_HOPPER = (9, 0)
+_ALL = (
+    AttentionKernel(
+        "fa3", "FlashAttention-3, the fastest exact one measured on Hopper", _CUDNN_FIRST, flash_attention_3,
+        oldest=_HOPPER, newest=_HOPPER, automatic=(_HOPPER,), dtypes=(torch.bfloat16,),
+        module="fa3_fwd_interface", package="fa3-fwd",
     ),
-    "cudnn": AttentionKernel(
-        "cudnn", "on Hopper 1.6 times as fast as FlashAttention-2; the package fa3-fwd would be faster still",
-        _CUDNN_FIRST,
+    AttentionKernel(
+        "cudnn", "on Hopper 1.6 times as fast as FlashAttention-2", _CUDNN_FIRST,
+        oldest=(8, 0), automatic=(_HOPPER,),
     ),
-    "flash": AttentionKernel("flash", "FlashAttention-2, torch's default", _FALLBACKS),
-    "cpu": AttentionKernel("cpu", "no GPU", (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)),
-}  # fmt: skip
+    AttentionKernel("flash", "FlashAttention-2, torch's default", _FALLBACKS, automatic=None),
+    AttentionKernel(
+        "flash-attn", "FlashAttention-2 of the package flash-attn", _FALLBACKS, flash_attention_2,
+        oldest=(8, 0), dtypes=_HALF, module="flash_attn", package="flash-attn",
+    ),
+    AttentionKernel(
+        "fa3-fp8", "FlashAttention-3 in 8 bits, which changes the video", _CUDNN_FIRST, flash_attention_3_fp8,
+        oldest=_HOPPER, newest=_HOPPER, dtypes=(torch.bfloat16,), module="fa3_fwd_interface", package="fa3-fwd",
+    ),
+    AttentionKernel(
+        "sage", "SageAttention in 8 bits, which changes the video", _FALLBACKS, sage_attention,
+        oldest=(8, 0), dtypes=_HALF, module="sageattention", package="sageattention",
+    ),
+    AttentionKernel(
+        "cpu", "no GPU", (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH), oldest=None, automatic=None
+    ),
+)  # fmt: skip
+KERNELS: dict[str, AttentionKernel] = {kernel.name: kernel for kernel in _ALL}
+"""In the order of "auto", which never takes one that rounds to 8 bits. The names are those of `Parallel.attention`."""
 
 
-def choose_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
-    """The fastest kernel for `device` and `dtype`, by what was measured; chosen once per job."""
-    if device.type != "cuda":
-        return KERNELS["cpu"]
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return KERNELS["flash"]
-    fa3 = dtype == torch.bfloat16 and importlib.util.find_spec("fa3_fwd_interface") is not None
-    return KERNELS["fa3" if fa3 else "cudnn"]
+def choose_kernel(capability: Capability | None, dtype: torch.dtype, wanted: str = "auto") -> AttentionKernel:
+    """The kernel named `wanted`, or for "auto" the fastest exact one by what was measured.
+
+    Asks no GPU, so any process may call it.
+
+    Args:
+        capability: of the GPU; None without one.
+        dtype: of q, k and v.
+    Raises:
+        ValueError: `wanted` is unknown or cannot run there.
+    """
+    able = [kernel for kernel in _ALL if not kernel.obstacle(capability, dtype)]
+    if wanted == "auto":
+        return next(k for k in able if k.automatic is None or capability in k.automatic)
+    choices = ", ".join(["auto", *(kernel.name for kernel in able)])
+    if wanted not in KERNELS:
+        raise ValueError(f"attention is {wanted!r}; it must be one of {choices}")
+    obstacle = KERNELS[wanted].obstacle(capability, dtype)
+    if obstacle:
+        raise ValueError(f"attention is {wanted!r}, which {obstacle}; here it may be {choices}")
+    return KERNELS[wanted]
+
+
+def _dotted(capability: Capability) -> str:
+    return ".".join(map(str, capability))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -76,6 +76,7 @@ def denoise(
     steps: range | None = None,
     known: Known | None = None,
     on_step: Callable[[int], None] = lambda index: None,
+    on_estimate: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Runs the loop.
 
@@ -85,6 +86,7 @@ def denoise(
         steps: which steps run; all of them by default.
         known: put back before the first and after every step, as the official code does.
         on_step: called after each step with how many have run.
+        on_estimate: called before `on_step` with how many have run and the denoised tokens that the step expects.
     Returns:
         the denoised tokens, same shape.
     """
@@ -100,8 +102,12 @@ def denoise(
         else:
             conditional, unconditional = predict(expert, tokens, timestep, (True, False))
             velocity = unconditional + scale * (conditional - unconditional)
-        tokens = solver.step(velocity, index, tokens)
+        before = tokens
+        tokens = solver.step(velocity, index, before)
         if known is not None:
             tokens = known.impose(tokens)
+        if on_estimate is not None:
+            estimate = before - solver.sigmas[index] * velocity
+            on_estimate(done, estimate if known is None else known.impose(estimate))
         on_step(done)
     return tokens

@@ -1,17 +1,26 @@
-"""Linear layers, and their weights in 8-bit floating point.
+"""Linear layers, and their weights and products in 8-bit floating point.
 
 W = codes * scale      one scale per output row (Micikevicius et al., 2022, arXiv 2209.05433, has the formats)
+x = codes * scale      one scale per token, where products are fp8 by fp8
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+E4M3 = FP8_DTYPES[0]
+FP8_PRODUCTS = (
+    "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"
+)  # fmt: skip
+"""The layers of a block that "fp8" multiplies in fp8: those that every token goes through."""
+FP8_CAPABILITY = (8, 9)
+"""The oldest GPUs that multiply fp8 matrices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,22 +33,41 @@ class Fp8Weight:
     """There is a scale per output row; without one the codes are the weight."""
 
 
-class Linear(nn.Linear):
-    """A linear layer that computes in `compute_dtype`.
+class Fp8Rows(NamedTuple):
+    """Rows of activations in e4m3."""
 
-    An fp8 weight stays fp8 in memory, and is unpacked for each use: `weight_scale` is None or [out, 1] float32, which
-    a sharding over rows cuts as it cuts the weight.
+    codes: Tensor
+    """[n, in]."""
+    scale: Tensor
+    """[n, 1], float32."""
+
+
+LinearInput = Tensor | Fp8Rows
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in `compute_dtype`, or multiplies fp8 codes and returns that.
+
+    An fp8 weight stays fp8 in memory: `weight_scale` is None or [out, 1] float32, which a sharding over rows cuts as it
+    cuts the weight. It is unpacked for each use unless `fp8_product` is on.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.register_parameter("weight_scale", None)
         self._compute_dtype: torch.dtype | None = None
+        self.fp8_product = False
+        """Multiply e4m3 codes by e4m3 codes; the weight must be kept as such."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """That of the weight, unless `keep_fp8` set another."""
         return self._compute_dtype or self.weight.dtype
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """What `forward` multiplies; it takes other float types too. E4M3 stands for `Fp8Rows`."""
+        return E4M3 if self.fp8_product else self.compute_dtype
 
     def keep_fp8(self, stored: Fp8Weight, compute: torch.dtype) -> None:
         """Keeps the weight as `stored` and computes in `compute`. Leaves the values undefined."""
@@ -56,8 +84,43 @@ class Linear(nn.Linear):
         weight = self.weight.to(self.compute_dtype)
         return weight if self.weight_scale is None else weight.mul_(self.weight_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.compute_dtype), self.unpacked_weight(), self.bias)
+    def forward(self, x: LinearInput) -> Tensor:
+        """x: [n, in], as tensors of any float type or, where products are fp8, as codes -> [n, out]."""
+        if not self.fp8_product:
+            return F.linear(x.to(self.compute_dtype), self.unpacked_weight(), self.bias)
+        x = cast_rows(x, E4M3)
+        product = _multiply if x.codes.is_cuda else _multiply_unpacked
+        return product(x, self.weight, self.weight_scale, self.bias, self.compute_dtype)
+
+
+def cast_rows(x: LinearInput, dtype: torch.dtype) -> LinearInput:
+    """x: [n, in] -> the same in `dtype`; E4M3: as codes with a scale per row."""
+    if isinstance(x, Fp8Rows):
+        assert dtype == E4M3, dtype
+        return x
+    return Fp8Rows(*quantise_rows(x.float(), E4M3)) if dtype == E4M3 else x.to(dtype)
+
+
+def _multiply(x: Fp8Rows, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out: torch.dtype) -> Tensor:
+    """On the GPU's fp8 units. The sums are float32, scaled, biased and rounded once, to bf16."""
+    if scale is None:
+        scale = torch.ones(weight.shape[0], 1, device=weight.device)
+    bias = None if bias is None else bias.to(torch.bfloat16)
+    # Adding up within the tensor cores is twice as fast; what it rounds is far below what the codes do.
+    y = torch._scaled_mm(
+        x.codes, weight.t(), x.scale, scale.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    return y.to(out)
+
+
+def _multiply_unpacked(
+    x: Fp8Rows, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out: torch.dtype
+) -> Tensor:
+    """The same arithmetic where there are no such units: products of fp8 codes are exact in float32."""
+    y = F.linear(x.codes.float(), weight.float()) * x.scale
+    if scale is not None:
+        y = y * scale.t()
+    return (y if bias is None else y + bias.float()).to(out)
 
 
 def quantise_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -68,3 +131,13 @@ def quantise_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     # Rounding may push a row's largest just over the type's, which casts to NaN.
     return (values / scale).clamp_(-largest, largest).to(dtype), scale
+
+
+def check_precision(capability: tuple[int, int] | None, precision: str) -> None:
+    """Raises ValueError if a GPU cannot multiply in `precision`. Without a GPU (None) the arithmetic is emulated."""
+    if precision == "fp8" and capability is not None and capability < FP8_CAPABILITY:
+        have, need = (".".join(map(str, pair)) for pair in (capability, FP8_CAPABILITY))
+        raise ValueError(
+            f"linear_precision is 'fp8', which needs a GPU of compute capability {need} or newer; this one has {have}. "
+            "Choose 'full'"
+        )

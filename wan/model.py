@@ -5,13 +5,15 @@ Everything is unbatched: a video is one sample. There is no distributed code: `f
 with its rotary table, and attention between tokens goes through `SelfAttention.attention`, which may be replaced.
 
 Matrix products run in their layer's `compute_dtype`; the residual stream, modulation, normalisation, time path and head
-are float32 (`parameter_dtype`), as in the official code under autocast.
+are float32 (`parameter_dtype`), as in the official code under autocast. The arithmetic around a block's products is its
+`ops`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +21,9 @@ from torch import Tensor, nn
 
 from .attention import attention
 from .config import EPS, PATCH_SIZE, TEXT_LEN, WanConfig
-from .linear import Fp8Weight, Linear
-from .rope import apply_rope
+from .linear import E4M3, FP8_PRODUCTS, Fp8Rows, Fp8Weight, Linear, LinearInput
+from .ops import PLAIN, Ops, Rope, rms_norm
 
-Rope = tuple[Tensor, Tensor]
 Rows = Tensor | None
 
 
@@ -34,14 +35,11 @@ def parameter_dtype(name: str, compute: torch.dtype) -> torch.dtype:
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm over all heads together, in float32."""
+    """The weight [C] of a root mean square norm over all heads together, which `Ops` computes."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), EPS)
 
 
 class PatchEmbedding(nn.Module):
@@ -68,16 +66,27 @@ class SelfAttention(nn.Module):
         self.o = Linear(config.dim, config.dim)
         self.norm_q = RMSNorm(config.dim)
         self.norm_k = RMSNorm(config.dim)
-        self.attention: Callable[[Tensor, Tensor, Tensor], Tensor] = attention
-        """[S, H, D] three times -> [S, H, D]. Sequence parallelism puts its own here."""
+        self.attention: Callable[..., Tensor] = attention
+        """[S, H, D] three times, or one message -> [S, H, D]. Sequence parallelism puts its own here."""
+        self.send: Callable[[Tensor], Any] = _as_it_is
+        """Called with v, q and k, in this order, as soon as each is there; `attention` gets what it returns."""
+        self.message_ranks: int | None = None
+        """Of the one message that `attention` takes instead (`ops.message`); None: it takes q, k and v."""
 
-    def queries_keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [S, C] -> q, k, v: [S, H, D], rotated, in the dtype of the matrix products."""
-        x = x.to(self.q.compute_dtype)
-        q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim)), *rope)
-        k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, (-1, self.head_dim)), *rope)
-        v = self.v(x).unflatten(-1, (-1, self.head_dim))
-        return q.to(v.dtype), k.to(v.dtype), v
+    def queries_keys_values(self, x: LinearInput, rope: Rope, ops: Ops) -> tuple[Any, ...]:
+        """x: [S, C] -> what `attention` takes: q, k, v, rotated, in the dtype of the matrix products."""
+        weights = self.norm_q.weight, self.norm_k.weight
+        if self.message_ranks is not None:
+            projections = self.q(x), self.k(x), self.v(x)
+            return (ops.message(projections, weights, rope, self.head_dim, self.message_ranks),)
+        v = self.send(self.v(x).unflatten(-1, (-1, self.head_dim)))
+        q = self.send(ops.rotate(self.q(x), weights[0], rope, self.head_dim))
+        k = self.send(ops.rotate(self.k(x), weights[1], rope, self.head_dim))
+        return q, k, v
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 class CrossAttention(nn.Module):
@@ -94,13 +103,13 @@ class CrossAttention(nn.Module):
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """context: [R, C] -> k, v: [R, H, D]."""
         v = self.v(context).unflatten(-1, (-1, self.head_dim))
-        k = self.norm_k(self.k(context)).unflatten(-1, (-1, self.head_dim))
-        return k.to(v.dtype), v
+        k = rms_norm(self.k(context), self.norm_k.weight).unflatten(-1, (-1, self.head_dim))
+        return k, v
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, x: LinearInput, k: Tensor, v: Tensor, ops: Ops) -> Tensor:
         """x: [S, C] -> [S, C]. All 512 text rows are attended, padding included, as the model was trained."""
-        q = self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim)).to(v.dtype)
-        return self.o(attention(q, k, v).flatten(-2))
+        q = ops.rms_norm(self.q(x), self.norm_q.weight).unflatten(-1, (-1, self.head_dim))
+        return self.o(ops.cast(attention(q, k, v).flatten(-2), self.o.input_dtype))
 
 
 class WanBlock(nn.Module):
@@ -112,7 +121,6 @@ class WanBlock(nn.Module):
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
-        self.dim = config.dim
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
         self.self_attn = SelfAttention(config)
         self.norm3 = nn.LayerNorm(config.dim, eps=EPS)
@@ -122,34 +130,39 @@ class WanBlock(nn.Module):
         )
         self.ffn_chunk: int | None = None
         """Tokens per feed-forward call; None: all at once."""
+        self.ops: Ops = PLAIN
 
-    def attention_inputs(self, x: Tensor, e: Tensor, rows: Rows, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [S, C] and e: [n, 6, C], float32; rows: see `WanModel.forward` -> q, k, v: [S, H, D]."""
+    def attention_inputs(self, x: Tensor, e: Tensor, rows: Rows, rope: Rope) -> tuple[Any, ...]:
+        """x: [S, C] and e: [n, 6, C], float32; rows: see `WanModel.forward` -> what `SelfAttention.attention` takes."""
         shift, scale, *_ = _per_token(self.modulation + e, rows)
-        return self.self_attn.queries_keys_values(self._norm(x) * (1 + scale) + shift, rope)
+        normed = self.ops.norm(x, 1 + scale, shift, self.self_attn.q.input_dtype)
+        return self.self_attn.queries_keys_values(normed, rope, self.ops)
 
     def attention_outputs(self, x: Tensor, y: Tensor, e: Tensor, rows: Rows, k: Tensor, v: Tensor) -> Tensor:
         """The rest of the block. y: self-attention's [S, H, D]; k, v: the text's [R, H, D]. Returns [S, C]."""
         _, _, gate, shift, scale, ffn_gate = _per_token(self.modulation + e, rows)
-        x = x + self.self_attn.o(y.flatten(-2)) * gate
-        x = x + self.cross_attn(self.norm3(x), k, v)
-        y = (self._norm(x) * (1 + scale) + shift).to(self.ffn[0].compute_dtype)
+        attn, cross, norm3, ops = self.self_attn, self.cross_attn, self.norm3, self.ops
+        y = attn.o(ops.cast(y.flatten(-2), attn.o.input_dtype))
+        x, normed = ops.add_norm(x, y, gate, norm3.weight, norm3.bias, cross.q.input_dtype)
+        x, normed = ops.add_norm(x, cross(normed, k, v, ops), None, 1 + scale, shift, self.ffn[0].input_dtype)
+        return ops.add(x, self._feed_forward(normed), ffn_gate)
+
+    def _feed_forward(self, x: LinearInput) -> Tensor:
+        up, _, down = self.ffn
         if self.ffn_chunk is None:
-            y = self.ffn(y)
+            return down(self.ops.gelu_linear(up, x, down.input_dtype))
+        if isinstance(x, Fp8Rows):
+            parts = [Fp8Rows(*part) for part in zip(*(tensor.split(self.ffn_chunk) for tensor in x), strict=True)]
         else:
-            y = torch.cat([self.ffn(part) for part in y.split(self.ffn_chunk)])
-        return x + y * ffn_gate
+            parts = x.split(self.ffn_chunk)
+        return torch.cat([down(self.ops.gelu_linear(up, part, down.input_dtype)) for part in parts])
 
     def forward(
         self, x: Tensor, e: Tensor, rows: Rows, rope: Rope, context: Tensor, cached: KeysValues | None
     ) -> BlockOutput:
-        q, k, v = self.attention_inputs(x, e, rows, rope)
-        y = self.self_attn.attention(q, k, v)
+        y = self.self_attn.attention(*self.attention_inputs(x, e, rows, rope))
         context_kv = self.cross_attn.keys_values(context) if cached is None else cached
         return self.attention_outputs(x, y, e, rows, *context_kv), context_kv
-
-    def _norm(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (self.dim,), eps=EPS)
 
 
 KeysValues = tuple[Tensor, Tensor]
@@ -240,11 +253,18 @@ def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=1).float()
 
 
-def meta_model(config: WanConfig, compute: torch.dtype, fp8: Mapping[str, Fp8Weight] | None = None) -> WanModel:
+def meta_model(
+    config: WanConfig,
+    compute: torch.dtype,
+    fp8: Mapping[str, Fp8Weight] | None = None,
+    *,
+    fp8_products: bool = False,
+) -> WanModel:
     """The model without memory, each parameter in its dtype (`parameter_dtype`), frozen.
 
     Args:
         fp8: the weights that stay fp8, by parameter name.
+        fp8_products: the layers of `FP8_PRODUCTS`, whose weights are in `fp8` as e4m3, multiply fp8 by fp8.
     """
     with torch.device("meta"):
         model = WanModel(config)
@@ -253,4 +273,8 @@ def meta_model(config: WanConfig, compute: torch.dtype, fp8: Mapping[str, Fp8Wei
         parameter.requires_grad_(False)
     for name, stored in (fp8 or {}).items():
         model.get_submodule(name.removesuffix(".weight")).keep_fp8(stored, parameter_dtype(name, compute))
+    if fp8_products:
+        for layer in (block.get_submodule(name) for block in model.blocks for name in FP8_PRODUCTS):
+            assert layer.weight.dtype == E4M3, layer.weight.dtype
+            layer.fp8_product = True
     return model.eval()

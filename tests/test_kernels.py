@@ -1,0 +1,31 @@
+"""The Triton kernels and where the fused arithmetic may run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from wan_pack.wan.ops import OPS, check_kernels
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, of torch's CUDA builds")
+def test_triton_kernels_equal_their_plain_forms():
+    """Every kernel, and a whole forward, in Triton's interpreter; it must be on before Triton is imported."""
+    script = Path(__file__).resolve().parent / "triton_kernels.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    made = {line.split()[0] for line in run.stdout.splitlines()}
+    assert made == {"norm", "add_norm", "add", "cast", "gelu", "rms_norm", "rotate", "message", "model,"}
+
+
+def test_fused_kernels_need_a_gpu():
+    for name in OPS:
+        check_kernels((8, 0), name)
+    check_kernels(None, "plain")
+    with pytest.raises(ValueError, match="'triton', which needs a GPU; choose 'plain'"):
+        check_kernels(None, "triton")

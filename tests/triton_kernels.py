@@ -1,0 +1,110 @@
+"""Compares the Triton kernels with their plain forms: on a GPU or, where TRITON_INTERPRET=1 is set, on the CPU.
+
+Prints one line per comparison that was made. tests/test_kernels.py runs it in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import product
+
+import torch
+from mount import mount_pack
+
+mount_pack()
+from tiny import TINY, random_weights  # noqa: E402
+from wan_pack.wan.kernels.ops import triton_ops  # noqa: E402
+from wan_pack.wan.linear import E4M3, FP8_PRODUCTS, Fp8Rows, Fp8Weight, quantise_rows  # noqa: E402
+from wan_pack.wan.model import TextContext, WanModel, meta_model, pad_text, parameter_dtype  # noqa: E402
+from wan_pack.wan.ops import PLAIN  # noqa: E402
+from wan_pack.wan.rope import rope_table  # noqa: E402
+
+TOKENS, COLUMNS, HEAD = 3, 48, 8
+"""Of 6 heads; 48 columns do not fill a block of 64."""
+BF16 = torch.bfloat16
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+TRITON = triton_ops()
+
+
+def near(name: str, out: object, expected: object) -> None:
+    """Equal in float32; in other types up to one code, as the interpreter cuts off where a GPU rounds."""
+    pairs = zip(out, expected, strict=True) if isinstance(expected, tuple) else [(out, expected)]
+    for got, want in pairs:
+        if isinstance(want, Fp8Rows):
+            near(name, got, tuple(want))
+            continue
+        assert got.dtype == want.dtype and got.shape == want.shape, (name, got.dtype, got.shape, want.shape)
+        relative, least = {BF16: (2**-7, 2e-6), E4M3: (2**-3, 2**-9)}.get(want.dtype, (1e-5, 1e-5))
+        got, want = got.float(), want.float()
+        if relative == 2**-3:
+            # Rounding up to a power of two, the interpreter loses the carry: half of it comes out.
+            got = torch.where((want.abs().frexp().mantissa == 0.5) & (2 * got == want), want, got)
+        torch.testing.assert_close(got, want, rtol=relative, atol=least, msg=lambda m: f"{name}: {m}")
+    print(name)
+
+
+def compare(values: torch.Generator) -> None:
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=values).to(DEVICE)
+
+    x, y = draw(TOKENS, COLUMNS), draw(TOKENS, COLUMNS).to(BF16)
+    affine = draw(COLUMNS), draw(COLUMNS)
+    shared, own = (draw(1, COLUMNS), draw(1, COLUMNS)), (draw(TOKENS, COLUMNS), draw(TOKENS, COLUMNS))
+    pairs = {"affine": affine, "shared": shared, "own": own}
+    for (kind, pair), dtype in product(pairs.items(), (torch.float32, BF16, E4M3)):
+        near(f"norm {kind} {dtype}", TRITON.norm(x, *pair, dtype), PLAIN.norm(x, *pair, dtype))
+        for gate in (None, shared[0], own[0]):
+            out, expected = (ops.add_norm(x, y, gate, *pair, dtype) for ops in (TRITON, PLAIN))
+            near(f"add_norm {kind} {dtype}", out, expected)
+    for gate in (shared[0], own[0]):
+        near("add", TRITON.add(x, y, gate), PLAIN.add(x, y, gate))
+    zeros = torch.zeros(TOKENS, COLUMNS, dtype=BF16, device=DEVICE)
+    for rows in (y, zeros):
+        near("cast", TRITON.cast(rows, E4M3), PLAIN.cast(rows, E4M3))
+    layer = torch.nn.Identity()
+    wide = (3 * draw(TOKENS, 80)).to(BF16)
+    near("gelu", TRITON.gelu_linear(layer, wide, E4M3), PLAIN.gelu_linear(layer, wide, E4M3))
+    weights = draw(COLUMNS), draw(COLUMNS)
+    near("rms_norm", TRITON.rms_norm(x, weights[0]), PLAIN.rms_norm(x, weights[0]))
+    rope = rope_table((1, 1, TOKENS), HEAD, device=DEVICE)
+    projections = x, draw(TOKENS, COLUMNS), draw(TOKENS, COLUMNS)
+    for rows in (x, y):
+        near("rotate", TRITON.rotate(rows, weights[0], rope, HEAD), PLAIN.rotate(rows, weights[0], rope, HEAD))
+    # Six heads over these: even, uneven, and fewer than ranks.
+    for ranks in (1, 2, 4, 5, 8):
+        out, expected = (ops.message(projections, weights, rope, HEAD, ranks) for ops in (TRITON, PLAIN))
+        near(f"message to {ranks}", out, expected)
+
+
+def compare_models() -> None:
+    """A whole forward, with full and with fp8 products."""
+    names = (f"blocks.{i}.{layer}.weight" for i, layer in product(range(TINY.num_layers), FP8_PRODUCTS))
+    fp8 = dict.fromkeys(names, Fp8Weight(E4M3, scaled=True))
+    tokens = torch.randn(6, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    for products in (False, True):
+        model = meta_model(TINY, torch.float32, fp8 if products else None, fp8_products=products)
+        weights = {name: t.to(parameter_dtype(name, torch.float32)) for name, t in random_weights().items()}
+        for name in fp8 if products else ():
+            weights[name], weights[f"{name}_scale"] = quantise_rows(weights[name], E4M3)
+        model.load_state_dict(weights, assign=True)
+        model.to(DEVICE)
+        out = []
+        for ops in (PLAIN, TRITON):
+            out.append(_forward(model, ops, tokens))
+        error = ((out[1] - out[0]).norm() / out[0].norm()).item()
+        assert error < (2e-2 if products else 1e-5), f"fp8 {products}: {error}"
+        print("model, fp8", products)
+
+
+def _forward(model: WanModel, ops: object, tokens: torch.Tensor) -> torch.Tensor:
+    for block in model.blocks:
+        block.ops = ops
+    text = TextContext(pad_text(torch.ones(2, TINY.text_dim, device=DEVICE)))
+    rope = rope_table((1, 2, 3), TINY.head_dim, device=DEVICE)
+    return model(tokens, torch.tensor([700.0], device=DEVICE), text, rope)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        compare(torch.Generator().manual_seed(0))
+        compare_models()

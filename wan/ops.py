@@ -1,0 +1,117 @@
+"""The arithmetic around a block's matrix products: plain torch, or fused kernels that compute the same.
+
+Shapes as in model.py. A new implementation is one entry in `OPS`; what each function does is said at `PLAIN`'s.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import EPS
+from .linear import Linear, LinearInput, cast_rows
+from .rope import apply_rope
+
+Rope = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """One implementation. The functions of `PLAIN` say what each does; others round at most once more or less."""
+
+    name: str
+    cast: Callable[[Tensor, torch.dtype], LinearInput]
+    norm: Callable[[Tensor, Tensor, Tensor, torch.dtype], LinearInput]
+    add_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, torch.dtype], tuple[Tensor, LinearInput]]
+    add: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rms_norm: Callable[[Tensor, Tensor], Tensor]
+    rotate: Callable[[Tensor, Tensor, Rope, int], Tensor]
+    message: Callable[[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor], Rope, int, int], Tensor]
+    gelu_linear: Callable[[Linear, LinearInput, torch.dtype], LinearInput]
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> LinearInput:
+    """Layer norm, times `weight` plus `bias`, cast (linear.cast_rows).
+
+    Args:
+        x: [S, C] float32.
+        weight, bias: float32; [C] of the layer, or a modulation's [1, C] or [S, C].
+    """
+    if weight.dim() == 1:
+        return cast_rows(F.layer_norm(x, weight.shape, weight, bias, eps=EPS), dtype)
+    return cast_rows(F.layer_norm(x, weight.shape[-1:], eps=EPS) * weight + bias, dtype)
+
+
+def add_norm(
+    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, LinearInput]:
+    """The residual x + gate * y (gate None: 1), [S, C] float32, and its `norm`. y: [S, C]; gate: [1, C] or [S, C]."""
+    x = x + y if gate is None else add(x, y, gate)
+    return x, norm(x, weight, bias, dtype)
+
+
+def add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * y: [S, C] float32."""
+    return x + y * gate
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """x: [S, C] -> normed over all heads together and times `weight` [C], in float32, then in the dtype of x."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), EPS).to(x.dtype)
+
+
+def rotate(x: Tensor, weight: Tensor, rope: Rope, head_dim: int) -> Tensor:
+    """x: [S, C], a projection to queries or keys -> [S, H, D]: normed over all heads, rotated, rounded to x's dtype."""
+    normed = F.rms_norm(x.float(), weight.shape, weight.float(), EPS)
+    return apply_rope(normed.unflatten(-1, (-1, head_dim)), *rope).to(x.dtype)
+
+
+def message(
+    projections: tuple[Tensor, Tensor, Tensor], weights: tuple[Tensor, Tensor], rope: Rope, head_dim: int, ranks: int
+) -> Tensor:
+    """What Ulysses sends, in one buffer: per rank [S, 3, h, D] for its h heads.
+
+    Args:
+        projections: to queries, keys and values, each [S, C].
+        weights: of the norms of queries and keys.
+    Returns:
+        [S * 3 * H, D].
+    """
+    q, k, v = projections
+    rotated = [rotate(x, weight, rope, head_dim) for x, weight in zip((q, k), weights, strict=True)]
+    qkv = torch.stack([*rotated, v.unflatten(-1, (-1, head_dim))], dim=1)
+    # The first ranks hold one head more where heads do not divide.
+    return torch.cat([part.reshape(-1, head_dim) for part in qkv.tensor_split(ranks, dim=2)])
+
+
+def gelu_linear(linear: Linear, x: LinearInput, dtype: torch.dtype) -> LinearInput:
+    """`linear`, then GELU (its tanh form), cast."""
+    return cast_rows(F.gelu(linear(x), approximate="tanh"), dtype)
+
+
+PLAIN = Ops("plain", cast_rows, norm, add_norm, add, rms_norm, rotate, message, gelu_linear)
+
+
+def _triton() -> Ops:
+    from .kernels.ops import triton_ops
+
+    return triton_ops()
+
+
+def check_kernels(capability: tuple[int, int] | None, name: str) -> None:
+    """Raises ValueError if the implementation cannot run on a GPU of that compute capability (None: no GPU)."""
+    if name != "triton":
+        return
+    if capability is None:
+        raise ValueError("kernels is 'triton', which needs a GPU; choose 'plain'")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("kernels is 'triton', but the package triton is not installed; choose 'plain' or install it")
+
+
+OPS: dict[str, Callable[[], Ops]] = {"plain": lambda: PLAIN, "triton": _triton}
+"""The names are those of `Parallel.kernels`."""
