@@ -48,14 +48,27 @@ def list_gpus() -> list[Gpu]:
 
 
 def choose_gpus(gpu_count: int, gpu_ids: str = "", visible: str | None = None) -> tuple[int, tuple[str, ...]]:
-    """Which GPUs a job runs on.
+    """Which GPUs a job runs on: the first of the suitable ones.
+
+    Arguments and errors are those of `suitable_gpus`.
+
+    Returns:
+        processes, and one physical id per process (none on a machine without a GPU).
+    """
+    chosen = suitable_gpus(gpu_count, gpu_ids, visible)
+    if not chosen:
+        return max(gpu_count, 1), ()
+    chosen = chosen[: gpu_count or len(chosen)]
+    return len(chosen), tuple(gpu.index for gpu in chosen)
+
+
+def suitable_gpus(gpu_count: int, gpu_ids: str = "", visible: str | None = None) -> list[Gpu]:
+    """The GPUs that `gpu_count` may be chosen from; none on a machine without a GPU.
 
     Args:
         gpu_count: 0 for all suitable ones: those of at least half the memory of the largest.
         gpu_ids: "0,2" or UUIDs to choose from; empty for all visible ones.
         visible: the user's CUDA_VISIBLE_DEVICES; None for no limit.
-    Returns:
-        processes, and one physical id per process (none on a machine without a GPU).
     Raises:
         ValueError: naming what was asked for and what there is.
     """
@@ -76,7 +89,7 @@ def choose_gpus(gpu_count: int, gpu_ids: str = "", visible: str | None = None) -
             raise ValueError(
                 f"gpu_count is {gpu_count}; without a GPU it must be 1 to {MAX_CPU_PROCESSES} CPU processes"
             )
-        return max(gpu_count, 1), ()
+        return []
     listed = "; ".join(map(str, gpus))
     # Without a word from the user, a small one beside large ones is left alone: every rank takes the same share.
     largest = max(gpu.total_bytes for gpu in gpus)
@@ -89,8 +102,7 @@ def choose_gpus(gpu_count: int, gpu_ids: str = "", visible: str | None = None) -
             raise ValueError(f"gpu_count is {gpu_count}, but gpu_ids names {len(chosen)}: {gpu_ids}")
     if gpu_count > len(chosen):
         raise ValueError(f"gpu_count is {gpu_count}; it must be 1 to {len(chosen)}. The GPUs are: {listed}")
-    chosen = chosen[: gpu_count or len(chosen)]
-    return len(chosen), tuple(gpu.index for gpu in chosen)
+    return chosen
 
 
 def _visible(gpus: list[Gpu], visible: str | None) -> list[Gpu]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +18,17 @@ class HostParking:
     Storages are emptied and refilled in place, so that everything that points at them stays valid: views, shards,
     what FSDP keeps. The host copy is one buffer, page-locked for a GPU: torch's own pinned allocator would round every
     tensor up to a power of two, which is tens of GB too much for a 14B expert.
+
+    Args:
+        without: parts of `model` to leave alone.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, without: Iterable[nn.Module] = ()) -> None:
         storages = {}
+        others = {id(parameter) for part in without for parameter in part.parameters()}
         for parameter in model.parameters():
+            if id(parameter) in others:
+                continue
             storage = local_rows(parameter)[0].untyped_storage()
             storages[storage._cdata] = storage
         self._storages = list(storages.values())
@@ -37,7 +45,8 @@ class HostParking:
             return
         self._sizes = [storage.nbytes() for storage in self._storages]
         self._host = torch.empty(sum(self._sizes), dtype=torch.uint8)
-        self._lock_pages(True)
+        if self._on_cuda:
+            lock_pages(self._host)
         for storage, copy in zip(self._storages, self._host.split(self._sizes), strict=True):
             copy.copy_(_bytes_of(storage))
             storage.resize_(0)
@@ -53,6 +62,12 @@ class HostParking:
             torch.cuda.current_stream().synchronize()
         self._free_host()
 
+    @contextmanager
+    def writable(self) -> Iterator[None]:
+        """Inside, the model's parameters can be written."""
+        self.fetch()
+        yield
+
     def drop(self) -> None:
         """Frees both: the model is not needed any more."""
         for storage in self._storages:
@@ -63,19 +78,22 @@ class HostParking:
     def _on_cuda(self) -> bool:
         return any(storage.device.type == "cuda" for storage in self._storages)
 
-    def _lock_pages(self, lock: bool) -> None:
-        if not self._on_cuda or self._host is None:
-            return
-        runtime = torch.cuda.cudart()
-        if not lock:
-            runtime.cudaHostUnregister(self._host.data_ptr())
-        elif int(runtime.cudaHostRegister(self._host.data_ptr(), self._host.numel(), 0)) != 0:
-            # A container may forbid locked memory; the copy is then slower, not wrong.
-            logging.getLogger(__name__).warning("offload: host memory could not be page-locked")
-
     def _free_host(self) -> None:
-        self._lock_pages(False)
+        if self._on_cuda and self._host is not None:
+            unlock_pages(self._host)
         self._host = None
+
+
+def lock_pages(host: Tensor) -> None:
+    """Page-locks a CPU tensor, so that copies to and from a GPU run by themselves."""
+    if int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)) != 0:
+        # A container may forbid locked memory; the copy is then slower, not wrong.
+        logging.getLogger(__name__).warning("host memory could not be page-locked; copies to the GPU are slower")
+
+
+def unlock_pages(host: Tensor) -> None:
+    """Undoes `lock_pages`, before the tensor's memory is freed."""
+    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

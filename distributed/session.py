@@ -7,18 +7,23 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from ..wan.attention import AttentionKernel, choose_kernel
 from ..wan.denoise import HIGH_NOISE, LOW_NOISE
+from ..wan.linear import check_precision
 from ..wan.model import WanModel
-from .experts import COMPUTE_DTYPES, load_expert, relora_expert
+from ..wan.ops import check_kernels
+from ..wan.preview import PreviewMap, preview_of_vae
+from ..wan.vae import load_vae
+from .experts import COMPUTE_DTYPES, Weights, load_expert, relora_expert
 from .groupdir import GroupDir
+from .hosts.hostfile import HostsDir
 from .job import FileIdentity, Job, JobError, LoraFile
 from .mesh import Mesh, init_mesh
-from .offload import HostParking
 from .parallelize import set_shard
 from .sequence import SequenceShard
 from .vae import RankVae
@@ -54,11 +59,12 @@ class Session:
     mesh: Mesh | None = None
     models: dict[str, WanModel] = field(default_factory=dict)
     """Expert name -> model."""
-    weights: dict[str, HostParking] = field(default_factory=dict)
+    weights: dict[str, Weights] = field(default_factory=dict)
     """Expert name -> its weights, which can be parked in host memory."""
     _loaded: dict[str, _Loaded] = field(default_factory=dict)
     _joined: bool = False
     _vae: RankVae | None = None
+    _preview_map: PreviewMap | None = None
 
     @classmethod
     def of(cls, job: Job) -> Session:
@@ -67,7 +73,15 @@ class Session:
         if world != job.parallel.gpu_count:
             raise JobError(f"WORLD_SIZE is {world}; the job was written for {job.parallel.gpu_count}")
         device = _device(job)
-        kernel = choose_kernel(device, COMPUTE_DTYPES[job.parallel.mixed_precision])
+        parallel = job.parallel
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        try:
+            kernel = choose_kernel(capability, COMPUTE_DTYPES[parallel.mixed_precision], parallel.attention)
+            check_precision(capability, parallel.linear_precision)
+            check_kernels(capability, parallel.kernels)
+        except ValueError as error:
+            raise JobError(str(error)) from error
+        log.info("attention kernel %s: %s", kernel.name, kernel.reason)
         return cls(rank=int(os.environ["RANK"]), world=world, device=device, kernel=kernel)
 
     @property
@@ -90,6 +104,7 @@ class Session:
             device=self.device,
             store_file=group.process_group,
             master_port=job.parallel.master_port,
+            published=HostsDir(group.path).store if job.parallel.hosts else None,
             # Behind the launcher's own time-outs: it sees all ranks, and so which of them the others wait for.
             timeout=max(job.parallel.start_timeout, job.parallel.stall_timeout) + 60,
         )
@@ -124,17 +139,17 @@ class Session:
             def report(done: int, total: int, name: str = name, index: int = index) -> None:
                 on_tensor(f"{name} expert", index * total + done, total * len(stale))
 
-            if job.parallel.offload_model:
+            if job.parallel.parks_experts:
                 for other in set(self.weights) - {name}:
                     self.weights[other].park()
             paths = [file.path for file in wanted[name].files]
             loras = [(lora.file.path, lora.strength) for lora in wanted[name].loras]
             if name in self.models:
                 before = [lora.file.path for lora in self._loaded.pop(name).loras]
-                self.weights[name].fetch()
-                changed = relora_expert(
-                    self.models[name], paths, before, loras, device=self.device, expert=name, on_tensor=report
-                )
+                with self.weights[name].writable():
+                    changed = relora_expert(
+                        self.models[name], paths, before, loras, device=self.device, expert=name, on_tensor=report
+                    )
                 if not changed:
                     self._drop(name)
             if name not in self.models:
@@ -142,8 +157,8 @@ class Session:
                     paths, loras,
                     parallel=job.parallel, mesh=self.mesh, shard=shard, device=self.device,
                     expert=name, attention=self.kernel.run, on_tensor=report, meanwhile=meanwhile,
+                    on_weights=partial(self.weights.__setitem__, name),
                 )  # fmt: skip
-                self.weights[name] = HostParking(self.models[name])
             self._loaded[name] = wanted[name]
         for name in names:
             log.debug("%s expert: %s", name, "loaded now" if name in stale else "kept from the job before")
@@ -173,6 +188,14 @@ class Session:
             files = [file.path for file in job.model.vae]
             self._vae = RankVae(files, dtype=self.vae_dtype(job), device=self.device, group=self.group)
         return self._vae
+
+    def preview_map(self, job: Job) -> PreviewMap:
+        """How latents look, fitted on first use. Not collective: for the rank that shows them."""
+        if self._preview_map is None:
+            # A VAE of its own, dropped at once: the calls of the split one are collective, and it would stay.
+            files = [file.path for file in job.model.vae]
+            self._preview_map = preview_of_vae(load_vae(files, dtype=self.vae_dtype(job), device=self.device))
+        return self._preview_map
 
     def vae_dtype(self, job: Job) -> torch.dtype:
         """bfloat16 decodes three times as fast on a GPU; fp16 and fp32 jobs, and CPUs, decode as the official code."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..distributed.job import MAX_GPUS, MIXED_PRECISION, ULYSSES_ENGINES
+from ..distributed.job import ATTENTION, KERNELS, LINEAR_PRECISION, MAX_GPUS, MIXED_PRECISION, ULYSSES_ENGINES
+from .hostfiles import THIS_MACHINE, hostfile_names
 
 GPU_COUNT = {
     "default": 0,
@@ -29,6 +30,14 @@ OFFLOAD_MODEL = {
     "tooltip": "The expert that is not at work waits in host memory. Halves the GPU memory for weights, "
     "costs one transfer at the switch between the experts.",
 }
+AS_SET = "as set"
+PLAN = {
+    "default": "auto",
+    "tooltip": "auto: the fastest layout that fits the GPUs' free memory; the status says which and why. gpu_count 0 "
+    "then picks the GPUs, use_fsdp shards only where memory needs it, and offload_model, stream_blocks and "
+    "memory_optimization, when off, are turned on only where nothing else fits. as set: every switch as it is.",
+}
+"""On this node and on those that make videos."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +63,19 @@ class DistributedConfig:
     keep_warm_seconds: int = 0
     cfg_parallel: str = "auto"
     """auto, on or off."""
+    stream_blocks: bool = False
+    plan: str = "auto"
+    """auto or `AS_SET`."""
+    attention: str = "auto"
+    linear_precision: str = "full"
+    kernels: str = "plain"
+    hostfile: str = THIS_MACHINE
+    """THIS_MACHINE, or the name of a file in `host.hostfiles_folder`."""
+
+    @property
+    def hosts(self) -> bool:
+        """Whether a hostfile says where the job runs."""
+        return self.hostfile != THIS_MACHINE
 
 
 class WanVideoDistributedConfig:
@@ -126,7 +148,8 @@ class WanVideoDistributedConfig:
                     {
                         "default": "packed",
                         "tooltip": "packed: one all-to-all into the attention and one out of it. "
-                        "deepspeed: DeepSpeed's DistributedAttention, for comparison.",
+                        "deepspeed: DeepSpeed's DistributedAttention, for comparison. packed-overlap: sends while it "
+                        "computes; not measured yet.",
                     },
                 ),
                 "start_timeout": (
@@ -166,6 +189,50 @@ class WanVideoDistributedConfig:
                         "tooltip": "Half of the GPUs compute what the prompt asks for, half what the negative prompt "
                         "does, at the same time: the fastest split when guidance is over 1. The video is the same. "
                         "auto: on with an even number of GPUs and guidance over 1 at every step.",
+                    },
+                ),
+                "stream_blocks": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "tooltip": "For small GPUs: the model waits in host memory, and each block is copied to the "
+                        "GPU while the one before it computes. The GPU holds two blocks at a time; the host needs "
+                        "room for both experts on each GPU's behalf. Does not go with use_fsdp when plan is 'as set'.",
+                    },
+                ),
+                "plan": (["auto", AS_SET], PLAN),
+                "attention": (
+                    list(ATTENTION),
+                    {
+                        "default": "auto",
+                        "tooltip": "The attention kernel. auto: the fastest exact one for the GPU. fa3 (Hopper) needs "
+                        "the package fa3-fwd. fa3-fp8 and sage compute in 8 bits: faster, but the video changes.",
+                    },
+                ),
+                "linear_precision": (
+                    list(LINEAR_PRECISION),
+                    {
+                        "default": "full",
+                        "tooltip": "fp8: the large matrix products in 8 bits, for half of the weights' memory and "
+                        "more speed; the video changes. Needs an Ada, Hopper or newer GPU and mixed_precision bf16.",
+                    },
+                ),
+                "kernels": (
+                    list(KERNELS),
+                    {
+                        "default": "plain",
+                        "tooltip": "How the arithmetic between the matrix products is computed. triton: fused GPU "
+                        "kernels, instead of torch_compile. Not measured yet.",
+                    },
+                ),
+                "hostfile": (
+                    [THIS_MACHINE, *hostfile_names()],
+                    {
+                        "default": THIS_MACHINE,
+                        "tooltip": "Run on several machines: a file of user/wan_distributed/hostfiles with a line "
+                        "'NAME slots=GPUS' for each, as DeepSpeed's launcher reads it; gpu_count has no effect then. "
+                        "They need ssh without a password, pdsh, and ComfyUI's temp and model folders at the same "
+                        "paths.",
                     },
                 ),
             },

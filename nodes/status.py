@@ -14,6 +14,8 @@ class Status:
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
+        self.plan = ""
+        """How the job was laid out, and why: lines of text."""
 
     def note(self, *lines: str) -> None:
         """Adds lines that are not there yet: the job carries them and its result repeats them."""
@@ -40,6 +42,9 @@ class Status:
         for name, key in (("GPU memory", "peak_gpu_bytes"), ("host memory", "peak_rss_bytes")):
             if any(info[key]):
                 lines.append(f"- peak {name} per process: " + ", ".join(f"{size / GIB:.2f} GiB" for size in info[key]))
+        if self.plan:
+            first, *rest = self.plan.splitlines()
+            lines += [f"- {first}", *(f"  - {line}" for line in rest)]
         lines += ["- settings:", *(f"  - {name}: {value}" for name, value in info["settings"].items())]
         if self.warnings:
             lines += ["- warnings:", *(f"  - {line}" for line in self.warnings)]

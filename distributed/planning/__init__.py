@@ -1,0 +1,1 @@
+"""Chooses how a job runs, before it does. Standard library only, but for the files' headers."""

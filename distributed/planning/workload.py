@@ -1,0 +1,94 @@
+"""What a job computes, for the planner: sizes from its files' headers."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+
+from ...wan.checkpoint import Checkpoint
+from ...wan.latents import SPATIAL_STRIDES
+from ...wan.t5_keys import check_text_encoder_files, module_shapes
+from ..experts import COMPUTE_DTYPES
+from ..job import Parallel
+from ..model_files import FileIdentity, ModelFiles
+from ..preflight import needs_negative
+from ..sampling import Sampling
+from ..weights import empty_model
+from .memory import Workload
+
+VAE_BYTES = {16: 254_000_000, 48: 1_410_000_000}
+"""Latent channels -> bytes of the VAE's parameters in bf16."""
+BF16_BYTES = 2
+
+
+def workload_of(
+    model: ModelFiles,
+    sampling: Sampling,
+    parallel: Parallel,
+    *,
+    encodes_text: bool,
+    given_frames: bool = False,
+    decode: bool = True,
+) -> Workload:
+    """Sizes of the job's parts, as they are kept on a GPU.
+
+    Args:
+        parallel: of which the precisions count.
+        encodes_text: the job runs the text encoder.
+        given_frames: some frames are given to a TI2V model.
+    """
+    sizes = [
+        _expert_bytes(files, parallel.mixed_precision, parallel.linear_precision == "fp8")
+        for files in (model.high_noise, model.low_noise)
+        if files
+    ]
+    checkpoint = Checkpoint([file.path for file in model.transformer])
+    text_bytes = 0
+    if encodes_text:
+        info = check_text_encoder_files(
+            [file.path for file in model.text_encoder], [file.path for file in model.tokenizer]
+        )
+        text_bytes = BF16_BYTES * sum(math.prod(shape) for shape in module_shapes(info).values())
+    return Workload(
+        config=checkpoint.config,
+        stride=SPATIAL_STRIDES[checkpoint.config.out_dim],
+        width=sampling.width,
+        height=sampling.height,
+        num_frames=sampling.num_frames,
+        steps=len(sampling.step_range),
+        experts=tuple(expert for expert, _ in sizes),
+        block_bytes=max(block for _, block in sizes),
+        fp8=bool(checkpoint.fp8) and parallel.linear_precision != "fp8",
+        vae_bytes=VAE_BYTES[checkpoint.config.out_dim],
+        text_bytes=text_bytes,
+        guided=needs_negative(model, sampling),
+        given_frames=given_frames,
+        decode=decode,
+    )
+
+
+# Of the files as they are now, whose identity is the key: the jobs of a batch ask for the same again and again.
+@functools.lru_cache(maxsize=8)
+def _expert_bytes(files: tuple[FileIdentity, ...], mixed_precision: str, fp8_products: bool) -> tuple[int, int]:
+    """Bytes of an expert's parameters on one GPU, and of its largest block's."""
+    checkpoint = Checkpoint([file.path for file in files])
+    model = empty_model(checkpoint, COMPUTE_DTYPES[mixed_precision], fp8_products=fp8_products)
+    blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in model.blocks]
+    return sum(parameter.nbytes for parameter in model.parameters()), max(blocks)
+
+
+def available_host_bytes() -> int | None:
+    """Host memory that is available, in a container what its limit leaves; None if the system does not tell."""
+    found = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) << 10)
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit.isdecimal():
+            found.append(int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError, IndexError):
+        pass
+    return max(min(found), 0) if found else None

@@ -1,0 +1,131 @@
+"""How a job runs: planned for the GPUs that there are, or as the switches say."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..distributed.job import ModelFiles, Parallel, Sampling
+from . import host, warm
+from .config import AS_SET, DistributedConfig
+from .status import Status
+
+if TYPE_CHECKING:
+    from ..distributed.planning.plan import Plan
+    from ..distributed.planning.policies import Request
+    from ..distributed.planning.topology import Topology
+
+
+def planned(
+    settings: Mapping[str, Any],
+    chosen: DistributedConfig,
+    literal: Callable[[], Parallel],
+    model: ModelFiles,
+    sampling: Sampling,
+    *,
+    task: str,
+    encodes_text: bool,
+    status: Status,
+) -> tuple[Parallel, Sampling]:
+    """The layout of the job and, where dynamic_resolution lowers it, its size. The status gets the plan.
+
+    Args:
+        literal: the switches as they are.
+        task: of the model: t2v, i2v or ti2v.
+        encodes_text: the job runs the text encoder.
+    Raises:
+        ValueError: the video does not fit; the message says what would.
+    """
+    from ..distributed.gpus import suitable_gpus
+    from ..distributed.planning.plan import DoesNotFit, as_set, make_plan
+    from ..distributed.planning.workload import available_host_bytes, workload_of
+
+    dynamic = settings.get("dynamic_resolution", False)
+    here = chosen.plan != AS_SET and not chosen.hosts
+    gpus = suitable_gpus(chosen.gpu_count, chosen.gpu_ids, host.visible_gpus()) if here else []
+    reason = _unplanned(chosen, [gpu.total_bytes for gpu in gpus])
+    if reason is not None:
+        if dynamic:
+            status.note(f"dynamic_resolution had no effect: {reason}")
+        return _shown(as_set(literal(), reason), status), sampling
+    # What ComfyUI itself holds is not in the job's way.
+    host.free_memory()
+    gpus = warm.pool().without_idle(suitable_gpus(chosen.gpu_count, chosen.gpu_ids, host.visible_gpus()))
+    request = _request(chosen, model, sampling)
+    image = settings.get("start_image") is not None
+    sized = settings.get("samples") is not None or settings.get("image_embeds") is not None
+    work = workload_of(
+        model,
+        sampling,
+        request.base,
+        encodes_text=encodes_text,
+        given_frames=task == "ti2v" and image,
+        decode=settings.get("decode_video", True) or image,
+    )
+    plan = functools.partial(make_plan, request=request, gpus=gpus, links=_links(), host_bytes=available_host_bytes())
+    try:
+        made = plan(work)
+    except DoesNotFit as error:
+        # Latents that are given have a size of their own.
+        if not dynamic or error.size is None or sized:
+            raise
+        width, height = error.size
+        made = plan(dataclasses.replace(work, width=width, height=height))
+        status.note(
+            f"dynamic_resolution lowered the video from {sampling.width}x{sampling.height} to {width}x{height}, the "
+            "largest that fits"
+        )
+        sampling = dataclasses.replace(sampling, width=width, height=height)
+    return _shown(made, status), sampling
+
+
+def literal_values(chosen: DistributedConfig) -> dict[str, Any]:
+    """A config's values for Parallel."""
+    values = dataclasses.asdict(chosen)
+    for name in ("plan", "hostfile"):
+        del values[name]
+    for name in ("start_timeout", "stall_timeout", "keep_warm_seconds"):
+        values[name] = float(values[name])
+    return values
+
+
+def _unplanned(chosen: DistributedConfig, total_bytes: list[int]) -> str | None:
+    """Why the switches are taken as they are, or None."""
+    if chosen.plan == AS_SET:
+        return "plan is 'as set': the switches are taken as they are"
+    if chosen.hosts:
+        return "the job runs on several machines: the switches are taken as they are"
+    if not total_bytes:
+        return "there is no GPU, whose memory would be the limit: the switches are taken as they are"
+    if not all(total_bytes):
+        return "nvidia-smi does not tell the memory of a MIG slice: the switches are taken as they are"
+    return None
+
+
+def _request(chosen: DistributedConfig, model: ModelFiles, sampling: Sampling) -> Request:
+    from ..distributed.planning.policies import Request
+    from ..distributed.preflight import always_guided
+
+    base = Parallel(**{**literal_values(chosen), "gpu_count": 1, "gpu_ids": (), "cfg_parallel": False})
+    return Request(
+        base=base,
+        gpu_count=chosen.gpu_count,
+        cfg_parallel=chosen.cfg_parallel,
+        always_guided=always_guided(model, sampling),
+    )
+
+
+def _shown(plan: Plan, status: Status) -> Parallel:
+    status.plan = plan.block()
+    host.log(status.plan)
+    return plan.parallel
+
+
+@functools.cache
+def _links() -> Topology:
+    """They stay as they are while ComfyUI runs."""
+    from ..distributed.planning.topology import read_topology
+
+    return read_topology()

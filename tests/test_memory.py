@@ -1,0 +1,106 @@
+"""The estimate of GPU memory against what was measured."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planning import A14B, GIB, KINDS, machine, workload
+from wan_pack.distributed import parallelize
+from wan_pack.distributed.job import Parallel
+from wan_pack.distributed.planning import memory as memory
+from wan_pack.distributed.planning.memory import estimate
+
+MEASURED: list[tuple[dict[str, Any], float]] = [
+    # Peaks of torch's allocator on H200, T2V-A14B at 832x480x81 without guidance: benchmarks/results.jsonl.
+    ({"gpu_count": 1}, 59.24),
+    ({"gpu_count": 1, "torch_compile": True}, 58.21),
+    ({"gpu_count": 2}, 56.88),
+    ({"gpu_count": 2, "torch_compile": True}, 56.37),
+    ({"gpu_count": 2, "use_fsdp": True}, 32.56),
+    ({"gpu_count": 2, "use_fsdp": True, "torch_compile": True}, 32.04),
+    ({"gpu_count": 2, "use_fsdp": True, "offload_model": True, "memory_optimization": True}, 18.35),
+    ({"gpu_count": 2, "keep_warm_seconds": 60.0}, 57.12),
+]
+
+
+@pytest.mark.parametrize(("settings", "gib"), MEASURED)
+def test_measured_peaks(settings: dict[str, Any], gib: float):
+    assert estimate(workload(), Parallel(**settings)).torch_peak / GIB == pytest.approx(gib, rel=0.03)
+
+
+def test_the_weights_are_those_of_the_real_model():
+    """The sizes that these tests work with, against the model itself."""
+    import torch
+    from wan_pack.wan.config import WAN_CONFIGS
+    from wan_pack.wan.model import meta_model
+
+    for name, (expert, block, _) in KINDS.items():
+        model = meta_model(WAN_CONFIGS[name], torch.bfloat16)
+        assert sum(p.nbytes for p in model.parameters()) == expert
+        assert sum(p.nbytes for p in model.blocks[0].parameters()) == block
+
+
+def test_each_policy_takes_less_than_the_one_before():
+    """On four GPUs: whole, gathered by expert, by block, and with the idle expert parked."""
+    ways = [
+        {}, {"use_fsdp": True, "gather": "expert"}, {"use_fsdp": True},
+        {"use_fsdp": True, "offload_model": True},
+        {"use_fsdp": True, "offload_model": True, "memory_optimization": True},
+    ]  # fmt: skip
+    totals = [estimate(workload(), Parallel(gpu_count=4, **way)).total for way in ways]
+    assert totals == sorted(totals, reverse=True) and len(set(totals)) == len(totals)
+
+
+def test_streaming_holds_two_blocks():
+    work = workload()
+    parallel = Parallel(gpu_count=1, stream_blocks=True, offload_model=True)
+    assert estimate(work, parallel).weights == work.outside_bytes + 2 * A14B[1]
+    assert memory.parked_bytes(work, parallel) == 2 * A14B[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "grows"),
+    [
+        ({"guided": True}, "text"),
+        ({"given_frames": True}, "activations"),
+        ({"fp8": True}, "activations"),
+        ({"num_frames": 121}, "activations"),
+    ],
+)
+def test_what_a_video_needs_more_of(change: dict[str, Any], grows: str):
+    parallel = Parallel(gpu_count=1)
+    before, after = estimate(workload(), parallel), estimate(workload(**change), parallel)
+    assert getattr(after, grows) > getattr(before, grows)
+
+
+def test_the_phase_that_takes_most_counts():
+    """A text encoder larger than everything else; a VAE beside nothing; both beside experts that stay warm."""
+    parallel, streamed = Parallel(gpu_count=1), Parallel(gpu_count=1, stream_blocks=True, offload_model=True)
+    text = estimate(workload(text_bytes=100 * GIB), parallel)
+    assert (text.text, text.weights, text.activations) == (100 * GIB, 0, 0)
+    large = estimate(workload(width=1280, height=720), streamed)
+    assert large.activations or large.vae > 10 * GIB
+    warm = estimate(workload(text_bytes=100 * GIB), Parallel(gpu_count=1, keep_warm_seconds=1.0))
+    assert warm.weights == 2 * A14B[0]
+
+
+def test_the_feed_forward_is_chunked_as_estimated():
+    assert parallelize.FFN_CHUNK is memory.FFN_CHUNK
+
+
+def test_the_benchmark_words_what_was_refused_and_what_failed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "memory", raising=False)
+    benchmark = importlib.import_module("memory")
+    monkeypatch.setattr("wan_pack.distributed.gpus.list_gpus", lambda: machine(79.0, 79.0))
+    assert [gpu.free_bytes / GIB for gpu in benchmark.capped_gpus(1, 24.0)] == [24]
+    assert [gpu.free_bytes / GIB for gpu in benchmark.capped_gpus(2, 140.0)] == [79, 79]
+    measured = {"cap": 24, "gpus": 1, "plan": "GPU 0", "estimated_gib": 8.5, "peak_gpu_gib": 8.4, "error_percent": 1.2}
+    failed = {"cap": 16, "gpus": 1, "plan": "GPU 0", "error": "a traceback\nout of memory"}
+    rows = benchmark.table([measured, failed]).splitlines()
+    assert rows[2] == "| 24 | 1 | GPU 0 |  | 8.5 | 8.4 | 1.2 |"
+    assert rows[3] == "| 16 | 1 | GPU 0; failed: out of memory |  |  |  |  |"

@@ -1,0 +1,186 @@
+"""How a job is laid out on machines that this one is not."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from planning import Wires, machine, plan, request, words, workload
+from wan_pack.distributed.planning.plan import DoesNotFit, as_set, rank
+from wan_pack.distributed.planning.policies import policies
+
+GUIDED = {"always_guided": True}
+TEXT = 11_400_000_000
+
+
+@pytest.mark.parametrize(
+    ("free", "wires", "asked", "decision"),
+    [
+        ([140.0], "nvlink", {}, "0 ulysses1 resident"),
+        ([79.0] * 8, "nvlink", GUIDED, "0,1,2,3,4,5,6,7 cfg ulysses4 resident"),
+        ([47.0] * 4, "nvlink", {}, "0,1,2,3 ulysses4 fsdp-expert"),
+        ([39.0] * 4, "nvlink", {}, "0,1,2,3 ulysses4 fsdp-block"),
+        ([47.0] * 2, "host", {}, "0,1 ulysses2 fsdp-block"),
+        ([47.0], "host", {}, "0 ulysses1 resident offload"),
+        ([23.0] * 2, "host", {}, "0,1 ulysses2 fsdp-block offload"),
+        ([23.0], "host", {}, "0 ulysses1 stream"),
+        ([15.0], "host", {}, "0 ulysses1 stream"),
+        ([79.0, 79.0, 10.0], "nvlink", {}, "0,1 ulysses2 resident"),
+        ([31.0, 79.0], "host", {"use_fsdp": False}, "1 ulysses1 resident"),
+        ([47.0] * 2, "host", {"use_fsdp": False}, "0,1 ulysses2 resident offload"),
+        ([79.0] * 4, "nvlink", {"use_ulysses": False, "use_fsdp": False}, "0 whole resident"),
+        ([79.0] * 4, "nvlink", {"gpu_count": 3}, "0,1,2 ulysses3 resident"),
+    ],
+)
+def test_decisions(free: list[float], wires: str, asked: dict[str, Any], decision: str):
+    """T2V-A14B, 832x480, 81 frames, on GPUs with so many GiB free and links of one kind."""
+    assert words(plan(workload(guided="always_guided" in asked), request(**asked), machine(*free), wires)) == decision
+
+
+@pytest.mark.parametrize(
+    ("asked", "decision"),
+    [
+        # Of four GPUs in two pairs, two that are linked; of all four, pairs share a sequence.
+        ({"gpu_count": 2}, "0,1 ulysses2 resident"),
+        (GUIDED, "0,1,2,3 cfg ulysses2 resident"),
+    ],
+)
+def test_gpus_with_fast_links_work_together(asked: dict[str, Any], decision: str):
+    work, wires = workload(guided=True), Wires("host", pairs=True)
+    assert words(plan(work, request(**asked), machine(*[79.0] * 4), wires)) == decision
+    # The same pairs in the listing's other order: 0 with 2, 1 with 3.
+    crossed = [dataclasses.replace(gpu, index=index) for gpu, index in zip(machine(*[79.0] * 4), "0213", strict=True)]
+    ids = plan(work, request(**asked), crossed, wires).parallel.gpu_ids
+    assert abs(int(ids[0]) - int(ids[1])) == 1
+
+
+def test_switches_that_are_on_stay_on():
+    base = {"offload_model": True, "memory_optimization": True}
+    assert words(plan(workload(), request(**base), machine(140.0))) == "0 ulysses1 resident offload chunked"
+    assert words(plan(workload(), request(stream_blocks=True), machine(140.0))) == "0 ulysses1 stream"
+
+
+@pytest.mark.parametrize("wires", ["nvlink", "pcie", "host", "unknown"])
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8])
+def test_more_memory_never_leads_to_a_worse_plan(wires: str, gpus: int):
+    asked, ranks = request(always_guided=True), []
+    for free in (10, 14, 18, 23, 27, 31, 39, 47, 60, 79, 140):
+        try:
+            ranks.append(rank(plan(workload(guided=True), asked, machine(*[float(free)] * gpus), wires), asked))
+        except DoesNotFit:
+            assert not ranks
+    assert len(ranks) >= 8
+    assert ranks == sorted(ranks, reverse=True)
+
+
+def test_one_gpu_with_more_memory_never_leads_to_a_worse_plan():
+    asked = request()
+    ranks = [
+        rank(plan(workload(), asked, machine(47.0, 47.0, 31.0, free), "host"), asked)
+        for free in (10.0, 31.0, 47.0, 79.0)
+    ]
+    assert ranks == sorted(ranks, reverse=True)
+
+
+def test_every_plan_fits_and_so_does_what_it_says_would_fit():
+    for free in (15.0, 23.0, 47.0, 79.0):
+        for count in (1, 2, 4):
+            made = plan(workload(), request(), machine(*[free] * count), "host")
+            assert made.estimate is not None and made.size is not None and made.num_frames is not None
+            assert made.estimate.total <= free * 2**30
+            width, height = made.size
+            assert width >= 832 and height >= 480 and made.num_frames >= 81 and made.num_frames % 4 == 1
+            plan(workload(width=width, height=height), request(), machine(*[free] * count), "host")
+            plan(workload(num_frames=made.num_frames), request(), machine(*[free] * count), "host")
+            if made.num_frames < 4097:
+                with pytest.raises(DoesNotFit):
+                    plan(workload(num_frames=made.num_frames + 4), request(), machine(*[free] * count), "host")
+
+
+def test_what_does_not_fit_is_refused_with_what_would():
+    large = {"width": 1280, "height": 720, "num_frames": 321}
+    with pytest.raises(DoesNotFit) as error:
+        plan(workload(**large), request(), machine(15.0), "host")
+    assert str(error.value) == (
+        "1280x720 with 321 frames does not fit: it needs about 44.4 GiB on the GPU, where 15.0 GiB are free; "
+        "what fits is 688x384 with 321 frames or 1280x720 with 89 frames"
+    )
+    assert error.value.size == (688, 384)
+    plan(workload(**{**large, "width": 688, "height": 384}), request(), machine(15.0), "host")
+    plan(workload(**{**large, "num_frames": 89}), request(), machine(15.0), "host")
+
+
+def test_fewer_frames_do_not_help_where_decoding_one_is_too_much():
+    with pytest.raises(DoesNotFit, match=r"what fits is 1\d+x\d+ with 81 frames$"):
+        plan(workload(width=1280, height=720), request(), machine(11.0), "host")
+
+
+def test_sizes_that_would_fit_are_whole_tokens_of_the_model():
+    """TI2V-5B has tokens of 32 pixels."""
+    with pytest.raises(DoesNotFit) as error:
+        plan(workload("ti2v-5B", experts=1, width=1280, height=704, num_frames=2001), request(), machine(8.0), "host")
+    assert error.value.size is not None and all(side % 32 == 0 for side in error.value.size)
+
+
+def test_weights_alone_may_be_too_much():
+    with pytest.raises(DoesNotFit, match="no size fits: the weights alone are too large") as error:
+        plan(workload(text_bytes=TEXT), request(), machine(8.0), "host")
+    assert error.value.size is None
+
+
+def test_host_memory_limits_what_waits_there():
+    """Streaming on two GPUs keeps both experts for each of them: 108 GiB."""
+    asked = {"use_fsdp": False, "gpu_count": 2}
+    assert plan(workload(), request(**asked), machine(15.0, 15.0), host_bytes=256 << 30).parallel.stream_blocks
+    with pytest.raises(DoesNotFit, match="this size with 108 GiB of host memory, of which 58 are left"):
+        plan(workload(), request(**asked, offload_model=True), machine(15.0, 15.0), host_bytes=64 << 30)
+    # With the choice it takes one GPU, for which 64 GiB are enough.
+    alone = plan(workload(), request(use_fsdp=False), machine(15.0, 15.0), host_bytes=64 << 30)
+    assert alone.parallel.gpu_count == 1
+
+
+def test_a_little_more_or_less_memory_does_not_change_the_plan():
+    first = plan(workload(), request(), machine(47.01, 47.01), "host")
+    second = plan(workload(), request(), machine(47.20, 47.05), "host")
+    assert first.parallel == second.parallel
+
+
+def test_the_block_says_what_and_why():
+    block = plan(workload(), request(), machine(23.0), "host", host_bytes=128 << 30).block()
+    assert block.splitlines()[0] == "plan: GPU 0; blocks streamed from host memory"
+    assert "of 23.0 GiB free (weights 2.1, " in block
+    assert "would fit: up to " in block
+    assert "because stream_blocks is off, but nothing else fits, so it is on for this job" in block
+    assert "because everything on each GPU would take " in block
+    two = plan(workload(guided=True), request(**GUIDED), machine(79.0, 79.0, 10.0), "pcie").block()
+    assert two.startswith("plan: GPUs 0, 1 (CFG parallel 2); weights whole on each GPU")
+    assert "because more than 2 of 3 GPUs would be slower here, or need more memory than they have free" in two
+    assert "because the slowest link between these GPUs is pcie" in two
+
+
+def test_a_plan_as_set_has_only_its_reason():
+    parallel = dataclasses.replace(request().base, gpu_count=2, use_fsdp=True)
+    made = as_set(parallel, "there is no GPU")
+    assert made.parallel is parallel
+    assert made.block() == (
+        "plan: 2 processes (Ulysses 2); weights sharded (FSDP), gathered one block at a time\nbecause there is no GPU"
+    )
+
+
+def test_settings_that_no_number_of_gpus_goes_with():
+    with pytest.raises(ValueError, match="no number of GPUs from 3 to 3 goes with cfg_parallel on"):
+        plan(workload(), request(3, cfg_parallel="on"), machine(*[79.0] * 3))
+    # 40 heads do not divide by 3.
+    asked = request(ulysses_engine="deepspeed")
+    assert policies(workload(), asked, 4) and not policies(workload(), asked, 3)
+
+
+def test_many_gpus_are_planned_in_little_time():
+    """Not every combination of 64."""
+    import time
+
+    start = time.perf_counter()
+    made = plan(workload(guided=True), request(**GUIDED), machine(*[79.0] * 64))
+    assert made.parallel.gpu_count > 8
+    assert time.perf_counter() - start < 20

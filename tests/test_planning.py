@@ -1,0 +1,189 @@
+"""The nodes' side of planning: what the job gets and what the user reads, on machines that this one is not."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from jobs import stub_job
+from node_inputs import BOTH, settings, tiny_files, use_model_folders
+from wan_pack.distributed import gpus, pool
+from wan_pack.distributed.job import Job, ModelFiles
+from wan_pack.distributed.pool import Pool
+from wan_pack.nodes import host, planning, warm
+from wan_pack.nodes import inference as inference_module
+from wan_pack.nodes.config import WanVideoDistributedConfig
+from wan_pack.nodes.status import Status
+
+Make = Callable[..., tuple[Job, Status]]
+
+
+def listing(*free_gib: float) -> str:
+    """As nvidia-smi prints it: cards of 24 GiB."""
+    return "\n".join(f"{i}, GPU-{i}, NVIDIA, 24564, {int(free * 1024)}" for i, free in enumerate(free_gib))
+
+
+@pytest.fixture
+def smi(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """`printed` is what nvidia-smi prints."""
+    fake = SimpleNamespace(printed=listing(23))
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 0, "" if "topo" in command else fake.printed, "")
+
+    monkeypatch.setattr(gpus.subprocess, "run", run)
+    return fake
+
+
+@pytest.fixture
+def make(tiny_models: Path, tmp_path: Path, smi: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Builds the job of a video of 64x48 pixels and 5 frames by the tiny model."""
+    use_model_folders(tmp_path, monkeypatch)
+    freed: list[int] = []
+    monkeypatch.setattr(host, "free_memory", lambda: freed.append(1))
+    monkeypatch.setattr(host, "visible_gpus", lambda: None)
+    own = Pool()
+    monkeypatch.setattr(warm, "pool", lambda: own)
+    planning._links.cache_clear()
+    model: ModelFiles = tiny_files(tiny_models)
+
+    def build(**values: Any) -> tuple[Job, Status]:
+        status = Status()
+        given = {"width": 64, "height": 48, "num_frames": 5, "gpu_count": 0, "text_embeds": BOTH, **values}
+        job, _ = inference_module.build_job(settings(model=model, **given), status)
+        return job, status
+
+    build.freed = freed  # type: ignore[attr-defined]
+    yield build
+    planning._links.cache_clear()
+
+
+def test_auto_takes_what_is_fastest_and_says_so(make: Make, smi: SimpleNamespace):
+    """Weights that fit are not sharded, though use_fsdp is on; ComfyUI's own memory is freed before it is looked at."""
+    smi.printed = listing(23, 23)
+    job, status = make()
+    assert (job.parallel.gpu_ids, job.parallel.cfg_parallel, job.parallel.use_fsdp) == (("0", "1"), True, False)
+    assert status.plan.startswith("plan: GPUs 0, 1 (CFG parallel 2); weights whole on each GPU")
+    assert make.freed == [1]  # type: ignore[attr-defined]
+
+
+def test_as_set_takes_the_switches_literally(make: Make, smi: SimpleNamespace):
+    smi.printed = listing(23, 23)
+    job, status = make(plan="as set", use_fsdp=True, dynamic_resolution=True)
+    assert (job.parallel.gpu_ids, job.parallel.use_fsdp) == (("0", "1"), True)
+    reason = "plan is 'as set': the switches are taken as they are"
+    assert status.plan.endswith(f"because {reason}")
+    assert status.warnings == [f"dynamic_resolution had no effect: {reason}"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "words"), [("", "there is no GPU"), ("MIG-1,MIG-2", "does not tell the memory of a MIG slice")]
+)
+def test_without_known_memory_the_switches_count(make: Make, monkeypatch: pytest.MonkeyPatch, visible: str, words: str):
+    monkeypatch.setattr(host, "visible_gpus", lambda: visible)
+    job, status = make(gpu_count=2, use_fsdp=True, offload_model=True)
+    assert (job.parallel.gpu_count, job.parallel.use_fsdp, job.parallel.offload_model) == (2, True, True)
+    assert words in status.plan
+
+
+def test_the_configs_switches_reach_the_plan(make: Make):
+    (config,) = WanVideoDistributedConfig().build(
+        gpu_count=1, use_ulysses=True, use_fsdp=False, offload_model=False, stream_blocks=True, mixed_precision="fp16"
+    )
+    job, _ = make(config=config)
+    assert (job.parallel.stream_blocks, job.parallel.mixed_precision) == (True, "fp16")
+    (config,) = WanVideoDistributedConfig().build(
+        gpu_count=1, use_ulysses=True, use_fsdp=False, offload_model=False, plan="as set"
+    )
+    job, status = make(config=config)
+    assert "plan is 'as set'" in status.plan
+    assert not job.parallel.stream_blocks
+
+
+def test_a_video_that_does_not_fit_is_refused_or_made_smaller(make: Make, smi: SimpleNamespace):
+    """Decoding 1280x720 takes 13 GiB on one GPU."""
+    smi.printed = listing(8)
+    with pytest.raises(ValueError, match=r"1280x720 with 5 frames does not fit: .* 8\.0 GiB are free; what fits is "):
+        make(width=1280, height=720)
+    job, status = make(width=1280, height=720, dynamic_resolution=True)
+    width, height = job.sampling.width, job.sampling.height
+    assert width < 1280 and width % 16 == height % 16 == 0 and width / height == pytest.approx(16 / 9, rel=0.03)
+    assert status.warnings == [
+        f"dynamic_resolution lowered the video from 1280x720 to {width}x{height}, the largest that fits"
+    ]
+    assert make(width=64, height=48, dynamic_resolution=True)[0].sampling.width == 64
+
+
+def test_given_latents_keep_their_size(make: Make, smi: SimpleNamespace):
+    import torch
+
+    smi.printed = listing(8)
+    with pytest.raises(ValueError, match="does not fit"):
+        make(width=1280, height=720, dynamic_resolution=True, samples={"samples": torch.zeros(1, 16, 2, 90, 160)})
+
+
+def test_the_plan_is_part_of_the_status():
+    status = Status()
+    status.plan = "plan: GPU 0\nbecause it is the only one"
+    info = {
+        "step_seconds": [], "phases": {}, "peak_gpu_bytes": [0], "peak_rss_bytes": [0], "settings": {}, "video": None,
+        "latents": {"shape": [1]},
+    }  # fmt: skip
+    lines = status.block(None, info).splitlines()
+    place = lines.index("- plan: GPU 0")
+    assert lines[place + 1] == "  - because it is the only one"
+
+
+# What our own warm groups hold
+
+
+class FakeGroup:
+    """A group of no processes."""
+
+    usable, job, ranks = True, None, ()
+    folder = SimpleNamespace(path=Path("wan-group-fake"))
+
+    def __init__(self, parallel: object, parent: object) -> None:
+        pass
+
+    def end(self) -> list[int]:
+        return []
+
+    def remove(self) -> None:
+        pass
+
+
+def test_identical_jobs_get_identical_plans_beside_a_warm_group(
+    make: Make, smi: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """The warm group fills both GPUs; what it holds counts as free, for its own next job as for another's."""
+    monkeypatch.setattr(pool, "WorkerGroup", FakeGroup)
+    monkeypatch.setattr(pool, "wait_for_gpus", lambda *_, **__: SimpleNamespace(release=lambda: None))
+    smi.printed = listing(20, 20)
+    (config,) = WanVideoDistributedConfig().build(
+        gpu_count=0, use_ulysses=True, use_fsdp=True, offload_model=False, keep_warm_seconds=60
+    )
+    first, _ = make(config=config)
+    take = {"cancelled": lambda: False, "on_wait": lambda line: None}
+    group = warm.pool().take(first, tmp_path, **take)
+    smi.printed = listing(0.3, 0.3)
+    # At work: what it holds is not to be had.
+    with pytest.raises(ValueError, match="does not fit"):
+        make(config=config)
+    warm.pool().give_back(group, first)
+    second, _ = make(config=config)
+    assert second.parallel == first.parallel
+    assert warm.pool().take(second, tmp_path, **take) is group
+    warm.pool().give_back(group, second)
+    # Another job ends it; the driver has not given its memory back yet when the next group starts.
+    other, _ = make(config=config, plan="as set")
+    replaced = warm.pool().take(stub_job(gpu_ids=("0", "1"), keep_warm_seconds=60.0), tmp_path, **take)
+    assert replaced is not group
+    warm.pool().give_back(replaced, stub_job(gpu_ids=("0", "1"), keep_warm_seconds=60.0))
+    assert make(config=config)[0].parallel == first.parallel
+    assert other.parallel.gpu_count == 2
+    assert warm.pool().release() == 1
