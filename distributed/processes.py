@@ -49,8 +49,10 @@ class Process:
         masks = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")]
         return bool(masks) and bool(int(masks[0], 16) >> (number - 1) & 1)
 
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        """Signals this process, never one that got its pid later."""
+    def kill(self, number: int | None = None) -> None:
+        """Signals this process, by default with SIGKILL, never one that got its pid later."""
+        # Not as the default: Windows has no such signal, and ComfyUI there must be able to import this file.
+        number = signal.SIGKILL if number is None else number
         with contextlib.suppress(ProcessLookupError, PermissionError):
             try:
                 descriptor = os.pidfd_open(self.pid)

@@ -1,0 +1,1 @@
+"""Whether this machine can make videos, and what to do if not."""

@@ -1,0 +1,75 @@
+"""The node that says whether this machine can make videos."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import Any, ClassVar
+
+from ..distributed.doctor.process import run_doctor
+from ..distributed.errors import JobCancelled
+from ..distributed.job import ModelFiles
+from . import host
+
+
+class WanVideoDistributedDoctor:
+    DESCRIPTION = (
+        "Examines this machine: GPUs, who uses them and how they are connected, a timed exchange between two of them, "
+        "torch, attention kernels, packages, ffmpeg, memory and disks. Ends with a verdict in plain sentences. Takes "
+        "up to a minute, in a process of its own, and never hangs: what does not answer is a line of the report."
+    )
+    CATEGORY = "WanVideoDistributed"
+    FUNCTION = "examine"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("report",)
+    OUTPUT_TOOLTIPS = ("The report as text, for Preview as Text.",)
+    SEARCH_ALIASES: ClassVar[list[str]] = ["diagnose", "nccl", "multi gpu test", "topology"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:
+        return {
+            "required": {},
+            "optional": {
+                "model": (
+                    "WAN_DISTRIBUTED_MODEL",
+                    {"tooltip": "From Load Wan Video Model: the report then says how many GPUs suit it."},
+                ),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, **_: Any) -> float:
+        # Not equal to itself, so that ComfyUI asks again each time: the machine changes, the inputs do not.
+        return float("nan")
+
+    def examine(self, model: ModelFiles | None = None, unique_id: str | None = None) -> dict[str, Any]:
+        output, temp = host.output_folder(), host.jobs_folder().parent
+        for folder in (output, temp):
+            # ComfyUI makes them when it first needs them; where it cannot, the report says so.
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+        report = host.ProgressReport(unique_id)
+        report.text("examining this machine")
+        environment = dict(os.environ)
+        if host.visible_gpus() is None:
+            # ComfyUI's own choice of a GPU for itself, not the user's for jobs.
+            environment.pop("CUDA_VISIBLE_DEVICES", None)
+        try:
+            found = run_doctor(
+                model=[file.path for file in model.transformer] if model is not None else [],
+                output=output,
+                temp=temp,
+                cancelled=host.interrupted,
+                environment=environment,
+            )
+        except JobCancelled as error:
+            raise host.interruption() from error
+        versions = f"ComfyUI {host.comfyui_version()}, its Python {sys.version.split()[0]}"
+        text = f"{versions}\n\n{found['text']}"
+        report.text("\n".join(found["verdict"]))
+        for line in found["verdict"]:
+            host.log(line)
+        return {"ui": {"text": (text,)}, "result": (text,)}
