@@ -1,4 +1,5 @@
-"""`python <pack>/distributed run JOB_FOLDER`; `agent|worker GROUP_FOLDER` are started by the pack itself.
+"""`python <pack>/distributed run JOB_FOLDER` or `doctor`; `agent|hosts|host|worker GROUP_FOLDER` and the doctor's
+`exchange` and `libraries` are started by the pack itself.
 
 Mounts the pack under one private name, whatever its folder is called, and runs one role. The pack's root never gets on
 `sys.path`: it holds a `nodes`, and ComfyUI has a module of that name.
@@ -13,7 +14,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "_wan_distributed_pack"
-ROLES = ("agent", "worker", "run")
+ROLES = {"agent": "agent", "worker": "rank", "hosts": "hosts.launch", "host": "hosts.agent"}
+"""Role that is given a group's folder -> module of this folder."""
+COMMANDS = {
+    "run": "standalone",
+    "doctor": "doctor.examine",
+    "exchange": "doctor.exchange",
+    "libraries": "doctor.libraries",
+}
+"""Role that reads its own arguments -> module."""
 
 
 def main() -> int:
@@ -22,14 +31,16 @@ def main() -> int:
     package = types.ModuleType(PACKAGE)
     package.__path__ = [str(ROOT)]
     sys.modules[PACKAGE] = package
-    if len(sys.argv) < 3 or sys.argv[1] not in ROLES:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in COMMANDS and (name not in ROLES or len(sys.argv) < 3):
         print(__doc__, file=sys.stderr)
         return 2
-    if sys.argv[1] == "run":
-        return importlib.import_module(f"{PACKAGE}.distributed.standalone").main(sys.argv[2:])
-    folder = importlib.import_module(f"{PACKAGE}.distributed.groupdir").GroupDir(sys.argv[2])
-    module = "agent" if sys.argv[1] == "agent" else "rank"
-    return importlib.import_module(f"{PACKAGE}.distributed.{module}").main(folder)
+    role = importlib.import_module(f"{PACKAGE}.distributed.{(COMMANDS | ROLES)[name]}")
+    if name in COMMANDS:
+        return role.main(sys.argv[2:])
+    if sys.argv[1] in ("hosts", "host"):
+        return role.main(importlib.import_module(f"{PACKAGE}.distributed.hosts.hostfile").HostsDir(sys.argv[2]))
+    return role.main(importlib.import_module(f"{PACKAGE}.distributed.groupdir").GroupDir(sys.argv[2]))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,23 @@ on a rank that is frozen or ignores SIGTERM, and no rank has anything to save.""
 
 def main(folder: GroupDir) -> int:
     """Runs the ranks of the group in `folder`. Returns the exit code."""
-    threading.Thread(target=_end_with_stdin, args=(folder.path,), daemon=True).start()
+    threading.Thread(target=end_with_stdin, args=(folder.path,), daemon=True).start()
+    ranks = int(read_json(folder.group)["ranks"])
+    return run_ranks(folder.path, _one_machine(folder, ranks), folder.failures)
+
+
+def run_ranks(group_folder: Path, options: Sequence[str], failures: Path) -> int:
+    """Runs the ranks that torchrun's `options` ask for, and notes in `failures` which failed. Returns the exit code."""
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    ranks = int(read_json(folder.group)["ranks"])
     os.environ[AGENT_VARIABLE] = str(os.getpid())
     _shorten_grace(SubprocessContext)
     try:
-        run(parse_args(_torchrun_arguments(folder, ranks)))
+        run(parse_args(_torchrun_arguments(group_folder, options)))
     except ChildFailedError as error:
-        failures = [
+        ended = [
             {
                 "rank": rank,
                 "exitcode": failure.exitcode,
@@ -43,29 +49,29 @@ def main(folder: GroupDir) -> int:
             }
             for rank, failure in error.failures.items()
         ]
-        write_json(folder.failures, {"failures": failures})
+        write_json(failures, {"failures": ended})
         return 1
     return 0
 
 
-def _torchrun_arguments(folder: GroupDir, processes: int) -> list[str]:
+def _torchrun_arguments(group_folder: Path, options: Sequence[str]) -> list[str]:
     # torchrun replaces ${local_rank} in what it passes on, and $$ by $.
     script = str(Path(__file__).resolve().parent / "__main__.py")
-    passed_on = [argument.replace("$", "$$") for argument in (script, "worker", str(folder.path))]
+    passed_on = [argument.replace("$", "$$") for argument in (script, "worker", str(group_folder))]
+    return ["--max-restarts=0", "--monitor-interval=0.1", "--rdzv-id=job", *options, *passed_on]
+
+
+def _one_machine(folder: GroupDir, processes: int) -> list[str]:
     # A rendezvous through a file: torchrun's TCP ones listen on every interface.
     return [
         "--nnodes=1",
         f"--nproc-per-node={processes}",
-        "--max-restarts=0",
-        "--monitor-interval=0.1",
         "--rdzv-backend=c10d",
         "--rdzv-conf=store_type=file",
         f"--rdzv-endpoint={folder.rendezvous}",
-        "--rdzv-id=job",
         # Otherwise it asks the name server for this machine's full name, which can take long to fail.
         "--local-addr=127.0.0.1",
         f"--log-dir={folder.path / 'torchrun'}",
-        *passed_on,
     ]
 
 
@@ -78,12 +84,23 @@ def _shorten_grace(context: type[Any]) -> None:
     context.close = close_soon
 
 
-def _end_with_stdin(group_folder: Path) -> None:
+def end_with_stdin(group_folder: Path) -> None:
+    """Waits for the end of this process's standard input, then ends everything of the group and this process."""
+    wait_for_end_of_stdin()
+    end_all(group_folder)
+
+
+def wait_for_end_of_stdin() -> None:
     # The raw descriptor: a buffered reader here would make Python abort when it exits normally.
     while os.read(0, 4096):
         pass
+
+
+def end_all(group_folder: Path, before_own_end: Callable[[], None] = lambda: None) -> None:
+    """Ends everything of the group on this machine and, last, this process."""
     own = Process.of(os.getpid())
     assert own is not None
     below = descendants(own.pid)
     kill_all(lambda: {*below, *members(group_folder)} - {own}, 0.5)
+    before_own_end()
     own.kill()

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from .environment import child_environment
@@ -17,7 +18,7 @@ from .job import Parallel
 from .jobdir import JobDir
 from .leftovers import claim
 from .loopback import listen
-from .processes import Process, descendants, kill_all, members
+from .processes import Process, descendants, kill_all, members, signal_name
 
 AGENT = Path(__file__).resolve().parent
 END_TIMEOUT = 5.0
@@ -25,17 +26,22 @@ END_TIMEOUT = 5.0
 
 
 class WorkerGroup:
-    """torchrun's agent and its ranks.
+    """torchrun's agent and its ranks, on this machine.
 
     Raises:
         JobError: the master port is taken.
     """
 
+    ROLE = "agent"
+    request_stacks: Callable[[], None] | None = None
+    """Asks ranks on other machines for their stacks; None where all are here."""
+
     def __init__(self, parallel: Parallel, parent: Path) -> None:
-        if parallel.master_port:
-            listen(parallel.master_port).close()
-        self.folder = GroupDir.create(parent, parallel.gpu_count)
+        self._parallel = parallel
+        self.folder = self._create_folder(parent)
         self._jobs = 0
+        self.job: JobDir | None = None
+        """The last one that it was given."""
         self.ranks: list[Process] = []
         """Set when the first job is done."""
         self.ended = False
@@ -43,12 +49,12 @@ class WorkerGroup:
             claim(self.folder)
             with open(self.folder.agent_log, "wb", opener=_private) as log:
                 self._agent = subprocess.Popen(
-                    [sys.executable, "-u", str(AGENT), "agent", str(self.folder.path)],
+                    [sys.executable, "-u", str(AGENT), self.ROLE, str(self.folder.path)],
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     cwd=self.folder.path,
-                    env=child_environment(parallel, self.folder.path),
+                    env=self._environment(),
                     start_new_session=True,
                     umask=0o077,
                 )
@@ -56,9 +62,18 @@ class WorkerGroup:
             self.folder.remove()
             raise
 
+    def _create_folder(self, parent: Path) -> GroupDir:
+        if self._parallel.master_port:
+            listen(self._parallel.master_port).close()
+        return GroupDir.create(parent, self._parallel.gpu_count)
+
+    def _environment(self) -> dict[str, str]:
+        return child_environment(self._parallel, self.folder.path)
+
     def submit(self, job: JobDir) -> None:
         """Has the ranks run the job in this folder. The one before it must be done."""
         self._jobs += 1
+        self.job = job
         self.folder.write_request(self._jobs, job)
 
     @property
@@ -79,6 +94,20 @@ class WorkerGroup:
                 shutil.move(path, job.path / path.name)
         if self.folder.agent_log.exists():
             shutil.copy(self.folder.agent_log, job.agent_log)
+
+    def host_of(self, rank: int) -> str:
+        """ " on NAME", where there are several machines."""
+        return ""
+
+    def notes(self) -> str:
+        """For the end of an error's text."""
+        return ""
+
+    def end_text(self) -> str:
+        """How the agent ended, where no rank failed."""
+        code = self.exit_code
+        name = None if code is None else signal_name(code)
+        return f"the agent was killed by {name}" if name else f"the agent ended with exit code {code}"
 
     def end(self) -> list[int]:
         """Ends every process and removes the folder. Returns the pids that could not be killed."""

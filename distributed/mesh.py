@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from .hosts.network import open_store
 from .loopback import listen
 
 CFG, ULYSSES, WORLD = "cfg", "ulysses", "world"
@@ -20,7 +21,8 @@ class Mesh:
     """Ranks as a table of `cfg` rows and `ulysses` columns; neighbours in a row are neighbours in rank.
 
     A row shares one sequence (Ulysses). With two rows, one computes what the prompt asks for and the other what the
-    negative prompt does (CFG parallel). All ranks together share one copy of the weights under FSDP.
+    negative prompt does (CFG parallel). All ranks together share one copy of the weights under FSDP. Ranks are numbered
+    machine by machine, so that of two machines each is a row, and only CFG's one exchange per step leaves it.
     """
 
     world: DeviceMesh
@@ -64,7 +66,15 @@ class Mesh:
 
 
 def init_mesh(
-    *, rank: int, world: int, cfg: int = 1, device: torch.device, store_file: Path, master_port: int, timeout: float
+    *,
+    rank: int,
+    world: int,
+    cfg: int = 1,
+    device: torch.device,
+    store_file: Path,
+    master_port: int,
+    timeout: float,
+    published: Path | None = None,
 ) -> Mesh | None:
     """Joins the process group and lays the mesh over it. None for a single rank: there is nobody to talk to.
 
@@ -73,15 +83,17 @@ def init_mesh(
         store_file: rendezvous file in the group's folder, used while `master_port` is 0.
         master_port: TCP port on 127.0.0.1 for the rendezvous instead.
         timeout: seconds after which a collective that a peer never joined fails.
+        published: over several machines, the file in which rank 0 says where it listens for the others.
     """
     if world == 1:
         return None
     limit = timedelta(seconds=timeout)
-    store = (
-        _tcp_store(master_port, rank=rank, world=world, timeout=limit)
-        if master_port
-        else dist.FileStore(str(store_file), world)
-    )
+    if published is not None:
+        store: dist.Store = open_store(published, listens=rank == 0, world=world, timeout=timeout, port=master_port)
+    elif master_port:
+        store = _tcp_store(master_port, rank=rank, world=world, timeout=limit)
+    else:
+        store = dist.FileStore(str(store_file), world)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,

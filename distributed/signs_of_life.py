@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .job import JobError, Parallel
@@ -16,6 +16,7 @@ from .progress import SHARES, place
 PHASES = tuple(SHARES)
 BEFORE_DENOISING = ("start", "encode", "load")
 SECONDS_FOR_STACKS = 0.5
+SECONDS_FOR_STACKS_ELSEWHERE = 2.0
 MAX_STACK_BYTES = 16 << 10
 STACK_LINES = 12
 _WAITING = ("distributed_c10d.py", "_functional_collectives.py")
@@ -92,6 +93,8 @@ class SignsOfLife:
     def ranks(self) -> dict[int, Seen]:
         """What is known of each rank. One that has not come up yet is missing."""
         found = {}
+        # Another machine's pids mean nothing here.
+        here = not self._parallel.hosts
         for rank in range(self._parallel.gpu_count):
             try:
                 alive = self._folder.read_json(self._folder.alive(rank))
@@ -100,28 +103,36 @@ class SignsOfLife:
                     process=process,
                     phase=str(alive["phase"]),
                     step=int(alive["step"]),
-                    stopped=process.stopped(),
-                    gone=not process.alive(),
+                    stopped=here and process.stopped(),
+                    gone=here and not process.alive(),
                 )
             except (JobError, LookupError, TypeError, ValueError):
                 continue
         return found
 
 
-def dump_stacks(folder: JobDir, ranks: Mapping[int, Seen]) -> dict[int, str]:
+def dump_stacks(
+    folder: JobDir, ranks: Mapping[int, Seen], elsewhere: Callable[[], None] | None = None
+) -> dict[int, str]:
     """Has every rank print where it is.
 
+    Args:
+        elsewhere: asks them where they run on other machines.
     Returns:
         the innermost frames of each main thread, innermost first.
     """
     sizes = {}
     for rank, seen in ranks.items():
+        if elsewhere is not None:
+            sizes[rank] = _size(folder, rank)
         # Before a rank has its handler, the signal would end it.
-        if seen.process.catches(signal.SIGUSR1) and not seen.stopped:
+        elif seen.process.catches(signal.SIGUSR1) and not seen.stopped:
             sizes[rank] = _size(folder, rank)
             seen.process.kill(signal.SIGUSR1)
+    if elsewhere is not None:
+        elsewhere()
     if sizes:
-        time.sleep(SECONDS_FOR_STACKS)
+        time.sleep(SECONDS_FOR_STACKS if elsewhere is None else SECONDS_FOR_STACKS_ELSEWHERE)
     return {rank: _stack_behind(folder, rank, size) for rank, size in sizes.items()}
 
 

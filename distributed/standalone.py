@@ -11,7 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .job import JobError
+from .hosts.hostfile import host_warnings, over_hosts, read_hostfile
+from .job import Job, JobError
 from .jobdir import JobDir
 from .launcher import JobCancelled, Result, new_job_id, run_job
 from .progress import Progress, steady_seconds
@@ -23,6 +24,7 @@ def main(arguments: list[str]) -> int:
         prog="distributed run", description="Runs the job in a folder (job.json, inputs.safetensors) again."
     )
     parser.add_argument("folder", type=Path, help="a job folder, such as one that a failed run kept")
+    parser.add_argument("--hostfile", type=Path, help="run on its machines: lines of NAME slots=N (see README)")
     parser.add_argument("--output", type=Path, help="where the video goes (default: the job folder)")
     options = parser.parse_args(arguments)
     source, output = JobDir(options.folder.resolve()), (options.output or options.folder).resolve()
@@ -31,6 +33,10 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, lambda received, frame: interrupted.append(received))
     try:
         job = dataclasses.replace(source.read_job(), id=new_job_id())
+        if options.hostfile is not None:
+            job = _over(job, options.hostfile.resolve())
+            for warning in host_warnings(job.parallel):
+                print(warning, file=sys.stderr)
         output.mkdir(parents=True, exist_ok=True)
         result = run_job(
             job,
@@ -52,6 +58,15 @@ def main(arguments: list[str]) -> int:
         result.remove()
     _print_summary(result, output)
     return 0
+
+
+def _over(job: Job, hostfile: Path) -> Job:
+    """The job on the machines of a hostfile."""
+    from .preflight import always_guided
+
+    guided = always_guided(job.model, job.sampling)
+    parallel = over_hosts(job.parallel, read_hostfile(hostfile), guided=guided)
+    return dataclasses.replace(job, parallel=parallel)
 
 
 def _copy_inputs(source: JobDir, target: JobDir) -> None:

@@ -1,0 +1,170 @@
+"""torchrun's agent on one machine of several.
+
+DeepSpeed's launcher has started it over ssh. It ends everything below it when the ssh connection closes, and also when
+the launching machine falls silent: over a link that is cut, nothing ever closes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from typing import TYPE_CHECKING
+
+from ..agent import end_all, run_ranks, wait_for_end_of_stdin
+from ..environment import child_environment
+from ..errors import JobError
+from ..gpu_locks import wait_for_gpus
+from ..job import Job
+from ..json_files import read_json, write_json
+from ..processes import GROUP_VARIABLE, descendants
+from .check import check_host
+from .hostfile import HostsDir
+from .network import ADDRESS_VARIABLE, LOOPBACK, address_toward, interface_of, open_store
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
+
+BACKEND = "hosts"
+LOOK_SECONDS = 0.25
+MAX_SILENCE = 30.0
+"""Seconds without a heartbeat after which this machine's part of the job is ended."""
+
+
+def main(folder: HostsDir) -> int:
+    """Runs this machine's ranks. Returns the exit code."""
+    # From DeepSpeed's launcher, which starts one process on each machine.
+    node = int(os.environ["RANK"])
+    threading.Thread(target=_end_with_stdin, args=(folder, node), daemon=True).start()
+    try:
+        job = folder.read_job()
+        write_json(folder.started(node), {"hostname": socket.gethostname(), "pid": os.getpid()})
+        Tether(folder, node, min(MAX_SILENCE, job.parallel.stall_timeout)).start()
+        check_host(job, read_json(folder.expected))
+        locks = wait_for_gpus(job.parallel.gpu_ids, cancelled=lambda: False, on_wait=_say)
+        _enter_environment(folder, job, node)
+        code = _run(folder, job, node)
+        locks.release()
+    except Exception as error:
+        _say(str(error))
+        if not isinstance(error, JobError):
+            traceback.print_exc()
+        if folder.path.is_dir():
+            write_json(folder.failed(node), {"message": f"{type(error).__name__}: {error}", "failures": []})
+        code = 1
+    if folder.path.is_dir():
+        write_json(folder.ended(node), {})
+    return code
+
+
+def _run(folder: HostsDir, job: Job, node: int) -> int:
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
+
+    def meet(parameters: RendezvousParameters) -> RendezvousHandler:
+        return _rendezvous(folder, job, node, parameters)
+
+    rendezvous_handler_registry.register(BACKEND, meet)
+    return run_ranks(
+        folder.path,
+        [
+            f"--nnodes={len(job.parallel.hosts)}",
+            f"--nproc-per-node={job.parallel.gpus_per_host}",
+            f"--rdzv-backend={BACKEND}",
+            f"--rdzv-endpoint={folder.agents_store}",
+            # torchrun ranks machines by the order of these names: the hostfile's.
+            f"--local-addr=node-{node:03}",
+            f"--log-dir={folder.path / f'torchrun-{node}'}",
+        ],
+        folder.failed(node),
+    )
+
+
+def _rendezvous(folder: HostsDir, job: Job, node: int, parameters: RendezvousParameters) -> RendezvousHandler:
+    """torchrun's own, over a store that listens on one interface only."""
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+
+    class Backend(C10dRendezvousBackend):
+        @property
+        def name(self) -> str:
+            return BACKEND
+
+    store = open_store(
+        folder.agents_store,
+        listens=node == 0,
+        world=len(job.parallel.hosts),
+        timeout=job.parallel.start_timeout,
+    )
+    return create_handler(store, Backend(store, parameters.run_id), parameters)
+
+
+def _enter_environment(folder: HostsDir, job: Job, node: int) -> None:
+    """The allowlist for what starts below, and the interface that it talks over."""
+    address = address_toward(job.parallel.hosts, node)
+    environment = child_environment(job.parallel, folder.path)
+    if address != LOOPBACK:
+        interface = interface_of(address)
+        environment |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+    environment[GROUP_VARIABLE] = str(folder.mark(node))
+    os.environ.clear()
+    os.environ.update(environment, **{ADDRESS_VARIABLE: address})
+
+
+def _end_with_stdin(folder: HostsDir, node: int) -> None:
+    wait_for_end_of_stdin()
+    _end(folder, node)
+
+
+def _end(folder: HostsDir, node: int) -> None:
+    def confirm() -> None:
+        if folder.path.is_dir():
+            write_json(folder.ended(node), {})
+
+    end_all(folder.mark(node), confirm)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Tether:
+    """Ends this machine's part of the job when the heartbeat stops, or its folder is gone."""
+
+    def __init__(self, folder: HostsDir, node: int, silence: float) -> None:
+        self._folder, self._node, self._silence = folder, node, silence
+        self._heard = time.monotonic()
+        self._gone = False
+
+    def start(self) -> None:
+        threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _listen(self) -> None:
+        last, dumped = b"", False
+        while not self._gone:
+            # On a network file system whose server is away this waits for ever: hence a thread of its own.
+            try:
+                beat = self._folder.heartbeat.read_bytes()
+            except FileNotFoundError:
+                self._gone = True
+                return
+            except OSError:
+                beat = last
+            if beat != last:
+                last, self._heard = beat, time.monotonic()
+            if not dumped and self._folder.stacks.exists():
+                dumped = True
+                for process in descendants(os.getpid()):
+                    # Before a rank has its handler, the signal would end it.
+                    if process.catches(signal.SIGUSR1) and not process.stopped():
+                        process.kill(signal.SIGUSR1)
+            time.sleep(LOOK_SECONDS)
+
+    def _watch(self) -> None:
+        while not self._gone and time.monotonic() - self._heard < self._silence:
+            time.sleep(LOOK_SECONDS)
+        _end(self._folder, self._node)
