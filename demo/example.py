@@ -13,6 +13,7 @@ TEXT_TO_VIDEO = "distributed_inference_workflow"
 IMAGE_TO_VIDEO = "image_to_video_workflow"
 TI2V_5B = "text_or_image_to_video_5B_workflow"
 LIGHTNING = "lightning_4_steps_workflow"
+BATCH = "batch_workflow"
 
 Prompt = dict[str, dict[str, Any]]
 
@@ -48,10 +49,12 @@ class TinyModel:
         }
 
 
+SMALL_VIDEO = {"width": 224, "height": 128, "num_frames": 13, "sample_steps": 6}
 # Node type -> values for a machine without a GPU. CPUs are slow at bf16.
 SMALL: dict[str, dict[str, Any]] = {
     "WanVideoDistributedConfig": {"gpu_count": 2, "mixed_precision": "fp32"},
-    "WanVideoDistributedInference": {"width": 224, "height": 128, "num_frames": 13, "sample_steps": 6},
+    "WanVideoDistributedInference": SMALL_VIDEO,
+    "WanVideoDistributedBatch": SMALL_VIDEO,
 }
 
 
@@ -60,16 +63,22 @@ def example(name: str) -> Prompt:
     return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def small_example(model: TinyModel, name: str = TEXT_TO_VIDEO, **inference: Any) -> Prompt:
-    """An example with the tiny models' files and a small video. `inference`: more values of the inference node."""
+def small_example(model: TinyModel, name: str = TEXT_TO_VIDEO, **values: Any) -> Prompt:
+    """An example with the tiny models' files and a small video. `values`: more of the node's that makes it."""
     prompt = example(name)
     tiny = model.in_place_of()
     for node in prompt.values():
         inputs = node["inputs"]
         inputs.update({key: tiny[value] for key, value in inputs.items() if isinstance(value, str) and value in tiny})
         inputs.update(SMALL.get(node["class_type"], {}))
-    node_of(prompt, "WanVideoDistributedInference")["inputs"].update(inference)
+    node_of(prompt, video_node(prompt))["inputs"].update(values)
     return prompt
+
+
+def video_node(prompt: Prompt) -> str:
+    """Type of the node that makes the video, or several."""
+    kinds = {node["class_type"] for node in prompt.values()}
+    return next(kind for kind in ("WanVideoDistributedInference", "WanVideoDistributedBatch") if kind in kinds)
 
 
 def node_id(prompt: Prompt, kind: str) -> str:

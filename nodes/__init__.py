@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from . import host, warm
+from .batch import WanVideoDistributedBatch
 from .config import WanVideoDistributedConfig
+from .doctor import WanVideoDistributedDoctor
 from .inference import WanVideoDistributedInference
 from .loaders import LoadWanVideoModel
 from .loras import WanVideoDistributedLora
@@ -12,6 +14,8 @@ from .text import LoadWanVideoT5TextEncoder, WanVideoTextEncode
 DISPLAY_NAMES = {
     "WanVideoDistributedConfig": "Wan Video Distributed Config",
     "WanVideoDistributedInference": "Wan Video Distributed Inference",
+    "WanVideoDistributedBatch": "Wan Video Distributed Batch",
+    "WanVideoDistributedDoctor": "Wan Video Distributed Doctor",
     "LoadWanVideoModel": "Load Wan Video Model",
     "WanVideoDistributedLora": "Wan Video Distributed Lora",
     "LoadWanVideoT5TextEncoder": "Load WanVideo T5 TextEncoder",
@@ -28,8 +32,10 @@ def node_classes(taken: frozenset[str]) -> dict[str, type]:
     classes: list[type] = [
         WanVideoDistributedConfig,
         WanVideoDistributedInference,
+        WanVideoDistributedBatch,
         LoadWanVideoModel,
         WanVideoDistributedLora,
+        WanVideoDistributedDoctor,
     ]
     pair = [LoadWanVideoT5TextEncoder, WanVideoTextEncode]
     if not any(kind.__name__ in taken for kind in pair):

@@ -6,6 +6,8 @@ ComfyUI is imported inside the functions, so that the pack can be imported and t
 from __future__ import annotations
 
 import gc
+import io
+import json
 import logging
 import os
 import sys
@@ -16,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..distributed.launcher import Progress
 
-MAX_NAME_BYTES = 255
-"""Of a file, on every usual file system."""
 BAR_STEPS = 1000
 """Resolution of the progress bar over a whole job."""
 
@@ -67,6 +67,20 @@ def jobs_folder() -> Path:
     return Path(folder_paths.get_temp_directory()) / "wan_distributed"
 
 
+def hostfiles_folder() -> Path:
+    """Where whoever runs ComfyUI puts hostfiles; nothing that a browser can send is written there."""
+    import folder_paths
+
+    return Path(folder_paths.get_user_directory()) / "wan_distributed" / "hostfiles"
+
+
+def output_folder() -> Path:
+    """Where videos go."""
+    import folder_paths
+
+    return Path(folder_paths.get_output_directory())
+
+
 def failed_folder() -> Path:
     """Where failed jobs are kept; a restart does not wipe it."""
     import folder_paths
@@ -77,75 +91,38 @@ def failed_folder() -> Path:
 # The video
 
 
-class SavedVideo:
-    """A video in ComfyUI's output folder."""
+def save_path(prefix: str, width: int, height: int) -> tuple[Path, str, int, str]:
+    """Where ComfyUI puts a file with this prefix: folder, name, next free number, folder below the output folder.
 
-    def __init__(self, folder: Path, subfolder: str, name: str) -> None:
-        self.path = folder / name
-        self.subfolder = subfolder
-
-    def video(self) -> Any:
-        """A VIDEO for other nodes; nothing is decoded until one asks for frames."""
-        from comfy_api.latest import InputImpl
-
-        return InputImpl.VideoFromFile(str(self.path))
-
-    def ui(self) -> dict[str, Any]:
-        """What makes the page show the player on the node."""
-        shown = {"filename": self.path.name, "subfolder": self.subfolder, "type": "output"}
-        return {"images": [shown], "animated": (True,)}
-
-
-def check_prefix(prefix: str, width: int, height: int) -> None:
-    """Raises ValueError if `prefix` is not a place inside the output folder, or no name for a file."""
-    _, name, counter, _ = _save_path(prefix, width, height)
-    # Found out now, not when the video is done.
-    if any(ord(character) < 32 for character in name):
-        raise ValueError(f"filename_prefix is {prefix[:100]!r}; it must hold no control characters")
-    size = len(os.fsencode(_draft_name(_video_name(name, counter))))
-    if size > MAX_NAME_BYTES:
-        raise ValueError(
-            f"filename_prefix is {prefix[:100]!r}...; it makes a file name of {size} bytes; {MAX_NAME_BYTES} fit"
-        )
-
-
-def _video_name(name: str, counter: int) -> str:
-    return f"{name}_{counter:05}_.mp4"
-
-
-def _draft_name(video: str) -> str:
-    # Not `.mp4` at the end of a name that other programs would pick up half-written, so hidden instead.
-    return f".{video}.{os.getpid()}.mp4"
-
-
-def _save_path(prefix: str, width: int, height: int) -> tuple[Path, str, int, str]:
+    Raises ValueError if `prefix` is not a place inside the output folder.
+    """
     import folder_paths
 
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             prefix, folder_paths.get_output_directory(), width, height
         )
+    except OSError as error:
+        raise ValueError(f"the folder for {prefix!r} cannot be made in ComfyUI's output folder: {error}") from error
     # ComfyUI raises a bare Exception for a prefix that leaves the output folder.
     except Exception as error:
         raise ValueError(f"filename_prefix is {prefix!r}; it must stay inside ComfyUI's output folder") from error
     return Path(folder), name, counter, subfolder
 
 
-def save_video(source: Path, prefix: str, *, width: int, height: int, workflow: Mapping[str, Any]) -> SavedVideo:
-    """Copies the mp4 `source` to the output folder under the next free number, with the workflow in its metadata."""
-    from comfy.cli_args import args
+def video_input(path: Path) -> Any:
+    """A VIDEO for other nodes; nothing is decoded until one asks for frames."""
     from comfy_api.latest import InputImpl
 
-    folder, name, counter, subfolder = _save_path(prefix, width, height)
-    saved = SavedVideo(folder, subfolder, _video_name(name, counter))
-    draft = folder / _draft_name(saved.path.name)
+    return InputImpl.VideoFromFile(str(path))
+
+
+def copy_video(source: Path, target: Path, workflow: Mapping[str, Any]) -> None:
+    """Copies an mp4, with the workflow in its metadata unless the user wants none."""
+    from comfy.cli_args import args
+
     metadata = None if args.disable_metadata else {key: value for key, value in workflow.items() if value is not None}
-    try:
-        InputImpl.VideoFromFile(str(source)).save_to(str(draft), metadata=metadata or None)
-        os.replace(draft, saved.path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return saved
+    video_input(source).save_to(str(target), metadata=metadata or None)
 
 
 # The server
@@ -157,17 +134,26 @@ def _server() -> Any | None:
     return getattr(getattr(module, "PromptServer", None), "instance", None)
 
 
-def add_route(path: str, answer: Callable[[], Awaitable[Mapping[str, Any]]]) -> None:
-    """Answers POST `path` with JSON. Only while ComfyUI loads its packs: later its routes are fixed."""
+def add_route(method: str, path: str, answer: Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]) -> None:
+    """Answers `method` (GET or POST) on `path` with JSON; `answer` is given the JSON object that was sent, or {}.
+
+    Only while ComfyUI loads its packs: later its routes are fixed.
+    """
     server = _server()
     if server is None:
         return
     from aiohttp import web
 
     async def handle(request: web.Request) -> web.Response:
-        return web.json_response(await answer())
+        try:
+            sent = json.loads(await request.text() or "{}")
+        except ValueError as error:
+            raise web.HTTPBadRequest(text="the body is not JSON") from error
+        if not isinstance(sent, dict):
+            raise web.HTTPBadRequest(text="the body is not a JSON object")
+        return web.json_response(await answer(sent))
 
-    server.routes.post(path)(handle)
+    server.routes.route(method, path)(handle)
 
 
 def on_free_memory(react: Callable[[], Awaitable[Any]]) -> None:
@@ -205,10 +191,24 @@ class ProgressReport:
         self._shown = 0
 
     def __call__(self, progress: Progress) -> None:
+        text = f"{progress.text}\n{progress.usage}" if progress.usage else progress.text
+        self.show(progress.fraction, text)
+        if progress.preview is not None:
+            self._picture(progress.preview)
+
+    def show(self, fraction: float, text: str) -> None:
         # A bar that runs backwards (a phase that reports late) confuses more than one that waits.
-        self._shown = max(self._shown, int(progress.fraction * BAR_STEPS))
+        self._shown = max(self._shown, int(fraction * BAR_STEPS))
         self._bar.update_absolute(self._shown)
-        self.text(progress.text)
+        self.text(text)
+
+    def _picture(self, jpeg: bytes) -> None:
+        """Shows a picture on the node, at the size that ComfyUI's --preview-size asks for."""
+        from comfy.cli_args import args
+        from PIL import Image
+
+        picture = Image.open(io.BytesIO(jpeg))
+        self._bar.update_absolute(self._shown, preview=("JPEG", picture.convert("RGB"), args.preview_size))
 
     def text(self, line: str) -> None:
         from server import PromptServer
@@ -216,6 +216,13 @@ class ProgressReport:
         server = PromptServer.instance
         if self._node_id is not None and server is not None and server.client_id is not None:
             server.send_progress_text(line, self._node_id, server.client_id)
+
+
+def comfyui_version() -> str:
+    """Such as 0.3.75; "unknown" for a ComfyUI that does not say."""
+    # Looked up, not imported: it is ComfyUI's own once it runs.
+    module = sys.modules.get("comfyui_version")
+    return str(getattr(module, "__version__", "unknown"))
 
 
 def log(line: str) -> None:

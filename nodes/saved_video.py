@@ -1,0 +1,70 @@
+"""A finished video in ComfyUI's output folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import host
+
+MAX_NAME_BYTES = 255
+"""Of a file, on every usual file system."""
+
+
+class SavedVideo:
+    """A video in ComfyUI's output folder."""
+
+    def __init__(self, folder: Path, subfolder: str, name: str) -> None:
+        self.path = folder / name
+        self.subfolder = subfolder
+
+    def video(self) -> Any:
+        """A VIDEO for other nodes."""
+        return host.video_input(self.path)
+
+
+def shown(videos: Sequence[SavedVideo]) -> dict[str, Any]:
+    """What makes the page show the players on the node."""
+    images = [{"filename": video.path.name, "subfolder": video.subfolder, "type": "output"} for video in videos]
+    return {"images": images, "animated": (True,) * len(images)}
+
+
+def check_prefix(prefix: str, width: int, height: int) -> None:
+    """Raises ValueError if `prefix` is not a place inside the output folder, or no name for a file."""
+    from ..distributed.prerequisites import writing_problem
+
+    folder, name, counter, _ = host.save_path(prefix, width, height)
+    # Found out now, not when the video is done.
+    if problem := writing_problem(folder):
+        raise ValueError(problem)
+    if any(ord(character) < 32 for character in name):
+        raise ValueError(f"filename_prefix is {prefix[:100]!r}; it must hold no control characters")
+    size = len(os.fsencode(_draft_name(_video_name(name, counter))))
+    if size > MAX_NAME_BYTES:
+        raise ValueError(
+            f"filename_prefix is {prefix[:100]!r}...; it makes a file name of {size} bytes; {MAX_NAME_BYTES} fit"
+        )
+
+
+def _video_name(name: str, counter: int) -> str:
+    return f"{name}_{counter:05}_.mp4"
+
+
+def _draft_name(video: str) -> str:
+    # Not `.mp4` at the end of a name that other programs would pick up half-written, so hidden instead.
+    return f".{video}.{os.getpid()}.mp4"
+
+
+def save_video(source: Path, prefix: str, *, width: int, height: int, workflow: Mapping[str, Any]) -> SavedVideo:
+    """Copies the mp4 `source` to the output folder under the next free number, with the workflow in its metadata."""
+    folder, name, counter, subfolder = host.save_path(prefix, width, height)
+    saved = SavedVideo(folder, subfolder, _video_name(name, counter))
+    draft = folder / _draft_name(saved.path.name)
+    try:
+        host.copy_video(source, draft, workflow)
+        os.replace(draft, saved.path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return saved

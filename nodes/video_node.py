@@ -1,0 +1,87 @@
+"""What the nodes that make videos have in common: their checks before a run, and how a run may end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..distributed.job import JobError
+from ..distributed.launcher import JobCancelled, JobFailed
+from . import catalogue, host
+from .inference_inputs import required
+from .wrapper_model import AUTO
+
+
+class MadeVideos:
+    """Which videos each node made last, to notice that one was deleted."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Path, ...]] = {}
+        self._deleted: dict[str, int] = {}
+
+    def remember(self, node_id: str | None, videos: Iterable[Path]) -> None:
+        self._made[str(node_id)] = tuple(videos)
+
+    def deletions(self, node_id: str | None) -> int:
+        """How often one of the node's last videos was found deleted."""
+        key = str(node_id)
+        if not all(video.is_file() for video in self._made.get(key, ())):
+            del self._made[key]
+            self._deleted[key] = self._deleted.get(key, 0) + 1
+        return self._deleted.get(key, 0)
+
+
+class VideoNode:
+    """A node that runs jobs. Its own part is `_run`, and `_failed` for on_error=return."""
+
+    CATEGORY = "WanVideoDistributed"
+    FUNCTION = "run"
+    OUTPUT_NODE = True
+
+    # ComfyUI asks a class, not an instance, whether a node must run again, hence kept on the class.
+    made: ClassVar[MadeVideos] = MadeVideos()
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, width: int | None = None, height: int | None = None) -> bool | str:
+        from ..distributed.preflight import check_size
+
+        for name, value in (("width", width), ("height", height)):
+            if value is None:
+                continue
+            # Naming an input here switches ComfyUI's own range check off for it, so that is done here too.
+            limits = required()[name][1]
+            if not limits["min"] <= value <= limits["max"]:
+                return f"{name} is {value}; it must be {limits['min']} to {limits['max']}"
+            try:
+                check_size(name, value)
+            except ValueError as error:
+                return str(error)
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, unique_id: str | None = None, vae: str | None = AUTO, **_: Any) -> str:
+        """Changes when a video of the node's last run was deleted, whose path a cached run would hand out, or when
+        `vae` was replaced; the files of links are looked at by the nodes that they come from."""
+        files = () if vae in (None, AUTO) else catalogue.vae_files(vae)
+        return f"{cls.made.deletions(unique_id)} {host.fingerprint(files)}"
+
+    def run(self, **inputs: Any) -> dict[str, Any]:
+        try:
+            return self._run(**inputs)
+        except JobCancelled as error:
+            raise host.interruption() from error
+        except (ValueError, JobError) as error:
+            if inputs.get("on_error", "raise") == "return":
+                log = error.log if isinstance(error, JobFailed) else ""
+                return {"result": self._failed(log, f"error: {error}")}
+            if isinstance(error, JobFailed) and error.out_of_memory:
+                raise host.out_of_memory(str(error)) from error
+            raise
+
+    def _run(self, **inputs: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _failed(self, log: str, status: str) -> tuple[Any, ...]:
+        """The outputs of a run that failed."""
+        raise NotImplementedError
