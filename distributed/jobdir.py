@@ -27,6 +27,8 @@ class JobDir:
         self.owner = self.path / "owner.lock"
         """Locked by the process that will remove the folder, for as long as that lives."""
         self.progress = self.path / "progress.json"
+        self.preview = self.path / "preview.jpg"
+        """What the video is going to be, as of the last steps."""
         self.failures = self.path / "failures.json"
         """The agent's, of the group that the job ended."""
         self.result = self.path / "result.json"

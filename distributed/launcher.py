@@ -15,6 +15,7 @@ What is not covered:
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import shlex
 import shutil
@@ -27,6 +28,7 @@ from typing import Any
 
 from ..wan.headers import read_header
 from . import group
+from .changed_file import ChangedFile
 from .errors import JobCancelled
 from .failures import RankFailure, advice, read_failures, root_cause
 from .job import VERSION, Job, JobError
@@ -34,12 +36,14 @@ from .jobdir import JobDir
 from .leftovers import claim, keep_failed, remove_abandoned
 from .logs import LogFollower, log_tail
 from .pool import Pool
-from .processes import signal_name
+from .prerequisites import check_prerequisites, writing_problem
 from .progress import Progress, place, read_progress
 from .signs_of_life import Problem, SignsOfLife, dump_stacks, find_suspect
+from .usage import Usage, UsageMonitor, all_gpus, gpu_usage, in_words, process_usage
 
 POLL = 0.1
 MAX_LOG = 64 << 10
+MAX_PREVIEW = 4 << 20
 MIN_FREE_BYTES = 64 << 20
 
 
@@ -69,15 +73,6 @@ class Result:
         self.folder.remove()
 
 
-def require_platform() -> None:
-    """Raises JobError where jobs cannot run."""
-    if sys.platform != "linux":
-        raise JobError(
-            f"this system is {sys.platform}; videos are made on Linux (or WSL2) only: NCCL and the way the processes "
-            "are tied to ComfyUI need it"
-        )
-
-
 def run_job(
     job: Job,
     write_inputs: Callable[[Path], None],
@@ -101,10 +96,11 @@ def run_job(
     Raises:
         JobCancelled, JobFailed; JobError if the job cannot start.
     """
-    require_platform()
+    check_prerequisites(encodes=job.text is not None, decodes=job.decode)
     if cancelled():
         raise JobCancelled("cancelled before the job started")
-    parent.mkdir(parents=True, exist_ok=True)
+    if problem := writing_problem(parent):
+        raise JobError(problem)
     remove_abandoned(parent)
     _check_space(parent, job)
     folder = JobDir.create(parent)
@@ -141,6 +137,8 @@ class _Run:
         self._pool = pool
         self._shown: Progress | None = None
         self._log = LogFollower(folder.log(0))
+        self._preview = ChangedFile(folder.preview, MAX_PREVIEW)
+        self._usage = UsageMonitor(self._read_usage)
 
     def to_the_end(self) -> Result:
         self._group = self._pool.take(
@@ -151,6 +149,7 @@ class _Run:
         good = False
         try:
             self._group.submit(self._folder)
+            self._usage.start()
             while self._group.exit_code is None and not self._signs.all_done():
                 if self._cancelled():
                     raise JobCancelled("cancelled")
@@ -169,6 +168,7 @@ class _Run:
                 raise self._failure(f"the job ended without a valid result: {error}", None) from error
             good = True
         finally:
+            self._usage.stop()
             if good and self._group.exit_code is None:
                 self._group.ranks = [seen.process for seen in self._signs.ranks().values()]
                 self._pool.give_back(self._group, self._job)
@@ -192,23 +192,36 @@ class _Run:
 
     def _report(self) -> None:
         progress = read_progress(self._folder)
-        if progress is not None and progress != self._shown:
-            self._shown = progress
-            self._on_progress(progress)
+        if progress is not None:
+            # Looked for second: a rank writes the picture of a step before it reports the step.
+            preview = self._preview.read()
+            progress = dataclasses.replace(progress, usage=in_words(self._usage.latest()))
+            if progress != self._shown or preview is not None:
+                self._shown = progress
+                self._on_progress(dataclasses.replace(progress, preview=preview))
         for line in self._log.new_lines():
             self._on_log_line(line)
+
+    def _read_usage(self) -> list[Usage]:
+        parallel = self._job.parallel
+        if parallel.hosts:
+            # Other machines' GPUs have the same numbers.
+            return []
+        if parallel.gpu_ids:
+            return gpu_usage(parallel.gpu_ids, all_gpus())
+        return process_usage(seen.process for _, seen in sorted(self._signs.ranks().items()))
 
     def _stuck(self, problem: Problem) -> JobFailed:
         """Has the ranks print their stacks, ends them and names the one that holds the others up."""
         ranks = self._signs.ranks()
-        stacks = dump_stacks(self._folder, ranks)
+        stacks = dump_stacks(self._folder, ranks, self._group.request_stacks)
         suspect = find_suspect(ranks, stacks, self._job.parallel.gpu_count)
         self._end()
         mine = ranks.get(suspect)
         what = "did not finish loading" if problem.setting == "start_timeout" else "made no progress"
         where = f"in {mine.where}" if mine is not None else "before its first sign of life"
         text = (
-            f"rank {suspect} {what} for {problem.seconds:g} s {where} "
+            f"rank {suspect}{self._group.host_of(suspect)} {what} for {problem.seconds:g} s {where} "
             f"({problem.setting} is {problem.seconds:g} s; raise it if that is too short)"
         )
         if mine is not None and mine.stopped:
@@ -224,13 +237,8 @@ class _Run:
         cause = root_cause(read_failures(self._folder, self._job.parallel.gpu_count))
         if cause is not None:
             where = f"\nin {place(cause.phase, cause.step)}" if cause.phase else ""
-            return self._failure(cause.headline + where, cause)
-        code = self._group.exit_code
-        assert code is not None
-        name = signal_name(code)
-        return self._failure(
-            f"the agent was killed by {name}" if name else f"the agent ended with exit code {code}", None
-        )
+            return self._failure(cause.headline + self._group.host_of(cause.rank) + where, cause)
+        return self._failure(self._group.end_text(), None)
 
     def _failure(self, text: str, cause: RankFailure | None) -> JobFailed:
         path = self._folder.log(cause.rank if cause else 0)
@@ -242,7 +250,7 @@ class _Run:
         command = shlex.join([sys.executable, str(group.AGENT), "run", str(kept)])
         does = "continues from its denoised latents" if JobDir(kept).latents.exists() else "repeats it"
         again = f"the job is kept in {kept}; {command} {does}"
-        parts = [text, f"\nlast lines of its log:\n{tail}\n" if tail else "", again, hint]
+        parts = [text, self._group.notes(), f"\nlast lines of its log:\n{tail}\n" if tail else "", again, hint]
         return JobFailed(
             "\n".join(part for part in parts if part),
             rank=cause.rank if cause else None, out_of_memory=out_of_memory, folder=kept, log=log,

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .gpu_locks import GpuLocks, wait_for_gpus
+from .gpus import Gpu, list_gpus
 from .group import WorkerGroup
-from .job import Job
+from .hosts.group import HostsGroup
+from .job import Job, ModelFiles, Parallel
+from .jobdir import JobDir
+from .processes import Process
 
 
 @dataclass(slots=True)
@@ -25,6 +30,29 @@ class _Member:
     released: bool = False
     """To end with its job."""
     timer: threading.Timer | None = None
+    expires: float = 0.0
+    """By `time.monotonic()`; of an idle one."""
+    free_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Of its GPUs before it started, by index."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupView:
+    """A group as the user is shown it."""
+
+    id: str
+    model: ModelFiles
+    parallel: Parallel
+    idle: bool
+    """It waits for a job."""
+    released: bool
+    """It ends with its job."""
+    seconds_left: float | None
+    """Until an idle one ends."""
+    job: JobDir | None
+    """Of its last job; gone once that is done."""
+    ranks: tuple[Process, ...]
+    """Empty during its first job."""
 
 
 def _kind(job: Job) -> tuple[Any, ...]:
@@ -53,6 +81,7 @@ class Pool:
             cancelled: asked while another program holds a GPU; then JobCancelled is raised.
             on_wait: told what is waited for.
         """
+        before: dict[str, int] = {}
         with self._lock:
             for member in [member for member in self._members if member.idle]:
                 if member.kind == _kind(job) and member.group.usable:
@@ -61,15 +90,20 @@ class Pool:
                         member.timer.cancel()
                     return member.group
                 if not member.group.usable or _overlap(member.kind[0].gpu_ids, job.parallel.gpu_ids):
+                    before |= member.free_bytes
                     self._end(member)
-        locks = wait_for_gpus(job.parallel.gpu_ids, cancelled=cancelled, on_wait=on_wait)
+        # Over several machines each machine's agent waits for its own.
+        own_gpus = () if job.parallel.hosts else job.parallel.gpu_ids
+        locks = wait_for_gpus(own_gpus, cancelled=cancelled, on_wait=on_wait)
+        # The driver may need a moment to give back what an ended group held.
+        free = {gpu.index: max(gpu.free_bytes, before.get(gpu.index, 0)) for gpu in _gpus_of(own_gpus)}
         try:
-            group = WorkerGroup(job.parallel, parent)
+            group = HostsGroup(job, parent) if job.parallel.hosts else WorkerGroup(job.parallel, parent)
         except BaseException:
             locks.release()
             raise
         with self._lock:
-            self._members.append(_Member(group, locks, _kind(job)))
+            self._members.append(_Member(group, locks, _kind(job), free_bytes=free))
         return group
 
     def give_back(self, group: WorkerGroup, job: Job) -> None:
@@ -81,6 +115,7 @@ class Pool:
                 self._end(member)
                 return
             member.idle = True
+            member.expires = time.monotonic() + seconds
             member.timer = threading.Timer(seconds, self._expire, [member])
             member.timer.daemon = True
             member.timer.start()
@@ -93,19 +128,45 @@ class Pool:
             group.remove()
             member.locks.release()
 
-    def release(self) -> int:
+    def release(self, group_id: str | None = None) -> int:
         """Ends every idle group; GPU memory is free when this returns. Busy ones end with their job.
 
+        Args:
+            group_id: `GroupView.id` of the only one that is meant; one that has ended meanwhile is fine.
         Returns:
             how many ended now.
         """
         with self._lock:
-            idle = [member for member in self._members if member.idle]
-            for member in self._members:
+            meant = [member for member in self._members if group_id in (None, _id(member))]
+            idle = [member for member in meant if member.idle]
+            for member in meant:
                 member.released = True
             for member in idle:
                 self._end(member)
             return len(idle)
+
+    def without_idle(self, gpus: list[Gpu]) -> list[Gpu]:
+        """The GPUs with the free memory that they have once the idle groups on them have ended.
+
+        What others have taken since a group started is not seen.
+        """
+        with self._lock:
+            idle = [member for member in self._members if member.idle]
+            before = {index: free for member in idle for index, free in member.free_bytes.items()}
+        return [_with_free(gpu, before) for gpu in gpus]
+
+    def view(self) -> list[GroupView]:
+        """The groups that are alive, in the order in which they started."""
+        now = time.monotonic()
+        with self._lock:
+            return [
+                GroupView(
+                    id=_id(member), parallel=member.kind[0], model=member.kind[1], idle=member.idle,
+                    released=member.released, seconds_left=max(0.0, member.expires - now) if member.idle else None,
+                    job=member.group.job, ranks=tuple(member.group.ranks),
+                )
+                for member in self._members
+            ]  # fmt: skip
 
     def _member(self, group: WorkerGroup) -> _Member:
         return next(member for member in self._members if member.group is group)
@@ -121,6 +182,18 @@ class Pool:
             member.timer.cancel()
         member.group.end()
         self.forget(member.group)
+
+
+def _with_free(gpu: Gpu, before: dict[str, int]) -> Gpu:
+    return dataclasses.replace(gpu, free_bytes=max(gpu.free_bytes, before.get(gpu.index, 0)))
+
+
+def _gpus_of(gpu_ids: tuple[str, ...]) -> list[Gpu]:
+    return [gpu for gpu in list_gpus() if gpu.index in gpu_ids] if gpu_ids else []
+
+
+def _id(member: _Member) -> str:
+    return member.group.folder.path.name
 
 
 def _overlap(a: tuple[str, ...], b: tuple[str, ...]) -> bool:

@@ -31,6 +31,10 @@ class Progress:
     """0: unknown."""
     seconds_per_step: float | None = None
     message: str = ""
+    usage: str = ""
+    """What the job's GPUs or processes use now, one line."""
+    preview: bytes | None = None
+    """JPEG of what the video is going to be, where there is a new one."""
 
     @property
     def fraction(self) -> float:

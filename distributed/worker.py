@@ -29,6 +29,7 @@ from .inputs import CONTEXT, CONTEXT_NULL
 from .job import Job, JobError
 from .jobdir import JobDir
 from .preflight import needs_negative
+from .preview import PreviewWriter
 from .progress import steady_seconds
 from .rank_files import RankFiles
 from .report import gather_peaks, result_of
@@ -172,6 +173,11 @@ class Worker:
             runs = {self.guidance.expert(self.solver.timesteps[index]) for index in self.steps}
             needed = [name for name in (HIGH_NOISE, LOW_NOISE) if name in runs]
             session.load_experts(needed, self.job, shard, self.on_tensor)
+            group = None if session.mesh is None else session.mesh.ulysses_group
+            preview = PreviewWriter(
+                self.folder.preview, preview_map=session.preview_map(self.job) if self.rank == 0 else None,
+                grid=grid, shard=shard, group=group, steps=len(self.steps),
+            ) if self.job.preview else None  # fmt: skip
         with self.phase("denoise"), session.kernel.activate():
             known = None
             if conditioning.known is not None:
@@ -180,7 +186,7 @@ class Worker:
             experts = Experts(
                 session.models, texts, grid=grid, shard=shard, device=self.device,
                 keep_text=not parallel.memory_optimization,
-                parkings=session.weights if parallel.offload_model else {},
+                parkings=session.weights if parallel.parks_experts else {},
                 image=tokens_of(conditioning.image),
                 timestep_rows=None if known is None else known.timestep_rows, mesh=session.mesh,
             )  # fmt: skip
@@ -188,9 +194,10 @@ class Worker:
             self._step_start = time.perf_counter()
             tokens = denoise(
                 tokens_of(conditioning.latents), solver=self.solver, guidance=self.guidance, predict=experts.predict,
-                steps=self.steps, known=known, on_step=self.on_step,
+                steps=self.steps, known=known, on_step=self.on_step, on_estimate=preview,
             )  # fmt: skip
-            tokens = shard.gather(tokens, None if session.mesh is None else session.mesh.ulysses_group)
+            experts.release()
+            tokens = shard.gather(tokens, group)
         if self.job.parallel.keep_warm_seconds == 0:
             session.drop_experts()
         return unpatchify(tokens, grid)

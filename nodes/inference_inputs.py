@@ -177,6 +177,24 @@ def _appended() -> dict[str, Any]:
                 "fits. Another choice wins over the model's.",
             },
         ),
+        "preview": (
+            "BOOLEAN",
+            {
+                "default": True,
+                "tooltip": "Show on the node, while it samples, what the video is going to be: its middle, about ten "
+                "times. Changes nothing of the video. ComfyUI's own preview setting is about its samplers.",
+            },
+        ),
+        "plan": (["auto", config_node.AS_SET], config_node.PLAN),
+        "dynamic_resolution": (
+            "BOOLEAN",
+            {
+                "default": False,
+                "tooltip": "A video that does not fit the GPUs' memory is made at the largest size of the same aspect "
+                "ratio that does, and the status says so. Off: it is refused before anything starts, with that size. "
+                "Needs plan auto.",
+            },
+        ),
     }
 
 

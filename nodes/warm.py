@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 from ..distributed.pool import Pool
-from . import host
+from . import groups, host
 
 
 @functools.cache
@@ -15,17 +17,23 @@ def pool() -> Pool:
     return Pool()
 
 
-def release() -> int:
-    """Ends the groups that wait; those at work end with their job. Returns how many ended now."""
-    return pool().release()
+def release(group_id: str | None = None) -> int:
+    """Ends the groups that wait, or the one of this id; those at work end with their job. Returns how many ended."""
+    return pool().release(group_id)
 
 
 def register() -> None:
-    """Lets go of the GPUs on ComfyUI's "Free memory" (POST /free) and on POST /wan_distributed/release."""
+    """Lets go of the GPUs on ComfyUI's "Free memory" (POST /free) and on POST /wan_distributed/release, {"group": id}
+    for one group; GET /wan_distributed/groups lists them.
+    """
 
-    async def released() -> dict[str, int]:
-        # In a thread: ending processes takes up to a second, in which the server must go on serving.
-        return {"released": await asyncio.to_thread(release)}
+    # In threads: ending processes takes up to a second, nvidia-smi longer, in which the server must go on serving.
+    async def released(sent: Mapping[str, Any]) -> dict[str, int]:
+        return {"released": await asyncio.to_thread(release, sent.get("group"))}
 
-    host.add_route("/wan_distributed/release", released)
-    host.on_free_memory(released)
+    async def listed(_: Mapping[str, Any]) -> dict[str, Any]:
+        return {"groups": await asyncio.to_thread(lambda: groups.shown(pool().view()))}
+
+    host.add_route("POST", "/wan_distributed/release", released)
+    host.add_route("GET", "/wan_distributed/groups", listed)
+    host.on_free_memory(lambda: asyncio.to_thread(release))

@@ -45,7 +45,7 @@ def job_of(model: Any, status: Status, monkeypatch: pytest.MonkeyPatch, **values
     """Of a video of 64x48 pixels and 5 frames; both prompts are given."""
     monkeypatch.setattr(host, "visible_gpus", lambda: "")
     given = {"width": 64, "height": 48, "num_frames": 5, "gpu_count": 1, "use_fsdp": False, "text_embeds": BOTH}
-    return inference_module._job(settings(model=model, **{**given, **values}), status)
+    return inference_module.build_job(settings(model=model, **{**given, **values}), status)
 
 
 def test_defaults_ask_for_nothing_new(t2v: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,8 +64,8 @@ def test_a_workflow_saved_before_the_newer_inputs_makes_the_same_job(
     monkeypatch.setattr(host, "visible_gpus", lambda: "")
     given = settings(model=t2v, text_embeds=BOTH, gpu_count=1, use_fsdp=False)
     assert newer < set(given)
-    now, _ = inference_module._job(given, Status())
-    before, _ = inference_module._job({name: given[name] for name in set(given) - newer}, Status())
+    now, _ = inference_module.build_job(given, Status())
+    before, _ = inference_module.build_job({name: given[name] for name in set(given) - newer}, Status())
     assert dataclasses.replace(before, id=now.id) == now
 
 

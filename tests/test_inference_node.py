@@ -12,11 +12,12 @@ from node_inputs import BOTH, model_files, rows, settings, tiny_files, use_model
 from safetensors.torch import save_file
 from wan_pack.distributed.job import JobError, ModelFiles
 from wan_pack.distributed.launcher import JobCancelled, JobFailed
-from wan_pack.nodes import embeds, host
+from wan_pack.nodes import embeds, host, saved_video
 from wan_pack.nodes import inference as inference_module
 from wan_pack.nodes.config import DistributedConfig, WanVideoDistributedConfig
 from wan_pack.nodes.inference import WanVideoDistributedInference
 from wan_pack.nodes.status import Status
+from wan_pack.nodes.video_node import MadeVideos
 
 
 @pytest.fixture(autouse=True)
@@ -142,21 +143,18 @@ def test_replaced_vae_makes_the_node_run_once_more(folders: Path) -> None:
         assert node.IS_CHANGED(unique_id="test", vae=nothing_chosen) == node.IS_CHANGED(unique_id="test")
 
 
-def test_deleted_video_makes_the_node_run_once_more(tmp_path: Path) -> None:
+def test_deleted_video_makes_the_node_run_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     node = WanVideoDistributedInference
     video = tmp_path / "video.mp4"
     video.touch()
-    node._videos["test"] = video
-    try:
-        before = node.IS_CHANGED(unique_id="test")
-        assert node.IS_CHANGED(unique_id="test") == before
-        video.unlink()
-        after = node.IS_CHANGED(unique_id="test")
-        assert after != before
-        assert node.IS_CHANGED(unique_id="test") == after
-    finally:
-        node._videos.pop("test", None)
-        node._deleted.pop("test", None)
+    monkeypatch.setattr(node, "made", MadeVideos())
+    node.made.remember("test", [video])
+    before = node.IS_CHANGED(unique_id="test")
+    assert node.IS_CHANGED(unique_id="test") == before
+    video.unlink()
+    after = node.IS_CHANGED(unique_id="test")
+    assert after != before
+    assert node.IS_CHANGED(unique_id="test") == after
 
 
 def test_status_tells_what_was_done(tmp_path: Path) -> None:
@@ -218,7 +216,6 @@ def failing_node(t2v: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Runs the node on the tiny model with a launcher that raises the given error; None: with the one that is there."""
     for name, result in {
         "visible_gpus": "",
-        "check_prefix": None,
         "free_memory": None,
         "ProgressReport": lambda progress: None,
         "jobs_folder": tmp_path,
@@ -227,6 +224,7 @@ def failing_node(t2v: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "blocked_output": "blocked",
     }.items():
         monkeypatch.setattr(host, name, lambda *_, result=result: result)
+    monkeypatch.setattr(saved_video, "check_prefix", lambda *_: None)
     monkeypatch.setattr(host, "out_of_memory", OutOfMemory)
 
     def run(error: Exception | None, **values: Any) -> Any:
@@ -282,11 +280,13 @@ def test_latents_without_a_video_are_handed_on(
     result = SimpleNamespace(folder=folder, info=info, log="the log", remove=folder.latents.unlink)
     monkeypatch.setattr(host, "ProgressReport", lambda node_id: SimpleNamespace(text=lambda line: None))
     monkeypatch.setattr(inference_module, "run_job", lambda job, write, **_: result)
-    WanVideoDistributedInference._videos["1"] = tmp_path / "older.mp4"
+    # Of an earlier run, deleted since: this run has none that could be missed.
+    monkeypatch.setattr(WanVideoDistributedInference, "made", MadeVideos())
+    WanVideoDistributedInference.made.remember("1", [tmp_path / "older.mp4"])
     made = failing_node(None, decode_video=False)
     path, log, status, video, samples = made["result"]
     assert (made["ui"], path, log, video) == ({}, "", "the log", "blocked")
     assert status.startswith("success\n- latents: [1, 16, 2, 6, 8]")
     assert samples["samples"].shape == (1, 16, 2, 6, 8)
     assert not folder.latents.exists()
-    assert "1" not in WanVideoDistributedInference._videos
+    assert WanVideoDistributedInference.made.deletions("1") == 0

@@ -75,7 +75,7 @@ def test_inputs_keep_their_order() -> None:
         *("text_embeds", "config", "negative_embeds", "negative_prompt", "seed", "scheduler", "shift"),
         *("guidance_low", "guidance_high", "boundary", "fps", "filename_prefix", "on_error"),
         *("start_image", "end_image", "image_embeds", "samples", "strength", "start_step", "end_step", "add_noise"),
-        *("decode_video", "preset", "low_noise_model", "vae"),
+        *("decode_video", "preset", "low_noise_model", "vae", "preview", "plan", "dynamic_resolution"),
     ]
     assert WanVideoDistributedInference.RETURN_NAMES == ("video_path", "log_output", "status", "video", "samples")
     loader = ["high_noise", "low_noise", "vae", "text_encoder", "high_noise_lora", "low_noise_lora"]
@@ -125,6 +125,6 @@ def test_example_workflow_holds_a_value_for_every_widget() -> None:
             assert (values["width"], values["height"], values["num_frames"]) == (832, 480, 81)
             assert values["on_error"] == "raise"
             defaults = {name: options["default"] for name, (_, options) in widgets().items()}
-            later = ("strength", "start_step", "end_step", "add_noise", "decode_video", "preset", "vae")
+            later = ("strength", "start_step", "end_step", "add_noise", "decode_video", "preset", "vae", "preview")
             assert {name: values[name] for name in later} == {name: defaults[name] for name in later}
     assert (ROOT / "example_workflows" / "distributed_inference_workflow.jpg").is_file()

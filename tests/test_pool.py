@@ -21,6 +21,7 @@ from wan_pack.distributed.launcher import JobFailed
 from wan_pack.distributed.leftovers import remove_abandoned
 from wan_pack.distributed.pool import Pool
 from wan_pack.distributed.processes import Process, descendants
+from wan_pack.nodes import groups
 
 Run = Callable[..., list[Process]]
 WARM = {"keep_warm_seconds": 60.0}
@@ -83,6 +84,27 @@ def test_a_group_ends_when_nobody_comes(run: Run, tmp_path: Path):
     while list((tmp_path / "jobs").iterdir()) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not list((tmp_path / "jobs").iterdir())
+
+
+def test_the_panel_is_told_of_groups_at_work_and_waiting_and_can_release_one(run: Run, pool: Pool, tmp_path: Path):
+    assert groups.shown(pool.view()) == []
+    processes, seen = run(), []
+    look = {"on_progress": lambda _: seen.extend(groups.shown(pool.view()))}
+    run_stub(tmp_path, stub_job(**WARM), **look, pool=pool).remove()
+    working = next(group for group in seen if group["text"] == "sampling 2/4")
+    assert (working["state"], working["seconds_left"], working["ends_with_job"]) == ("running", None, False)
+    assert 0 < working["fraction"] < 1
+    (waiting,) = groups.shown(pool.view())
+    assert (waiting["id"], waiting["state"], waiting["fraction"]) == (working["id"], "warm", None)
+    assert waiting["place"] == "2 CPU processes"
+    assert 50 < waiting["seconds_left"] <= 60
+    assert [usage["name"] for usage in waiting["usage"]] == ["rank 0", "rank 1"]
+    assert all(usage["used"] > 1 << 20 for usage in waiting["usage"])
+    assert pool.release("another") == 0
+    assert alive(processes)
+    assert pool.release(waiting["id"]) == 1
+    assert not any(process.alive() for process in processes)
+    assert pool.view() == []
 
 
 def other_checkpoint(job: Job) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import TESTS, read_latents, tiny_job, write_embeddings
+from PIL import Image
 from safetensors.torch import save_file
 from wan_pack.demo.tiny_model import TinyModel
 from wan_pack.distributed.job import FileIdentity, Job, LoraFile
@@ -23,6 +25,9 @@ from wan_pack.distributed.launcher import run_job
 from wan_pack.distributed.pool import Pool
 from wan_pack.distributed.processes import Process, descendants
 from wan_pack.distributed.progress import Progress
+from wan_pack.wan.latents import normalise
+from wan_pack.wan.preview import preview_of_vae
+from wan_pack.wan.vae import load_vae
 
 WARM = {"keep_warm_seconds": 300.0}
 
@@ -35,6 +40,7 @@ class Made:
     ranks: list[Process]
     seconds_to_first_step: float
     weights_read: list[Progress]
+    previews: list[bytes]
 
 
 @dataclass
@@ -54,13 +60,15 @@ class Warm:
         return dataclasses.replace(job, model=model, decode=False)
 
     def run(self, job: Job, prompt: int = 2) -> Made:
-        started, first, weights = time.monotonic(), [], []
+        started, first, weights, previews = time.monotonic(), [], [], []
 
         def watch(progress: Progress) -> None:
             if progress.phase == "denoise" and progress.step >= 1:
                 first.append(time.monotonic() - started)
             if progress.phase == "load" and progress.total:
                 weights.append(progress)
+            if progress.preview is not None:
+                previews.append(progress.preview)
 
         result = run_job(
             job, lambda path: write_prompt(path, prompt), parent=self.folder / "jobs", failed=self.folder / "failed",
@@ -71,7 +79,7 @@ class Warm:
         try:
             alive = [result.folder.read_json(result.folder.alive(rank)) for rank in range(job.parallel.gpu_count)]
             ranks = [Process(entry["pid"], entry["started"]) for entry in alive]
-            return Made(read_latents(result.folder), ranks, first[0], weights)
+            return Made(read_latents(result.folder), ranks, first[0], weights, previews)
         finally:
             result.remove()
 
@@ -128,6 +136,23 @@ def test_the_second_video_starts_at_once_on_the_same_processes(warm: Warm):
     assert all(made.weights_read == [] for made in later)
     # The best of three: the machine may be busy.
     assert min(made.seconds_to_first_step for made in later) < 1
+
+
+def test_a_preview_changes_nothing_and_two_ranks_show_what_one_would(warm: Warm):
+    job = warm.job()
+    plain, shown = warm.run(job), warm.run(dataclasses.replace(job, preview=True))
+    assert shown.ranks == plain.ranks
+    assert torch.equal(shown.latents, plain.latents)
+    assert plain.previews == []
+    latents = normalise(shown.latents[0], 16)
+    preview = preview_of_vae(load_vae([file.path for file in job.model.vae]))
+    expected = preview.picture(latents[:, latents.shape[1] // 2])
+    # The last estimate of this solver is the video.
+    with Image.open(io.BytesIO(shown.previews[-1])) as picture:
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(expected.shape)
+    assert expected.float().std() > 5, "there is something to see"
+    # JPEG, and the way over ComfyUI's scale of latents.
+    assert (pixels.float() - expected.float()).abs().mean() < 8
 
 
 def test_every_change_makes_what_a_fresh_start_makes(warm: Warm):

@@ -3,7 +3,8 @@
 // PLAN: url, chromium (its path), playwright (folder of playwright-core), vue (Nodes 2.0 or the canvas renderer),
 // workflow (UI format), name (of it, for the pictures), values ({node id: {widget: value}} to set before the run),
 // enable (ids of bypassed nodes to switch on before it), screenshots (folder), drag (display name of a node to drag
-// from the library), run (whether to queue the workflow), players (how many will show videos then).
+// from the library), run (whether to queue the workflow), players (how many will show videos then), live (id of the
+// node whose live view is looked at during the run, and after it the panel of the groups).
 import fs from 'fs';
 import path from 'path';
 import { pathToFileURL } from 'url';
@@ -94,6 +95,7 @@ async function run(page) {
       window.app.api.addEventListener(kind, event => { window.__ending = [kind, event.detail]; });
     window.app.queuePrompt(0, 1);
   }, [plan.values, plan.enable ?? []]);
+  if (plan.live) await live(page, plan.live);
   await page.waitForFunction(() => window.__ending, null, { timeout: 180000 });
   result.ending = await page.evaluate(() => window.__ending);
   await page.waitForFunction(
@@ -115,4 +117,45 @@ async function run(page) {
   });
   await page.waitForTimeout(1000);
   await picture(page, 'done');
+  if (plan.live) {
+    result.live = await page.evaluate(() => window.__seen);
+    result.panel = await panel(page);
+  }
+}
+
+// What the node shows of the video before there is one, and the panel beside it. Seen one after another: a small video
+// is done in seconds.
+async function live(page, id) {
+  await page.evaluate(() => window.app.extensionManager.command.execute('Workspace.ToggleSidebarTab.wan.distributed.groups'));
+  await page.evaluate(([id, vue]) => {
+    const seen = window.__seen = {};
+    const look = setInterval(() => {
+      const node = window.app.graph.getNodeById(id), inside = document.querySelector(`[data-node-id="${id}"]`);
+      const image = vue ? inside?.querySelector('img[src^="blob:"]') : node.imgs?.find(image => image.src.startsWith('blob:'));
+      if (image?.naturalWidth) seen.image ??= [image.naturalWidth, image.naturalHeight];
+      const texts = (vue ? inside?.innerText : node.widgets.map(widget => widget.value).join('\n')) ?? '';
+      seen.line ??= /sampling [1-9].*/.exec(texts)?.[0];
+      seen.usage ??= /.*GiB.*/.exec(texts)?.[0];
+      const group = document.querySelector('.wan-groups li')?.innerText;
+      if (group?.includes('Running')) seen.group = group;
+      if (window.__ending) clearInterval(look);
+    }, 50);
+  }, [Number(id), plan.vue]);
+  await page.waitForFunction(() => window.__ending || (window.__seen.image && window.__seen.usage), null, { timeout: 180000 });
+  await picture(page, 'live');
+}
+
+// The group that waits now, and that its button lets it go.
+async function panel(page) {
+  const group = page.locator('.wan-groups li').filter({ hasText: 'Warm' });
+  await group.waitFor({ timeout: 15000 });
+  await picture(page, 'warm');
+  const shown = await group.innerText();
+  const button = group.getByRole('button');
+  await button.focus();
+  await page.keyboard.press('Enter');
+  await group.waitFor({ state: 'detached', timeout: 15000 });
+  const left = await page.locator('.wan-groups').innerText();
+  await page.evaluate(() => window.app.extensionManager.command.execute('Workspace.ToggleSidebarTab.wan.distributed.groups'));
+  return { shown, left };
 }

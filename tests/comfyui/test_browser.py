@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -14,12 +15,23 @@ from typing import Any
 import pytest
 from serving import INFERENCE, Comfy
 from wan_pack.demo.comfyui import cache_folder
-from wan_pack.demo.example import IMAGE_TO_VIDEO, LIGHTNING, TEXT_TO_VIDEO, TI2V_5B, WORKFLOWS, Prompt, example, node_id
+from wan_pack.demo.example import (
+    BATCH,
+    IMAGE_TO_VIDEO,
+    LIGHTNING,
+    TEXT_TO_VIDEO,
+    TI2V_5B,
+    WORKFLOWS,
+    Prompt,
+    example,
+    node_id,
+)
 from wan_pack.nodes import DISPLAY_NAMES
 
 PLAYWRIGHT = "playwright-core@1.65.1"
 SCREENSHOTS = Path(__file__).parent / "output"
 REQUIRED = "CI_REQUIRE_BROWSER"
+CONFIG = "WanVideoDistributedConfig"
 BYPASSED = 4
 """A node's mode."""
 
@@ -80,14 +92,17 @@ def browser() -> Iterator[Browser]:
     ("name", "vue", "inference"),
     [
         # Another seed per renderer, or the second run would come from ComfyUI's cache.
-        (TEXT_TO_VIDEO, False, {"seed": 100}),
-        (TEXT_TO_VIDEO, True, {"seed": 101}),
+        # And steps enough to be watched.
+        (TEXT_TO_VIDEO, False, {"seed": 100, "sample_steps": 30}),
+        (TEXT_TO_VIDEO, True, {"seed": 101, "sample_steps": 30}),
         # Presets of 40 and 50 steps take minutes on two cores.
         (IMAGE_TO_VIDEO, False, {"preset": "custom"}),
         (TI2V_5B, True, {"preset": "custom"}),
         (LIGHTNING, False, {}),
+        (BATCH, False, {"seed": 200}),
+        (BATCH, True, {"seed": 300}),
     ],
-    ids=["t2v-canvas", "t2v-nodes2", "i2v-canvas", "ti2v-nodes2", "lightning-canvas"],
+    ids=["t2v-canvas", "t2v-nodes2", "i2v-canvas", "ti2v-nodes2", "lightning-canvas", "batch-canvas", "batch-nodes2"],
 )
 def test_example_loads_runs_and_plays(
     browser: Browser, comfy: Comfy, tmp_path: Path, name: str, vue: bool, inference: dict[str, Any]
@@ -96,20 +111,38 @@ def test_example_loads_runs_and_plays(
     workflow = ui_workflow(name)
     # The picture that a workflow can begin with.
     enable = [node["id"] for node in workflow["nodes"] if node["mode"] == BYPASSED]
-    # One on the inference node, one on Save Video.
-    settings = {"values": changes(shipped, small), "enable": enable, "players": 2}
+    # One on the inference node, one on Save Video. Of a batch the canvas shows all, Nodes 2.0 one after another.
+    players = 3 if name == BATCH and not vue else 2
+    settings = {"values": changes(shipped, small), "enable": enable, "players": players}
+    if name == TEXT_TO_VIDEO:
+        settings["live"] = node_id(shipped, INFERENCE)
+        settings["values"][node_id(shipped, CONFIG)]["keep_warm_seconds"] = 300
     shown = browser.visit(comfy, tmp_path, name, vue=vue, run=True, **settings)
     assert shown["missing"] == shown["red"] == shown["shifted"] == shown["dialogs"] == shown["pageErrors"] == []
     assert shown["links"] == len(workflow["links"])
     assert api_inputs(shown["api"]) == api_inputs(shipped)
     assert shown["ending"][0] == "execution_success", shown["ending"]
-    assert len(shown["players"]) == 2, shown["players"]
+    assert len({player["src"] for player in shown["players"]}) == players, shown["players"]
     for player in shown["players"]:
         assert (player["width"], player["height"], player["error"]) == (224, 128, None), player
         assert player["ready"] == 4 and player["time"] > 0.1, player
     (status,) = comfy.last_outputs()[node_id(shipped, "PreviewAny")]["text"]
     assert ("start_image is 320x200; it was scaled" in status) == (name in (IMAGE_TO_VIDEO, TI2V_5B)), status
     assert ("LoRAs: none" in status) == (name != LIGHTNING), status
+    if "live" in settings:
+        check_live_view(shown)
+
+
+def check_live_view(shown: dict[str, Any]) -> None:
+    """The node during the run, and the panel during and after it."""
+    live, panel = shown["live"], shown["panel"]
+    # As large as --preview-size makes it, in the shape of the video.
+    assert live["image"] == [512, 293], live
+    assert re.match(r"sampling \d+/30 - [\d.]+ s/it - ETA", live["line"]), live
+    assert re.search(r"2 processes: [\d.-]+ GiB", live["usage"]), live
+    assert "2 CPU processes" in live["group"], live
+    assert "Warm" in panel["shown"] and "left" in panel["shown"] and "rank 1" in panel["shown"], panel
+    assert "No GPU is held" in panel["left"], panel
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in WORKFLOWS.glob("*.json")))

@@ -27,7 +27,9 @@ NODES = (
     "LoadWanVideoT5TextEncoder",
     "WanVideoTextEncode",
     "WanVideoDistributedConfig",
+    "WanVideoDistributedDoctor",
     INFERENCE,
+    "WanVideoDistributedBatch",
 )
 
 

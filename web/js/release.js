@@ -1,14 +1,17 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 
-const NODES = ["WanVideoDistributedConfig", "WanVideoDistributedInference"];
+const NODES = ["WanVideoDistributedConfig", "WanVideoDistributedInference", "WanVideoDistributedBatch"];
 
-async function release() {
-  const answer = await api.fetchApi("/wan_distributed/release", { method: "POST" });
+// Of the group of this id, or of all of them. What is at work ends with its video.
+export async function release(group) {
+  const body = JSON.stringify(group === undefined ? {} : { group });
+  const headers = { "Content-Type": "application/json" };
+  const answer = await api.fetchApi("/wan_distributed/release", { method: "POST", headers, body });
   const { released } = await answer.json();
   app.extensionManager?.toast?.add({
     severity: "info",
-    summary: released ? "GPUs released" : "No GPU was held by an idle video process",
+    summary: released ? "GPUs released" : "No idle GPUs; a running video lets go of its own when it is done",
     life: 3000,
   });
 }
@@ -16,9 +19,9 @@ async function release() {
 // In the nodes' context menu, not as a button on them: a widget would shift the values of saved workflows.
 app.registerExtension({
   name: "wan.distributed.release",
-  commands: [{ id: "wan.distributed.release", label: "Release GPUs", icon: "pi pi-power-off", function: release }],
+  commands: [{ id: "wan.distributed.release", label: "Release GPUs", icon: "pi pi-power-off", function: () => release() }],
   menuCommands: [{ path: ["Extensions", "Wan Video Distributed"], commands: ["wan.distributed.release"] }],
   getNodeMenuItems(node) {
-    return NODES.includes(node.comfyClass) ? [{ content: "Release GPUs", callback: release }] : [];
+    return NODES.includes(node.comfyClass) ? [{ content: "Release GPUs", callback: () => release() }] : [];
   },
 });
