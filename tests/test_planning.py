@@ -67,7 +67,7 @@ def test_auto_takes_what_is_fastest_and_says_so(make: Make, smi: SimpleNamespace
     smi.printed = listing(23, 23)
     job, status = make()
     assert (job.parallel.gpu_ids, job.parallel.cfg_parallel, job.parallel.use_fsdp) == (("0", "1"), True, False)
-    assert status.plan.startswith("plan: GPUs 0, 1 (CFG parallel 2); weights whole on each GPU")
+    assert status.plan.startswith("plan: GPUs 0, 1 (CFG parallel 2); weights whole on each")
     assert make.freed == [1]  # type: ignore[attr-defined]
 
 

@@ -242,7 +242,7 @@ def _weights(parallel: Parallel) -> str:
     elif parallel.use_fsdp and parallel.gpu_count > 1:
         text = f"weights sharded (FSDP), gathered one {parallel.gather} at a time"
     else:
-        text = "weights whole on each GPU" if parallel.gpu_count > 1 else "weights on the GPU"
+        text = "weights whole on each" if parallel.gpu_count > 1 else "weights whole"
     if parallel.offload_model and not parallel.stream_blocks:
         text += ", the idle expert in host memory"
     return text + (", memory optimization" if parallel.memory_optimization else "")

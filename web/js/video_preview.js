@@ -28,7 +28,8 @@ app.registerExtension({
     api.addEventListener("executed", ({ detail }) => {
       const node = ours(detail.display_node ?? detail.node);
       if (!node) return;
-      // The canvas would go on drawing pictures that are gone.
+      // A node shows its pictures before its outputs, and the canvas would go on drawing them.
+      delete app.nodePreviewImages[node.id];
       const picture = node.widgets?.find((widget) => widget.name === "$$canvas-image-preview");
       if (picture) node.removeWidget(picture);
       node.imgs = undefined;
