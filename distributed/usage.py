@@ -15,6 +15,8 @@ from .processes import Process
 TIMEOUT = 5.0
 """Seconds that nvidia-smi gets."""
 INTERVAL = 2.0
+END_TIMEOUT = 0.2
+"""Seconds that the last reading gets, once nobody asks for it any more."""
 STALE = 10.0
 """Seconds after which a reading says nothing any more."""
 GIB = 2**30
@@ -100,13 +102,16 @@ class UsageMonitor:
         self._read, self._interval = read, interval
         self._latest: tuple[float, list[Usage]] = (0.0, [])
         self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="wan-usage", daemon=True)
 
     def start(self) -> None:
-        threading.Thread(target=self._run, name="wan-usage", daemon=True).start()
+        self._thread.start()
 
     def stop(self) -> None:
-        """Does not wait for a reading that is under way."""
+        """Hardly waits for a reading that is under way."""
         self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(END_TIMEOUT)
 
     def _run(self) -> None:
         while not self._stop.is_set():
