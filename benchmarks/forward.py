@@ -15,6 +15,7 @@ the latents after a few steps. table.py makes a table and a plot of them.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -22,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -49,10 +52,9 @@ def run_rank(arguments: argparse.Namespace) -> None:
     """Times every system on this rank; rank 0 writes the results."""
     import torch
     import torch.distributed as dist
-    from systems import SYSTEMS, TEXT_ROWS, Place
+    from systems import Place
     from wan_pack.distributed.mesh import Mesh
     from wan_pack.wan.config import WAN_CONFIGS
-    from wan_pack.wan.latents import latents_shape
 
     torch.set_grad_enabled(False)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -64,60 +66,83 @@ def run_rank(arguments: argparse.Namespace) -> None:
     if world > 1:
         dist.init_process_group(
             "nccl" if cuda else "gloo", store=dist.FileStore(os.environ[STORE], world), rank=rank, world_size=world,
-            device_id=device if cuda else None,
+            timeout=timedelta(minutes=2), device_id=device if cuda else None,
         )  # fmt: skip
         mesh = Mesh.of(device.type, world)
     config = tiny_config() if arguments.model == "tiny" else WAN_CONFIGS[arguments.model]
     references: dict[Any, Any] = {}
     for name in arguments.systems:
-        kind, _, option = name.partition(":")
-        if world > 1 and not cuda and kind != "ours":
-            print(f"{kind} spreads over GPUs only: left out", flush=True)
+        if world > 1 and not cuda and name.partition(":")[0] != "ours":
+            print(f"{name} spreads over GPUs only: left out", flush=True)
             continue
         try:
-            system = SYSTEMS[kind](config, Place(rank, world, device, mesh), option)
+            measure(name, config, Place(rank, world, device, mesh), arguments, references)
         except ValueError as error:
             print(f"{name} is left out: {error}", flush=True)
-            continue
-        for size in arguments.sizes:
-            width, height, frames = parse_size(size)
-            generator = torch.Generator().manual_seed(0)
-            latents = torch.randn(latents_shape(width, height, frames, config.out_dim), generator=generator).to(device)
-            text = torch.randn(TEXT_ROWS, config.text_dim, generator=generator).to(device)
-            system.prepare(latents, text)
-            if cuda:
-                torch.cuda.reset_peak_memory_stats(device)
-            seconds = time_forwards(system, arguments.repeats, cuda)
-            tokens = latents[0].numel() // 4
-            median = statistics.median(seconds)
-            precision, kernel = system.precision, system.kernel.name if hasattr(system, "kernel") else ""
-            floor = floor_seconds(config, tokens, world, attention=kernel, precision=precision)
-            whole = system.whole(system.forward())
-            reference = references.setdefault(size, whole)
-            line = {
-                "benchmark": "forward", "system": kind if kind == "official" else name, "model": arguments.model,
-                "gpus": world, "size": size, "seconds": round(median, 4),
-                "spread": round(max(seconds) - min(seconds), 4),
-                "tflops_per_gpu": round(sum(work(config, tokens)) / median / world / 1e12, 1),
-                "floor_share": round(floor / median, 3),
-                "block_ms": block_times(system, config.num_layers),
-                "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if cuda else 0.0,
-                "difference": relative(whole, reference),
-                "attention": kernel, "precision": precision,
-                "device": torch.cuda.get_device_name(device) if cuda else "CPU", "torch": torch.__version__,
-            }  # fmt: skip
-            if kind == "ours" and arguments.latents:
-                final = denoise(system, latents, text)
-                line["latents_difference"] = relative(final, references.setdefault((size, "latents"), final))
-            if rank == 0:
-                with arguments.results.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                print(json.dumps(line), flush=True)
-        del system
+        except Exception as error:
+            # Most often on all ranks alike; the others' numbers are still worth having.
+            traceback.print_exc()
+            print(f"{name} is left out: it failed with {type(error).__name__}", flush=True)
+        # A compiled model refers to itself: without this it would stay on the device, and in the next one's peak.
+        gc.collect()
         if cuda:
             torch.cuda.empty_cache()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def measure(name: str, config: Any, place: Any, arguments: argparse.Namespace, references: dict[Any, Any]) -> None:
+    """Times one system; rank 0 writes a line for each size.
+
+    Args:
+        place: `systems.Place`.
+        references: what later systems are compared with, by size; filled by the first.
+    Raises:
+        ValueError: the system cannot run here.
+    """
+    import torch
+    from systems import SYSTEMS, TEXT_ROWS
+    from wan_pack.wan.latents import latents_shape
+
+    kind, _, option = name.partition(":")
+    device, world = place.device, place.world
+    cuda = device.type == "cuda"
+    system = SYSTEMS[kind](config, place, option)
+    for size in arguments.sizes:
+        width, height, frames = parse_size(size)
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(latents_shape(width, height, frames, config.out_dim), generator=generator).to(device)
+        text = torch.randn(TEXT_ROWS, config.text_dim, generator=generator).to(device)
+        system.prepare(latents, text)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds = time_forwards(system, arguments.repeats, cuda)
+        peak = torch.cuda.max_memory_allocated(device) if cuda else 0
+        tokens = latents[0].numel() // 4
+        median = statistics.median(seconds)
+        precision, kernel = system.precision, system.kernel.name if hasattr(system, "kernel") else ""
+        floor = floor_seconds(config, tokens, world, attention=kernel, precision=precision)
+        whole = system.whole(system.forward())
+        reference = references.setdefault(size, whole)
+        line = {
+            "benchmark": "forward", "system": kind if kind == "official" else name, "model": arguments.model,
+            "gpus": world, "size": size, "seconds": round(median, 4),
+            "spread": round(max(seconds) - min(seconds), 4),
+            "tflops_per_gpu": round(sum(work(config, tokens)) / median / world / 1e12, 1),
+            "floor_share": round(floor / median, 3),
+            "block_ms": block_times(system, config.num_layers),
+            "peak_gib": round(peak / 2**30, 2),
+            "difference": relative(whole, reference),
+            "attention": kernel, "precision": precision,
+            "device": torch.cuda.get_device_name(device) if cuda else "CPU", "torch": torch.__version__,
+        }  # fmt: skip
+        if kind == "ours" and arguments.latents:
+            final = denoise(system, latents, text)
+            line["latents_difference"] = relative(final, references.setdefault((size, "latents"), final))
+        if place.rank == 0:
+            with arguments.results.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
 
 
 def time_forwards(system: Any, repeats: int, cuda: bool) -> list[float]:

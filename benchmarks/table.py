@@ -78,13 +78,13 @@ def plot(lines: list[Line]) -> str:
     )
 
 
-def replace_marked(text: str, content: str) -> str:
+def replace_marked(text: str, content: str, begin: str = BEGIN, end: str = END) -> str:
     """Puts `content` between the marks of `text`; at its end, with marks, where it has none."""
-    block = f"{BEGIN}\n\n{content}\n\n{END}"
-    if BEGIN not in text:
+    block = f"{begin}\n\n{content}\n\n{end}"
+    if begin not in text:
         return f"{text.rstrip()}\n\n{block}\n"
-    before, rest = text.split(BEGIN)
-    return before + block + rest.split(END)[1]
+    before, rest = text.split(begin)
+    return before + block + rest.split(end)[1]
 
 
 def main() -> None:

@@ -80,3 +80,32 @@ def test_kernels_are_sorted_by_kind_and_idling_is_what_none_covers():
     }
     assert {name: kind_of(name) for name in kinds} == kinds
     assert busy([(5, 7), (0, 2), (1, 3), (6, 6.5)]) == 5
+
+
+def test_scaling_is_bounded_by_the_floor_and_by_what_was_measured():
+    """The prediction passes through the two measured points, and never promises more than the work divided."""
+    import scaling
+
+    measured = scaling.read_scaling(BENCHMARKS / "results.jsonl")
+    assert measured.predict(1) == (measured.one, measured.one) == (2.545, 2.545)
+    assert measured.predict(2) == (measured.two, measured.two) == (1.434, 1.434)
+    known = measured.one / 2 + measured.exchange(2) + measured.rest
+    assert known == pytest.approx(measured.two)
+    for gpus in (4, 8):
+        low, high = measured.predict(gpus)
+        assert measured.floor / gpus < measured.one / gpus < low < high < measured.two
+    # 4 * 32,760 * 5120 elements of two bytes in 40 layers: half on each of two ranks, half of that sent.
+    assert measured.exchange(2) == pytest.approx(4 * 32760 * 5120 * 2 * 40 / 4 / 257e9)
+    text = scaling.table(measured)
+    assert text.count("\n") == 1 + len(scaling.GPUS)
+    assert f"{(BENCHMARKS / 'README.md').read_text()}".count(text) == 1, "scaling.py was not run after a change"
+    ElementTree.fromstring(scaling.plot(measured))
+
+
+def test_scaling_needs_both_measurements(tmp_path: Path):
+    import scaling
+
+    line = {"benchmark": "real_size", "model": "t2v-A14B", "size": "832x480x81", "gpus": 1, "seconds_per_step": 2.5}
+    (tmp_path / "results.jsonl").write_text(json.dumps({**line, "settings": {"fsdp": False}}) + "\n")
+    with pytest.raises(ValueError, match=r"holds runs on \[1\] GPUs; one and two are needed"):
+        scaling.read_scaling(tmp_path / "results.jsonl")
