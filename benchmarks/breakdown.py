@@ -63,6 +63,9 @@ def block_times(system: Any, layers: int) -> dict[str, float]:
     totals = dict.fromkeys([*KINDS, "elementwise", "idle"], 0.0)
     intervals = []
     for event in trace.events():
+        if event.is_user_annotation:
+            # A range around kernels that are events themselves.
+            continue
         if cuda and event.device_type == DeviceType.CUDA:
             start, end = event.time_range.start, event.time_range.end
             intervals.append((start, end))

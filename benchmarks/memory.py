@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ GIB = 2**30
 COLUMNS = ("cap", "gpus", "plan", "seconds_per_step", "estimated_gib", "peak_gpu_gib", "error_percent")
 TIMEOUT = 1800
 """Seconds for the processes of one job."""
+GRACE = 10
 
 
 def capped_gpus(count: int, cap_gib: float) -> list[Gpu]:
@@ -48,18 +50,19 @@ def capped_gpus(count: int, cap_gib: float) -> list[Gpu]:
 
 def planned_job(path: Path, gpus: list[Gpu]) -> Plan:
     """Lays out the job in `path` for these GPUs, and writes it back. Raises ValueError if it does not fit."""
+    from wan_pack.distributed.host_memory import available_bytes
     from wan_pack.distributed.jobdir import JobDir
     from wan_pack.distributed.planning.plan import make_plan
     from wan_pack.distributed.planning.policies import Request
     from wan_pack.distributed.planning.topology import read_topology
-    from wan_pack.distributed.planning.workload import available_host_bytes, workload_of
+    from wan_pack.distributed.planning.workload import workload_of
 
     folder = JobDir(path)
     job = folder.read_job()
     base = dataclasses.replace(job.parallel, gpu_count=1, gpu_ids=(), use_fsdp=True)
     work = workload_of(job.model, job.sampling, base, encodes_text=False)
     request = Request(base=base, gpu_count=len(gpus))
-    plan = make_plan(work, request, gpus, read_topology(), host_bytes=available_host_bytes())
+    plan = make_plan(work, request, gpus, read_topology(), host_bytes=available_bytes())
     ids = plan.parallel.gpu_ids if job.parallel.gpu_ids else ()
     folder.write_job(dataclasses.replace(job, parallel=dataclasses.replace(plan.parallel, gpu_ids=ids)))
     return plan
@@ -102,17 +105,31 @@ def run_job(path: Path, plan: Plan, cap_gib: float) -> dict[str, Any]:
             log = (path / "logs" / f"memory{rank}.log").open("w+")
             ranks.append((subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT), log))
         try:
-            codes = [process.wait(TIMEOUT) for process, _ in ranks]
+            codes = wait_for([process for process, _ in ranks])
         finally:
             for process, _ in ranks:
                 process.kill()
-        for code, (_, log) in zip(codes, ranks, strict=True):
+        # Those that were killed for another's failure, whose code is negative, come last.
+        for code, (_, log) in sorted(zip(codes, ranks, strict=True), key=lambda pair: -pair[0]):
             log.seek(0)
             if code:
                 raise RuntimeError("\n".join(log.read().splitlines()[-5:]))
             log.close()
     result: dict[str, Any] = json.loads((path / "result.json").read_text())
     return result
+
+
+def wait_for(ranks: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Exit codes. When one has failed, the others, which may wait for it, have `GRACE` seconds left."""
+    until = time.monotonic() + TIMEOUT
+    while any(rank.poll() is None for rank in ranks):
+        if any(rank.poll() for rank in ranks):
+            until = min(until, time.monotonic() + GRACE)
+        if time.monotonic() > until:
+            for rank in ranks:
+                rank.kill()
+        time.sleep(0.1)
+    return [rank.wait() for rank in ranks]
 
 
 def measure(folder: Path, arguments: argparse.Namespace, cap_gib: float, gpus: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -87,13 +87,22 @@ class HostParking:
 def lock_pages(host: Tensor) -> None:
     """Page-locks a CPU tensor, so that copies to and from a GPU run by themselves."""
     if int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)) != 0:
+        _forget_error()
         # A container may forbid locked memory; the copy is then slower, not wrong.
         logging.getLogger(__name__).warning("host memory could not be page-locked; copies to the GPU are slower")
 
 
 def unlock_pages(host: Tensor) -> None:
     """Undoes `lock_pages`, before the tensor's memory is freed."""
-    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
+    if int(torch.cuda.cudart().cudaHostUnregister(host.data_ptr())) != 0:
+        # It was never locked.
+        _forget_error()
+
+
+def _forget_error() -> None:
+    """CUDA keeps a failed call's error until it is asked for, and torch asks after each of its kernels."""
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

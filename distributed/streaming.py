@@ -66,6 +66,7 @@ class BlockStream:
     def writable(self) -> Iterator[None]:
         """Inside, the blocks' parameters are those in host memory, to be read from files. The model must not run."""
         self._leave_buffers()
+        self._rest.fetch()
         yield
         self.fetch()
 

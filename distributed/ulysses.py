@@ -108,12 +108,13 @@ class OverlappedUlysses:
         """x: one of q, k and v, [S, H, D]; starts its exchange, in the same order on all ranks."""
         heads = split_evenly(x.shape[1], self.shard.world)
         tokens, channels = x.shape[0], x.shape[2]
-        message = torch.cat([part.flatten() for part in x.split(heads, dim=1)])
+        sizes = [tokens * h * channels for h in heads]
+        message = x.new_empty(x.numel())
+        for chunk, part in zip(message.split(sizes), x.split(heads, dim=1), strict=True):
+            chunk.view(part.shape).copy_(part)
         mine = heads[self.shard.rank]
         received = x.new_empty(tokens * self.shard.world, mine, channels)
-        return self._start(
-            received, message, [tokens * mine * channels] * self.shard.world, [tokens * h * channels for h in heads]
-        )
+        return self._start(received, message, [tokens * mine * channels] * self.shard.world, sizes)
 
     def __call__(self, q: Tensor | _InFlight, k: Tensor | _InFlight, v: Tensor | _InFlight) -> Tensor:
         """[S, H, D] three times, or what `send` returned for them -> [S, H, D]."""

@@ -98,7 +98,7 @@ def read_weights(
         if weight == name and made_here(name):
             scale = parameters.get(f"{name}_scale")
             scales = None if scale is None else local_rows(scale)[0]
-            _read_merged(checkpoint, loras, name, rows, start, scales, buffers.staging)
+            _read_merged(checkpoint, loras, name, rows, start, scales, buffers.staging, device)
         # The scale of such a weight is a new one, written with the weight.
         elif weight == name or not made_here(weight):
             checkpoint.read_into(name, rows, start=start, staging=buffers.staging)
@@ -121,13 +121,17 @@ def _read_merged(
     start: int,
     scales: Tensor | None,
     staging: Tensor,
+    device: torch.device,
 ) -> None:
-    """Reads rows in float32, adds what `loras` change, and rounds once: to the dtype of `rows`, or to fp8 `scales`."""
+    """Reads rows in float32, adds what `loras` change, and rounds once: to the dtype of `rows`, or to fp8 `scales`.
+
+    Computes on `device`, also for rows that wait in host memory.
+    """
     per_row = rows.numel() // rows.shape[0]
     count = max(MERGED_ELEMENTS // per_row, 1)
     for first in range(0, rows.shape[0], count):
         part = rows[first : first + count]
-        values = torch.empty(part.shape, dtype=torch.float32, device=rows.device)
+        values = torch.empty(part.shape, dtype=torch.float32, device=device)
         checkpoint.read_into(name, values, start=start + first * per_row, staging=staging)
         merge(loras, name, values, start // per_row + first)
         if scales is not None:

@@ -51,6 +51,28 @@ def test_variants_are_compared_with_the_first_and_rendered(tmp_path: Path, capsy
     assert once.startswith("# Title\n")
 
 
+def test_a_system_that_fails_leaves_the_others_their_turn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    import forward
+    import systems
+
+    def broken(config: object, place: object, option: str) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(systems.SYSTEMS, "diffusers", broken)
+    results = tmp_path / "results.jsonl"
+    forward.run_rank(
+        argparse.Namespace(
+            model="tiny", systems=["diffusers", "ours"], sizes=["64x48x5"], repeats=1, latents=False, results=results
+        )
+    )
+    said = capsys.readouterr()
+    assert "diffusers is left out: it failed with RuntimeError" in said.out
+    assert "no kernel image" in said.err
+    assert [json.loads(line)["system"] for line in results.read_text().splitlines()] == ["ours"]
+
+
 def test_floor_is_that_of_the_measured_kernels():
     """2.39 s for one A14B forward at 832x480x81 on one H200, half of it on two, less in 8 bits."""
     from breakdown import floor_seconds, work

@@ -23,9 +23,28 @@ def test_triton_kernels_equal_their_plain_forms():
     assert made == {"norm", "add_norm", "add", "cast", "gelu", "rms_norm", "rotate", "message", "model,"}
 
 
-def test_fused_kernels_need_a_gpu():
+def test_fused_kernels_need_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("wan_pack.wan.ops._lacks_for_launchers", lambda: "")
     for name in OPS:
         check_kernels((8, 0), name)
     check_kernels(None, "plain")
     with pytest.raises(ValueError, match="'triton', which needs a GPU; choose 'plain'"):
         check_kernels(None, "triton")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, of torch's CUDA builds")
+def test_what_triton_builds_its_launchers_with_is_missed_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("sysconfig.get_path", lambda name, scheme: str(tmp_path))
+    with pytest.raises(ValueError, match=r"needs a C compiler \(gcc or clang\)"):
+        check_kernels((9, 0), "triton")
+    (tmp_path / "gcc").touch(mode=0o755)
+    with pytest.raises(ValueError, match="needs Python's headers"):
+        check_kernels((9, 0), "triton")
+    (tmp_path / "Python.h").touch()
+    check_kernels((9, 0), "triton")
+    check_kernels((9, 0), "plain")

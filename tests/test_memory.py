@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,3 +105,13 @@ def test_the_benchmark_words_what_was_refused_and_what_failed(monkeypatch: pytes
     rows = benchmark.table([measured, failed]).splitlines()
     assert rows[2] == "| 24 | 1 | GPU 0 |  | 8.5 | 8.4 | 1.2 |"
     assert rows[3] == "| 16 | 1 | GPU 0; failed: out of memory |  |  |  |  |"
+
+
+def test_a_failed_process_of_the_benchmark_does_not_leave_it_waiting_for_the_others(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "memory", raising=False)
+    benchmark = importlib.import_module("memory")
+    monkeypatch.setattr(benchmark, "GRACE", 0.1)
+    ranks = [subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sh", "-c", "exit 3"])]
+    assert benchmark.wait_for(ranks) == [-9, 3]
+    assert benchmark.wait_for([subprocess.Popen(["true"])]) == [0]

@@ -11,6 +11,7 @@ from ranks import run_ranks
 from tiny import TINY, random_weights, write_official
 from wan_pack.distributed.experts import Weights, load_expert, relora_expert
 from wan_pack.distributed.job import Parallel
+from wan_pack.distributed.offload import lock_pages, unlock_pages
 from wan_pack.distributed.sequence import SequenceShard
 from wan_pack.distributed.streaming import BlockStream
 from wan_pack.wan.config import WanConfig
@@ -105,6 +106,47 @@ def test_weights_of_a_streamed_model_can_be_replaced(checkpoints: dict[int, str]
     with stream.writable():
         assert relora_expert(model, files, (), (), device=CPU)
     assert torch.equal(velocity(model), changed)
+
+
+def test_weights_outside_of_the_blocks_can_be_replaced_while_the_model_is_parked(checkpoints: dict[int, str]):
+    """As a LoRA does that changes them, of the expert that waits."""
+    model, stream = load(checkpoints[4], stream_blocks=True)
+    before = velocity(model)
+    stream.park()
+    with stream.writable():
+        assert stream.resident_bytes > 0
+        model.head.head.weight.mul_(2)
+        model.head.head.bias.mul_(2)
+    torch.testing.assert_close(velocity(model), 2 * before)
+
+
+def test_memory_that_cannot_be_locked_leaves_no_error_for_the_next_kernel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """CUDA reports a failed call once more, at the next check: something must take it before a forward does."""
+    pending: list[str] = []
+
+    class Cudart:
+        def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
+            pending.append("cudaErrorNotPermitted")
+            return 800
+
+        def cudaHostUnregister(self, pointer: int) -> int:
+            pending.append("cudaErrorHostMemoryNotRegistered")
+            return 713
+
+    def ones(*shape: int, device: str) -> None:
+        if pending:
+            raise RuntimeError(f"CUDA error: {pending.pop()}")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Cudart)
+    host = torch.empty(8)
+    monkeypatch.setattr(torch, "ones", ones)
+    lock_pages(host)
+    assert not pending
+    assert "could not be page-locked" in caplog.text
+    unlock_pages(host)
+    assert not pending
 
 
 def test_compiled_segments_read_the_buffers(checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch):

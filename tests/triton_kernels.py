@@ -92,7 +92,9 @@ def compare_models() -> None:
         for ops in (PLAIN, TRITON):
             out.append(_forward(model, ops, tokens))
         error = ((out[1] - out[0]).norm() / out[0].norm()).item()
-        assert error < (2e-2 if products else 1e-5), f"fp8 {products}: {error}"
+        # On a GPU cuBLAS computes GELU's tanh, faster and with fewer digits.
+        exact = 1e-5 if DEVICE == "cpu" else 1e-3
+        assert error < (2e-2 if products else exact), f"fp8 {products}: {error}"
         print("model, fp8", products)
 
 

@@ -71,7 +71,9 @@ def _quantise_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     # A norm reads the strided view once; abs() would write a copy of it.
     scale = torch.linalg.vector_norm(x, ord=float("inf"), dim=(0, 2), dtype=torch.float32) / largest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (x / scale[:, None]).clamp_(-largest, largest).to(E4M3), scale[None]
+    # One pass. What rounding puts just over the type's largest becomes the largest again.
+    codes = torch.div(x, scale[:, None], out=torch.empty(x.shape, dtype=E4M3, device=x.device))
+    return codes, scale[None]
 
 
 def flash_attention_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

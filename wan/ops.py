@@ -6,8 +6,13 @@ Shapes as in model.py. A new implementation is one entry in `OPS`; what each fun
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +116,23 @@ def check_kernels(capability: tuple[int, int] | None, name: str) -> None:
         raise ValueError("kernels is 'triton', which needs a GPU; choose 'plain'")
     if importlib.util.find_spec("triton") is None:
         raise ValueError("kernels is 'triton', but the package triton is not installed; choose 'plain' or install it")
+    lacking = _lacks_for_launchers()
+    if lacking:
+        raise ValueError(
+            f"kernels is 'triton', which needs {lacking} to start its kernels; choose 'plain' or install it"
+        )
+
+
+def _lacks_for_launchers() -> str:
+    """What Triton's `runtime.build` would not find, at the first kernel and so after the weights; empty: nothing."""
+    if sys.platform != "linux":
+        return ""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler (gcc or clang)"
+    scheme = sysconfig.get_default_scheme()
+    # Debian's scheme for what users install has no headers.
+    header = Path(sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme), "Python.h")
+    return "" if header.is_file() else f"Python's headers ({header})"
 
 
 OPS: dict[str, Callable[[], Ops]] = {"plain": lambda: PLAIN, "triton": _triton}
