@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,23 +56,45 @@ def wait_for_gpus(
         time.sleep(POLL)
 
 
+def holder(gpu_id: str, folder: Path | None = None) -> str:
+    """Which other program has the GPU, such as "process 123"; empty if none has."""
+    # Nowhere else do jobs run, or locks like these exist.
+    if sys.platform != "linux":
+        return ""
+    with _open(_place(gpu_id, _folder() if folder is None else folder)) as file:
+        owner = "" if _try_lock(file) else _owner(file)
+    return "" if owner == _own_name() else owner
+
+
 def _try_all(gpu_ids: Sequence[str], folder: Path | None) -> tuple[GpuLocks | None, str]:
     held: list[IO[str]] = []
     # In one order for everybody: two programs that want the same GPUs must not each hold half of them.
     for gpu in sorted(gpu_ids):
         assert folder is not None
-        file = _open(folder / f"gpu-{''.join(c if c.isalnum() or c == '-' else '_' for c in gpu)}.lock")
+        file = _open(_place(gpu, folder))
         if not _try_lock(file):
-            owner = file.read(200).strip() or "another program"
+            owner = _owner(file)
             file.close()
             GpuLocks(held).release()
             return None, f"waiting for GPU {gpu}, in use by {owner}"
         file.seek(0)
         file.truncate()
-        file.write(f"process {os.getpid()}")
+        file.write(_own_name())
         file.flush()
         held.append(file)
     return GpuLocks(held), ""
+
+
+def _place(gpu_id: str, folder: Path) -> Path:
+    return folder / f"gpu-{''.join(c if c.isalnum() or c == '-' else '_' for c in gpu_id)}.lock"
+
+
+def _owner(file: IO[str]) -> str:
+    return file.read(200).strip() or "another program"
+
+
+def _own_name() -> str:
+    return f"process {os.getpid()}"
 
 
 def _folder() -> Path:

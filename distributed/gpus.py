@@ -20,9 +20,12 @@ class Gpu:
     uuid: str
     name: str
     total_bytes: int
+    """0 where nvidia-smi does not tell: of a MIG slice, or a GPU that shares the host's memory."""
     free_bytes: int
 
     def __str__(self) -> str:
+        if not self.total_bytes:
+            return f"{self.index} {self.name} (memory unknown)"
         return f"{self.index} {self.name} ({self.free_bytes / 2**30:.0f} of {self.total_bytes / 2**30:.0f} GiB free)"
 
 
@@ -39,11 +42,10 @@ def list_gpus() -> list[Gpu]:
     gpus = []
     for line in out.splitlines():
         parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 5 and parts[3].isdecimal() and parts[4].isdecimal():
-            index, uuid, name, total, free = parts
-            gpus.append(
-                Gpu(index=index, uuid=uuid, name=name, total_bytes=int(total) << 20, free_bytes=int(free) << 20)
-            )
+        if len(parts) == 5 and parts[0].isdecimal():
+            index, uuid, name, *sizes = parts
+            total, free = (int(size) << 20 if size.isdecimal() else 0 for size in sizes)
+            gpus.append(Gpu(index=index, uuid=uuid, name=name, total_bytes=total, free_bytes=free))
     return gpus
 
 

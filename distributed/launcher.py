@@ -15,6 +15,7 @@ What is not covered:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
 import shlex
@@ -181,7 +182,9 @@ class _Run:
         if self._group.ended:
             return
         left = self._group.end()
-        self._group.hand_over(self._folder)
+        # What explains a failure must not keep the GPUs: on a full disk it cannot be copied.
+        with contextlib.suppress(OSError):
+            self._group.hand_over(self._folder)
         self._pool.forget(self._group)
         if left:
             pids = ", ".join(map(str, left))
@@ -209,7 +212,9 @@ class _Run:
             return []
         if parallel.gpu_ids:
             return gpu_usage(parallel.gpu_ids, all_gpus())
-        return process_usage(seen.process for _, seen in sorted(self._signs.ranks().items()))
+        ranks = self._signs.ranks()
+        # Not of some of them: the others have only not been seen yet.
+        return process_usage(ranks[rank].process for rank in sorted(ranks)) if len(ranks) == parallel.gpu_count else []
 
     def _stuck(self, problem: Problem) -> JobFailed:
         """Has the ranks print their stacks, ends them and names the one that holds the others up."""

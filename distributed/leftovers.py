@@ -41,6 +41,9 @@ def keep_failed(folder: JobDir, failed: Path) -> Path:
         kept = Path(shutil.move(folder.path, failed / f"{time.strftime('%Y%m%d-%H%M%S')}-{folder.path.name}"))
         os.utime(kept)
     except OSError:
+        # Where it is, but by a name that `remove_abandoned` leaves alone.
+        with contextlib.suppress(OSError):
+            return folder.path.rename(folder.path.with_name(f"kept-{folder.path.name}"))
         return folder.path
     finally:
         if folder.lock is not None:

@@ -13,6 +13,7 @@ from typing import Any
 from .gpu_locks import GpuLocks, wait_for_gpus
 from .gpus import Gpu, list_gpus
 from .group import WorkerGroup
+from .host_memory import available_bytes
 from .hosts.group import HostsGroup
 from .job import Job, ModelFiles, Parallel
 from .jobdir import JobDir
@@ -34,6 +35,8 @@ class _Member:
     """By `time.monotonic()`; of an idle one."""
     free_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     """Of its GPUs before it started, by index."""
+    host_bytes: int | None = None
+    """Of the host's memory that were available before it started."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +85,7 @@ class Pool:
             on_wait: told what is waited for.
         """
         before: dict[str, int] = {}
+        host_bytes = self.host_bytes()
         with self._lock:
             for member in [member for member in self._members if member.idle]:
                 if member.kind == _kind(job) and member.group.usable:
@@ -103,7 +107,7 @@ class Pool:
             locks.release()
             raise
         with self._lock:
-            self._members.append(_Member(group, locks, _kind(job), free_bytes=free))
+            self._members.append(_Member(group, locks, _kind(job), free_bytes=free, host_bytes=host_bytes))
         return group
 
     def give_back(self, group: WorkerGroup, job: Job) -> None:
@@ -154,6 +158,15 @@ class Pool:
             idle = [member for member in self._members if member.idle]
             before = {index: free for member in idle for index, free in member.free_bytes.items()}
         return [_with_free(gpu, before) for gpu in gpus]
+
+    def host_bytes(self) -> int | None:
+        """The host's memory that is available once the idle groups have ended; None if the system does not tell.
+
+        Those on GPUs that the next job leaves alone count as well.
+        """
+        with self._lock:
+            before = [member.host_bytes for member in self._members if member.idle]
+        return max((size for size in (available_bytes(), *before) if size is not None), default=None)
 
     def view(self) -> list[GroupView]:
         """The groups that are alive, in the order in which they started."""

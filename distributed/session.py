@@ -219,9 +219,13 @@ def _device(job: Job) -> torch.device:
         return torch.device("cpu")
     local_rank = int(os.environ["LOCAL_RANK"])
     if not torch.cuda.is_available() or torch.cuda.device_count() <= local_rank:
+        slices = [gpu for gpu in job.parallel.gpu_ids if gpu.startswith("MIG-")]
+        reason = "the driver may be too old for this torch"
+        if len(slices) > 1 and torch.cuda.is_available():
+            reason = "CUDA shows a process one MIG slice only, so a job can have one: set gpu_count to 1"
         raise JobError(
             f"GPUs {', '.join(job.parallel.gpu_ids)} were chosen, but torch {torch.__version__} sees "
-            f"{torch.cuda.device_count()}; the driver may be too old for this torch"
+            f"{torch.cuda.device_count()}; {reason}"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)

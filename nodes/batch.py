@@ -6,16 +6,17 @@ import copy
 import dataclasses
 from typing import Any, ClassVar
 
-from ..distributed.job import Job
+from ..distributed.job import Job, JobError
 from ..distributed.launcher import MAX_LOG, JobFailed, Result, new_job_id
 from . import batch_inputs, host, saved_video, warm
 from .batch_requests import Request, requests_of
-from .batch_run import BatchProgress, BatchRun
+from .batch_run import STAY, BatchProgress, BatchRun
 from .batch_split import splits
 from .config import DistributedConfig
 from .inference import LAYOUT, build_job, chosen_config, model_of
 from .inference_inputs import HIDDEN
 from .outcome import Outcome, keep
+from .planning import SIDE_BY_SIDE
 from .status import Status
 from .video_node import VideoNode
 
@@ -96,7 +97,8 @@ class _Batch:
         self._statuses: list[Status] = []
         """One per group: what is to be said of its jobs."""
         built = self._first_jobs(settings, gpus_per_video)
-        self.groups = [job.parallel for job, _ in built]
+        keep_warm = float(chosen_config(settings, Status()).keep_warm_seconds)
+        self.groups = [dataclasses.replace(job.parallel, keep_warm_seconds=keep_warm) for job, _ in built]
         first, tensors = built[0]
         # Nothing else differs between the videos.
         self.jobs = [
@@ -135,10 +137,18 @@ class _Batch:
         self, settings: dict[str, Any], configs: list[DistributedConfig], common: Status
     ) -> list[tuple[Job, dict[str, Any]]]:
         self._statuses = [Status() for _ in configs]
+        if len(self._requests) > len(configs):
+            # Planned as what they are: groups that have the weights on their GPUs while they decode, too.
+            configs = [
+                dataclasses.replace(config, keep_warm_seconds=max(config.keep_warm_seconds, int(STAY)))
+                for config in configs
+            ]
         built = []
         for config, status in zip(configs, self._statuses, strict=True):
             status.note(*common.warnings)
-            built.append(build_job(_inputs_of(self._requests[0], settings, config), status))
+            built.append(
+                build_job({**_inputs_of(self._requests[0], settings, config), SIDE_BY_SIDE: len(configs)}, status)
+            )
         sizes = {(job.sampling.width, job.sampling.height) for job, _ in built}
         if len(sizes) == 1:
             return built
@@ -158,7 +168,7 @@ class _Batch:
             self._group_of[index] = group
             try:
                 made = keep(self.jobs[index][0], result, filename_prefix, workflow)
-            except (OSError, ValueError) as error:
+            except JobError as error:
                 self.failures[index] = error
                 return
             if run.groups_stay:

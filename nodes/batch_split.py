@@ -35,8 +35,6 @@ def splits(
     from ..distributed.gpus import choose_gpus, list_gpus
 
     if chosen.hosts:
-        raise ValueError("hostfile names other machines, but the groups of a batch are on this one; leave it empty")
-    if chosen.hosts:
         raise ValueError(f"hostfile is {chosen.hostfile!r}; a batch runs on this machine only, one group per video")
     count, ids = choose_gpus(chosen.gpu_count, chosen.gpu_ids, visible)
     if gpus_per_video > count:
@@ -68,7 +66,8 @@ def fewest_gpus(model: ModelFiles, chosen: DistributedConfig, gpus: Sequence[Gpu
     """GPUs of which each can hold its part of the weights; only FSDP makes the part smaller."""
     experts = [sum(file.size for file in files) for files in (model.high_noise, model.low_noise)]
     weights = max(experts) if chosen.offload_model else sum(experts)
-    if not chosen.use_fsdp or not gpus:
+    room = int(min((gpu.total_bytes for gpu in gpus), default=0) * WEIGHTS_SHARE)
+    # No GPU, or one whose memory is not known.
+    if not chosen.use_fsdp or not room:
         return 1
-    room = int(min(gpu.total_bytes for gpu in gpus) * WEIGHTS_SHARE)
     return min(-(-weights // room), len(gpus))

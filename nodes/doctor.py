@@ -17,7 +17,8 @@ class WanVideoDistributedDoctor:
     DESCRIPTION = (
         "Examines this machine: GPUs, who uses them and how they are connected, a timed exchange between two of them, "
         "torch, attention kernels, packages, ffmpeg, memory and disks. Ends with a verdict in plain sentences. Takes "
-        "up to a minute, in a process of its own, and never hangs: what does not answer is a line of the report."
+        "up to a minute, some more where GPUs do not answer, in a process of its own, and never hangs: what does not "
+        "answer is a line of the report."
     )
     CATEGORY = "WanVideoDistributed"
     FUNCTION = "examine"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..distributed.job import Job
+from ..distributed.job import Job, JobError
 from ..distributed.launcher import Result
+from ..distributed.leftovers import keep_failed
 from . import host, saved_video
 
 
@@ -34,15 +35,23 @@ class Outcome:
 
 
 def keep(job: Job, result: Result, filename_prefix: str, workflow: Mapping[str, Any]) -> Outcome:
-    """Saves the video, reads the latents, and removes the job's folder."""
+    """Saves the video, reads the latents, and removes the job's folder.
+
+    Raises:
+        JobError: that failed, such as on a full disk; the folder is kept.
+    """
     saved = None
     try:
         if job.decode:
             size = {"width": job.sampling.width, "height": job.sampling.height}
             saved = saved_video.save_video(result.folder.video, filename_prefix, **size, workflow=workflow)
-        return Outcome(saved, _read_latents(result.folder.latents), result.info, result.log)
-    finally:
-        result.remove()
+        outcome = Outcome(saved, _read_latents(result.folder.latents), result.info, result.log)
+    # Whatever it is: the video may have taken hours to make.
+    except Exception as error:
+        kept = keep_failed(result.folder, host.failed_folder())
+        raise JobError(f"the job is done, but its result cannot be saved: {error}; it is kept in {kept}") from error
+    result.remove()
+    return outcome
 
 
 def inputs_writer(tensors: dict[str, Any]) -> Callable[[Path], None]:

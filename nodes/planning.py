@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..distributed.job import ModelFiles, Parallel, Sampling
@@ -13,9 +13,16 @@ from .config import AS_SET, DistributedConfig
 from .status import Status
 
 if TYPE_CHECKING:
+    from ..distributed.gpus import Gpu
+    from ..distributed.planning.memory import Workload
     from ..distributed.planning.plan import Plan
     from ..distributed.planning.policies import Request
     from ..distributed.planning.topology import Topology
+
+SIDE_BY_SIDE = "jobs side by side"
+"""Among the inputs: how many jobs share this machine's memory; without it one."""
+USUALLY_FREE = 0.95
+"""Of a GPU's memory, when no job is on it: each ComfyUI keeps a little."""
 
 
 def planned(
@@ -38,21 +45,26 @@ def planned(
     Raises:
         ValueError: the video does not fit; the message says what would.
     """
+    from ..distributed.gpu_locks import holder
     from ..distributed.gpus import suitable_gpus
-    from ..distributed.planning.plan import DoesNotFit, as_set, make_plan
-    from ..distributed.planning.workload import available_host_bytes, workload_of
+    from ..distributed.planning.plan import DoesNotFit, as_set
+    from ..distributed.planning.workload import workload_of
 
     dynamic = settings.get("dynamic_resolution", False)
     here = chosen.plan != AS_SET and not chosen.hosts
+    if here:
+        # What ComfyUI itself holds is not in the job's way.
+        host.free_memory()
     gpus = suitable_gpus(chosen.gpu_count, chosen.gpu_ids, host.visible_gpus()) if here else []
     reason = _unplanned(chosen, [gpu.total_bytes for gpu in gpus])
     if reason is not None:
         if dynamic:
             status.note(f"dynamic_resolution had no effect: {reason}")
         return _shown(as_set(literal(), reason), status), sampling
-    # What ComfyUI itself holds is not in the job's way.
-    host.free_memory()
-    gpus = warm.pool().without_idle(suitable_gpus(chosen.gpu_count, chosen.gpu_ids, host.visible_gpus()))
+    gpus = warm.pool().without_idle(gpus)
+    # Of jobs of another ComfyUI, which this one would wait for.
+    taken = {gpu.index: who for gpu in gpus if (who := holder(gpu.index))}
+    gpus.sort(key=lambda gpu: gpu.index in taken)
     request = _request(chosen, model, sampling)
     image = settings.get("start_image") is not None
     sized = settings.get("samples") is not None or settings.get("image_embeds") is not None
@@ -64,7 +76,9 @@ def planned(
         given_frames=task == "ti2v" and image,
         decode=settings.get("decode_video", True) or image,
     )
-    plan = functools.partial(make_plan, request=request, gpus=gpus, links=_links(), host_bytes=available_host_bytes())
+    host_bytes = warm.pool().host_bytes()
+    share = None if host_bytes is None else host_bytes // settings.get(SIDE_BY_SIDE, 1)
+    plan = functools.partial(_plan_waiting, request=request, gpus=gpus, taken=taken, links=_links(), host_bytes=share)
     try:
         made = plan(work)
     except DoesNotFit as error:
@@ -79,6 +93,33 @@ def planned(
         )
         sampling = dataclasses.replace(sampling, width=width, height=height)
     return _shown(made, status), sampling
+
+
+def _plan_waiting(
+    work: Workload, request: Request, gpus: Sequence[Gpu], *, taken: Mapping[str, str], **machine: Any
+) -> Plan:
+    """As make_plan; where nothing fits, with the GPUs as they are once the jobs of others on them have ended.
+
+    Args:
+        taken: index -> who has the GPU.
+    """
+    from ..distributed.planning.plan import DoesNotFit, make_plan
+
+    try:
+        return make_plan(work, request, gpus, **machine)
+    except DoesNotFit:
+        if not taken:
+            raise
+    later = [
+        dataclasses.replace(gpu, free_bytes=max(gpu.free_bytes, int(gpu.total_bytes * USUALLY_FREE)))
+        if gpu.index in taken
+        else gpu
+        for gpu in gpus
+    ]
+    made = make_plan(work, request, later, **machine)
+    waits = [f"GPU {index} is in use by {taken[index]}: the job waits for it" for index in made.parallel.gpu_ids
+             if index in taken]  # fmt: skip
+    return dataclasses.replace(made, reasons=(*made.reasons, *waits))
 
 
 def literal_values(chosen: DistributedConfig) -> dict[str, Any]:
@@ -100,7 +141,9 @@ def _unplanned(chosen: DistributedConfig, total_bytes: list[int]) -> str | None:
     if not total_bytes:
         return "there is no GPU, whose memory would be the limit: the switches are taken as they are"
     if not all(total_bytes):
-        return "nvidia-smi does not tell the memory of a MIG slice: the switches are taken as they are"
+        return (
+            "nvidia-smi does not tell the memory of every GPU (MIG, unified memory): the switches are taken as they are"
+        )
     return None
 
 

@@ -60,11 +60,22 @@ def _draft_name(video: str) -> str:
 def save_video(source: Path, prefix: str, *, width: int, height: int, workflow: Mapping[str, Any]) -> SavedVideo:
     """Copies the mp4 `source` to the output folder under the next free number, with the workflow in its metadata."""
     folder, name, counter, subfolder = host.save_path(prefix, width, height)
-    saved = SavedVideo(folder, subfolder, _video_name(name, counter))
-    draft = folder / _draft_name(saved.path.name)
+    draft = folder / _draft_name(_video_name(name, counter))
     try:
         host.copy_video(source, draft, workflow)
+        saved = _claimed(folder, subfolder, name, counter)
         os.replace(draft, saved.path)
     finally:
         draft.unlink(missing_ok=True)
     return saved
+
+
+def _claimed(folder: Path, subfolder: str, name: str, counter: int) -> SavedVideo:
+    """An empty file of the first number from `counter` on that another ComfyUI has not taken meanwhile."""
+    while True:
+        saved = SavedVideo(folder, subfolder, _video_name(name, counter))
+        try:
+            saved.path.touch(exist_ok=False)
+            return saved
+        except FileExistsError:
+            counter += 1

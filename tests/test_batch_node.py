@@ -14,7 +14,7 @@ import pytest
 import torch
 from node_inputs import BOTH, inputs_of, settings, tiny_files, use_model_folders
 from safetensors.torch import load_file, save_file
-from wan_pack.distributed import gpus
+from wan_pack.distributed import gpu_locks, gpus, pool
 from wan_pack.distributed.gpus import Gpu
 from wan_pack.distributed.job import Job, ModelFiles
 from wan_pack.distributed.jobdir import JobDir
@@ -24,6 +24,7 @@ from wan_pack.distributed.planning.topology import Topology
 from wan_pack.nodes import batch, batch_run, host, planning, saved_video
 from wan_pack.nodes import inference as inference_module
 from wan_pack.nodes.batch import WanVideoDistributedBatch
+from wan_pack.nodes.batch_requests import Request
 from wan_pack.nodes.inference import WanVideoDistributedInference
 from wan_pack.nodes.status import Status
 
@@ -157,6 +158,41 @@ def test_every_job_is_the_one_of_the_inference_node(node: Node) -> None:
     assert [job.sampling.seed for job in node.jobs] == [7, 8, 9]
 
 
+def test_groups_share_the_hosts_memory(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def plan(*_: Any, host_bytes: int, **__: Any) -> Any:
+        seen.append(host_bytes)
+        raise DoesNotFit("does not fit", None)
+
+    listing = [Gpu(index=str(i), uuid=str(i), name="any", total_bytes=2**35, free_bytes=2**35) for i in range(2)]
+    monkeypatch.setattr(gpus, "list_gpus", lambda: listing)
+    monkeypatch.setattr(gpu_locks, "_folder", lambda: node._folder)
+    monkeypatch.setattr(host, "visible_gpus", lambda: None)
+    monkeypatch.setattr(pool, "available_bytes", lambda: 60)
+    monkeypatch.setattr("wan_pack.distributed.planning.plan.make_plan", plan)
+    with pytest.raises(DoesNotFit):
+        node.run(text_embeds=BOTH, batch_count=2, gpu_count=2)
+    assert seen == [30, 60]
+
+
+@pytest.mark.parametrize(("videos", "planned"), [(2, 1), (1, 0)])
+def test_groups_that_stay_are_planned_as_such(
+    node: Node, monkeypatch: pytest.MonkeyPatch, videos: int, planned: int
+) -> None:
+    """They decode with the weights still on the GPU. How long they stay after the batch is the user's matter."""
+    seen: list[int] = []
+
+    def build(inputs: dict[str, Any], status: Status) -> Any:
+        seen.append(inputs["config"].keep_warm_seconds)
+        return inference_module.build_job(inputs, status)
+
+    monkeypatch.setattr(batch, "build_job", build)
+    made = batch._Batch([Request("", seed) for seed in range(videos)], node.inputs(text_embeds=BOTH), 0)
+    assert seen == [planned]
+    assert [group.keep_warm_seconds for group in made.groups] == [0]
+
+
 def test_connected_embeddings_win_over_the_prompts(node: Node) -> None:
     status = node.run(text_embeds=BOTH, prompts="a fox\na cat", batch_count=2)["result"][3]
     assert len(node.jobs) == 2
@@ -208,8 +244,10 @@ def test_a_video_that_cannot_be_saved_is_a_failed_one(node: Node, monkeypatch: p
     monkeypatch.setattr(saved_video, "save_video", full)
     made = node.run(text_embeds=BOTH, on_error="return")
     assert made["result"][3].startswith("error: 1 of 1 videos failed\n")
-    assert "error: no space left" in made["result"][3]
+    assert "its result cannot be saved: no space left; it is kept in " in made["result"][3]
     assert made["ui"] == {}
+    (kept,) = (node._folder / "failed").iterdir()
+    assert JobDir(kept).video.read_text() == "7"
 
 
 @pytest.mark.parametrize("on_error", ["raise", "return"])

@@ -79,6 +79,7 @@ def shared_out(
         (4, 6, {"memory": 141}, ["0", "1", "2", "3"]),
         (4, 6, {"memory": 80}, ["0,1", "2,3"]),  # 56 GiB of weights are more than 60 % of one
         (4, 6, {"memory": 24}, ["0,1,2,3"]),
+        (4, 6, {"memory": 0}, ["0", "1", "2", "3"]),  # nvidia-smi does not tell
         (4, 6, {"memory": 16}, ["0,1,2,3"]),  # not enough anyway: what fits is not for this to say
         (4, 6, {"memory": 80, "offload_model": True}, ["0", "1", "2", "3"]),
         (4, 6, {"memory": 24, "use_fsdp": False}, ["0", "1", "2", "3"]),  # more GPUs would not help
@@ -121,3 +122,5 @@ def test_what_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="master_port is 29500, and 2 videos are made at a time"):
         shared_out(monkeypatch, machine=4, videos=2, master_port=29500)
     assert len(shared_out(monkeypatch, machine=4, videos=1, master_port=29500)[0]) == 1
+    with pytest.raises(ValueError, match="hostfile is 'cluster'; a batch runs on this machine only"):
+        shared_out(monkeypatch, machine=4, videos=2, hostfile="cluster")

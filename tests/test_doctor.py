@@ -240,6 +240,9 @@ def test_gpus_that_the_user_hides_are_not_touched(smi: Any, monkeypatch: pytest.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     monkeypatch.setattr(exchange, "measure", lambda ids: pytest.fail("a hidden GPU was used"))
     assert doctor_gpus.exchange_findings() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1,MIG-2")
+    monkeypatch.setattr(exchange, "measure", lambda ids: pytest.fail("NCCL does not work between slices"))
+    assert "note exchange: MIG slices cannot share a video" in texts(doctor_gpus.exchange_findings())
 
 
 # Libraries, model, system

@@ -140,6 +140,18 @@ def test_a_read_only_output_folder_is_refused(monkeypatch: pytest.MonkeyPatch, t
         saved_video.check_prefix("wan", 16, 16)
 
 
+def test_a_number_that_another_comfyui_took_meanwhile_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def copy(source: Path, target: Path, workflow: Any) -> None:
+        target.write_text("ours")
+        (tmp_path / "wan_00001_.mp4").write_text("theirs")
+
+    monkeypatch.setattr(host, "save_path", lambda *_: (tmp_path, "wan", 1, ""))
+    monkeypatch.setattr(host, "copy_video", copy)
+    saved = saved_video.save_video(tmp_path / "video.mp4", "wan", width=16, height=16, workflow={})
+    assert (saved.path.name, saved.path.read_text()) == ("wan_00002_.mp4", "ours")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["wan_00001_.mp4", "wan_00002_.mp4"]
+
+
 def test_an_output_folder_that_cannot_be_made_is_no_matter_of_the_prefix(monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")

@@ -30,6 +30,12 @@ def test_listing(monkeypatch: pytest.MonkeyPatch):
     assert list_gpus() == []
 
 
+def test_a_gpu_that_shares_the_hosts_memory_is_one(monkeypatch: pytest.MonkeyPatch):
+    machine(monkeypatch, "0, GPU-000, NVIDIA GB10, [N/A], [N/A]")
+    assert choose_gpus(0) == (1, ("0",))
+    assert str(list_gpus()[0]) == "0 NVIDIA GB10 (memory unknown)"
+
+
 @pytest.mark.parametrize(
     ("count", "ids", "visible", "chosen"),
     [

@@ -126,6 +126,16 @@ def test_a_machine_with_another_version_is_refused(job: Job, name: str):
         check_host(job, {**versions(), name: "0.0"})
 
 
+def test_every_file_of_the_pack_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hosts_check, "PACK", tmp_path)
+    seen = {versions()["this pack"]}
+    for name in ("distributed/worker.py", "distributed/hosts/agent.py", "wan/kernels/norm.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+        seen.add(versions()["this pack"])
+    assert len(seen) == 4
+
+
 def test_a_machine_with_other_files_is_refused(job: Job, tmp_path: Path):
     path = tmp_path / "w.safetensors"
     os.utime(path, ns=(1, 1))

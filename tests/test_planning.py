@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from jobs import stub_job
 from node_inputs import BOTH, settings, tiny_files, use_model_folders
-from wan_pack.distributed import gpus, pool
+from wan_pack.distributed import gpu_locks, gpus, pool
+from wan_pack.distributed.gpu_locks import wait_for_gpus
 from wan_pack.distributed.job import Job, ModelFiles
 from wan_pack.distributed.pool import Pool
 from wan_pack.nodes import host, planning, warm
@@ -46,6 +47,7 @@ def make(tiny_models: Path, tmp_path: Path, smi: SimpleNamespace, monkeypatch: p
     freed: list[int] = []
     monkeypatch.setattr(host, "free_memory", lambda: freed.append(1))
     monkeypatch.setattr(host, "visible_gpus", lambda: None)
+    monkeypatch.setattr(gpu_locks, "_folder", lambda: tmp_path)
     own = Pool()
     monkeypatch.setattr(warm, "pool", lambda: own)
     planning._links.cache_clear()
@@ -81,7 +83,7 @@ def test_as_set_takes_the_switches_literally(make: Make, smi: SimpleNamespace):
 
 
 @pytest.mark.parametrize(
-    ("visible", "words"), [("", "there is no GPU"), ("MIG-1,MIG-2", "does not tell the memory of a MIG slice")]
+    ("visible", "words"), [("", "there is no GPU"), ("MIG-1,MIG-2", "does not tell the memory of every GPU")]
 )
 def test_without_known_memory_the_switches_count(make: Make, monkeypatch: pytest.MonkeyPatch, visible: str, words: str):
     monkeypatch.setattr(host, "visible_gpus", lambda: visible)
@@ -116,6 +118,23 @@ def test_a_video_that_does_not_fit_is_refused_or_made_smaller(make: Make, smi: S
         f"dynamic_resolution lowered the video from 1280x720 to {width}x{height}, the largest that fits"
     ]
     assert make(width=64, height=48, dynamic_resolution=True)[0].sampling.width == 64
+
+
+def test_a_gpu_that_another_comfyui_uses_is_waited_for(make: Make, smi: SimpleNamespace, tmp_path: Path):
+    """It is the last choice; a video that fits nowhere now is planned for when it is free again."""
+    smi.printed = listing(8, 20)
+    locks = wait_for_gpus(["0"], cancelled=lambda: True, on_wait=print, folder=tmp_path)
+    # By this process itself: a group of its own, which the pool knows.
+    assert make(gpu_count=1)[0].parallel.gpu_ids == ("0",)
+    (tmp_path / "gpu-0.lock").write_text("process 1")
+    assert make(gpu_count=1)[0].parallel.gpu_ids == ("1",)
+    smi.printed = listing(0.2)
+    job, status = make(gpu_count=1)
+    assert job.parallel.gpu_ids == ("0",)
+    assert "because GPU 0 is in use by process 1: the job waits for it" in status.plan
+    locks.release()
+    with pytest.raises(ValueError, match="does not fit"):
+        make(gpu_count=1)
 
 
 def test_given_latents_keep_their_size(make: Make, smi: SimpleNamespace):
@@ -155,6 +174,20 @@ class FakeGroup:
 
     def remove(self) -> None:
         pass
+
+
+def test_host_memory_of_a_warm_group_is_there_for_the_next_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The expert that waits in it would otherwise keep the same job from fitting a second time."""
+    monkeypatch.setattr(pool, "WorkerGroup", FakeGroup)
+    available = iter([60, 20, 20, 70])
+    monkeypatch.setattr(pool, "available_bytes", lambda: next(available))
+    own, job = Pool(), stub_job(keep_warm_seconds=60.0)
+    group = own.take(job, tmp_path, cancelled=lambda: False, on_wait=print)
+    assert own.host_bytes() == 20
+    own.give_back(group, job)
+    assert own.host_bytes() == 60
+    own.release()
+    assert own.host_bytes() == 70
 
 
 def test_identical_jobs_get_identical_plans_beside_a_warm_group(

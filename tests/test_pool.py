@@ -170,6 +170,23 @@ def test_a_crash_ends_the_group_and_the_next_job_gets_a_new_one(run: Run, pool: 
     assert not set(run()) & set(before)
 
 
+def test_a_group_whose_words_cannot_be_kept_still_lets_its_gpus_go(
+    run: Run, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The disk that a job has filled is full for its logs, too."""
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(group.WorkerGroup, "hand_over", full)
+    job = stub_job(gpu_ids=("0", "1"), **WARM)
+    kill = Watch(tmp_path, lambda folder: rank_of(folder, 1).kill())
+    with pytest.raises(JobFailed):
+        run_stub(tmp_path, job, pool=pool, on_progress=kill)
+    assert pool.view() == []
+    wait_for_gpus(job.parallel.gpu_ids, cancelled=lambda: True, on_wait=print, folder=tmp_path / "locks").release()
+
+
 PARENT = """
 import sys, time
 sys.path.insert(0, sys.argv[1])

@@ -73,6 +73,8 @@ def exchange_findings(folder: Path | None = None) -> list[Finding]:
         return [Finding(topic, str(error), WRONG)]
     if len(gpus) == 1 or sys.platform != "linux":
         return []
+    if any(gpu.startswith("MIG-") for gpu in gpus):
+        return [Finding(topic, "MIG slices cannot share a video: set gpu_count, or gpus_per_video, to 1", NOTE)]
     taken: dict[str, GpuLocks] = {}
     busy: list[str] = []
     try:

@@ -67,6 +67,6 @@ def _check_gpus(job: Job) -> None:
 def _digest() -> str:
     """Of the pack's code: two copies of a version may differ by an edit."""
     digest = hashlib.sha256()
-    for path in sorted((*(PACK / "distributed").glob("*.py"), *(PACK / "wan").glob("*.py"))):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted((*(PACK / "distributed").rglob("*.py"), *(PACK / "wan").rglob("*.py"))):
+        digest.update(str(path.relative_to(PACK)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from pathlib import Path
 
 from ...wan.checkpoint import Checkpoint
 from ...wan.latents import SPATIAL_STRIDES
@@ -76,19 +75,3 @@ def _expert_bytes(files: tuple[FileIdentity, ...], mixed_precision: str, fp8_pro
     model = empty_model(checkpoint, COMPUTE_DTYPES[mixed_precision], fp8_products=fp8_products)
     blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in model.blocks]
     return sum(parameter.nbytes for parameter in model.parameters()), max(blocks)
-
-
-def available_host_bytes() -> int | None:
-    """Host memory that is available, in a container what its limit leaves; None if the system does not tell."""
-    found = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) << 10)
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit.isdecimal():
-            found.append(int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError, IndexError):
-        pass
-    return max(min(found), 0) if found else None

@@ -180,5 +180,10 @@ def test_fault_30_a_torch_that_sees_no_gpu_is_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(JobError, match=r"GPUs 4, 1 were chosen, but torch .* sees 0; the driver may be too old"):
         Session.of(stub_job(gpu_ids=("4", "1")))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(JobError, match="sees 1; CUDA shows a process one MIG slice only"):
+        Session.of(stub_job(gpu_ids=("MIG-1", "MIG-2")))
     with pytest.raises(JobError, match="WORLD_SIZE is 2; the job was written for 1"):
         Session.of(stub_job(gpu_count=1))

@@ -18,7 +18,7 @@ from wan_pack.distributed.job import JobError
 from wan_pack.distributed.jobdir import JobDir
 from wan_pack.distributed.json_files import read_json
 from wan_pack.distributed.launcher import JobFailed, Result
-from wan_pack.distributed.leftovers import claim, remove_abandoned
+from wan_pack.distributed.leftovers import claim, keep_failed, remove_abandoned
 from wan_pack.distributed.logs import clean_lines
 
 RunFake = Callable[..., Result]
@@ -50,6 +50,15 @@ def test_fault_13_only_folders_of_the_dead_are_removed(tmp_path: Path):
     remove_abandoned(tmp_path)
     assert not young.path.exists()
     live.remove()
+
+
+def test_fault_13_a_failed_job_that_cannot_be_moved_is_kept_where_it_is(tmp_path: Path):
+    failed = JobDir.create(tmp_path / "jobs")
+    claim(failed)
+    (tmp_path / "failed").touch()
+    kept = keep_failed(failed, tmp_path / "failed")
+    remove_abandoned(tmp_path / "jobs")
+    assert kept.is_dir()
 
 
 def test_fault_15_readers_never_see_half_a_file(tmp_path: Path):

@@ -69,8 +69,8 @@ class Card {
     this.progress.value = group.fraction ?? 0;
     this.text.textContent = running ? group.text : `${group.text}, ${clock(group.seconds_left)} left`;
     this.usage.replaceChildren(...group.usage.map(usageRow));
-    this.button.textContent = running ? "Release after this video" : "Release";
-    if (group.ends_with_job) this.button.textContent = "Ends after this video";
+    this.button.textContent = running ? "Release when done" : "Release";
+    if (group.ends_with_job) this.button.textContent = "Ends when done";
     this.button.disabled = group.ends_with_job;
     this.button.setAttribute("aria-label", `${this.button.textContent}: ${group.model}, ${group.place}`);
   }

@@ -3,17 +3,21 @@ import { app } from "../../../scripts/app.js";
 
 const NODES = ["WanVideoDistributedConfig", "WanVideoDistributedInference", "WanVideoDistributedBatch"];
 
-// Of the group of this id, or of all of them. What is at work ends with its video.
+// Of the group of this id, or of all of them. What is at work ends with its video or batch.
 export async function release(group) {
   const body = JSON.stringify(group === undefined ? {} : { group });
   const headers = { "Content-Type": "application/json" };
-  const answer = await api.fetchApi("/wan_distributed/release", { method: "POST", headers, body });
-  const { released } = await answer.json();
-  app.extensionManager?.toast?.add({
-    severity: "info",
-    summary: released ? "GPUs released" : "No idle GPUs; a running video lets go of its own when it is done",
-    life: 3000,
-  });
+  let severity = "info", summary;
+  try {
+    const answer = await api.fetchApi("/wan_distributed/release", { method: "POST", headers, body });
+    if (!answer.ok) throw new Error(`HTTP ${answer.status}`);
+    const { released } = await answer.json();
+    summary = released ? "GPUs released" : "No idle GPUs; a running video or batch lets go of its own when it is done";
+  } catch (error) {
+    severity = "error";
+    summary = `The GPUs were not released: ${error.message}`;
+  }
+  app.extensionManager?.toast?.add({ severity, summary, life: 3000 });
 }
 
 // In the nodes' context menu, not as a button on them: a widget would shift the values of saved workflows.
