@@ -15,16 +15,21 @@ from typing import Any
 
 from .client import Run, run_prompt
 from .comfyui import Server
-from .example import ROOT, TinyModel, node_id, small_example
+from .example import ROOT, Prompt, TinyModel, node_id, node_of, small_example
+from .train.checkpoint import NAMES, place, trained
+from .train.world import FRAMES, HEIGHT, WIDTH
 
 OUTPUT = ROOT / "demo" / "output"
+TRAINED = ROOT / "demo" / "model"
+"""A models folder, written by demo/train."""
+CAPTION = "a red circle moves right on a white background"
 
 
 def main() -> int:
     """Returns the exit status: 0 once there is a video."""
     start = time.monotonic()
     base = OUTPUT / "comfyui"
-    prompt = small_example(_model(base / "models"))
+    prompt = _workflow(base / "models")
     print("Starting ComfyUI ...")
     with Server(base, pack=ROOT) as server:
         print(f"ComfyUI answers at {server.url}. Queueing the example workflow on two processes.")
@@ -40,6 +45,21 @@ def main() -> int:
     shutil.copyfile(video, shown)
     print(f"\nDone in {time.monotonic() - start:.0f} s. The video:\n{shown}")
     return 0
+
+
+def _workflow(models: Path) -> Prompt:
+    """The example workflow with the trained model of demo/model, where that is there; otherwise with a random one."""
+    if not place(TRAINED, NAMES.low_noise).is_file():
+        return small_example(_model(models))
+    for path in trained(TRAINED):
+        link = models / path.relative_to(TRAINED)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(path)
+    prompt = small_example(NAMES, width=WIDTH, height=HEIGHT, num_frames=FRAMES, sample_steps=20)
+    node_of(prompt, "WanVideoTextEncode")["inputs"]["positive_prompt"] = CAPTION
+    print(f"The prompt: {CAPTION}")
+    return prompt
 
 
 def _model(models: Path) -> TinyModel:
