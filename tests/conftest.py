@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,3 +71,18 @@ def _nothing_outlives_its_test(request: pytest.FixtureRequest) -> Iterator[None]
     assert not left, "processes left behind:\n" + "\n".join(left)
     folders = [path for kind in ("job", "group") for path in Path(folder).rglob(f"wan-{kind}-*")]
     assert not folders, f"folders left behind: {folders}"
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts a script in the place of nvidia-smi."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def put(script: str) -> None:
+        (folder / "nvidia-smi").write_text(script)
+        (folder / "nvidia-smi").chmod(0o755)
+
+    return put

@@ -4,104 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from batching import Interrupted, Node, OutOfMemory
 from node_inputs import BOTH, inputs_of, settings, tiny_files, use_model_folders
-from safetensors.torch import load_file, save_file
-from wan_pack.distributed import gpu_locks, gpus, pool
-from wan_pack.distributed.gpus import Gpu
-from wan_pack.distributed.job import Job, ModelFiles
+from wan_pack.distributed.job import Job
 from wan_pack.distributed.jobdir import JobDir
-from wan_pack.distributed.launcher import MAX_LOG, JobFailed, Result
-from wan_pack.distributed.planning.plan import DoesNotFit
-from wan_pack.distributed.planning.topology import Topology
-from wan_pack.nodes import batch, batch_run, host, planning, saved_video
+from wan_pack.distributed.launcher import MAX_LOG, JobFailed
 from wan_pack.nodes import inference as inference_module
+from wan_pack.nodes import saved_video
 from wan_pack.nodes.batch import WanVideoDistributedBatch
-from wan_pack.nodes.batch_requests import Request
 from wan_pack.nodes.inference import WanVideoDistributedInference
 from wan_pack.nodes.status import Status
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class Interrupted(Exception):
-    """Stands for ComfyUI's."""
-
-
-class OutOfMemory(Exception):
-    """Stands for ComfyUI's."""
-
-
-class Node:
-    """Runs the node on the tiny model with a stand-in for the launcher: its jobs' latents are full of their seed."""
-
-    def __init__(self, model: ModelFiles, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.model, self._folder = model, folder
-        self.jobs: list[Job] = []
-        self.tensors: list[dict[str, Any]] = []
-        self.act: Callable[[Job], Any] = lambda job: None
-        self.shown: list[str] = []
-        self.log = "the log"
-        self.cancelled = threading.Event()
-        for name, result in {
-            "visible_gpus": "",
-            "free_memory": None,
-            "jobs_folder": folder / "jobs",
-            "failed_folder": folder / "failed",
-            "interruption": Interrupted(),
-            "blocked_output": "blocked",
-            "ProgressReport": SimpleNamespace(show=lambda fraction, text: None, text=self.shown.append),
-        }.items():
-            monkeypatch.setattr(host, name, lambda *_, result=result: result)
-        monkeypatch.setattr(host, "out_of_memory", OutOfMemory)
-        monkeypatch.setattr(host, "interrupted", self.cancelled.is_set)
-        monkeypatch.setattr(saved_video, "check_prefix", lambda *_: None)
-        monkeypatch.setattr(saved_video, "save_video", self._save)
-        monkeypatch.setattr(batch_run, "run_job", self._run_job)
-        (folder / "jobs").mkdir()
-        (folder / "output").mkdir()
-
-    def _run_job(self, job: Job, write: Any, **_: Any) -> Result:
-        folder = JobDir.create(self._folder / "jobs")
-        try:
-            write(folder.inputs)
-            self.tensors.append(load_file(folder.inputs) if folder.inputs.exists() else {})
-            self.jobs.append(job)
-            self.act(job)
-        except BaseException:
-            folder.remove()
-            raise
-        save_file({"samples": torch.full((1, 16, 2, 6, 8), float(job.sampling.seed))}, folder.latents)
-        folder.video.write_text(str(job.sampling.seed))
-        info: dict[str, Any] = {"phases": {"denoise": 1.0}, "step_seconds": [], "peak_gpu_bytes": [], "settings": {}}
-        info |= {"peak_rss_bytes": [], "warnings": list(job.warnings), "latents": {"shape": [1, 16, 2, 6, 8]}}
-        info["video"] = {"width": 64, "height": 48, "frames": 5, "fps": 16.0} if job.decode else None
-        return Result(folder, info, self.log)
-
-    def _save(self, source: Path, prefix: str, **_: Any) -> saved_video.SavedVideo:
-        # By number, as ComfyUI does it: whoever saves at the same time as another would take the same one.
-        name = f"{prefix}_{len(list((self._folder / 'output').iterdir())):05}_.mp4"
-        (self._folder / "output" / name).write_bytes(source.read_bytes())
-        saved = saved_video.SavedVideo(self._folder / "output", "", name)
-        saved.video = lambda: ("VIDEO", saved.path.read_text())  # type: ignore[method-assign]
-        return saved
-
-    def run(self, **values: Any) -> dict[str, Any]:
-        return WanVideoDistributedBatch().run(**self.inputs(**values))
-
-    def inputs(self, **values: Any) -> dict[str, Any]:
-        defaults = {name: entry[1] for name, entry in inputs_of(WanVideoDistributedBatch).items()}
-        given = {name: options["default"] for name, options in defaults.items() if "default" in options}
-        small = {"width": 64, "height": 48, "num_frames": 5, "gpu_count": 1, "use_fsdp": False, "seed": 7}
-        hidden = {"unique_id": "batch", "workflow_prompt": None, "extra_pnginfo": None, "filename_prefix": "wan"}
-        return {**given, **small, **hidden, "model": self.model, **values}
 
 
 @pytest.fixture
@@ -156,41 +76,6 @@ def test_every_job_is_the_one_of_the_inference_node(node: Node) -> None:
         assert tensors.keys() == its_tensors.keys()
         assert all(torch.equal(tensors[name], its_tensors[name]) for name in tensors)
     assert [job.sampling.seed for job in node.jobs] == [7, 8, 9]
-
-
-def test_groups_share_the_hosts_memory(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-
-    def plan(*_: Any, host_bytes: int, **__: Any) -> Any:
-        seen.append(host_bytes)
-        raise DoesNotFit("does not fit", None)
-
-    listing = [Gpu(index=str(i), uuid=str(i), name="any", total_bytes=2**35, free_bytes=2**35) for i in range(2)]
-    monkeypatch.setattr(gpus, "list_gpus", lambda: listing)
-    monkeypatch.setattr(gpu_locks, "_folder", lambda: node._folder)
-    monkeypatch.setattr(host, "visible_gpus", lambda: None)
-    monkeypatch.setattr(pool, "available_bytes", lambda: 60)
-    monkeypatch.setattr("wan_pack.distributed.planning.plan.make_plan", plan)
-    with pytest.raises(DoesNotFit):
-        node.run(text_embeds=BOTH, batch_count=2, gpu_count=2)
-    assert seen == [30, 60]
-
-
-@pytest.mark.parametrize(("videos", "planned"), [(2, 1), (1, 0)])
-def test_groups_that_stay_are_planned_as_such(
-    node: Node, monkeypatch: pytest.MonkeyPatch, videos: int, planned: int
-) -> None:
-    """They decode with the weights still on the GPU. How long they stay after the batch is the user's matter."""
-    seen: list[int] = []
-
-    def build(inputs: dict[str, Any], status: Status) -> Any:
-        seen.append(inputs["config"].keep_warm_seconds)
-        return inference_module.build_job(inputs, status)
-
-    monkeypatch.setattr(batch, "build_job", build)
-    made = batch._Batch([Request("", seed) for seed in range(videos)], node.inputs(text_embeds=BOTH), 0)
-    assert seen == [planned]
-    assert [group.keep_warm_seconds for group in made.groups] == [0]
 
 
 def test_connected_embeddings_win_over_the_prompts(node: Node) -> None:
@@ -271,52 +156,6 @@ def test_wrong_inputs_are_found_before_anything_runs(node: Node) -> None:
         ["blocked"],
     )
     assert node.jobs == []
-
-
-def test_groups_grow_until_the_video_fits(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(inputs: dict[str, Any], status: Status) -> Any:
-        if inputs["config"].gpu_count == 1:
-            raise DoesNotFit("it needs more than one", None)
-        return inference_module.build_job(inputs, status)
-
-    monkeypatch.setattr(batch, "build_job", build)
-    status = node.run(text_embeds=BOTH, batch_count=2, gpu_count=2)["result"][3]
-    assert status.startswith("success\n- 2 videos, 1 at a time, on: 2 processes\n")
-    with pytest.raises(DoesNotFit, match="it needs more than one"):
-        node.run(text_embeds=BOTH, batch_count=2, gpu_count=1)
-    with pytest.raises(DoesNotFit):
-        node.run(text_embeds=BOTH, batch_count=2, gpu_count=2, gpus_per_video=1)
-
-
-def test_each_group_is_planned_for_its_own_gpus(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    listing = [
-        Gpu(index=str(i), uuid=f"GPU-{i}", name="any", total_bytes=80 << 30, free_bytes=79 << 30) for i in range(4)
-    ]
-    monkeypatch.setattr(gpus, "list_gpus", lambda: listing)
-    monkeypatch.setattr(host, "visible_gpus", lambda: None)
-    monkeypatch.setattr(host, "log", lambda line: None)
-    monkeypatch.setattr(planning, "_links", lambda: Topology({}))
-    both = threading.Barrier(2)
-    node.act = lambda job: both.wait(10)
-    status = node.run(text_embeds=BOTH, batch_count=2, gpu_count=0)["result"][3]
-    assert {job.parallel.gpu_ids for job in node.jobs} == {("0", "1"), ("2", "3")}
-    assert status.startswith("success\n- 2 videos, 2 at a time, on: 0,1; 2,3\n")
-
-
-def test_all_videos_have_the_size_that_fits_every_group(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[int] = []
-
-    def build(inputs: dict[str, Any], status: Status) -> Any:
-        """The second group's GPUs are the smaller ones: dynamic_resolution lowers its video."""
-        built.append(inputs["width"])
-        small = {"width": 32} if len(built) == 2 else {}
-        return inference_module.build_job({**inputs, **small}, status)
-
-    monkeypatch.setattr(batch, "build_job", build)
-    status = node.run(text_embeds=BOTH, batch_count=2, gpu_count=2)["result"][3]
-    assert built == [64, 64, 32, 32]
-    assert {job.sampling.width for job in node.jobs} == {32}
-    assert "  - batch: all videos are 32x48, which fits every group of GPUs" in status.splitlines()
 
 
 def test_latents_without_videos_are_handed_on(node: Node) -> None:
