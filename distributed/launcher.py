@@ -169,12 +169,15 @@ class _Run:
                 raise self._failure(f"the job ended without a valid result: {error}", None) from error
             good = True
         finally:
-            self._usage.stop()
-            if good and self._group.exit_code is None:
-                self._group.ranks = [seen.process for seen in self._signs.ranks().values()]
-                self._pool.give_back(self._group, self._job)
-            else:
-                self._end()
+            try:
+                if good and self._group.exit_code is None:
+                    self._group.ranks = [seen.process for seen in self._signs.ranks().values()]
+                    self._pool.give_back(self._group, self._job)
+                else:
+                    self._end()
+            finally:
+                # Last: what waits for a reading must not keep a GPU.
+                self._usage.stop()
         return Result(self._folder, info, log_tail(self._folder.log(0), lines=10_000, limit=MAX_LOG))
 
     def _end(self) -> None:
