@@ -44,6 +44,7 @@ def i2v(t2v: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> ModelFiles
 def job_of(model: Any, status: Status, monkeypatch: pytest.MonkeyPatch, **values: Any) -> tuple[Job, dict[str, Any]]:
     """Of a video of 64x48 pixels and 5 frames; both prompts are given."""
     monkeypatch.setattr(host, "visible_gpus", lambda: "")
+    monkeypatch.setattr(host, "free_memory", lambda: None)
     given = {"width": 64, "height": 48, "num_frames": 5, "gpu_count": 1, "use_fsdp": False, "text_embeds": BOTH}
     return inference_module.build_job(settings(model=model, **{**given, **values}), status)
 
@@ -60,8 +61,9 @@ def test_defaults_ask_for_nothing_new(t2v: ModelFiles, monkeypatch: pytest.Monke
 def test_a_workflow_saved_before_the_newer_inputs_makes_the_same_job(
     t2v: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    newer = {"strength", "start_step", "end_step", "add_noise", "decode_video", "preset", "vae"}
+    newer = {"strength", "start_step", "end_step", "add_noise", "decode_video", "preset", "vae", "plan", "preview"}
     monkeypatch.setattr(host, "visible_gpus", lambda: "")
+    monkeypatch.setattr(host, "free_memory", lambda: None)
     given = settings(model=t2v, text_embeds=BOTH, gpu_count=1, use_fsdp=False)
     assert newer < set(given)
     now, _ = inference_module.build_job(given, Status())

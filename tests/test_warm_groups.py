@@ -194,11 +194,15 @@ def cpu_seconds(process: Process) -> float:
 def test_waiting_costs_less_than_a_percent_of_a_core(warm: Warm):
     ranks = warm.run(warm.job()).ranks
     (agent,) = {parent for parent in descendants(os.getpid()) if set(ranks) <= set(descendants(parent.pid))}
-    time.sleep(0.5)
     seconds = 3.0
-    before = {process: cpu_seconds(process) for process in [agent, *ranks]}
-    time.sleep(seconds)
-    used = {process: cpu_seconds(process) - before[process] for process in before}
-    # Counted in hundredths of a second.
-    assert all(used[rank] <= 0.01 * seconds for rank in ranks), used
-    assert used[agent] <= 0.02 * seconds, used
+    limits = {agent: 0.02 * seconds, **{rank: 0.01 * seconds for rank in ranks}}
+    # On a busy machine they may still be tidying up after the job; then they are looked at again.
+    for _ in range(3):
+        time.sleep(0.5)
+        before = {process: cpu_seconds(process) for process in limits}
+        time.sleep(seconds)
+        used = {process: cpu_seconds(process) - before[process] for process in limits}
+        # Counted in hundredths of a second.
+        if all(used[process] <= limit for process, limit in limits.items()):
+            return
+    pytest.fail(f"still at work: {used}")

@@ -105,7 +105,9 @@ def test_fault_08_a_cancel_while_the_agent_is_starting(stub_pack: StubPack, tmp_
 
 
 PARENT = """
-import sys, threading
+import signal, sys, threading
+# Ignored in what a shell runs in the background, and handed down.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, sys.argv[1])
 from mount import mount_pack
 mount_pack()
