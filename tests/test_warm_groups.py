@@ -195,7 +195,7 @@ def test_waiting_costs_less_than_a_percent_of_a_core(warm: Warm):
     ranks = warm.run(warm.job()).ranks
     (agent,) = {parent for parent in descendants(os.getpid()) if set(ranks) <= set(descendants(parent.pid))}
     seconds = 3.0
-    limits = {agent: 0.02 * seconds, **{rank: 0.01 * seconds for rank in ranks}}
+    limits = {agent: 0.02 * seconds, **dict.fromkeys(ranks, 0.01 * seconds)}
     # On a busy machine they may still be tidying up after the job; then they are looked at again.
     for _ in range(3):
         time.sleep(0.5)
