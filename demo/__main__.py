@@ -1,21 +1,6 @@
-"""`python demo`: mounts the pack under a private name, as the job's processes do, and runs the demo."""
-
-import importlib
-import sys
-import types
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def main() -> int:
-    # Python put this folder first on the path; its names are not meant as top-level modules.
-    sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != Path(__file__).resolve().parent]
-    pack = types.ModuleType("_wan_distributed")
-    pack.__path__ = [str(ROOT)]
-    sys.modules[pack.__name__] = pack
-    return importlib.import_module(f"{pack.__name__}.demo.run").main()
-
+"""`python demo`: runs the demo."""
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from mount import run
+
+    raise SystemExit(run("run"))

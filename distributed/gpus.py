@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import dataclass
 
+from . import nvidia_smi
 from .job import MAX_GPUS
 
-TIMEOUT = 10
 MAX_CPU_PROCESSES = 8
 """Without a GPU a job runs on CPU processes; more than this helps nobody."""
 
@@ -31,19 +30,14 @@ class Gpu:
 
 def list_gpus() -> list[Gpu]:
     """Every GPU of the machine; none where nvidia-smi is missing or fails."""
-    fields = "index,uuid,name,memory.total,memory.free"
     try:
-        out = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=TIMEOUT, check=True, stdin=subprocess.DEVNULL,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
+        rows = nvidia_smi.query("gpu", "index", "uuid", "name", "memory.total", "memory.free")
+    except nvidia_smi.FAILURES:
         return []
     gpus = []
-    for line in out.splitlines():
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 5 and parts[0].isdecimal():
-            index, uuid, name, *sizes = parts
+    for row in rows:
+        if len(row) == 5 and row[0].isdecimal():
+            index, uuid, name, *sizes = row
             total, free = (int(size) << 20 if size.isdecimal() else 0 for size in sizes)
             gpus.append(Gpu(index=index, uuid=uuid, name=name, total_bytes=total, free_bytes=free))
     return gpus

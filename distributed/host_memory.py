@@ -14,18 +14,18 @@ def available_bytes(meminfo: Path = MEMINFO, control_group: Path = CONTROL_GROUP
     """What a new process can have, in a container what its limit leaves; None if the system does not tell."""
     found = []
     try:
-        found += [size for name, size in _table(meminfo).items() if name == "MemAvailable:"]
+        found += [size for name, size in read_sizes(meminfo).items() if name == "MemAvailable"]
         limit = (control_group / "memory.max").read_text().strip()
         if limit.isdecimal():
             used = int((control_group / "memory.current").read_text())
-            caches = _table(control_group / "memory.stat")
+            caches = read_sizes(control_group / "memory.stat")
             found.append(int(limit) - used + sum(caches.get(name, 0) for name in CACHES))
     except (OSError, ValueError, IndexError):
         pass
     return max(min(found), 0) if found else None
 
 
-def _table(path: Path) -> dict[str, int]:
-    """Lines of a name and bytes, or KiB where that is said."""
-    rows = [line.split() for line in path.read_text().splitlines()]
-    return {row[0]: int(row[1]) << (10 if row[2:] == ["kB"] else 0) for row in rows}
+def read_sizes(path: Path = MEMINFO) -> dict[str, int]:
+    """Name -> bytes, of a file whose lines are a name and bytes, or KiB where that is said. Raises OSError."""
+    rows = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
+    return {row[0].rstrip(":"): int(row[1]) << (10 if row[2:] == ["kB"] else 0) for row in rows}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import JobError
+from .sampling import Sampling
 
 MINIMUM_TORCH = (2, 6)
 """The first with fully_shard in torch.distributed.fsdp and set_priority in sdpa_kernel."""
@@ -29,6 +31,8 @@ ENCODER_ONLY = ("transformers", "sentencepiece", "ftfy")
 """Of these, what only encoding a prompt needs."""
 FFMPEG_TIMEOUT = 30.0
 """Seconds for a video of one frame."""
+MIN_FREE_BYTES = 64 << 20
+"""Beside latents and video: logs, small files."""
 
 
 def require_platform() -> None:
@@ -110,3 +114,13 @@ def writing_problem(folder: Path) -> str:
             return ""
     except OSError as error:
         return f"{folder} cannot be written to: {error.strerror}; correct its permissions, or choose another folder"
+
+
+def space_problem(folder: Path, sampling: Sampling) -> str:
+    """Why what a job makes would not fit on the disk of an existing folder; empty if it does."""
+    # Latents are 4 bytes x 16 channels per 8x8x4 pixels; a noisy mp4 stays under half a byte per pixel.
+    needed = MIN_FREE_BYTES + sampling.width * sampling.height * sampling.num_frames * 3 // 4
+    free = shutil.disk_usage(folder).free
+    if free >= needed:
+        return ""
+    return f"{folder} has {free / 2**20:.0f} MiB free; the job needs {needed / 2**20:.0f} MiB. Free some space there"

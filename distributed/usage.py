@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import nvidia_smi
 from .processes import Process
 
 TIMEOUT = 5.0
@@ -19,8 +19,6 @@ END_TIMEOUT = 0.2
 """Seconds that the last reading gets, once nobody asks for it any more."""
 STALE = 10.0
 """Seconds after which a reading says nothing any more."""
-GIB = 2**30
-FIELDS = "index,uuid,memory.used,memory.total,utilization.gpu"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,18 +36,16 @@ class Usage:
 def all_gpus() -> dict[str, Usage]:
     """Index and UUID -> what the GPU's users, whoever they are, use of it. Empty if nvidia-smi does not tell."""
     try:
-        out = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={FIELDS}", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=TIMEOUT, check=True, stdin=subprocess.DEVNULL,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
+        rows = nvidia_smi.query(
+            "gpu", "index", "uuid", "memory.used", "memory.total", "utilization.gpu", timeout=TIMEOUT
+        )
+    except nvidia_smi.FAILURES:
         return {}
     found = {}
-    for line in out.splitlines():
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) != 5 or not (parts[2].isdecimal() and parts[3].isdecimal()):
+    for row in rows:
+        if len(row) != 5 or not (row[2].isdecimal() and row[3].isdecimal()):
             continue
-        index, uuid, used, total, percent = parts
+        index, uuid, used, total, percent = row
         found[index] = found[uuid] = Usage(
             name=f"GPU {index}",
             used_bytes=int(used) << 20,
@@ -84,8 +80,8 @@ def in_words(usages: Sequence[Usage]) -> str:
     kind = "GPU" if totals else "process"
     plural = "es" if kind == "process" else "s"
     who = usages[0].name if len(usages) == 1 else f"{len(usages)} {kind}{plural}"
-    memory = _span([usage.used_bytes / GIB for usage in usages], 1)
-    text = f"{who}: {memory}" + (f" of {_span([total / GIB for total in totals], 0)}" if totals else "") + " GiB"
+    memory = _span([usage.used_bytes / 2**30 for usage in usages], 1)
+    text = f"{who}: {memory}" + (f" of {_span([total / 2**30 for total in totals], 0)}" if totals else "") + " GiB"
     percents = [usage.percent for usage in usages if usage.percent is not None]
     return text + (f", {_span(percents, 0)} % busy" if percents else "")
 

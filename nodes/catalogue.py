@@ -88,6 +88,15 @@ def identities(paths: Iterable[Path]) -> tuple[FileIdentity, ...]:
     return tuple(FileIdentity.of(path) for path in paths)
 
 
+def fingerprint(paths: Iterable[Path]) -> str:
+    """Changes when one of the files does."""
+    lines = []
+    for path in paths:
+        stat = path.stat()
+        lines.append(f"{path} {stat.st_size} {stat.st_mtime_ns}")
+    return "\n".join(lines)
+
+
 def _unique(*lists: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name for names in lists for name in names))
 

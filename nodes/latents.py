@@ -62,7 +62,7 @@ def check_video_size(name: str, size: Sequence[int], stride: int, sampling: Samp
     Args:
         stride: pixels per latent row and column.
     """
-    from ..wan.latents import TEMPORAL_STRIDE
+    from ..wan.config import TEMPORAL_STRIDE
 
     frames, rows, cols = size
     wanted = ((sampling.num_frames - 1) // TEMPORAL_STRIDE + 1, sampling.height // stride, sampling.width // stride)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from ..distributed.job import ModelFiles
 from ..wan.identify import noise_side
-from . import catalogue, host
+from . import catalogue
 from .loras import lora_files
 
 NONE = "none"
@@ -93,7 +93,7 @@ class LoadWanVideoModel:
         if high_noise is None or low_noise is None or vae is None or text_encoder is None:
             return ""
         model = _files(high_noise, low_noise, vae, text_encoder)
-        return host.fingerprint(Path(part.path) for part in model.all())
+        return catalogue.fingerprint(Path(part.path) for part in model.all())
 
     def load(
         self,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..distributed.job import FileIdentity, LoraFile, ModelFiles, Sampling
-from . import host
+from . import catalogue, host
 
 DISTILLED = re.compile(r"lightning|lightx2v|(?<!\d)4[-_ ]?steps?|distill|causvid|accvid", re.IGNORECASE)
 """In the names of models and LoRAs that are made for few steps without guidance."""
@@ -54,7 +54,7 @@ class WanVideoDistributedLora:
 
     @classmethod
     def IS_CHANGED(cls, lora: str | None, **_: Any) -> str:
-        return "" if lora is None else host.fingerprint([host.model_path("loras", lora)])
+        return "" if lora is None else catalogue.fingerprint([host.model_path("loras", lora)])
 
     def add(
         self, lora: str, strength: float, prev_lora: list[dict[str, Any]] | None = None

@@ -166,9 +166,20 @@ def _shown(plan: Plan, status: Status) -> Parallel:
     return plan.parallel
 
 
-@functools.cache
 def _links() -> Topology:
-    """They stay as they are while ComfyUI runs."""
-    from ..distributed.planning.topology import read_topology
+    """Unknown ones where nvidia-smi does not tell."""
+    from ..distributed.nvidia_smi import FAILURES
+    from ..distributed.planning.topology import Topology
 
-    return read_topology()
+    try:
+        return _fixed_links()
+    except FAILURES:
+        return Topology({})
+
+
+@functools.cache
+def _fixed_links() -> Topology:
+    """They stay as they are while ComfyUI runs. What is raised is not kept: the next job asks again."""
+    from ..distributed.planning.topology import ask_topology
+
+    return ask_topology()

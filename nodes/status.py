@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-GIB = 2**30
-
 
 class Status:
     """Collects what the user should know, and words it."""
@@ -41,7 +39,8 @@ class Status:
             lines.append(f"- step: {sum(steps) / len(steps):.2f} s, mean of {len(steps)}")
         for name, key in (("GPU memory", "peak_gpu_bytes"), ("host memory", "peak_rss_bytes")):
             if any(info[key]):
-                lines.append(f"- peak {name} per process: " + ", ".join(f"{size / GIB:.2f} GiB" for size in info[key]))
+                sizes = ", ".join(f"{size / 2**30:.2f} GiB" for size in info[key])
+                lines.append(f"- peak {name} per process: {sizes}")
         if self.plan:
             first, *rest = self.plan.splitlines()
             lines += [f"- {first}", *(f"  - {line}" for line in rest)]

@@ -51,7 +51,7 @@ class LoadWanVideoT5TextEncoder:
     def IS_CHANGED(cls, model_name: str | None, **_: Any) -> str:
         if model_name is None:
             return ""
-        return host.fingerprint(path for part in catalogue.text_encoder_files(model_name) for path in part)
+        return catalogue.fingerprint(path for part in catalogue.text_encoder_files(model_name) for path in part)
 
     def load(self, model_name: str, precision: str) -> tuple[TextEncoderFiles]:
         encoder, tokenizer = catalogue.text_encoder_files(model_name)

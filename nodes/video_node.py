@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,8 +33,8 @@ class MadeVideos:
         return self._deleted.get(key, 0)
 
 
-class VideoNode:
-    """A node that runs jobs. Its own part is `_run`, and `_failed` for on_error=return."""
+class VideoNode(ABC):
+    """A node that runs jobs."""
 
     CATEGORY = "WanVideoDistributed"
     FUNCTION = "run"
@@ -64,7 +65,7 @@ class VideoNode:
         """Changes when a video of the node's last run was deleted, whose path a cached run would hand out, or when
         `vae` was replaced; the files of links are looked at by the nodes that they come from."""
         files = () if vae in (None, AUTO) else catalogue.vae_files(vae)
-        return f"{cls.made.deletions(unique_id)} {host.fingerprint(files)}"
+        return f"{cls.made.deletions(unique_id)} {catalogue.fingerprint(files)}"
 
     def run(self, **inputs: Any) -> dict[str, Any]:
         try:
@@ -79,9 +80,10 @@ class VideoNode:
                 raise host.out_of_memory(str(error)) from error
             raise
 
+    @abstractmethod
     def _run(self, **inputs: Any) -> dict[str, Any]:
-        raise NotImplementedError
+        """What ComfyUI is given of a run that went well."""
 
+    @abstractmethod
     def _failed(self, log: str, status: str) -> tuple[Any, ...]:
-        """The outputs of a run that failed."""
-        raise NotImplementedError
+        """The outputs of a run that failed, for on_error=return."""

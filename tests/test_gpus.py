@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 
 import pytest
-from wan_pack.distributed import gpus
+from wan_pack.distributed import nvidia_smi
 from wan_pack.distributed.gpus import choose_gpus, list_gpus
 
 LISTING = "\n".join(f"{i}, GPU-{i}{i}{i}, NVIDIA H200, 143771, {140000 - i}" for i in range(4))
@@ -19,7 +19,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, listing: str | None) -> None:
             raise FileNotFoundError(command[0])
         return subprocess.CompletedProcess(command, 0, listing, "")
 
-    monkeypatch.setattr(gpus.subprocess, "run", smi)
+    monkeypatch.setattr(nvidia_smi.subprocess, "run", smi)
 
 
 def test_listing(monkeypatch: pytest.MonkeyPatch):
@@ -97,5 +97,5 @@ def test_a_hanging_driver_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
     def hang(command: list[str], *, timeout: float, **_: object) -> None:
         raise subprocess.TimeoutExpired(command, timeout)
 
-    monkeypatch.setattr(gpus.subprocess, "run", hang)
+    monkeypatch.setattr(nvidia_smi.subprocess, "run", hang)
     assert list_gpus() == []

@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from planning import A14B, GIB, KINDS, machine, workload
-from wan_pack.distributed import parallelize
+from tiny import TINY
 from wan_pack.distributed.job import Parallel
+from wan_pack.distributed.parallelize import parallelize_wan
 from wan_pack.distributed.planning import memory as memory
 from wan_pack.distributed.planning.memory import estimate
+from wan_pack.distributed.sequence import SequenceShard
+from wan_pack.wan.attention import attention
+from wan_pack.wan.model import WanModel
 
 MEASURED: list[tuple[dict[str, Any], float]] = [
     # Peaks of torch's allocator on H200, T2V-A14B at 832x480x81 without guidance: benchmarks/results.jsonl.
@@ -90,7 +95,13 @@ def test_the_phase_that_takes_most_counts():
 
 
 def test_the_feed_forward_is_chunked_as_estimated():
-    assert parallelize.FFN_CHUNK is memory.FFN_CHUNK
+    with torch.device("meta"):
+        model = WanModel(TINY)
+    parallelize_wan(
+        model, None, shard=SequenceShard(length=45), attention=attention, use_fsdp=False, ulysses_engine="packed",
+        torch_compile=False, memory_optimization=True,
+    )  # fmt: skip
+    assert {block.ffn_chunk for block in model.blocks} == {memory.FFN_CHUNK}
 
 
 def test_the_benchmark_words_what_was_refused_and_what_failed(monkeypatch: pytest.MonkeyPatch):

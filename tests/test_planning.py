@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from jobs import stub_job
 from node_inputs import BOTH, settings, tiny_files, use_model_folders
-from wan_pack.distributed import gpu_locks, gpus, pool
+from wan_pack.distributed import gpu_locks, nvidia_smi, pool
 from wan_pack.distributed.gpu_locks import wait_for_gpus
 from wan_pack.distributed.job import Job, ModelFiles
 from wan_pack.distributed.pool import Pool
@@ -36,7 +36,7 @@ def smi(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 0, "" if "topo" in command else fake.printed, "")
 
-    monkeypatch.setattr(gpus.subprocess, "run", run)
+    monkeypatch.setattr(nvidia_smi.subprocess, "run", run)
     return fake
 
 
@@ -50,7 +50,7 @@ def make(tiny_models: Path, tmp_path: Path, smi: SimpleNamespace, monkeypatch: p
     monkeypatch.setattr(gpu_locks, "_folder", lambda: tmp_path)
     own = Pool()
     monkeypatch.setattr(warm, "pool", lambda: own)
-    planning._links.cache_clear()
+    planning._fixed_links.cache_clear()
     model: ModelFiles = tiny_files(tiny_models)
 
     def build(**values: Any) -> tuple[Job, Status]:
@@ -61,7 +61,7 @@ def make(tiny_models: Path, tmp_path: Path, smi: SimpleNamespace, monkeypatch: p
 
     build.freed = freed  # type: ignore[attr-defined]
     yield build
-    planning._links.cache_clear()
+    planning._fixed_links.cache_clear()
 
 
 def test_auto_takes_what_is_fastest_and_says_so(make: Make, smi: SimpleNamespace):
@@ -220,3 +220,21 @@ def test_identical_jobs_get_identical_plans_beside_a_warm_group(
     assert make(config=config)[0].parallel == first.parallel
     assert other.parallel.gpu_count == 2
     assert warm.pool().release() == 1
+
+
+def test_links_that_the_driver_did_not_tell_in_time_are_asked_for_again(monkeypatch: pytest.MonkeyPatch):
+    answers: list[Any] = [subprocess.TimeoutExpired("nvidia-smi", 10), "\tGPU0\tGPU1\nGPU0\t X \tNV4\nGPU1\tNV4\t X \n"]
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return subprocess.CompletedProcess(command, 0, answer, "")
+
+    monkeypatch.setattr(nvidia_smi.subprocess, "run", run)
+    planning._fixed_links.cache_clear()
+    try:
+        # The third time nobody is asked any more.
+        assert [planning._links().link("0", "1") for _ in range(3)] == ["unknown", "nvlink", "nvlink"]
+    finally:
+        planning._fixed_links.cache_clear()

@@ -7,7 +7,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from wan_pack.distributed.planning import topology as topology
+from wan_pack.distributed import nvidia_smi
 from wan_pack.distributed.planning.topology import Topology, parse_topology, read_topology
 
 LEGEND = """
@@ -100,7 +100,7 @@ def test_a_bad_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scrip
     program.write_text(f"#!/bin/sh\nexec {script}\n" if script != "exit 9" else "#!/bin/sh\nexit 9\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(topology, "TIMEOUT", 0.5)
+    monkeypatch.setattr(nvidia_smi, "TIMEOUT", 0.5)
     assert read_topology().link("0", "1") == "unknown"
 
 
@@ -108,5 +108,5 @@ def test_the_tool_is_asked_for_the_matrix(monkeypatch: pytest.MonkeyPatch):
     def smi(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 0, TWO_CONSUMER if command[1:] == ["topo", "-m"] else "", "")
 
-    monkeypatch.setattr(topology.subprocess, "run", smi)
+    monkeypatch.setattr(nvidia_smi.subprocess, "run", smi)
     assert read_topology().link("1", "0") == "host"

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .config import TEMPORAL_STRIDE
 from .denoise import noised
-from .latents import TEMPORAL_STRIDE, normalise
+from .latents import normalise
 
 Encode = Callable[[Tensor], Tensor]
 """Frames [1, 3, F, H, W] in -1 to 1 -> normalised latents [1, C, T, h, w]."""

@@ -55,6 +55,8 @@ TEXT_LEN = 512
 """Rows of text the cross-attention sees; shorter prompts are padded with zero rows, longer ones cut."""
 PATCH_SIZE = (1, 2, 2)
 """Latent frames, rows and columns per token."""
+TEMPORAL_STRIDE = 4
+"""Frames per latent frame; the first latent frame is one frame."""
 EPS = 1e-6
 """Of every normalisation layer."""
 

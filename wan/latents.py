@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import PATCH_SIZE
+from .config import PATCH_SIZE, TEMPORAL_STRIDE
 
 # fmt: off
 _MEANS: dict[int, tuple[float, ...]] = {
@@ -48,8 +48,6 @@ def latent_statistics(z_dim: int) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 SPATIAL_STRIDES = {16: 8, 48: 16}
 """Latent channels -> pixels per latent row and column."""
-TEMPORAL_STRIDE = 4
-"""Frames per latent frame; the first latent frame is one frame."""
 
 
 def latents_shape(width: int, height: int, num_frames: int, z_dim: int) -> tuple[int, int, int, int]:

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .config import TEMPORAL_STRIDE
 from .latents import denormalise, latent_statistics, normalise
 from .tensor_files import TensorFiles, fill
 from .vae_keys import EXPECTED, WAN22, VaeInfo, check_floats, module_names, vae_info
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
-
-TEMPORAL_STRIDE = 4
-"""Frames per latent frame; the first latent frame is one frame."""
 
 
 def load_vae(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
+from .. import nvidia_smi
 from ..errors import JobCancelled, JobError
 from ..gpu_locks import GpuLocks, wait_for_gpus
 from ..gpus import Gpu, choose_gpus, list_gpus
@@ -16,8 +17,6 @@ from ..planning.topology import NVLINK, read_peer_access, read_topology
 from . import exchange
 from .report import NOTE, WRONG, Finding
 
-TIMEOUT = 10.0
-"""Seconds that nvidia-smi gets for one answer."""
 LITTLE_FREE = 0.5
 """Share of a GPU's memory below which what is free is worth a word."""
 SLOW = 5.0
@@ -27,19 +26,19 @@ SLOW = 5.0
 def driver_findings() -> list[Finding]:
     """The driver, or why there is none to talk to."""
     try:
-        words = _ask("--query-gpu=driver_version")
+        rows = nvidia_smi.query("gpu", "driver_version")
     except FileNotFoundError:
         return [Finding("driver", "nvidia-smi is not there: no NVIDIA driver. Jobs run on CPU processes, slowly", NOTE)]
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as error:
         remedy = "The driver hangs: look at dmesg for Xid, end what uses the GPUs, or restart the machine"
-        return [Finding("driver", f"nvidia-smi did not answer within {TIMEOUT:g} s", WRONG, remedy)]
+        return [Finding("driver", f"nvidia-smi did not answer within {error.timeout:g} s", WRONG, remedy)]
     except subprocess.CalledProcessError as error:
         said = (error.stderr or error.stdout or "").strip() or f"exit code {error.returncode}"
         remedy = "Repair the NVIDIA driver; after an update the machine must be restarted"
         return [Finding("driver", f"nvidia-smi fails: {said}", WRONG, remedy)]
     except OSError as error:
         return [Finding("driver", f"nvidia-smi cannot be started: {error.strerror}", WRONG, "Repair the NVIDIA driver")]
-    versions = sorted({line.strip() for line in words.splitlines() if line.strip()})
+    versions = sorted({row[0] for row in rows if row[0]})
     return [Finding("driver", f"NVIDIA {', '.join(versions)}")] if versions else []
 
 
@@ -124,15 +123,14 @@ def _memory(gpu: Gpu) -> Finding:
 def _users() -> dict[str, list[str]]:
     """GPU's UUID -> its processes, as far as nvidia-smi sees them: in a container often none."""
     try:
-        words = _ask("--query-compute-apps=gpu_uuid,pid,process_name,used_memory")
-    except (OSError, subprocess.SubprocessError):
+        rows = nvidia_smi.query("compute-apps", "gpu_uuid", "pid", "process_name", "used_memory")
+    except nvidia_smi.FAILURES:
         return {}
     found: dict[str, list[str]] = {}
-    for line in words.splitlines():
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) >= 4 and parts[1].isdecimal():
-            memory = f", {int(parts[-1]) / 1024:.1f} GiB" if parts[-1].isdecimal() else ""
-            found.setdefault(parts[0], []).append(f"process {parts[1]} ({','.join(parts[2:-1])}{memory})")
+    for row in rows:
+        if len(row) >= 4 and row[1].isdecimal():
+            memory = f", {int(row[-1]) / 1024:.1f} GiB" if row[-1].isdecimal() else ""
+            found.setdefault(row[0], []).append(f"process {row[1]} ({','.join(row[2:-1])}{memory})")
     return found
 
 
@@ -171,10 +169,3 @@ def _take(gpu: str, busy: list[str], folder: Path | None) -> GpuLocks | None:
     except JobError as error:
         busy.append(str(error))
     return None
-
-
-def _ask(query: str) -> str:
-    return subprocess.run(
-        ["nvidia-smi", query, "--format=csv,noheader,nounits"],
-        capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=True, stdin=subprocess.DEVNULL,
-    ).stdout  # fmt: skip

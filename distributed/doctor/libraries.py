@@ -7,13 +7,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .. import nvidia_smi
 from .report import NOTE, OK, WRONG, Finding
-
-SMI_TIMEOUT = 10.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -73,13 +71,10 @@ def _runs(name: str, major: int, minor: int) -> bool:
 def _capabilities() -> list[tuple[int, int]]:
     # Not by torch, which would make a context on each GPU.
     try:
-        out = subprocess.run(
-            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=SMI_TIMEOUT, check=True, stdin=subprocess.DEVNULL,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
+        rows = nvidia_smi.query("gpu", "compute_cap")
+    except nvidia_smi.FAILURES:
         return []
-    pairs = [line.strip().split(".") for line in out.splitlines()]
+    pairs = [row[0].split(".") for row in rows]
     return [(int(pair[0]), int(pair[1])) for pair in pairs if len(pair) == 2 and all(part.isdecimal() for part in pair)]
 
 

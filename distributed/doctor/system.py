@@ -12,13 +12,13 @@ from pathlib import Path
 
 from ..environment import ALLOCATOR
 from ..errors import JobError
+from ..host_memory import read_sizes
 from ..prerequisites import ffmpeg_problem, packages_problem, require_platform, torch_problem, writing_problem
 from .report import NOTE, OK, WRONG, Finding
 
-GIB = 2**30
-LITTLE_DISK = 2 * GIB
-LITTLE_MEMORY = 16 * GIB
-LITTLE_SHARED = GIB // 2
+LITTLE_DISK = 2 << 30
+LITTLE_MEMORY = 16 << 30
+LITTLE_SHARED = 512 << 20
 """Docker gives 64 MiB, which NCCL's buffers between a few GPUs exceed."""
 LIBRARIES = ("diffusers", "transformers", "safetensors", "gguf", "imageio-ffmpeg", "deepspeed", "triton")
 MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -78,7 +78,7 @@ def disk_findings(folders: Mapping[str, Path]) -> list[Finding]:
         except OSError as error:
             found.append(Finding(topic, f"{folder}: {error.strerror}", WRONG, "Create it, or choose another folder"))
             continue
-        text = f"{folder}: {free / GIB:.1f} GiB free"
+        text = f"{folder}: {free / 2**30:.1f} GiB free"
         problem = writing_problem(folder)
         if problem:
             found.append(Finding(topic, problem, WRONG))
@@ -97,19 +97,22 @@ def memory_findings(gpus: int, shared: Path = Path("/dev/shm")) -> list[Finding]
         shared: where shared memory is mounted.
     """
     found = []
-    sizes = _meminfo()
+    try:
+        sizes = read_sizes()
+    except OSError:
+        sizes = {}
     if "MemTotal" in sizes:
         total, available = sizes["MemTotal"], sizes.get("MemAvailable", 0)
         limit = min(_limits(), default=total)
-        text = f"{available / GIB:.0f} of {total / GIB:.0f} GiB available"
+        text = f"{available / 2**30:.0f} of {total / 2**30:.0f} GiB available"
         if limit < total:
-            text += f"; this container may use {limit / GIB:.0f} GiB"
+            text += f"; this container may use {limit / 2**30:.0f} GiB"
         little = min(available, limit) < LITTLE_MEMORY
         remedy = "offload_model and block streaming keep weights there: leave them off, or add memory"
         found.append(Finding("host memory", text, NOTE if little else OK, remedy if little else ""))
     if shared.is_dir():
         size = shutil.disk_usage(shared)
-        text = f"{shared}: {size.free / GIB:.2f} of {size.total / GIB:.2f} GiB free"
+        text = f"{shared}: {size.free / 2**30:.2f} of {size.total / 2**30:.2f} GiB free"
         if size.free < LITTLE_SHARED and gpus > 1:
             remedy = "NCCL needs more for several GPUs: start the container with --shm-size=8g or --ipc=host"
             found.append(Finding("shared memory", text, WRONG, remedy))
@@ -122,14 +125,6 @@ def memory_findings(gpus: int, shared: Path = Path("/dev/shm")) -> list[Finding]
         words = "no limit" if soft == resource.RLIM_INFINITY else f"{soft / 2**20:.0f} MiB"
         found.append(Finding("locked pages", f"{words} (ulimit -l); CUDA's pinned memory does not count"))
     return found
-
-
-def _meminfo() -> dict[str, int]:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return {}
-    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
 
 
 def _limits(paths: Iterable[Path] = MEMORY_LIMITS) -> list[int]:

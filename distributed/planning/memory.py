@@ -9,13 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ...wan.config import PATCH_SIZE, TEXT_LEN, WanConfig
-from ..job import Parallel
+from ...wan.config import PATCH_SIZE, TEMPORAL_STRIDE, TEXT_LEN, WanConfig
+from ..job import FFN_CHUNK, Parallel
 
 GIB = 2**30
-TEMPORAL_STRIDE = 4
-FFN_CHUNK = 4096
-"""Tokens per feed-forward call under memory optimization: large enough to keep a GPU busy."""
 GATHERED_BLOCKS = 3
 """The one at work, the next, and the buffer that it arrives in."""
 STREAMED_BLOCKS = 2

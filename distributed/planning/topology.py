@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-TIMEOUT = 10.0
-"""Seconds that nvidia-smi gets."""
+from .. import nvidia_smi
+
 NVLINK, PCIE, HOST, UNKNOWN = "nvlink", "pcie", "host", "unknown"
 KINDS = {"PIX": PCIE, "PXB": PCIE, "PHB": HOST, "NODE": HOST, "SYS": HOST, "SOC": HOST}
 """nvidia-smi's word -> ours: through PCIe switches only, or through the host's bridges and processors. NV<links> is
@@ -33,7 +32,15 @@ class Topology:
 
 def read_topology() -> Topology:
     """Of this machine; every link is unknown where nvidia-smi is missing, fails or takes too long."""
-    return parse_topology(_matrix("-m"))
+    try:
+        return ask_topology()
+    except nvidia_smi.FAILURES:
+        return Topology({})
+
+
+def ask_topology() -> Topology:
+    """Of this machine. Raises one of `nvidia_smi.FAILURES`."""
+    return parse_topology(nvidia_smi.ask("topo", "-m"))
 
 
 def read_peer_access() -> Mapping[tuple[str, str], str]:
@@ -41,17 +48,10 @@ def read_peer_access() -> Mapping[tuple[str, str], str]:
 
     Empty where nvidia-smi does not say.
     """
-    return parse_topology(_matrix("-p2p", "r")).words
-
-
-def _matrix(*options: str) -> str:
     try:
-        return subprocess.run(
-            ["nvidia-smi", "topo", *options],
-            capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=True, stdin=subprocess.DEVNULL,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return ""
+        return parse_topology(nvidia_smi.ask("topo", "-p2p", "r")).words
+    except nvidia_smi.FAILURES:
+        return {}
 
 
 def parse_topology(text: str) -> Topology:
