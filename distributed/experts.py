@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ from .offload import HostParking
 from .parallelize import parallelize_wan, release_gathered
 from .sequence import SequenceShard
 from .streaming import BlockStream
-from .weights import empty_model, load_weights, read_weights
+from .weights import empty_model, read_weights
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """The names are those of `Parallel.mixed_precision`."""
@@ -32,7 +34,17 @@ Weights = HostParking | BlockStream
 log = logging.getLogger(__name__)
 
 
-def load_expert(
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One expert with its memory, whose weights are still to be read."""
+
+    model: WanModel
+    weights: Weights
+    read: Callable[..., None]
+    """Reads them; takes the callbacks of `read_weights`."""
+
+
+def build_expert(
     files: Sequence[str],
     loras: Sequence[tuple[str, float]] = (),
     *,
@@ -42,17 +54,13 @@ def load_expert(
     device: torch.device,
     expert: str | None = None,
     attention: Attention = attention,
-    on_tensor: Callable[[int, int], None] = lambda done, total: None,
-    meanwhile: Callable[[], None] = lambda: None,
-    on_weights: Callable[[Weights], None] = lambda weights: None,
-) -> WanModel:
+    ops: str = "plain",
+) -> Expert:
     """One expert on `device`, parallelized over `mesh` as `parallel` says.
 
     Args:
         loras: (path, strength) of each LoRA to merge.
         expert: HIGH_NOISE or LOW_NOISE, for a LoRA file that holds both experts' changes.
-        meanwhile: called on this thread while others read the weights.
-        on_weights: given what holds the weights.
     """
     checkpoint = Checkpoint(files)
     opened = [Lora(path, strength, checkpoint.shapes, expert=expert) for path, strength in loras]
@@ -72,20 +80,41 @@ def load_expert(
         ulysses_engine=parallel.ulysses_engine,
         torch_compile=parallel.torch_compile,
         memory_optimization=parallel.memory_optimization,
-        kernels=parallel.kernels,
+        ops=ops,
     )
     if parallel.stream_blocks:
-        stream = BlockStream(model, device)
-        with stream.writable():
-            names = [name for name, _ in model.named_parameters()]
-            read_weights(
-                model, checkpoint, names, device=device, loras=opened, on_tensor=on_tensor, meanwhile=meanwhile
-            )
-        on_weights(stream)
-        return model
-    load_weights(model, checkpoint, device=device, loras=opened, on_tensor=on_tensor, meanwhile=meanwhile)
-    on_weights(HostParking(model))
-    return model
+        weights: Weights = BlockStream(model, device)
+    else:
+        model.to_empty(device=device)
+        weights = HostParking(model)
+    names = [name for name, _ in model.named_parameters()]
+
+    def read(**how: Any) -> None:
+        with weights.writable():
+            read_weights(model, checkpoint, names, device=device, loras=opened, **how)
+
+    return Expert(model, weights, read)
+
+
+def load_expert(
+    files: Sequence[str],
+    loras: Sequence[tuple[str, float]] = (),
+    *,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    meanwhile: Callable[[], None] = lambda: None,
+    on_weights: Callable[[Weights], None] = lambda weights: None,
+    **settings: Any,
+) -> WanModel:
+    """What `build_expert` makes with the same `settings`, its weights read.
+
+    Args:
+        meanwhile: called on this thread while others read the weights.
+        on_weights: given what holds the weights.
+    """
+    built = build_expert(files, loras, **settings)
+    built.read(on_tensor=on_tensor, meanwhile=meanwhile)
+    on_weights(built.weights)
+    return built.model
 
 
 def relora_expert(
@@ -124,7 +153,7 @@ class Experts:
     """What the sampling loop asks for velocities (`wan.denoise.Predict`).
 
     Args:
-        models: expert name -> model; only those that the schedule runs.
+        models: expert name -> model; only those that the schedule runs, and one of them from the start.
         texts: conditional? -> text rows [n, text_dim].
         grid: tokens per axis.
         keep_text: keep each expert's cross-attention keys and values between steps.
@@ -132,6 +161,8 @@ class Experts:
         image: this rank's tokens of an I2V model's further input channels, [S, 4 * (in_dim - out_dim)].
         mesh: the ranks; with CFG parallel each computes one of the two passes of a guided step.
         timestep_rows: [S], 0 for tokens that are given (`wan.denoise.Known`), 1 for the others; None: none is given.
+        arrive: called with an expert's name before its first evaluation, and whenever it takes over from the other;
+            `models` and `parkings` must have it afterwards.
     """
 
     def __init__(
@@ -147,6 +178,7 @@ class Experts:
         image: Tensor | None = None,
         timestep_rows: Tensor | None = None,
         mesh: Mesh | None = None,
+        arrive: Callable[[str], None] = lambda expert: None,
     ) -> None:
         self._models = models
         self._rows = {conditional: pad_text(rows).to(device) for conditional, rows in texts.items()}
@@ -156,6 +188,7 @@ class Experts:
         self._image = None if image is None else image.unflatten(1, (PATCH_SIZE[1] * PATCH_SIZE[2], -1))
         self._timestep_rows = timestep_rows
         self._mesh = mesh
+        self._arrive = arrive
         self._active: str | None = None
         self._contexts: dict[bool, TextContext] = {}
         config = next(iter(models.values())).config
@@ -187,13 +220,15 @@ class Experts:
 
     def _activate(self, expert: str) -> None:
         self.release()
+        self._arrive(expert)
         for name, parking in self._parkings.items():
             if name != expert:
                 parking.park()
         if expert in self._parkings:
             self._parkings[expert].fetch()
         resident = sum(parking.resident_bytes for parking in self._parkings.values())
-        if len(self._parkings) > 1:
-            log.info("offload: %s expert on the device (%.2f GiB), the other in host memory", expert, resident / 2**30)
+        if self._parkings:
+            other = ", the other in host memory" if len(self._parkings) > 1 else ""
+            log.info("offload: %s expert on the device (%.2f GiB)%s", expert, resident / 2**30, other)
         self._contexts = {c: TextContext(rows, keep=self._keep_text) for c, rows in self._rows.items()}
         self._active = expert

@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from ..wan.attention import AttentionKernel, choose_kernel
-from ..wan.denoise import HIGH_NOISE, LOW_NOISE
 from ..wan.linear import check_precision
-from ..wan.model import WanModel
-from ..wan.ops import check_kernels
+from ..wan.ops import choose_ops
 from ..wan.preview import PreviewMap, preview_of_vae
 from ..wan.vae import load_vae
-from .experts import COMPUTE_DTYPES, Weights, load_expert, relora_expert
+from .experts import COMPUTE_DTYPES
 from .groupdir import GroupDir
 from .hosts.hostfile import HostsDir
-from .job import FileIdentity, Job, JobError, LoraFile
+from .job import Job, JobError
 from .mesh import Mesh, init_mesh
-from .parallelize import set_shard
-from .sequence import SequenceShard
+from .rank_experts import RankExperts
 from .vae import RankVae
 
 log = logging.getLogger(__name__)
-
-EXPERTS = (HIGH_NOISE, LOW_NOISE)
-OnTensor = Callable[[str, int, int], None]
-"""(message, tensors read, tensors in all), called while weights are loaded."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """What an expert was made from."""
-
-    files: tuple[FileIdentity, ...]
-    loras: tuple[LoraFile, ...]
 
 
 @dataclass(slots=True)
@@ -56,15 +38,16 @@ class Session:
     world: int
     device: torch.device
     kernel: AttentionKernel
+    ops: str
+    """A name in `wan.ops.OPS`."""
     mesh: Mesh | None = None
-    models: dict[str, WanModel] = field(default_factory=dict)
-    """Expert name -> model."""
-    weights: dict[str, Weights] = field(default_factory=dict)
-    """Expert name -> its weights, which can be parked in host memory."""
-    _loaded: dict[str, _Loaded] = field(default_factory=dict)
+    experts: RankExperts = field(init=False)
     _joined: bool = False
     _vae: RankVae | None = None
     _preview_map: PreviewMap | None = None
+
+    def __post_init__(self) -> None:
+        self.experts = RankExperts(self.rank, self.device, self.kernel.run, self.ops)
 
     @classmethod
     def of(cls, job: Job) -> Session:
@@ -78,11 +61,12 @@ class Session:
         try:
             kernel = choose_kernel(capability, COMPUTE_DTYPES[parallel.mixed_precision], parallel.attention)
             check_precision(capability, parallel.linear_precision)
-            check_kernels(capability, parallel.kernels)
+            ops, reason = choose_ops(capability, parallel.kernels, compiled=parallel.torch_compile)
         except ValueError as error:
             raise JobError(str(error)) from error
         log.info("attention kernel %s: %s", kernel.name, kernel.reason)
-        return cls(rank=int(os.environ["RANK"]), world=world, device=device, kernel=kernel)
+        log.info("%s kernels between the matrix products: %s", ops, reason)
+        return cls(rank=int(os.environ["RANK"]), world=world, device=device, kernel=kernel, ops=ops)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -118,67 +102,12 @@ class Session:
 
     def leave(self) -> None:
         """A gloo process that exits inside its group may abort."""
+        self.experts.stop_reading()
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def load_experts(self, names: list[str], job: Job, shard: SequenceShard, on_tensor: OnTensor) -> None:
-        """Loads the experts that the schedule runs, in its order; what a job before has loaded stays.
-
-        Files that are not the job's are let go first. With other LoRAs or strengths only the weights that they change
-        are read again: adding a difference to rounded weights would not give what a fresh start gives.
-        """
-        wanted = {name: _Loaded(getattr(job.model, name), getattr(job.model, f"{name}_loras")) for name in EXPERTS}
-        for name in [name for name, loaded in self._loaded.items() if loaded.files != wanted[name].files]:
-            self._drop(name)
-        stale = [name for name in names if self._loaded.get(name) != wanted[name]]
-        # One core per rank, or a video that is not decoded, would only wait for it.
-        meanwhile = _import_diffusers if job.decode and self.device.type == "cuda" else _nothing
-        # The one that runs first is read last, so that it is the one on the device.
-        for index, name in enumerate(reversed(stale)):
-
-            def report(done: int, total: int, name: str = name, index: int = index) -> None:
-                on_tensor(f"{name} expert", index * total + done, total * len(stale))
-
-            if job.parallel.parks_experts:
-                for other in set(self.weights) - {name}:
-                    self.weights[other].park()
-            paths = [file.path for file in wanted[name].files]
-            loras = [(lora.file.path, lora.strength) for lora in wanted[name].loras]
-            if name in self.models:
-                before = [lora.file.path for lora in self._loaded.pop(name).loras]
-                with self.weights[name].writable():
-                    changed = relora_expert(
-                        self.models[name], paths, before, loras, device=self.device, expert=name, on_tensor=report
-                    )
-                if not changed:
-                    self._drop(name)
-            if name not in self.models:
-                self.models[name] = load_expert(
-                    paths, loras,
-                    parallel=job.parallel, mesh=self.mesh, shard=shard, device=self.device,
-                    expert=name, attention=self.kernel.run, on_tensor=report, meanwhile=meanwhile,
-                    on_weights=partial(self.weights.__setitem__, name),
-                )  # fmt: skip
-            self._loaded[name] = wanted[name]
-        for name in names:
-            log.debug("%s expert: %s", name, "loaded now" if name in stale else "kept from the job before")
-            set_shard(self.models[name], shard)
-
-    def _drop(self, name: str) -> None:
-        # Not left to the garbage collector: FSDP's hooks and the model refer to each other.
-        self.weights.pop(name).drop()
-        del self.models[name]
-        self._loaded.pop(name, None)
-
     def rest(self) -> None:
         """After each job: gives back what only that job needed."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def drop_experts(self) -> None:
-        """Frees their memory."""
-        for name in list(self.models):
-            self._drop(name)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -201,17 +130,6 @@ class Session:
         """bfloat16 decodes three times as fast on a GPU; fp16 and fp32 jobs, and CPUs, decode as the official code."""
         fast = self.device.type == "cuda" and job.parallel.mixed_precision == "bf16"
         return torch.bfloat16 if fast else torch.float32
-
-
-def _nothing() -> None: ...
-
-
-def _import_diffusers() -> None:
-    """Seconds of imports for the solver and the VAE, which the reading of the weights leaves time for.
-
-    On the main thread: Python cannot import modules that need each other on two threads at once.
-    """
-    importlib.import_module("diffusers.models.autoencoders.autoencoder_kl_wan")
 
 
 def _device(job: Job) -> torch.device:

@@ -78,7 +78,10 @@ def read_weights(
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
-    """Reads the named parameters of a model that has its memory. Arguments as for `load_weights`."""
+    """Reads the named parameters of a model that has its memory.
+
+    Arguments as for `load_weights`. If `on_tensor` or `meanwhile` raises, the rest is not read.
+    """
     parameters = dict(model.named_parameters())
     buffers = local()
 
@@ -108,9 +111,13 @@ def read_weights(
     enter = partial(torch.cuda.set_device, device) if on_cuda else None
     with torch.no_grad(), ThreadPoolExecutor(CUDA_READERS if on_cuda else 1, initializer=enter) as readers:
         results = readers.map(read, names)
-        meanwhile()
-        for done, _ in enumerate(results, start=1):
-            on_tensor(done, len(names))
+        try:
+            meanwhile()
+            for done, _ in enumerate(results, start=1):
+                on_tensor(done, len(names))
+        except BaseException:
+            readers.shutdown(cancel_futures=True)
+            raise
 
 
 def _read_merged(

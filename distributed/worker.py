@@ -31,7 +31,7 @@ from .jobdir import JobDir
 from .preflight import needs_negative
 from .preview import PreviewWriter
 from .progress import steady_seconds
-from .rank_files import RankFiles
+from .rank_files import MIN_INTERVAL, RankFiles
 from .report import gather_peaks, result_of
 from .sequence import SequenceShard, gather_bytes
 from .session import Session
@@ -172,7 +172,7 @@ class Worker:
         with self.phase("load"):
             runs = {self.guidance.expert(self.solver.timesteps[index]) for index in self.steps}
             needed = [name for name in (HIGH_NOISE, LOW_NOISE) if name in runs]
-            session.load_experts(needed, self.job, shard, self.on_tensor)
+            session.experts.load(needed, self.job, session.mesh, shard, self.on_tensor)
             group = None if session.mesh is None else session.mesh.ulysses_group
             preview = PreviewWriter(
                 self.folder.preview, preview_map=session.preview_map(self.job) if self.rank == 0 else None,
@@ -184,11 +184,12 @@ class Worker:
                 mask = conditioning.known_mask.expand_as(conditioning.known)
                 known = Known(tokens_of(conditioning.known), tokens_of(mask))
             experts = Experts(
-                session.models, texts, grid=grid, shard=shard, device=self.device,
+                session.experts.models, texts, grid=grid, shard=shard, device=self.device,
                 keep_text=not parallel.memory_optimization,
-                parkings=session.weights if parallel.parks_experts else {},
+                parkings=session.experts.weights if parallel.parks_experts else {},
                 image=tokens_of(conditioning.image),
                 timestep_rows=None if known is None else known.timestep_rows, mesh=session.mesh,
+                arrive=self.arrive,
             )  # fmt: skip
             self.files.progress("denoise", 0, len(self.steps))
             self._step_start = time.perf_counter()
@@ -199,13 +200,30 @@ class Worker:
             experts.release()
             tokens = shard.gather(tokens, group)
         if self.job.parallel.keep_warm_seconds == 0:
-            session.drop_experts()
+            session.experts.drop()
         return unpatchify(tokens, grid)
 
     def on_tensor(self, message: str, done: int, total: int) -> None:
         self.files.progress("load", done, total, message=message)
 
+    def arrive(self, expert: str) -> None:
+        """Before an expert takes over. What it is waited for is no step's time."""
+        start = told = time.perf_counter()
+
+        def on_tensor(message: str, done: int, total: int) -> None:
+            nonlocal told
+            if time.perf_counter() - told >= MIN_INTERVAL:
+                told = time.perf_counter()
+                steps = len(self.step_seconds)
+                self.files.progress(
+                    "denoise", steps, len(self.steps), message=f"loading the {message} {done / total:.0%}"
+                )
+
+        self.session.experts.arrive(expert, on_tensor)
+        self._step_start += time.perf_counter() - start
+
     def on_step(self, done: int) -> None:
+        self.session.experts.check_coming()
         if self.device.type == "cuda":
             # The step is timed and reported when it is done, not when it is queued.
             torch.cuda.synchronize(self.device)
@@ -245,7 +263,7 @@ class Worker:
         """Decodes with all ranks, while rank 0 writes what is done. Returns the frames written: 0 on other ranks."""
         from ..wan.video import VideoWriter
 
-        sampling, frames = self.job.sampling, 0
+        sampling = self.job.sampling
         vae = self.session.vae(self.job)
         self.files.progress("decode", 0, sampling.num_frames)
         if self.rank > 0:
@@ -255,12 +273,11 @@ class Worker:
         with VideoWriter(self.folder.video, width=sampling.width, height=sampling.height, fps=sampling.fps) as video:
             for part in vae.decode(latents[None]):
                 video.write(part)
-                frames += part.shape[1]
-                self.files.progress("decode", frames, sampling.num_frames)
+                self.files.progress("decode", video.frames, sampling.num_frames)
             self.files.progress("write", 0, 0)
-        if frames != sampling.num_frames:
-            raise JobError(f"the VAE made {frames} frames; the job asks for {sampling.num_frames}")
-        return frames
+        if video.frames != sampling.num_frames:
+            raise JobError(f"the VAE made {video.frames} frames; the job asks for {sampling.num_frames}")
+        return video.frames
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

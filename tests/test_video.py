@@ -9,7 +9,8 @@ import imageio_ffmpeg
 import pytest
 import torch
 from torch import Tensor
-from wan_pack.wan.video import VideoWriter, frames_to_bytes, probe
+from wan_pack.wan import video
+from wan_pack.wan.video import PARTS_AHEAD, VideoWriter, frames_to_bytes, probe
 
 COLOURS = ((1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (0.2, -0.3, 0.7), (0.5, 0.5, 0.5), (-1.0, -1.0, 1.0))
 
@@ -96,6 +97,58 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
     with pytest.raises(RuntimeError, match="cannot be started"), VideoWriter("x.mp4", width=64, height=48, fps=16):
         pass
+
+
+@pytest.fixture
+def late_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In the place of ffmpeg: takes nothing before this file exists, then writes what it is given."""
+    ffmpeg, go = tmp_path / "ffmpeg", tmp_path / "go"
+    ffmpeg.write_text(
+        f"#!/bin/sh\nfor last; do :; done\nwhile [ ! -e '{go}' ]; do sleep 0.02; done\nexec cat > \"$last\"\n"
+    )
+    ffmpeg.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+    return go
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for ffmpeg")
+def test_nobody_waits_for_an_ffmpeg_that_is_a_few_parts_behind(late_ffmpeg: Path, tmp_path: Path) -> None:
+    """Each part is larger than what a pipe holds."""
+    parts = [torch.full((3, 2, 256, 256), level) for level in (-1.0, 0.0, 1.0)][:PARTS_AHEAD]
+    with VideoWriter(tmp_path / "x.mp4", width=256, height=256, fps=16) as writer:
+        for part in parts:
+            writer.write(part)
+            # The decoder goes on with the memory that the frames were in.
+            part.fill_(0.3)
+        assert writer.frames == 0
+        late_ffmpeg.touch()
+    assert writer.frames == 2 * PARTS_AHEAD
+    levels = (0, 128, 255)[:PARTS_AHEAD]
+    assert (tmp_path / "x.mp4").read_bytes() == b"".join(bytes([level]) * (3 * 2 * 256 * 256) for level in levels)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for ffmpeg")
+def test_an_error_does_not_wait_for_ffmpeg(late_ffmpeg: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyError), VideoWriter(tmp_path / "x.mp4", width=256, height=256, fps=16) as writer:
+        for _ in range(PARTS_AHEAD):
+            writer.write(_frames(256, 256))
+        raise KeyError
+    assert [entry.name for entry in tmp_path.iterdir()] == ["ffmpeg"]
+
+
+def test_frames_that_cannot_leave_the_gpu_end_the_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(part: object) -> memoryview:
+        raise RuntimeError("CUDA error: device lost")
+
+    monkeypatch.setattr(video._Part, "data", lost)
+    with (
+        pytest.raises(RuntimeError, match="device lost"),
+        VideoWriter(tmp_path / "x.mp4", width=64, height=48, fps=16) as writer,
+    ):
+        # More than may wait: who writes is not held up by what nobody takes.
+        for _ in range(PARTS_AHEAD + 3):
+            writer.write(_frames())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_odd_sizes_and_no_video(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import queue
 import subprocess
 import threading
 from collections import deque
@@ -19,6 +20,8 @@ from torch import Tensor
 CRF = 16
 """x264's quality: visually lossless."""
 STDERR_LINES = 20
+PARTS_AHEAD = 2
+"""Parts that may wait for ffmpeg while the next one is decoded."""
 
 
 class VideoInfo(NamedTuple):
@@ -29,15 +32,35 @@ class VideoInfo(NamedTuple):
 
 
 def frames_to_bytes(frames: Tensor) -> Tensor:
-    """Frames [3, n, H, W] in [-1, 1] -> [n, H, W, 3] uint8 on the CPU."""
+    """Frames [3, n, H, W] in [-1, 1] -> [n, H, W, 3] uint8, on the same device."""
     if frames.dim() != 4 or frames.shape[0] != 3:
         raise ValueError(f"frames have shape {list(frames.shape)}; it must be [3, n, H, W]")
     levels = (frames.float().clamp(-1.0, 1.0) + 1.0).mul_(127.5).round_()
-    return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
+    return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+
+class _Part:
+    """Frames on their way to the CPU, which nobody waits for before `data`."""
+
+    def __init__(self, frames: Tensor) -> None:
+        self._bytes = frames_to_bytes(frames).to("cpu", non_blocking=True)
+        self._arrived = None
+        if frames.device.type == "cuda":
+            # Behind this copy alone: the next frames are computed meanwhile. A blocking one leaves the core to others.
+            self._arrived = torch.cuda.Event(blocking=True)
+            self._arrived.record(torch.cuda.current_stream(frames.device))
+
+    def data(self) -> memoryview:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._bytes.numpy().data
 
 
 class VideoWriter:
     """Streams frames into an H.264 MP4 that browsers play. A context manager.
+
+    A thread of its own waits for the frames to leave the GPU and for ffmpeg to take them, so that the next ones are
+    decoded meanwhile.
 
     The file appears under its name when the block ends well; on an error nothing is left.
     ffmpeg is imageio-ffmpeg's binary, but started here: its writer neither reports ffmpeg's exit status nor keeps what
@@ -59,10 +82,13 @@ class VideoWriter:
         self.path = Path(path)
         self.width, self.height, self.fps = width, height, fps
         self.frames = 0
-        """Written so far."""
+        """That ffmpeg has taken so far."""
         self._part = self.path.with_name(f".{self.path.stem}.{os.getpid()}.part{self.path.suffix}")
         self._words: deque[str] = deque(maxlen=STDERR_LINES)
         self._process: subprocess.Popen[bytes] | None = None
+        self._parts: queue.Queue[_Part | None] = queue.Queue(PARTS_AHEAD)
+        self._error: Exception | None = None
+        """Why nothing more is written."""
 
     def __enter__(self) -> VideoWriter:
         import imageio_ffmpeg
@@ -83,20 +109,18 @@ class VideoWriter:
         except OSError as error:
             raise RuntimeError(f"ffmpeg cannot be started: {error}") from error
         self._reader = threading.Thread(target=self._listen, daemon=True)
+        self._feeder = threading.Thread(target=self._feed, daemon=True)
         self._reader.start()
+        self._feeder.start()
         return self
 
     def write(self, frames: Tensor) -> None:
-        """Appends frames [3, n, H, W] in [-1, 1]."""
-        assert self._process is not None and self._process.stdin is not None, "write() outside of the with block"
+        """Appends frames [3, n, H, W] in [-1, 1]. Waits only for what is more than `PARTS_AHEAD` calls back."""
+        assert self._process is not None, "write() outside of the with block"
         if tuple(frames.shape[2:]) != (self.height, self.width):
             raise ValueError(f"frames are {list(frames.shape)}; they must be [3, n, {self.height}, {self.width}]")
-        try:
-            self._process.stdin.write(frames_to_bytes(frames).numpy().data)
-        except OSError as error:
-            self._end()
-            raise self._failure() from error
-        self.frames += frames.shape[1]
+        self._check()
+        self._parts.put(_Part(frames))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -105,16 +129,43 @@ class VideoWriter:
         try:
             if kind is not None:
                 self._process.kill()
-            if self._end() == 0 and kind is None and self.frames:
-                os.replace(self._part, self.path)
-            elif kind is None:
+            status = self._end()
+            if kind is not None:
+                return
+            self._check()
+            if status or not self.frames:
                 raise self._failure()
+            os.replace(self._part, self.path)
         finally:
             self._part.unlink(missing_ok=True)
 
-    def _end(self) -> int:
-        """Closes ffmpeg's input and waits for it; its exit status."""
+    def _feed(self) -> None:
         assert self._process is not None and self._process.stdin is not None
+        while (part := self._parts.get()) is not None:
+            # After an error what still comes is taken and dropped: `write` must not wait for ever.
+            if self._error is not None:
+                continue
+            try:
+                data = part.data()
+                self._process.stdin.write(data)
+                self.frames += len(data)
+            except Exception as error:
+                self._error = error
+
+    def _check(self) -> None:
+        """Raises what has kept frames from being written."""
+        if isinstance(self._error, OSError):
+            self._end()
+            raise self._failure() from self._error
+        if self._error is not None:
+            raise self._error
+
+    def _end(self) -> int:
+        """Lets ffmpeg have what is queued, closes its input and waits for it; its exit status."""
+        assert self._process is not None and self._process.stdin is not None
+        if self._feeder.is_alive():
+            self._parts.put(None)
+            self._feeder.join()
         # Flushing what ffmpeg no longer reads fails; the exit status tells why.
         with contextlib.suppress(OSError):
             self._process.stdin.close()
