@@ -107,7 +107,7 @@ class Ours(System):
             self.model, place.mesh, shard=SequenceShard(length=1, rank=place.rank, world=place.world),
             attention=self.kernel.run, use_fsdp=False,
             ulysses_engine="packed-overlap" if "overlap" in options else "packed",
-            torch_compile="compiled" in options, memory_optimization=False, kernels=kernels,
+            torch_compile="compiled" in options, memory_optimization=False, ops=kernels,
         )  # fmt: skip
         self.model.to_empty(device=place.device)
         parameters = dict(self.model.named_parameters())

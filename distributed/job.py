@@ -21,6 +21,7 @@ from .sampling import SOLVERS, Sampling
 
 VERSION = 3
 __all__ = [
+    "FFN_CHUNK",
     "MAX_GPUS",
     "MIXED_PRECISION",
     "SOLVERS",
@@ -43,8 +44,10 @@ MIXED_PRECISION = ("bf16", "fp16", "fp32")
 ULYSSES_ENGINES = ("packed", "deepspeed", "packed-overlap")
 ATTENTION = ("auto", "fa3", "cudnn", "flash", "flash-attn", "fa3-fp8", "sage", "cpu")
 LINEAR_PRECISION = ("full", "fp8")
-KERNELS = ("plain", "triton")
+KERNELS = ("auto", "plain", "triton")
 GATHERS = ("block", "expert")
+FFN_CHUNK = 4096
+"""Tokens per feed-forward call under `memory_optimization`: large enough to keep a GPU busy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +67,7 @@ class Parallel:
     gather: str = "block"
     """What FSDP gathers: block: one block at a time; expert: a whole one, kept until the other expert takes over."""
     offload_model: bool = False
-    """The idle expert waits in pinned host memory."""
+    """Only the expert at work is on the GPU. The other waits in pinned host memory, or in its file for its turn."""
     stream_blocks: bool = False
     """The blocks wait in pinned host memory; each GPU holds the one at work and the next."""
     memory_optimization: bool = False
@@ -77,8 +80,9 @@ class Parallel:
     """full: the large matrix products are in `mixed_precision`. fp8: they are of e4m3 codes, scaled by rows."""
     attention: str = "auto"
     """The kernel of self-attention; auto: the fastest exact one that the GPU and the installed packages allow."""
-    kernels: str = "plain"
-    """Of the arithmetic around the matrix products. plain: torch's. triton: fused ones."""
+    kernels: str = "auto"
+    """Of the arithmetic around the matrix products. plain: torch's. triton: fused ones. auto: the fastest measured on
+    such a GPU."""
     ulysses_engine: str = "packed"
     """packed: one all-to-all in, one out. deepspeed: DeepSpeed's DistributedAttention. packed-overlap: one for each
     tensor, beside the arithmetic."""
@@ -124,8 +128,8 @@ class Parallel:
             "linear_precision", self.linear_precision, f"'full' with mixed_precision {self.mixed_precision}",
         )  # fmt: skip
         check(
-            self.kernels == "plain" or not self.torch_compile,
-            "kernels", self.kernels, "'plain' with torch_compile, which makes kernels of its own",
+            self.kernels != "triton" or not self.torch_compile,
+            "kernels", self.kernels, "'auto' or 'plain' with torch_compile, which makes kernels of its own",
         )  # fmt: skip
         check(
             self.ulysses_engine != "packed-overlap" or not self.torch_compile,

@@ -9,8 +9,8 @@ import torch
 from ..wan.attention import Attention
 from ..wan.model import WanModel
 from ..wan.ops import OPS
+from .job import FFN_CHUNK
 from .mesh import Mesh
-from .planning.memory import FFN_CHUNK
 from .sequence import SequenceShard
 from .ulysses import ENGINES
 
@@ -34,7 +34,7 @@ def parallelize_wan(
     ulysses_engine: str,
     torch_compile: bool,
     memory_optimization: bool,
-    kernels: str = "plain",
+    ops: str = "plain",
 ) -> None:
     """Changes `model` (on the meta device or not) in place.
 
@@ -48,15 +48,15 @@ def parallelize_wan(
         use_fsdp: shard each block's weights over the mesh.
         gather: a name in `job.GATHERS`; with "expert" what is gathered stays until `release_gathered`.
         ulysses_engine: a name in `ENGINES`.
-        kernels: a name in `OPS`: the arithmetic around the matrix products.
+        ops: a name in `OPS`: the arithmetic around the matrix products.
     """
-    ops = OPS[kernels]()
+    arithmetic = OPS[ops]()
     for block in model.blocks:
-        block.ops = ops
+        block.ops = arithmetic
     if shard.world > 1:
         attention = ENGINES[ulysses_engine](mesh.ulysses_group, shard, attention)
         for block in model.blocks:
-            if kernels != "plain" and attention.takes_message:
+            if ops != "plain" and attention.takes_message:
                 block.self_attn.message_ranks = shard.world
             # An engine may start to send q, k and v before it is called.
             block.self_attn.send = getattr(attention, "send", block.self_attn.send)

@@ -104,7 +104,7 @@ def settings_of(job: Job, session: Session) -> dict[str, str | int | float | boo
         "memory optimization": parallel.memory_optimization,
         "compiled": parallel.torch_compile,
         "precision": f"{parallel.mixed_precision}{_linears(parallel)}, VAE {vae_dtype}",
-        "kernels": parallel.kernels,
+        "kernels": session.ops,
         "attention": f"{session.kernel.name} ({session.kernel.reason})",
         "LoRAs": _loras(job.model),
         "solver": f"{sampling.solver}, {sampling.steps} steps{part}, shift {sampling.shift:g}",

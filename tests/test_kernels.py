@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from wan_pack.wan.ops import OPS, check_kernels
+from wan_pack.wan.ops import OPS, check_kernels, choose_ops
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, of torch's CUDA builds")
@@ -48,3 +48,21 @@ def test_what_triton_builds_its_launchers_with_is_missed_before_anything_is_load
     (tmp_path / "Python.h").touch()
     check_kernels((9, 0), "triton")
     check_kernels((9, 0), "plain")
+
+
+def test_fused_kernels_are_taken_where_they_were_measured(monkeypatch: pytest.MonkeyPatch):
+    def check(capability: tuple[int, int] | None, name: str) -> None:
+        if lacking:
+            raise ValueError(lacking)
+
+    lacking = ""
+    monkeypatch.setattr("wan_pack.wan.ops.check_kernels", check)
+    assert choose_ops((9, 0)) == ("triton", "fused, the fastest measured on Hopper")
+    assert choose_ops((9, 0), "plain") == ("plain", "as asked")
+    assert choose_ops((8, 9), "triton") == ("triton", "as asked")
+    assert {choose_ops(gpu)[0] for gpu in ((8, 0), (8, 9), (10, 0), (12, 0), None)} == {"plain"}
+    assert choose_ops((9, 0), compiled=True) == ("plain", "torch.compile makes kernels of it")
+    lacking = "it needs a C compiler"
+    assert choose_ops((9, 0)) == ("plain", "it needs a C compiler")
+    with pytest.raises(ValueError, match="C compiler"):
+        choose_ops((9, 0), "triton")

@@ -99,6 +99,8 @@ def gelu_linear(linear: Linear, x: LinearInput, dtype: torch.dtype) -> LinearInp
     return cast_rows(F.gelu(linear(x), approximate="tanh"), dtype)
 
 
+AUTOMATIC = ((9, 0),)
+"""The GPUs on which "auto" takes the fused kernels: where they were measured."""
 PLAIN = Ops("plain", cast_rows, norm, add_norm, add, rms_norm, rotate, message, gelu_linear)
 
 
@@ -106,6 +108,31 @@ def _triton() -> Ops:
     from .kernels.ops import triton_ops
 
     return triton_ops()
+
+
+def choose_ops(capability: tuple[int, int] | None, wanted: str = "auto", *, compiled: bool = False) -> tuple[str, str]:
+    """The implementation named `wanted`, or for "auto" the fastest by what was measured.
+
+    Args:
+        capability: of the GPU; None without one.
+        compiled: torch.compile makes kernels of its own of the plain ones.
+    Returns:
+        a name in `OPS`, and why it was chosen.
+    Raises:
+        ValueError: `wanted` cannot run there.
+    """
+    if wanted != "auto":
+        check_kernels(capability, wanted)
+        return wanted, "as asked"
+    if compiled:
+        return "plain", "torch.compile makes kernels of it"
+    if capability not in AUTOMATIC:
+        return "plain", "no GPU" if capability is None else "others are measured on Hopper only"
+    try:
+        check_kernels(capability, "triton")
+    except ValueError as error:
+        return "plain", str(error)
+    return "triton", "fused, the fastest measured on Hopper"
 
 
 def check_kernels(capability: tuple[int, int] | None, name: str) -> None:
