@@ -87,6 +87,10 @@ class WorkerGroup:
         agent = Process.of(self._agent.pid)
         return self.exit_code is None and agent is not None and all(rank.alive() for rank in self.ranks)
 
+    def waits(self) -> str:
+        """What has yet to become free for it on other machines; empty if nothing has."""
+        return ""
+
     def hand_over(self, job: JobDir) -> None:
         """Moves what the agent and NCCL left of a failure into the job's folder."""
         for path in (self.folder.failures, *self.folder.path.glob("nccl_trace_rank_*")):

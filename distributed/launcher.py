@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import secrets
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -37,7 +36,7 @@ from .jobdir import JobDir
 from .leftovers import claim, keep_failed, remove_abandoned
 from .logs import LogFollower, log_tail
 from .pool import Pool
-from .prerequisites import check_prerequisites, writing_problem
+from .prerequisites import check_prerequisites, space_problem, writing_problem
 from .progress import Progress, place, read_progress
 from .signs_of_life import Problem, SignsOfLife, dump_stacks, find_suspect
 from .usage import Usage, UsageMonitor, all_gpus, gpu_usage, in_words, process_usage
@@ -45,7 +44,6 @@ from .usage import Usage, UsageMonitor, all_gpus, gpu_usage, in_words, process_u
 POLL = 0.1
 MAX_LOG = 64 << 10
 MAX_PREVIEW = 4 << 20
-MIN_FREE_BYTES = 64 << 20
 
 
 class JobFailed(JobError):
@@ -58,6 +56,10 @@ class JobFailed(JobError):
         self.folder = folder
         """Where the job folder was kept."""
         self.log = log
+
+
+class _GroupLost(JobError):
+    """A group that waited for the job had ended before it took it. Nothing of the job was done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,21 +105,27 @@ def run_job(
     if problem := writing_problem(parent):
         raise JobError(problem)
     remove_abandoned(parent)
-    _check_space(parent, job)
-    folder = JobDir.create(parent)
-    try:
-        claim(folder)
-        folder.write_job(job)
-        write_inputs(folder.inputs)
-        if folder.inputs.exists():
-            folder.inputs.chmod(0o600)
-        run = _Run(job, folder, failed, on_progress, on_log_line, cancelled, Pool() if pool is None else pool)
-        return run.to_the_end()
-    except JobFailed:
-        raise
-    except BaseException:
-        folder.remove()
-        raise
+    if problem := space_problem(parent, job.sampling):
+        raise JobError(problem)
+    pool = Pool() if pool is None else pool
+    while True:
+        folder = JobDir.create(parent)
+        try:
+            claim(folder)
+            folder.write_job(job)
+            write_inputs(folder.inputs)
+            if folder.inputs.exists():
+                folder.inputs.chmod(0o600)
+            return _Run(job, folder, failed, on_progress, on_log_line, cancelled, pool).to_the_end()
+        except JobFailed:
+            raise
+        except _GroupLost as error:
+            # In a folder without that group's traces. This comes to an end: each time a group fewer waits.
+            folder.remove()
+            on_log_line(str(error))
+        except BaseException:
+            folder.remove()
+            raise
 
 
 class _Run:
@@ -137,6 +145,7 @@ class _Run:
         self._on_progress, self._on_log_line, self._cancelled = on_progress, on_log_line, cancelled
         self._pool = pool
         self._shown: Progress | None = None
+        self._waits = ""
         self._log = LogFollower(folder.log(0))
         self._preview = ChangedFile(folder.preview, MAX_PREVIEW)
         self._usage = UsageMonitor(self._read_usage)
@@ -155,12 +164,17 @@ class _Run:
                 if self._cancelled():
                     raise JobCancelled("cancelled")
                 self._report()
+                self._report_wait()
                 if (problem := self._signs.problem()) is not None:
                     raise self._stuck(problem)
                 time.sleep(POLL)
             self._report()
             if self._group.exit_code:
                 self._end()
+                # Ranks begin a job together: without one of them, none has done anything yet.
+                if self._group.ranks and len(self._signs.ranks()) < self._job.parallel.gpu_count:
+                    why = self._group.end_text()
+                    raise _GroupLost(f"the job starts in new processes: before those that waited took it, {why}")
                 raise self._failure_of_ranks()
             try:
                 info = self._checked_result()
@@ -195,6 +209,15 @@ class _Run:
 
     def _show_wait(self, reason: str) -> None:
         self._on_progress(Progress(phase="start", message=reason))
+
+    def _report_wait(self) -> None:
+        """Of a job over several machines, whose agents wait for GPUs there."""
+        reason = self._group.waits()
+        if reason:
+            self._signs.restart()
+        if reason and reason != self._waits:
+            self._show_wait(reason)
+        self._waits = reason
 
     def _report(self) -> None:
         progress = read_progress(self._folder)
@@ -278,14 +301,3 @@ class _Run:
 
 def new_job_id() -> str:
     return secrets.token_hex(16)
-
-
-def _check_space(parent: Path, job: Job) -> None:
-    sampling = job.sampling
-    # Latents are 4 bytes x 16 channels per 8x8x4 pixels; a noisy mp4 stays under half a byte per pixel.
-    needed = MIN_FREE_BYTES + sampling.width * sampling.height * sampling.num_frames * 3 // 4
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise JobError(
-            f"{parent} has {free / 2**20:.0f} MiB free; the job needs {needed / 2**20:.0f} MiB. Free some space there"
-        )

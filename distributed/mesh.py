@@ -13,8 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from .hosts.network import open_store
 from .loopback import listen
 
-CFG, ULYSSES, WORLD = "cfg", "ulysses", "world"
-
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
@@ -27,15 +25,28 @@ class Mesh:
 
     world: DeviceMesh
     """All ranks, in one dimension."""
-    grid: DeviceMesh
-    """The table."""
+    ulysses_group: dist.ProcessGroup
+    """This rank's row."""
+    cfg_group: dist.ProcessGroup | None
+    """This rank's column: the ranks that hold the same tokens for both prompts; None without CFG parallel."""
 
     @classmethod
-    def of(cls, device_type: str, world: int, *, cfg: int = 1) -> Mesh:
-        """Over the default process group, which `world` ranks have joined. `cfg` divides `world`."""
+    def of(cls, device_type: str, world: int, *, cfg: int = 1, timeout: timedelta | None = None) -> Mesh:
+        """Over the default process group, which `world` ranks have joined.
+
+        Args:
+            cfg: rows, 1 or a divisor of `world`.
+            timeout: of the rows' and columns' collectives, which do not take over the default group's; None for
+                torch's own.
+        """
         assert world % cfg == 0, f"{cfg} rows do not divide {world} ranks"
-        line = init_device_mesh(device_type, (world,), mesh_dim_names=(WORLD,))
-        return cls(line, init_device_mesh(device_type, (cfg, world // cfg), mesh_dim_names=(CFG, ULYSSES)))
+        line = init_device_mesh(device_type, (world,))
+        if cfg == 1:
+            return cls(line, line.get_group(), None)
+        rows = torch.arange(world).view(cfg, -1)
+        row, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)
+        column, _ = dist.new_subgroups_by_enumeration(rows.T.tolist(), timeout=timeout)
+        return cls(line, row, column)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -43,26 +54,17 @@ class Mesh:
         return self.world.get_group()
 
     @property
-    def ulysses_group(self) -> dist.ProcessGroup:
-        return self.grid.get_group(ULYSSES)
-
-    @property
     def ulysses_rank(self) -> int:
-        return self.grid.get_local_rank(ULYSSES)
+        return self.ulysses_group.rank()
 
     @property
     def ulysses_size(self) -> int:
-        return self.grid.size(1)
-
-    @property
-    def cfg_group(self) -> dist.ProcessGroup | None:
-        """Of the ranks that hold the same tokens for both prompts; None without CFG parallel."""
-        return self.grid.get_group(CFG) if self.grid.size(0) > 1 else None
+        return self.ulysses_group.size()
 
     @property
     def cfg_rank(self) -> int:
         """0 for the prompt, 1 for the negative prompt."""
-        return self.grid.get_local_rank(CFG)
+        return 0 if self.cfg_group is None else self.cfg_group.rank()
 
 
 def init_mesh(
@@ -102,7 +104,7 @@ def init_mesh(
         timeout=limit,
         device_id=device if device.type == "cuda" else None,
     )
-    return Mesh.of(device.type, world, cfg=cfg)
+    return Mesh.of(device.type, world, cfg=cfg, timeout=limit)
 
 
 def _tcp_store(port: int, *, rank: int, world: int, timeout: timedelta) -> dist.TCPStore:

@@ -115,14 +115,15 @@ class Pool:
         with self._lock:
             member = self._member(group)
             seconds = job.parallel.keep_warm_seconds
-            if seconds <= 0 or member.released:
-                self._end(member)
+            if seconds > 0 and not member.released:
+                member.idle = True
+                member.expires = time.monotonic() + seconds
+                member.timer = threading.Timer(seconds, self._expire, [member])
+                member.timer.daemon = True
+                member.timer.start()
                 return
-            member.idle = True
-            member.expires = time.monotonic() + seconds
-            member.timer = threading.Timer(seconds, self._expire, [member])
-            member.timer.daemon = True
-            member.timer.start()
+        # Not under the lock: nobody else touches a group that is not idle, and those of a batch end side by side.
+        self._end(member)
 
     def forget(self, group: WorkerGroup) -> None:
         """After the group has ended: its GPUs are free for others."""

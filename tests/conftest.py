@@ -86,3 +86,24 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (folder / "nvidia-smi").chmod(0o755)
 
     return put
+
+
+@pytest.fixture
+def gpu_locks_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where GPUs are locked, instead of the machine's own."""
+    from wan_pack.distributed import gpu_locks
+
+    folder = tmp_path / "locks"
+    folder.mkdir()
+    monkeypatch.setattr(gpu_locks, "_folder", lambda: folder)
+    return folder
+
+
+@pytest.fixture
+def pool(gpu_locks_folder: Path) -> Iterator[Any]:
+    """Groups that wait end with the test."""
+    from wan_pack.distributed.pool import Pool
+
+    pool = Pool()
+    yield pool
+    pool.release()

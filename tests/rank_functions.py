@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import functools
 import resource
+import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from vae_rank_functions import split_vae_equals_whole as split_vae_equals_whole
 from wan_pack.distributed.experts import load_expert
 from wan_pack.distributed.job import Parallel
 from wan_pack.distributed.mesh import Mesh
@@ -18,14 +21,12 @@ from wan_pack.distributed.offload import HostParking
 from wan_pack.distributed.parallelize import release_gathered
 from wan_pack.distributed.sequence import SequenceShard
 from wan_pack.distributed.ulysses import ENGINES
-from wan_pack.distributed.vae import RankVae
 from wan_pack.distributed.weights import local_rows
 from wan_pack.wan.attention import attention
 from wan_pack.wan.checkpoint import Checkpoint
 from wan_pack.wan.model import TextContext, pad_text
 from wan_pack.wan.ops import PLAIN
 from wan_pack.wan.rope import rope_table
-from wan_pack.wan.vae import decode_frames, encode, load_vae
 
 CPU = torch.device("cpu")
 
@@ -113,11 +114,17 @@ def _velocity(folder: str, parallel: Parallel, mesh: Any, rank: int, world: int)
     return velocity, model, computed
 
 
-def options_equal_plain(rank: int, world: int, *, folder: str, settings: list[dict[str, Any]]) -> dict[str, Any]:
+def options_equal_plain(
+    rank: int, world: int, *, folder: str, settings: list[dict[str, Any]], backend: str = "inductor"
+) -> dict[str, Any]:
     """Every combination of options gives the velocity of one process without any.
 
-    Returns the tokens that this rank computed under each, and what was compiled.
+    Args:
+        backend: torch.compile's on rank 0. On the others what is captured runs as it is: one C++ compiler is enough.
+    Returns:
+        the tokens that this rank computed under each, and what was compiled.
     """
+    torch.compile = functools.partial(torch.compile, backend=backend if rank == 0 else "eager")
     mesh = Mesh.of("cpu", world)
     plain, *_ = _velocity(folder, Parallel(gpu_count=1, mixed_precision="fp32"), None, 0, 1)
     tokens = []
@@ -218,47 +225,6 @@ def fp8_products_sharded(rank: int, world: int, *, folder: str) -> dict[str, int
     return {"bytes": HostParking(model).resident_bytes}
 
 
-def split_vae_equals_whole(rank: int, world: int, *, models: list[str], heights: list[int]) -> dict[str, Any]:
-    """Decoding and encoding over 1 to `world` ranks gives what one rank gives, for every height in latent rows.
-
-    In float64: float32's kernels round by shape.
-    Returns, per model, group size and height, the rows that this rank's encoder and decoder were given.
-    """
-    groups = [dist.new_group(list(range(size))) for size in range(1, world + 1)]
-    shares = []
-    for model in models:
-        whole = load_vae([model], dtype=torch.float64)
-        shares.append({})
-        for size, height in itertools.product(range(rank + 1, world + 1), heights):
-            vae = RankVae([model], dtype=torch.float64, device=CPU, group=groups[size - 1])
-            shares[-1][f"{size} {height}"] = _compare_vaes(vae, whole, height, alone=height < size, rank=rank)
-    return {"shares": shares}
-
-
-def _compare_vaes(vae: RankVae, whole: torch.nn.Module, height: int, *, alone: bool, rank: int) -> list[int]:
-    """Compares on a made-up picture. Returns the heights that this rank's part of `vae` worked on."""
-    generator = torch.Generator().manual_seed(height)
-    stride = whole.config.scale_factor_spatial
-    latents = torch.randn(1, whole.config.z_dim, 3, height, 3, generator=generator)
-    video = torch.rand(1, 3, 5, height * stride, 2 * stride, generator=generator) * 2 - 1
-    seen = set()
-    for part in (vae._vae.encoder, vae._vae.decoder):
-        part.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].shape[-2]))
-    _assert_near(vae.encode(video), encode(whole, video))
-    chunks = list(vae.decode(latents))
-    if rank == 0:
-        assert [chunk.shape[1] for chunk in chunks] == [1, 4, 4]
-        _assert_near(torch.cat(chunks, dim=1), torch.cat(list(decode_frames(whole, latents)), dim=1))
-    else:
-        assert chunks == ([] if alone else [None] * 3)
-    return sorted(seen)
-
-
-def _assert_near(out: torch.Tensor, expected: torch.Tensor) -> None:
-    error = ((out - expected).abs().max() / expected.abs().max()).item()
-    assert out.shape == expected.shape and error <= 1e-5, f"{error}: {list(out.shape)}, {list(expected.shape)}"
-
-
 def gathered_expert(rank: int, world: int, *, folder: str) -> dict[str, Any]:
     """What FSDP keeps between forwards changes no velocity, also after parking.
 
@@ -299,3 +265,20 @@ def _counted_gathers() -> Iterator[Callable[[], int]]:
         yield lambda: len(calls)
     finally:
         module.foreach_all_gather = original
+
+
+def a_missing_peer_is_noticed_in_time(rank: int, world: int) -> None:
+    """In a row and in a column of the mesh, as in the whole: the limit is the job's, not torch's."""
+    mesh = Mesh.of("cpu", world, cfg=2, timeout=timedelta(seconds=1))
+    assert (mesh.cfg_rank, mesh.ulysses_rank) == divmod(rank, world // 2)
+    if rank == 0:
+        for group in (mesh.ulysses_group, mesh.cfg_group):
+            started = time.monotonic()
+            try:
+                dist.all_reduce(torch.zeros(1), group=group)
+            except RuntimeError:
+                assert 0.5 < time.monotonic() - started < 20
+            else:
+                raise AssertionError("nobody else was there")
+    # The others stay until then: a peer that has ended is noticed at once.
+    dist.barrier()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from jobs import TESTS, run_stub, stub_job
-from wan_pack.distributed import gpu_locks, group
+from wan_pack.distributed import group
 from wan_pack.distributed.gpu_locks import wait_for_gpus
 from wan_pack.distributed.job import Parallel
 from wan_pack.distributed.launcher import Result
@@ -22,18 +22,9 @@ Run = Callable[..., list[Process]]
 
 
 @pytest.fixture
-def pool() -> Iterator[Pool]:
-    pool = Pool()
-    yield pool
-    pool.release()
-
-
-@pytest.fixture
 def run(pool: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs a batch. Returns the first rank of each video, in order."""
     monkeypatch.setattr(group, "AGENT", TESTS / "staying_agent.py")
-    (tmp_path / "locks").mkdir()
-    monkeypatch.setattr(gpu_locks, "_folder", lambda: tmp_path / "locks")
     monkeypatch.setattr(host, "jobs_folder", lambda: tmp_path / "jobs")
     monkeypatch.setattr(host, "failed_folder", lambda: tmp_path / "failed")
 

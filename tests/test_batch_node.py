@@ -58,6 +58,7 @@ def test_results_come_in_the_order_of_the_prompts(node: Node, tiny_models: Path)
         assert block.startswith(f"{title}\nsuccess\n- video: {path}\n")
     assert log == "\n".join(f"{title}\nthe log" for title in titles)
     assert node.shown == ["4 of 4 done"]
+    assert {picture for pictures in node.pictures for picture in pictures} == {b"7", b"8"}
 
 
 def test_every_job_is_the_one_of_the_inference_node(node: Node) -> None:
@@ -67,9 +68,7 @@ def test_every_job_is_the_one_of_the_inference_node(node: Node) -> None:
     node.run(**values, batch_count=3, gpu_count=1)
     one = {"model": node.model, "width": 64, "height": 48, "gpu_count": 1, "use_fsdp": False, **values}
     for job, tensors in zip(node.jobs, node.tensors, strict=True):
-        alone, its_tensors = inference_module.build_job(
-            settings(**one, seed=job.sampling.seed, preview=False), Status()
-        )
+        alone, its_tensors = inference_module.build_job(settings(**one, seed=job.sampling.seed, preview=True), Status())
         assert job.parallel.keep_warm_seconds > 0, "the group makes more videos"
         same = dataclasses.replace(job.parallel, keep_warm_seconds=0.0)
         assert dataclasses.replace(job, id=alone.id, parallel=same) == alone
@@ -120,6 +119,19 @@ def test_out_of_memory_is_comfyuis_own_exception(node: Node) -> None:
     node.act = fail_on(7, out_of_memory=True)
     with pytest.raises(OutOfMemory, match=r"^video 1 of 2 \(seed 7\) failed: rank 0"):
         node.run(text_embeds=BOTH, batch_count=2)
+
+
+@pytest.mark.parametrize(("plan", "videos", "said"), [("as set", 2, 1), ("as set", 1, 0), ("auto", 2, 0)])
+def test_out_of_memory_where_nobody_planned_for_a_model_that_stays(
+    node: Node, plan: str, videos: int, said: int
+) -> None:
+    node.act = fail_on(7, out_of_memory=True)
+    words = "plan auto sees to it that both fit"
+    with pytest.raises(OutOfMemory) as raised:
+        node.run(text_embeds=BOTH, batch_count=videos, plan=plan)
+    assert str(raised.value).count(words) == said
+    made = node.run(text_embeds=BOTH, batch_count=videos, plan=plan, on_error="return")
+    assert made["result"][3].split("\n\n")[0].count(words) == said
 
 
 def test_a_video_that_cannot_be_saved_is_a_failed_one(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

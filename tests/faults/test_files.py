@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from jobs import TESTS, run_stub
-from wan_pack.distributed import launcher
+from wan_pack.distributed import launcher, prerequisites
 from wan_pack.distributed.job import JobError
 from wan_pack.distributed.jobdir import JobDir
 from wan_pack.distributed.json_files import read_json
@@ -123,8 +123,8 @@ def test_fault_16_a_disk_that_fills_up_is_named(fails: Callable[..., JobFailed])
 def test_fault_16_a_full_disk_is_named_before_the_start(
     run_fake: RunFake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    usage = launcher.shutil.disk_usage("/")
-    monkeypatch.setattr(launcher.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    usage = prerequisites.shutil.disk_usage("/")
+    monkeypatch.setattr(prerequisites.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
     with pytest.raises(JobError, match=r"has 1 MiB free; the job needs \d+ MiB") as caught:
         run_fake("good")
     assert str(tmp_path / "jobs") in str(caught.value)

@@ -67,12 +67,10 @@ def test_fault_23_every_kind_of_string_is_tried():
 
 @pytest.mark.parametrize("path", FIELDS, ids=lambda path: ".".join(map(str, path)))
 def test_fault_23_24_a_string_of_a_job_is_refused_or_stays_text(
-    path: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    path: tuple[Any, ...], gpu_locks_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     """What is taken goes all the way to a process: its command line and every file's place stay the same."""
     monkeypatch.setattr(group, "AGENT", FAKE_AGENT)
-    monkeypatch.setattr(gpu_locks, "_folder", lambda: tmp_path / "locks")
-    (tmp_path / "locks").mkdir()
     seen: list[Any] = []
     popen = group.subprocess.Popen
     monkeypatch.setattr(group.subprocess, "Popen", lambda argv, **kw: seen.append(argv) or popen(argv, **kw))
