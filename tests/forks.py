@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import sys
-import traceback
+import time
 from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+TIMEOUT = 240.0
+"""Seconds for all ranks together."""
 
 
-def fork_ranks(main: Callable[[int], int], world: int) -> list[int]:
-    """Calls `main(rank)` in a process each, forked from this one. Returns their exit codes."""
-    sys.stdout.flush()
-    pids = []
-    for rank in range(world):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                code = main(rank)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                # Not sys.exit: what the parent would clean up at its end is not this process's.
-                os._exit(code)
-        pids.append(pid)
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+def fork_ranks(main: Callable[[int], int | None], world: int, *, log: Path | None = None) -> list[int]:
+    """Calls `main(rank)` in a process each. Returns their exit codes: what `main` returned, and 1 for an exception.
+
+    The process that they are forked from is one for all calls, and ends with this one. Ranks that are late are killed.
+
+    Args:
+        main: can be pickled, as a function of a module can, or a functools.partial of one.
+        log: where all of them print; None for where the first call's process prints.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rank_imports"])
+    ranks = [context.Process(target=_rank, args=(main, rank, log)) for rank in range(world)]
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        # Python 3.11's server does not hear of this process's sys.path, and passes over what it cannot import.
+        with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
+            for process in ranks:
+                process.start()
+        for process in ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+    finally:
+        for process in ranks:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+    return [process.exitcode for process in ranks]
+
+
+def _rank(main: Callable[[int], int | None], rank: int, log: Path | None) -> None:
+    if log is not None:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+    raise SystemExit(main(rank))

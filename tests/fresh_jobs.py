@@ -1,42 +1,45 @@
-"""Runs job folders one after another, each on ranks that are forked for it and know nothing of the one before.
+"""Jobs on ranks that are forked for them and know nothing of the one before.
 
-    python tests/fresh_jobs.py JOB_FOLDER ...
-
-What a fresh start would make, without the seconds of a real one: torch is imported once, and there is no agent. Not
-imported by tests.
+What a fresh start makes, without the seconds of a real one: torch is imported once, and there is no agent.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import sys
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from forks import fork_ranks
-from mount import mount_pack
+from jobs import write_embeddings
+from wan_pack.distributed.job import Job
+from wan_pack.distributed.jobdir import JobDir
 
 
-def main() -> int:
-    mount_pack()
+def run_fresh(job: Job, parent: Path, write_inputs: Callable[[Path], Any] = write_embeddings) -> JobDir:
+    """Runs a job in a folder under `parent`. AssertionError with what the ranks logged if one of them failed."""
+    folder, world = JobDir.create(parent), job.parallel.gpu_count
+    folder.write_job(job)
+    write_inputs(folder.inputs)
+    with tempfile.TemporaryDirectory() as group:
+        codes = fork_ranks(functools.partial(_run, folder.path, Path(group), world), world, log=folder.agent_log)
+    logs = [folder.agent_log, *(folder.log(rank) for rank in range(world))]
+    assert not any(codes), "\n".join(log.read_text(errors="replace") for log in logs if log.exists())
+    return folder
+
+
+def _run(path: Path, group: Path, world: int, rank: int) -> None:
     from wan_pack.distributed.groupdir import GroupDir
-    from wan_pack.distributed.jobdir import JobDir
     from wan_pack.distributed.rank_files import RankFiles
-    from wan_pack.distributed.worker import main as run_worker
+    from wan_pack.distributed.rank_log import redirect_to, set_up_logging
+    from wan_pack.distributed.worker import main
 
-    def rank_of(folder: JobDir, group: GroupDir, world: int, rank: int) -> int:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
-        os.environ.update({name: str(value) for name, value in names.items()})
-        run_worker(group, folder, RankFiles(folder, rank), None).leave()
-        return 0
-
-    for path in sys.argv[1:]:
-        world = JobDir(path).read_job().parallel.gpu_count
-        with tempfile.TemporaryDirectory() as temp:
-            if any(fork_ranks(functools.partial(rank_of, JobDir(path), GroupDir(temp), world), world)):
-                return 1
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    folder = JobDir(path)
+    files = RankFiles(folder, rank)
+    redirect_to(folder.log(rank))
+    set_up_logging(rank, lambda: files.phase, verbose=False)
+    main(GroupDir(group), folder, files, None).leave()

@@ -9,16 +9,15 @@ and number of ranks; exits with 1 if an error is over 1e-4 relative.
 from __future__ import annotations
 
 import argparse
-import importlib
+import functools
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mount import mount_pack
+from forks import fork_ranks
 
 LIMIT = 1e-4
 """Largest relative error, ||out - expected|| / ||expected||."""
@@ -232,7 +231,6 @@ def relative_error(out: Any, expected: Any) -> float:
 
 def run_rank(folder: Path, ranks: Ranks) -> int:
     """Runs every case as one rank; rank 0 prints. Returns the exit code."""
-    mount_pack()
     import torch
     import torch.distributed as dist
 
@@ -258,31 +256,15 @@ def run_rank(folder: Path, ranks: Ranks) -> int:
     return int(failed)
 
 
-def run(folder: Path, *, world: int, layouts: Sequence[Layout]) -> int:
-    """Runs every case in every layout on `world` processes. Returns 0 if all of them passed."""
-    import_everything()
+def run(folder: Path, *, world: int, layouts: Sequence[Layout], log: Path | None = None) -> int:
+    """Runs every case in every layout on `world` processes, which print into `log`. Returns 0 if all of them passed."""
     with tempfile.TemporaryDirectory() as temp:
-
-        def rank_main(rank: int) -> int:
-            return run_rank(folder, Ranks(rank=rank, world=world, store=Path(temp, "store"), layouts=tuple(layouts)))
-
-        from forks import fork_ranks
-
-        return int(any(fork_ranks(rank_main, world)))
+        main = functools.partial(_rank_main, folder, world, Path(temp, "store"), tuple(layouts))
+        return int(any(fork_ranks(main, world, log=log)))
 
 
-def import_everything() -> None:
-    """What ranks import, once before they are forked: it takes longer than the cases."""
-    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-    mount_pack()
-    for name in (
-        "diffusers.models.autoencoders.autoencoder_kl_wan",
-        "diffusers.schedulers.scheduling_unipc_multistep",
-        "transformers.models.umt5.modeling_umt5",
-        "wan_pack.distributed.experts",
-        "wan_pack.distributed.vae",
-    ):
-        importlib.import_module(name)
+def _rank_main(folder: Path, world: int, store: Path, layouts: tuple[Layout, ...], rank: int) -> int:
+    return run_rank(folder, Ranks(rank=rank, world=world, store=store, layouts=layouts))
 
 
 def main() -> int:

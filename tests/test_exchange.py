@@ -31,7 +31,7 @@ def test_a_peer_that_never_joins_is_a_hang(monkeypatch: pytest.MonkeyPatch, tmp_
     pretend(monkeypatch, tmp_path, "echo ready; exec sleep 60")
     started = time.monotonic()
     assert exchange.measure(()).problem == "hangs: no exchange within 0.5 s"
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
 
 
 def test_processes_that_never_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -25,12 +25,12 @@ from safetensors.torch import load_file, save_file
         (8, "packed+fsdp+cfg"),
     ],
 )
-def test_agrees_with_the_official_code(golden_folder: Path, world: int, layouts: str):
+def test_agrees_with_the_official_code(golden_folder: Path, tmp_path: Path, world: int, layouts: str):
     """Several layouts in one group: the processes take longer to start than the cases to run."""
-    command = [sys.executable, golden.__file__, str(golden_folder), "--ranks", str(world)]
-    done = subprocess.run([*command, "--layouts", *layouts.split()], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.endswith(" ok")]
+    log = tmp_path / "log"
+    code = golden.run(golden_folder, world=world, layouts=[golden.Layout.of(text) for text in layouts.split()], log=log)
+    assert code == 0, log.read_text()
+    lines = [line for line in log.read_text().splitlines() if line.endswith(" ok")]
     transformers, others = len(list(golden_folder.glob("[dg][ie][tn]_*"))), 3
     assert len(lines) == transformers * len(layouts.split()) + others
 

@@ -71,7 +71,7 @@ def test_one_waits_for_whoever_has_its_gpu_and_says_for_whom(hold: Hold, tmp_pat
     started = time.monotonic()
     with pytest.raises(JobCancelled, match="cancelled while waiting for a GPU"):
         take(tmp_path, "1", "2", told=told, seconds=0.5)
-    assert 0.5 <= time.monotonic() - started < 1.5
+    assert 0.5 <= time.monotonic() - started < 10
     assert told == [f"waiting for GPU 1, in use by process {holder.pid}"], "once, not at every look"
     # It waits with empty hands: what it did get of its GPUs is free for others.
     take(tmp_path, "2").release()

@@ -16,6 +16,7 @@ from typing import Any
 import jobs
 import pytest
 import torch
+from fresh_jobs import run_fresh
 from jobs import STUB_WORKER, TESTS, Watch, pack_with, read_latents, run_stub, run_tiny, stub_job, tiny_job
 from machines import Machines
 from wan_pack.distributed import group
@@ -67,9 +68,9 @@ def machines(two: Machines, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
 @pytest.fixture(scope="module")
 def plain(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The latents of one machine and one rank."""
-    result = run_tiny(tiny_job(tiny_models, gpu_count=1), tmp_path_factory.mktemp("plain"))
-    latents = read_latents(result.folder)
-    result.remove()
+    folder = run_fresh(tiny_job(tiny_models, gpu_count=1), tmp_path_factory.mktemp("plain"))
+    latents = read_latents(folder)
+    folder.remove()
     return latents
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_jobs import run_fresh
 from jobs import read_latents, run_tiny, tiny_job
 from wan_pack.distributed import group
 from wan_pack.distributed.jobdir import JobDir
@@ -36,11 +37,12 @@ def plain(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def test_every_layout_makes_the_same_latents(
     plain: Result, tiny_models: Path, tmp_path: Path, settings: dict[str, Any]
 ):
-    result = run_tiny(tiny_job(tiny_models, **settings), tmp_path)
-    torch.testing.assert_close(read_latents(result.folder), read_latents(plain.folder), rtol=1e-4, atol=1e-4)
+    folder = run_fresh(tiny_job(tiny_models, **settings), tmp_path)
+    torch.testing.assert_close(read_latents(folder), read_latents(plain.folder), rtol=1e-4, atol=1e-4)
+    assert probe(folder.video).frames == 5
     if settings.get("offload_model"):
-        assert "low_noise expert on the device" in result.log
-    result.remove()
+        assert "low_noise expert on the device" in folder.log(0).read_text()
+    folder.remove()
 
 
 def distributed_run(*arguments: Any, folder: Path) -> subprocess.CompletedProcess[str]:

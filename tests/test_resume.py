@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import run_tiny, tiny_job
+from fresh_jobs import run_fresh
+from jobs import tiny_job
 from safetensors.torch import save_file
 from wan_pack.distributed import group
 from wan_pack.distributed.job import JobError
@@ -31,11 +32,11 @@ def distributed_run(folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_kept_latents_are_decoded_without_denoising(tiny_models: Path, tmp_path: Path):
     """A job that made only latents, handed on as one that failed to decode them."""
-    result = run_tiny(dataclasses.replace(tiny_job(tiny_models), decode=False), tmp_path)
-    assert not result.folder.video.exists()
+    made = run_fresh(dataclasses.replace(tiny_job(tiny_models), decode=False), tmp_path)
+    assert not made.video.exists()
     kept = JobDir(tmp_path / "kept")
-    shutil.copytree(result.folder.path, kept.path)
-    result.remove()
+    shutil.copytree(made.path, kept.path)
+    made.remove()
     kept.write_job(dataclasses.replace(kept.read_job(), decode=True))
     kept.result.unlink()
     done = distributed_run(kept.path)

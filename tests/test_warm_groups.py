@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import TESTS, read_latents, tiny_job, write_embeddings
+from fresh_jobs import run_fresh
+from jobs import read_latents, tiny_job, write_embeddings
 from PIL import Image
 from safetensors.torch import save_file
 from wan_pack.demo.tiny_model import TinyModel
 from wan_pack.distributed.job import FileIdentity, Job, LoraFile
-from wan_pack.distributed.jobdir import JobDir
 from wan_pack.distributed.launcher import run_job
 from wan_pack.distributed.pool import Pool
 from wan_pack.distributed.processes import Process, descendants
@@ -85,20 +84,10 @@ class Warm:
 
     def fresh(self, *jobs: tuple[Job, int]) -> list[Any]:
         """The latents that these jobs, each with its prompt, make on processes of their own."""
-        folders = []
+        latents = []
         for job, prompt in jobs:
-            folder = JobDir.create(self.folder / "fresh")
-            folder.write_job(job)
-            write_prompt(folder.inputs, prompt)
-            folders.append(folder)
-        done = subprocess.run(
-            [sys.executable, str(TESTS / "fresh_jobs.py"), *(str(folder.path) for folder in folders)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-            capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        latents = [read_latents(folder) for folder in folders]
-        for folder in folders:
+            folder = run_fresh(job, self.folder / "fresh", functools.partial(write_prompt, prompt=prompt))
+            latents.append(read_latents(folder))
             folder.remove()
         return latents
 
@@ -173,19 +162,6 @@ def test_every_change_makes_what_a_fresh_start_makes(warm: Warm):
     assert len(set(different)) == len(different), "each change changes the video"
 
 
-def test_the_experts_swapped_are_not_taken_for_one_another(warm: Warm):
-    job = warm.job()
-    model = dataclasses.replace(job.model, high_noise=job.model.low_noise, low_noise=job.model.high_noise)
-    swapped = dataclasses.replace(job, model=model)
-    names = TinyModel()
-    assert Path(swapped.model.high_noise[0].path).name == names.low_noise
-    straight, (expected,) = warm.run(job), warm.fresh((swapped, 2))
-    made = warm.run(swapped)
-    assert torch.equal(made.latents, expected)
-    assert not torch.equal(made.latents, straight.latents)
-    assert not any(process.alive() for process in straight.ranks)
-
-
 def cpu_seconds(process: Process) -> float:
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -206,3 +182,16 @@ def test_waiting_costs_less_than_a_percent_of_a_core(warm: Warm):
         if all(used[process] <= limit for process, limit in limits.items()):
             return
     pytest.fail(f"still at work: {used}")
+
+
+def test_the_experts_swapped_are_not_taken_for_one_another(warm: Warm):
+    job = warm.job()
+    model = dataclasses.replace(job.model, high_noise=job.model.low_noise, low_noise=job.model.high_noise)
+    swapped = dataclasses.replace(job, model=model)
+    names = TinyModel()
+    assert Path(swapped.model.high_noise[0].path).name == names.low_noise
+    straight, (expected,) = warm.run(job), warm.fresh((swapped, 2))
+    made = warm.run(swapped)
+    assert torch.equal(made.latents, expected)
+    assert not torch.equal(made.latents, straight.latents)
+    assert not any(process.alive() for process in straight.ranks)

@@ -20,7 +20,7 @@ def test_fault_01_a_killed_rank_is_named_and_the_next_job_runs(
 ):
     watch = Watch(tmp_path, lambda folder: rank_of(folder, 1).kill())
     error = fails("stand still", {"on_progress": watch})
-    assert watch.seconds_ago < 2
+    assert watch.seconds_ago < 5
     assert str(error).startswith("rank 1 was killed by SIGKILL, often by the system's out-of-memory killer")
     assert "in denoise at step 2" in str(error)
     assert error.folder is not None and str(error.folder) in str(error)
@@ -37,9 +37,9 @@ def test_fault_01_a_segmentation_fault_is_named(fails: Callable[..., JobFailed])
 
 
 def test_fault_02_the_headline_is_never_a_peers_echo(fails: Callable[..., JobFailed]):
-    """Ten times: the two ranks end in either order, and mostly within the same second."""
-    for run in range(10):
-        error = fails("echo", fault={"echo_after": run * 0.01})
+    """Five times: the two ranks end in either order, and mostly within the same second."""
+    for run in range(5):
+        error = fails("echo", fault={"echo_after": run * 0.02})
         assert str(error).startswith(f"{OWN_WORDS}\nin denoise at step 2"), f"run {run}"
         assert error.rank == 1
     assert "last lines of its log" in str(error)

@@ -48,7 +48,8 @@ def test_fault_07_10_what_a_rank_started_ends_with_the_job(stub_pack: StubPack, 
     watch = Watch(tmp_path, act)
     with pytest.raises(JobCancelled if ending == "cancel" else JobFailed) as caught:
         run_stub(tmp_path, on_progress=watch, cancelled=lambda: ending == "cancel" and bool(processes))
-    assert watch.seconds_ago < (2 if ending == "rank" else 1)
+    # Of a rank's end torchrun has to take notice.
+    assert watch.seconds_ago < (5 if ending == "rank" else 1)
     assert not any(process.alive() for process in processes)
     assert not list((tmp_path / "jobs").iterdir())
     if ending != "cancel":

@@ -55,7 +55,7 @@ def test_fault_11_a_start_that_never_ends_names_its_setting(run_fake: Callable[.
     started = time.monotonic()
     with pytest.raises(JobFailed, match=r"^rank 0 did not finish loading for 1 s .*start_timeout is 1 s; raise it"):
         run_fake("sleep", start_timeout=1.0)
-    assert 0.9 < time.monotonic() - started < 3
+    assert 0.9 < time.monotonic() - started < 10
 
 
 def test_fault_28_a_rank_that_returns_early_is_a_failure(fails: Callable[..., JobFailed], tmp_path: Path):
