@@ -59,13 +59,13 @@ def flash_attention_3_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     if q.shape[1] == 0:
         return q
-    codes, scales = zip(*(_quantise_heads(x) for x in (q, k, v)), strict=True)
+    codes, scales = zip(*(quantise_heads(x) for x in (q, k, v)), strict=True)
     names = ("q_descale", "k_descale", "v_descale")
     out = flash_attn_func(*(x[None] for x in codes), **dict(zip(names, scales, strict=True)))
     return (out[0] if isinstance(out, tuple) else out)[0].to(q.dtype)
 
 
-def _quantise_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     """x: [S, H, D] -> e4m3 codes [S, H, D], scales [1, H] float32: each head's largest magnitude becomes e4m3's."""
     largest = torch.finfo(E4M3).max
     # A norm reads the strided view once; abs() would write a copy of it.

@@ -27,6 +27,7 @@ from ...wan.vae import decode_frames, encode, load_vae
 from ...wan.video import VideoWriter
 from ..train.checkpoint import NAMES, place
 from ..train.world import FRAMES, HEIGHT, WIDTH
+from .arithmetic import FULL, Arithmetic
 
 FPS = 16
 
@@ -54,10 +55,17 @@ class Pipeline:
         models: ComfyUI's models folder with the trained files.
         experts: names of the high-noise and the low-noise file.
         loras: likewise, or none.
+        arithmetic: of the experts.
     """
 
     def __init__(
-        self, models: Path, experts: tuple[str, str], loras: tuple[str, str] | None = None, *, device: str = "cpu"
+        self,
+        models: Path,
+        experts: tuple[str, str],
+        loras: tuple[str, str] | None = None,
+        *,
+        device: str = "cpu",
+        arithmetic: Arithmetic = FULL,
     ) -> None:
         self.device = torch.device(device)
         self.text = load_text_encoder([place(models, NAMES.text_encoder)], dtype=torch.float32, device=device)
@@ -66,8 +74,10 @@ class Pipeline:
         for i, side in enumerate((HIGH_NOISE, LOW_NOISE)):
             checkpoint = Checkpoint([place(models, experts[i])])
             opened = [Lora(place(models, loras[i]), 1.0, checkpoint.shapes, expert=side)] if loras else []
-            model = empty_model(checkpoint, torch.float32, opened)
+            model = empty_model(checkpoint, arithmetic.dtype, opened, fp8_products=arithmetic.fp8_products)
             load_weights(model, checkpoint, device=self.device, loras=opened)
+            for block in model.blocks:
+                block.self_attn.attention = arithmetic.attention
             self._experts[side] = model
 
     @torch.no_grad()
@@ -96,16 +106,21 @@ class Pipeline:
 
 def as_video(clip: Tensor) -> Tensor:
     """[3, F, H, W] in [-1, 1] -> the same, as a player shows it: an mp4 of the pack's own writer, read back."""
-    import imageio_ffmpeg
-
     height, width = clip.shape[2:]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         with VideoWriter(path, width=width, height=height, fps=FPS) as writer:
             writer.write(clip)
-        reader = imageio_ffmpeg.read_frames(str(path))
-        next(reader)  # What it says about the file.
-        frames = torch.stack([torch.frombuffer(bytearray(frame), dtype=torch.uint8) for frame in reader])
+        return read_video(path)
+
+
+def read_video(path: Path) -> Tensor:
+    """Frames [3, F, H, W] in [-1, 1]."""
+    import imageio_ffmpeg
+
+    reader = imageio_ffmpeg.read_frames(str(path))
+    width, height = next(reader)["size"]
+    frames = torch.stack([torch.frombuffer(bytearray(frame), dtype=torch.uint8) for frame in reader])
     return frames.view(-1, height, width, 3).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 

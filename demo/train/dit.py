@@ -60,7 +60,8 @@ def train(folder: Path, sizes: Sizes, budget: Budget, device: torch.device) -> N
     else:
         spiece = text.train_spiece()
         encoder = text.build(sizes, spiece)
-    encoder.model.to(device).requires_grad_(True)
+    # At the end it stays as it is: other parts may have been trained with it.
+    encoder.model.to(device).requires_grad_(not budget.finish)
     experts = nn.ModuleList(
         read_expert(path, device) if (path := place(folder, name)).exists() else _new_expert(sizes, 16, seed).to(device)
         for seed, name in enumerate(T2V.files)

@@ -29,9 +29,15 @@ class Budget:
     seconds: float
     steps: int | None
     """Of the part, those of earlier calls included."""
+    finish: bool = False
+    """The learning rate falls to 0 towards the end of the seconds."""
     save_seconds: float = 90.0
     """Between two saved states."""
     begun: float = field(default_factory=time.monotonic)
+
+    def rate(self) -> float:
+        """Share of the learning rate."""
+        return max(0.0, 1 - (time.monotonic() - self.begun) / self.seconds) if self.finish else 1.0
 
     def over(self, step: int) -> bool:
         return time.monotonic() - self.begun >= self.seconds or (self.steps is not None and step >= self.steps)
@@ -87,7 +93,7 @@ def fit(
     last_save = last_report = time.monotonic()
     since = step
     while not budget.over(step):
-        rate = learning_rate * min(1.0, (step - fresh + 1) / warm_up)
+        rate = learning_rate * budget.rate() * min(1.0, (step - fresh + 1) / warm_up)
         for group in optimiser.param_groups:
             group["lr"] = rate
         with torch.enable_grad(), autocast(parameters[0].device):

@@ -26,13 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="of training; files and samples take half a minute")
     parser.add_argument("--steps", type=int, help="of the part in all, where minutes do not end it earlier")
     parser.add_argument("--samples", type=int, default=6, help="clips on the sample sheet; 0: none")
+    parser.add_argument("--finish", action="store_true", help="a part's last call: the learning rate falls to 0")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: shows on a CPU that everything works")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     # A part's convolutions have a few shapes, each thousands of times.
     torch.backends.cudnn.benchmark = True
-    budget = Budget(seconds=60 * options.minutes, steps=options.steps)
+    budget = Budget(seconds=60 * options.minutes, steps=options.steps, finish=options.finish)
     PARTS[options.part](options.out, SMOKE if options.smoke else FULL, budget, device)
     if options.samples:
         print(f"samples: {write_samples(options.part, options.out, count=options.samples, device=device)}")

@@ -51,7 +51,7 @@ class Sizes:
 
 FULL = Sizes(
     vae_encoder_dim=8, vae_decoder_dim=16, text_dim=128, text_layers=2, dim=256, ffn_dim=512, layers=4, lora_rank=32,
-    vae_batch=32, vae_pictures=1000, batch=512, pool=16384, block=256, refresh=40, trajectories=16384, substeps=6,
+    vae_batch=32, vae_pictures=1000, batch=256, pool=16384, block=256, refresh=80, trajectories=8192, substeps=6,
     vae_learning_rate=2e-3, learning_rate=1e-3, warm_up=200,
 )  # fmt: skip
 SMOKE = Sizes(

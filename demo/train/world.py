@@ -42,6 +42,8 @@ RADII = {"small": (9.0, 11.0), "big": (13.5, 15.5)}
 """Of a circle as large as the thing, pixels."""
 GROWN = 17.0
 SHRUNK = 7.0
+HARD, HARD_SHARE = "spins", 0.3
+"""A motion that is learned late, and how often a clip of one thing shows it, beyond its turn among all."""
 TURN = math.pi
 """What a spinning thing turns in a clip, clockwise."""
 
@@ -85,13 +87,13 @@ def kinds(*, held: bool, motions: Sequence[str] = MOTIONS) -> list[Kind]:
     return [kind for kind in every if held_out(kind) == held]
 
 
-_TRAINED = {motions: kinds(held=False, motions=motions) for motions in (MOTIONS, HORIZONTAL, VERTICAL)}
+_TRAINED = {motions: kinds(held=False, motions=motions) for motions in (MOTIONS, (HARD,), HORIZONTAL, VERTICAL)}
 
 
 def draw_scene(rng: random.Random) -> Scene:
     """A scene for training. A quarter have two things, in lanes of their own."""
     if rng.random() < 0.75:
-        return scene_of(rng.choice(_TRAINED[MOTIONS]), rng)
+        return scene_of(rng.choice(_TRAINED[(HARD,) if rng.random() < HARD_SHARE else MOTIONS]), rng)
     choices = _TRAINED[rng.choice((HORIZONTAL, VERTICAL))]
     first = rng.choice(choices)
     second = rng.choice([kind for kind in choices if kind.colour != first.colour])

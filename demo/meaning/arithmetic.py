@@ -1,0 +1,52 @@
+"""In what numbers the experts compute: to see what 8 bits cost of what a clip shows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...wan.attention import KERNELS, Attention, attention, quantise_heads
+from ...wan.linear import E4M3
+
+RANGE = 256.0
+"""What FlashAttention-3 multiplies probabilities by before it rounds them, so that small ones keep their bits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arithmetic:
+    dtype: torch.dtype
+    """Of the matrix products and of attention."""
+    fp8_products: bool = False
+    attention: Attention = attention
+
+
+FULL = Arithmetic(dtype=torch.float32)
+
+
+def eight_bits(device: torch.device) -> dict[str, Arithmetic]:
+    """bf16, and what linear_precision and attention of a job make of it. Without Hopper's units they are emulated."""
+    kernel = KERNELS["fa3-fp8"]
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    run = attention_of_codes if kernel.obstacle(capability, torch.bfloat16) else kernel.run
+    return {
+        "bf16": Arithmetic(dtype=torch.bfloat16),
+        "fp8 linears": Arithmetic(dtype=torch.bfloat16, fp8_products=True),
+        "fp8 linears and attention": Arithmetic(dtype=torch.bfloat16, fp8_products=True, attention=run),
+    }
+
+
+def attention_of_codes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What the kernel fa3-fp8 computes, in torch's own operations: q, k, v and the probabilities are e4m3 codes.
+
+    Args and result as for `wan.attention.attention`.
+    """
+    (q8, q_scale), (k8, k_scale), (v8, v_scale) = (quantise_heads(x) for x in (q, k, v))
+    q_, k_, v_ = (x.float().transpose(0, 1) for x in (q8, k8, v8))
+    logits = q_ @ k_.mT * (q_scale * k_scale / math.sqrt(q.shape[-1])).view(-1, 1, 1)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp() * RANGE
+    # The sum is of the weights before they are rounded.
+    out = weights.to(E4M3).float() @ v_ * v_scale.view(-1, 1, 1) / weights.sum(-1, keepdim=True)
+    return out.transpose(0, 1).to(q.dtype)
