@@ -60,6 +60,10 @@ class SignsOfLife:
         self._start = self._last = time.monotonic()
         self._denoising = False
 
+    def restart(self) -> None:
+        """Has the time-outs begin now."""
+        self._start = self._last = time.monotonic()
+
     def problem(self) -> Problem | None:
         """The time-out that is exceeded now, if one is."""
         # By this process's own clock: the files' times jump when somebody sets the system's.

@@ -12,7 +12,7 @@ from . import batch_inputs, host, saved_video, warm
 from .batch_requests import Request, requests_of
 from .batch_run import STAY, BatchProgress, BatchRun
 from .batch_split import splits
-from .config import DistributedConfig
+from .config import AS_SET, DistributedConfig
 from .inference import LAYOUT, build_job, chosen_config, model_of
 from .inference_inputs import HIDDEN
 from .outcome import Outcome, keep
@@ -97,7 +97,9 @@ class _Batch:
         self._statuses: list[Status] = []
         """One per group: what is to be said of its jobs."""
         built = self._first_jobs(settings, gpus_per_video)
-        keep_warm = float(chosen_config(settings, Status()).keep_warm_seconds)
+        chosen = chosen_config(settings, Status())
+        keep_warm = float(chosen.keep_warm_seconds)
+        self._as_set = chosen.plan == AS_SET
         self.groups = [dataclasses.replace(job.parallel, keep_warm_seconds=keep_warm) for job, _ in built]
         first, tensors = built[0]
         # Nothing else differs between the videos.
@@ -177,6 +179,8 @@ class _Batch:
 
         def show(progress: BatchProgress) -> None:
             report.show(progress.fraction, progress.text)
+            if progress.previews:
+                report.pictures(progress.previews)
 
         run = BatchRun(
             self.jobs,
@@ -200,6 +204,7 @@ class _Batch:
         lines = [
             "success" if not self.failures else f"error: {len(self.failures)} of {len(self._requests)} videos failed",
             f"- {len(self._requests)} videos, {len(self.groups)} at a time, on: {where}",
+            *(f"- {line}" for line in self._advice()),
         ]
         for index in range(len(self._requests)):
             made = self.made.get(index)
@@ -227,8 +232,21 @@ class _Batch:
         for index, made in sorted(self.made.items()):
             where = made.path or "latents only, which on_error return hands on"
             lines.append(f"{self._title(index)} is done: {where}")
-        memory = any(isinstance(error, JobFailed) and error.out_of_memory for error in self.failures.values())
-        return JobFailed("\n".join(lines), rank=None, out_of_memory=memory, folder=None, log=self.log())
+        text = "\n".join([*lines, *self._advice()])
+        return JobFailed(text, rank=None, out_of_memory=self._out_of_memory, folder=None, log=self.log())
+
+    @property
+    def _out_of_memory(self) -> bool:
+        return any(isinstance(error, JobFailed) and error.out_of_memory for error in self.failures.values())
+
+    def _advice(self) -> list[str]:
+        """What a job's own error cannot say: alone, it would have let the model go before it decoded."""
+        if not (self._as_set and self._out_of_memory and len(self._requests) > len(self.groups)):
+            return []
+        return [
+            "the model stays on the GPUs for the next video while one is decoded; plan auto sees to it that both fit, "
+            "plan 'as set' does not"
+        ]
 
     def _title(self, index: int) -> str:
         return f"video {index + 1} of {len(self._requests)} ({self._requests[index]})"
@@ -237,5 +255,5 @@ class _Batch:
 def _inputs_of(request: Request, settings: dict[str, Any], config: DistributedConfig) -> dict[str, Any]:
     """The inference node's inputs for one video on one group's GPUs."""
     layout = {name: getattr(config, name) for name in LAYOUT}
-    own = {"config": config, "prompt": request.prompt, "seed": request.seed, "preview": False}
+    own = {"config": config, "prompt": request.prompt, "seed": request.seed}
     return {**settings, **layout, **own}

@@ -54,8 +54,8 @@ def required() -> dict[str, Any]:
 
 def optional() -> dict[str, Any]:
     inputs = inference_inputs.optional()
-    # Several videos at a time, and one place to show them in.
-    inputs.pop("preview", None)
+    # Always on: a switch in its place would move the values of saved workflows.
+    inputs.pop("preview")
     inputs["on_error"] = (
         inputs["on_error"][0],
         {

@@ -29,6 +29,8 @@ class BatchProgress:
 
     fraction: float
     text: str
+    previews: tuple[bytes, ...] = ()
+    """JPEGs of what the videos at work are going to be, in the order of their groups, where one of them is new."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class BatchRun:
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._running: dict[int, Progress] = {}
+        self._previews: dict[int, bytes] = {}
         self._done = 0
         # Asked here: ComfyUI's folders are a matter of the thread that runs the node.
         self._parent, self._failed = host.jobs_folder(), host.failed_folder()
@@ -117,14 +120,21 @@ class BatchRun:
     def _take_in(self, group: int, video: int, what: Any) -> None:
         if isinstance(what, Progress):
             self._running[group] = what
+            if what.preview is not None:
+                self._previews[group] = what.preview
         else:
             self._running.pop(group, None)
+            self._previews.pop(group, None)
             self._done += 1
             if isinstance(what, Exception):
                 self._on_failure(video, what)
             else:
                 self._on_result(video, group, what)
-        self._on_progress(self._progress())
+        progress = self._progress()
+        if isinstance(what, Progress) and what.preview is not None:
+            previews = tuple(preview for _, preview in sorted(self._previews.items()))
+            progress = dataclasses.replace(progress, previews=previews)
+        self._on_progress(progress)
 
     def _progress(self) -> BatchProgress:
         total = len(self._jobs)

@@ -6,14 +6,15 @@ ComfyUI is imported inside the functions, so that the pack can be imported and t
 from __future__ import annotations
 
 import gc
-import io
 import json
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .contact_sheet import contact_sheet
 
 if TYPE_CHECKING:
     from ..distributed.launcher import Progress
@@ -194,7 +195,7 @@ class ProgressReport:
         text = f"{progress.text}\n{progress.usage}" if progress.usage else progress.text
         self.show(progress.fraction, text)
         if progress.preview is not None:
-            self._picture(progress.preview)
+            self.pictures([progress.preview])
 
     def show(self, fraction: float, text: str) -> None:
         # A bar that runs backwards (a phase that reports late) confuses more than one that waits.
@@ -202,13 +203,11 @@ class ProgressReport:
         self._bar.update_absolute(self._shown)
         self.text(text)
 
-    def _picture(self, jpeg: bytes) -> None:
-        """Shows a picture on the node, at the size that ComfyUI's --preview-size asks for."""
+    def pictures(self, jpegs: Sequence[bytes]) -> None:
+        """Shows them on the node, together of the size that ComfyUI's --preview-size asks for."""
         from comfy.cli_args import args
-        from PIL import Image
 
-        picture = Image.open(io.BytesIO(jpeg))
-        self._bar.update_absolute(self._shown, preview=("JPEG", picture.convert("RGB"), args.preview_size))
+        self._bar.update_absolute(self._shown, preview=("JPEG", contact_sheet(jpegs), args.preview_size))
 
     def text(self, line: str) -> None:
         from server import PromptServer
@@ -291,12 +290,3 @@ def blocked_output() -> Any:
     from comfy_execution.graph import ExecutionBlocker
 
     return ExecutionBlocker(None)
-
-
-def fingerprint(paths: Iterable[Path]) -> str:
-    """Changes when one of the files does."""
-    lines = []
-    for path in paths:
-        stat = path.stat()
-        lines.append(f"{path} {stat.st_size} {stat.st_mtime_ns}")
-    return "\n".join(lines)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from wan_pack.distributed.job import Job, ModelFiles
 from wan_pack.distributed.jobdir import JobDir
 from wan_pack.distributed.launcher import Result
+from wan_pack.distributed.progress import Progress
 from wan_pack.nodes import batch_run, host, saved_video
 from wan_pack.nodes.batch import WanVideoDistributedBatch
 
@@ -38,6 +39,7 @@ class Node:
         self.tensors: list[dict[str, Any]] = []
         self.act: Callable[[Job], Any] = lambda job: None
         self.shown: list[str] = []
+        self.pictures: list[tuple[bytes, ...]] = []
         self.log = "the log"
         self.cancelled = threading.Event()
         for name, result in {
@@ -47,7 +49,9 @@ class Node:
             "failed_folder": folder / "failed",
             "interruption": Interrupted(),
             "blocked_output": "blocked",
-            "ProgressReport": SimpleNamespace(show=lambda fraction, text: None, text=self.shown.append),
+            "ProgressReport": SimpleNamespace(
+                show=lambda fraction, text: None, pictures=self.pictures.append, text=self.shown.append
+            ),
         }.items():
             monkeypatch.setattr(host, name, lambda *_, result=result: result)
         monkeypatch.setattr(host, "out_of_memory", OutOfMemory)
@@ -58,12 +62,13 @@ class Node:
         (folder / "jobs").mkdir()
         (folder / "output").mkdir()
 
-    def _run_job(self, job: Job, write: Any, **_: Any) -> Result:
+    def _run_job(self, job: Job, write: Any, *, on_progress: Callable[[Progress], None], **_: Any) -> Result:
         folder = JobDir.create(self._folder / "jobs")
         try:
             write(folder.inputs)
             self.tensors.append(load_file(folder.inputs) if folder.inputs.exists() else {})
             self.jobs.append(job)
+            on_progress(Progress(phase="denoise", preview=b"%d" % job.sampling.seed if job.preview else None))
             self.act(job)
         except BaseException:
             folder.remove()

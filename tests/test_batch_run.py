@@ -260,6 +260,31 @@ def test_progress_is_that_of_all_videos(batch: Batch) -> None:
     assert any(abs(progress.fraction - (one + two) / 4) < 1e-9 for progress in batch.shown)
 
 
+def test_pictures_of_all_groups_come_together_when_one_is_new(batch: Batch) -> None:
+    second, third = threading.Event(), threading.Event()
+
+    def act(job: Job, callbacks: dict[str, Any]) -> None:
+        """The first group's only video is the slow one."""
+        seed, report = job.sampling.seed, callbacks["on_progress"]
+        if seed == 0:
+            report(Progress(phase="denoise", step=1, preview=b"first"))
+            report(Progress(phase="denoise", step=2))
+            second.set()
+            assert third.wait(10)
+            return
+        assert second.wait(10)
+        report(Progress(phase="denoise", step=1, preview=b"%d" % seed))
+        if seed == 2:
+            third.set()
+
+    batch.act = act
+    batch.run(3, [("0",), ("1",)])
+    shown = [progress.previews for progress in batch.shown if progress.previews]
+    # Either group may take the slow video.
+    assert [sorted(previews) for previews in shown] == [[b"first"], [b"1", b"first"], [b"2", b"first"]]
+    assert len({previews.index(b"first") for previews in shown[1:]}) == 1, "each group has its place"
+
+
 def test_groups_without_gpus_have_numbers(batch: Batch) -> None:
     batch.act = lambda job, callbacks: callbacks["on_progress"](Progress(phase="start"))
     jobs = [(dataclasses.replace(stub_job(), parallel=Parallel(gpu_count=1)), {})]

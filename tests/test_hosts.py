@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from jobs import stub_job
+from jobs import FAKE_AGENT, run_stub, stub_job
 from torch.testing._internal.distributed import fake_pg
+from wan_pack.distributed import group
 from wan_pack.distributed.errors import JobError
+from wan_pack.distributed.gpu_locks import GpuLocks
 from wan_pack.distributed.gpus import Gpu
 from wan_pack.distributed.hosts import agent as hosts_agent
 from wan_pack.distributed.hosts import check as hosts_check
@@ -23,6 +28,7 @@ from wan_pack.distributed.hosts.check import check_host, versions
 from wan_pack.distributed.hosts.hostfile import Hosts, HostsDir, host_warnings, over_hosts, read_hostfile
 from wan_pack.distributed.hosts.network import address_toward, interface_of, open_store
 from wan_pack.distributed.job import FileIdentity, Job, Parallel
+from wan_pack.distributed.launcher import JobFailed
 from wan_pack.distributed.mesh import Mesh
 from wan_pack.nodes import host
 from wan_pack.nodes.config import DistributedConfig
@@ -91,10 +97,12 @@ def test_cfg_goes_over_the_machines_first(monkeypatch: pytest.MonkeyPatch):
     assert fake_pg, "its import registers the backend"
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=4)
     try:
-        rows = Mesh.of("cpu", 4, cfg=parallel.cfg_size).grid.mesh.tolist()
+        mesh = Mesh.of("cpu", 4, cfg=parallel.cfg_size)
+        row, column = map(dist.get_process_group_ranks, (mesh.ulysses_group, mesh.cfg_group))
     finally:
         dist.destroy_process_group()
-    assert [[rank // parallel.gpus_per_host for rank in row] for row in rows] == [[0, 0], [1, 1]]
+    assert [rank // parallel.gpus_per_host for rank in row] == [0, 0]
+    assert [rank // parallel.gpus_per_host for rank in column] == [0, 1]
 
 
 def test_a_layout_that_splits_sequences_or_weights_over_the_network_is_warned_of():
@@ -165,6 +173,22 @@ def test_a_folder_that_a_remote_shell_would_take_apart_is_refused(tmp_path: Path
     assert not list((tmp_path / "a $(id)").iterdir())
 
 
+def test_a_folder_that_an_agent_writes_into_meanwhile_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = HostsDir.create_for(tmp_path, stub_job(hosts=("a",)), {})
+    real, late = shutil.rmtree, [folder.ready(0), folder.ended(0)]
+
+    def remove(path: Path, **options: Any) -> None:
+        """Finds the folder not empty when all that it listed is gone."""
+        if late:
+            late.pop().touch()
+        else:
+            real(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    folder.remove()
+    assert not folder.path.exists()
+
+
 def test_a_folder_that_is_not_shared_is_named(tmp_path: Path):
     with pytest.raises(JobError, match="it must be on a file system that all machines share"):
         HostsDir(tmp_path / "elsewhere").read_job()
@@ -204,6 +228,63 @@ def test_an_agent_ends_when_the_launching_machine_is_silent(tmp_path: Path, monk
     assert ended
     assert (ended[0] - beat >= 0.75) == (how == "silence")
     folder.remove()
+
+
+def test_machines_take_their_gpus_one_after_the_other_and_begin_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In the order of their names, whatever the hostfile's: else two jobs could each hold what the other waits for."""
+    names, reason = ("b", "a"), "waiting for GPU 0, in use by process 7"
+    folder = HostsDir.create_for(tmp_path, stub_job(hosts=names), {})
+    asked, returned, free = [], [], [threading.Event(), threading.Event()]
+
+    def wait(gpu_ids: Any, *, on_wait: Callable[[str], None], **_: Any) -> GpuLocks:
+        asked.append(threading.current_thread().name)
+        on_wait(reason)
+        assert free[int(asked[-1])].wait(10)
+        return GpuLocks([])
+
+    def take(node: int) -> None:
+        hosts_agent.take_gpus(folder, stub_job(hosts=names), node)
+        returned.append(node)
+
+    monkeypatch.setattr(hosts_agent, "wait_for_gpus", wait)
+    threads = [threading.Thread(target=take, args=(node,), name=str(node), daemon=True) for node in range(2)]
+    for thread in threads:
+        thread.start()
+    assert until(lambda: folder.waiting(names) == f"host a: {reason}")
+    assert asked == ["1"]
+    free[1].set()
+    assert until(lambda: folder.waiting(names) == f"host b: {reason}")
+    assert asked == ["1", "0"] and returned == []
+    free[0].set()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(returned) == [0, 1] and folder.waiting(names) == ""
+    folder.remove()
+
+
+def until(holds: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 10
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return holds()
+
+
+def test_a_wait_for_gpus_elsewhere_is_shown_and_no_time_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The agent never starts a rank: the time-out is exceeded, but counts from the end of the wait."""
+    monkeypatch.setattr(group, "AGENT", FAKE_AGENT)
+    begin, shown, reason = time.monotonic(), [], "host b: waiting for GPU 0, in use by process 7"
+    monkeypatch.setattr(group.WorkerGroup, "waits", lambda self: reason if time.monotonic() - begin < 1.5 else "")
+    with pytest.raises(JobFailed, match=r"did not finish loading for 1 s"):
+        run_stub(
+            tmp_path,
+            stub_job(start_timeout=1.0),
+            lambda path: path.write_text("sleep"),
+            on_progress=lambda progress: shown.append(progress.text),
+        )
+    assert time.monotonic() - begin >= 1.5, "not while it waited"
+    assert shown == [f"starting processes - {reason}"]
 
 
 def test_a_workflow_picks_a_hostfile_that_is_there_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from node_inputs import inputs_of, use_model_folders, widgets
 from wan_pack.nodes import DISPLAY_NAMES, NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, node_classes
+from wan_pack.nodes.batch import WanVideoDistributedBatch
 from wan_pack.nodes.inference import WanVideoDistributedInference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +27,10 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def help_page(node: Any) -> str:
+    return (ROOT / "web" / "docs" / f"{node.__name__}.md").read_text()
+
+
 @pytest.mark.parametrize("node", NODE_CLASS_MAPPINGS.values(), ids=lambda node: node.__name__)
 def test_node_declares_everything_a_user_reads(node: Any) -> None:
     assert node.DESCRIPTION.endswith(".")
@@ -32,7 +38,12 @@ def test_node_declares_everything_a_user_reads(node: Any) -> None:
     assert all(node.OUTPUT_TOOLTIPS)
     for name, (_, options) in inputs_of(node).items():
         assert options.get("tooltip"), f"{node.__name__}.{name} has no tooltip"
-    assert (ROOT / "web" / "docs" / f"{node.__name__}.md").is_file()
+    page = help_page(node)
+    if node is WanVideoDistributedBatch:
+        # It says that the rest is there.
+        page += help_page(WanVideoDistributedInference)
+    for name in inputs_of(node):
+        assert re.search(rf"\b{name}\b", page), f"{node.__name__}.{name} is not in its help page"
     assert NODE_DISPLAY_NAME_MAPPINGS[node.__name__] == DISPLAY_NAMES[node.__name__]
 
 

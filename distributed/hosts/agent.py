@@ -13,12 +13,13 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..agent import end_all, run_ranks, wait_for_end_of_stdin
 from ..environment import child_environment
 from ..errors import JobError
-from ..gpu_locks import wait_for_gpus
+from ..gpu_locks import GpuLocks, wait_for_gpus
 from ..job import Job
 from ..json_files import read_json, write_json
 from ..processes import GROUP_VARIABLE, descendants
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 BACKEND = "hosts"
 LOOK_SECONDS = 0.25
+READY_SECONDS = 0.05
 MAX_SILENCE = 30.0
 """Seconds without a heartbeat after which this machine's part of the job is ended."""
 
@@ -45,7 +47,7 @@ def main(folder: HostsDir) -> int:
         write_json(folder.started(node), {"hostname": socket.gethostname(), "pid": os.getpid()})
         Tether(folder, node, min(MAX_SILENCE, job.parallel.stall_timeout)).start()
         check_host(job, read_json(folder.expected))
-        locks = wait_for_gpus(job.parallel.gpu_ids, cancelled=lambda: False, on_wait=_say)
+        locks = take_gpus(folder, job, node)
         _enter_environment(folder, job, node)
         code = _run(folder, job, node)
         locks.release()
@@ -59,6 +61,30 @@ def main(folder: HostsDir) -> int:
     if folder.path.is_dir():
         write_json(folder.ended(node), {})
     return code
+
+
+def take_gpus(folder: HostsDir, job: Job, node: int) -> GpuLocks:
+    """Takes this machine's GPUs. Returns when every machine has its own: only then do the time-outs begin.
+
+    One machine after the other, by their names: two jobs that want the same machines must not each hold one of them.
+    """
+    hosts = job.parallel.hosts
+    _wait_until_ready(folder, [other for other, name in enumerate(hosts) if name < hosts[node]])
+    locks = wait_for_gpus(
+        job.parallel.gpu_ids,
+        # A cancel ends this process.
+        cancelled=lambda: False,
+        on_wait=lambda reason: write_json(folder.waits(node), {"reason": reason}),
+    )
+    write_json(folder.ready(node), {})
+    _wait_until_ready(folder, range(len(hosts)))
+    return locks
+
+
+def _wait_until_ready(folder: HostsDir, nodes: Iterable[int]) -> None:
+    for node in nodes:
+        while not folder.ready(node).exists():
+            time.sleep(READY_SECONDS)
 
 
 def _run(folder: HostsDir, job: Job, node: int) -> int:

@@ -55,6 +55,9 @@ class HostsGroup(WorkerGroup):
             return 1
         return code
 
+    def waits(self) -> str:
+        return self.folder.waiting(self._hosts)
+
     def _find_problem(self) -> str | None:
         """Of a machine that failed before it had ranks."""
         for node, name in enumerate(self._hosts):

@@ -9,6 +9,8 @@ import dataclasses
 import re
 import shutil
 import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from ..errors import JobError
 from ..gpus import list_gpus
 from ..groupdir import GROUP_PREFIX, GroupDir
 from ..job import MAX_GPUS, Job, Parallel
-from ..json_files import read_bounded, replace_text, write_json
+from ..json_files import read_bounded, read_json, replace_text, write_json
 
 MAX_HOSTFILE_BYTES = 64 << 10
+REMOVALS = 20
+REMOVAL_SECONDS = 0.05
 _LINE = re.compile(r"(\S+)\s+slots=(\d{1,3})\s*(?:#.*)?", re.ASCII)
 _SAFE_PATH = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 """What DeepSpeed's launcher hands to a remote shell as it is, and the shell leaves alone."""
@@ -133,6 +137,14 @@ class HostsDir(GroupDir):
             raise
         return folder
 
+    def remove(self) -> None:
+        # An agent that came up late may write into it meanwhile, so that it is not empty when its turn comes.
+        for _ in range(REMOVALS):
+            super().remove()
+            if not self.path.exists():
+                return
+            time.sleep(REMOVAL_SECONDS)
+
     def mark(self, node: int) -> Path:
         """What the processes below the agent of machine `node` are known by, also where two agents share a machine."""
         return self.path / f"node-{node}"
@@ -141,6 +153,14 @@ class HostsDir(GroupDir):
         """Written by the agent of machine `node`, once it has read the folder."""
         return self.path / f"started-{node}.json"
 
+    def waits(self, node: int) -> Path:
+        """Written by that agent when another program has a GPU that it needs, with who."""
+        return self.path / f"waits-{node}.json"
+
+    def ready(self, node: int) -> Path:
+        """Written by that agent once it has its GPUs."""
+        return self.path / f"ready-{node}.json"
+
     def failed(self, node: int) -> Path:
         """Written by that agent when a rank, or a check before any rank, failed."""
         return self.path / f"failed-{node}.json"
@@ -148,6 +168,17 @@ class HostsDir(GroupDir):
     def ended(self, node: int) -> Path:
         """Written by that agent when nothing runs below it any more."""
         return self.path / f"ended-{node}.json"
+
+    def waiting(self, hosts: Sequence[str]) -> str:
+        """Which machine waits for what, such as "host b: waiting for GPU 0, in use by process 7"; empty if none does.
+
+        Args:
+            hosts: the machines' names, in order.
+        """
+        for node, name in enumerate(hosts):
+            if self.waits(node).exists() and not self.ready(node).exists():
+                return f"host {name}: {read_json(self.waits(node))['reason']}"
+        return ""
 
     def read_job(self) -> Job:
         """Raises JobError if this machine does not see the folder."""

@@ -3,8 +3,10 @@
 // PLAN: url, chromium (its path), playwright (folder of playwright-core), vue (Nodes 2.0 or the canvas renderer),
 // workflow (UI format), name (of it, for the pictures), values ({node id: {widget: value}} to set before the run),
 // enable (ids of bypassed nodes to switch on before it), screenshots (folder), drag (display name of a node to drag
-// from the library), run (whether to queue the workflow), players (how many will show videos then), live (id of the
-// node whose live view is looked at during the run, and after it the panel of the groups).
+// from the library), draw ({name: workflow} to load one after another in both renderers), run (whether to queue the
+// workflow), players (how many will show videos then), watch (id of the node whose text and picture are noted during the
+// run), panel (whether the panel of the groups is open then, and its button used afterwards), subgraph (whether that node
+// is moved into a subgraph, which is open during the run).
 import fs from 'fs';
 import path from 'path';
 import { pathToFileURL } from 'url';
@@ -39,14 +41,15 @@ try {
   await page.locator('.p-message-close-button, button[aria-label="Close"]').first().click({ timeout: 1000 }).catch(() => {});
   await picture(page, 'loaded');
   if (plan.drag) result.dragged = await drag(page, plan.drag);
+  if (plan.draw) result.drawn = await draw(page);
   if (plan.run) await run(page);
 } finally {
   await browser.close();
 }
 console.log(JSON.stringify(result));
 
-async function picture(page, name) {
-  const file = `${plan.name}_${name}_${plan.vue ? 'nodes2' : 'canvas'}.png`;
+async function picture(page, name, workflow = plan.name, vue = plan.vue) {
+  const file = `${workflow}_${name}_${vue ? 'nodes2' : 'canvas'}.png`;
   await page.screenshot({ path: path.join(plan.screenshots, file) });
 }
 
@@ -84,18 +87,59 @@ async function drag(page, name) {
   return type;
 }
 
+async function draw(page) {
+  const drawn = [];
+  for (const vue of [false, true]) {
+    await page.evaluate(on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on), vue);
+    for (const [name, workflow] of Object.entries(plan.draw)) {
+      const shown = await page.evaluate(load, [workflow, FRONTEND_ONLY]);
+      const dialogs = await page.locator('.p-dialog:visible, .comfy-modal:visible').allInnerTexts();
+      drawn.push({ name, vue, dialogs, ...shown, ...await page.evaluate(look, vue) });
+      await picture(page, 'drawn', name, vue);
+    }
+  }
+  return drawn;
+}
+
+// Runs in the page: the titles of nodes that lie on each other, and of notes that do not show all of their text.
+function look(vue) {
+  const nodes = window.app.graph._nodes, overlaps = [];
+  const box = node => {
+    if (vue) return document.querySelector(`[data-node-id="${node.id}"]`).getBoundingClientRect();
+    const [left, top, width, height] = node.boundingRect;
+    return { left, top, right: left + width, bottom: top + height };
+  };
+  nodes.forEach((node, index) => {
+    const one = box(node);
+    for (const other of nodes.slice(index + 1)) {
+      const two = box(other);
+      if (one.left < two.right && two.left < one.right && one.top < two.bottom && two.top < one.bottom)
+        overlaps.push([node.title, other.title]);
+    }
+  });
+  const cut = [...document.querySelectorAll('.comfy-markdown .tiptap')]
+    .filter(note => note.scrollHeight > note.clientHeight + 1).map(note => note.innerText.slice(0, 40));
+  return { overlaps, cut };
+}
+
 async function run(page) {
   await page.evaluate(([values, enable]) => {
     for (const node of window.app.graph._nodes) {
-      for (const [name, value] of Object.entries(values[node.id] ?? {}))
-        node.widgets.find(widget => widget.name === name).value = value;
+      for (const [name, value] of Object.entries(values[node.id] ?? {})) {
+        const widget = node.widgets.find(widget => widget.name === name);
+        widget.value = value;
+        // By it Nodes 2.0 learns of the value.
+        widget.callback?.(value);
+      }
       if (enable.includes(node.id)) node.mode = 0;
     }
     for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
       window.app.api.addEventListener(kind, event => { window.__ending = [kind, event.detail]; });
-    window.app.queuePrompt(0, 1);
   }, [plan.values, plan.enable ?? []]);
-  if (plan.live) await live(page, plan.live);
+  const watched = plan.subgraph ? await page.evaluate(enclose, Number(plan.watch)) : Number(plan.watch);
+  await page.evaluate(watch, [watched, plan.vue]);
+  await page.evaluate(() => { window.app.queuePrompt(0, 1); });
+  if (plan.panel) await openPanel(page);
   await page.waitForFunction(() => window.__ending, null, { timeout: 180000 });
   result.ending = await page.evaluate(() => window.__ending);
   await page.waitForFunction(
@@ -117,30 +161,38 @@ async function run(page) {
   });
   await page.waitForTimeout(1000);
   await picture(page, 'done');
-  if (plan.live) {
-    result.live = await page.evaluate(() => window.__seen);
-    result.panel = await panel(page);
-  }
+  result.live = await page.evaluate(() => window.__seen);
+  if (plan.panel) result.panel = await panel(page);
 }
 
-// What the node shows of the video before there is one, and the panel beside it. Seen one after another: a small video
-// is done in seconds.
-async function live(page, id) {
+// Runs in the page: the id that the node has inside.
+function enclose(id) {
+  const { graph, canvas } = window.app;
+  const { node, subgraph } = graph.convertToSubgraph(new Set([graph.getNodeById(id)]));
+  canvas.openSubgraph(subgraph, node);
+  return subgraph.nodes[0].id;
+}
+
+// Runs in the page: notes what the node, in the graph that is open, shows of the video before there is one, and the
+// panel beside it. One after another: a small video is done in seconds.
+function watch([id, vue]) {
+  const seen = window.__seen = {};
+  const shown = widget => [widget.value, widget.element?.checkVisibility() ? widget.element.innerText : ''];
+  const timer = setInterval(() => {
+    const node = window.app.canvas.graph.getNodeById(id), inside = document.querySelector(`[data-node-id="${id}"]`);
+    const image = vue ? inside?.querySelector('img[src^="blob:"]') : node.imgs?.find(image => image.src.startsWith('blob:'));
+    if (image?.naturalWidth) seen.image ??= [image.naturalWidth, image.naturalHeight];
+    const texts = (vue ? inside?.innerText : node.widgets.flatMap(shown).join('\n')) ?? '';
+    seen.line ??= /sampling [1-9].*/.exec(texts)?.[0];
+    seen.usage ??= /.*GiB.*/.exec(texts)?.[0];
+    const group = document.querySelector('.wan-groups li')?.innerText;
+    if (group?.includes('Running')) seen.group = group;
+    if (window.__ending) clearInterval(timer);
+  }, 50);
+}
+
+async function openPanel(page) {
   await page.evaluate(() => window.app.extensionManager.command.execute('Workspace.ToggleSidebarTab.wan.distributed.groups'));
-  await page.evaluate(([id, vue]) => {
-    const seen = window.__seen = {};
-    const look = setInterval(() => {
-      const node = window.app.graph.getNodeById(id), inside = document.querySelector(`[data-node-id="${id}"]`);
-      const image = vue ? inside?.querySelector('img[src^="blob:"]') : node.imgs?.find(image => image.src.startsWith('blob:'));
-      if (image?.naturalWidth) seen.image ??= [image.naturalWidth, image.naturalHeight];
-      const texts = (vue ? inside?.innerText : node.widgets.map(widget => widget.value).join('\n')) ?? '';
-      seen.line ??= /sampling [1-9].*/.exec(texts)?.[0];
-      seen.usage ??= /.*GiB.*/.exec(texts)?.[0];
-      const group = document.querySelector('.wan-groups li')?.innerText;
-      if (group?.includes('Running')) seen.group = group;
-      if (window.__ending) clearInterval(look);
-    }, 50);
-  }, [Number(id), plan.vue]);
   await page.waitForFunction(() => window.__ending || (window.__seen.image && window.__seen.usage), null, { timeout: 180000 });
   await picture(page, 'live');
 }

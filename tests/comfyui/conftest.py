@@ -10,7 +10,7 @@ import pytest
 from serving import INFERENCE, Comfy
 from wan_pack.demo.client import Run
 from wan_pack.demo.comfyui import Server
-from wan_pack.demo.example import ROOT, node_id
+from wan_pack.demo.example import ROOT, Prompt, node_id
 from wan_pack.demo.tiny_model import write_comfyui_files, write_other_comfyui_files
 
 
@@ -29,9 +29,14 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
 
 
 @pytest.fixture(scope="session")
-def finished(comfy: Comfy) -> Run:
+def finished_prompt(comfy: Comfy) -> Prompt:
+    return comfy.example(sample_steps=3, num_frames=6)
+
+
+@pytest.fixture(scope="session")
+def finished(comfy: Comfy, finished_prompt: Prompt) -> Run:
     """One run of the example that several tests look at."""
-    return comfy.run(comfy.example(sample_steps=3, num_frames=9))
+    return comfy.run(finished_prompt)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,3 +78,15 @@ class Comfy:
             assert time.monotonic() - start < timeout, f"processes left: {self.job_processes()}"
             time.sleep(0.02)
         return time.monotonic() - start
+
+
+def at_first_step(action: Callable[[Run], Any]) -> Callable[[Run, str, dict[str, Any]], None]:
+    """Calls `action` once, from another thread, when the first step is reported."""
+    done = threading.Event()
+
+    def watch(run: Run, kind: str, data: dict[str, Any]) -> None:
+        if kind == "text" and re.match("sampling [1-9]", data["text"]) and not done.is_set():
+            done.set()
+            threading.Thread(target=action, args=(run,)).start()
+
+    return watch

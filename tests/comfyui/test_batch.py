@@ -34,6 +34,8 @@ def with_single_video(prompt: Prompt) -> Prompt:
     single = {name: value for name, value in batch.items() if name not in own}
     single |= {"prompt": batch["prompts"].splitlines()[1], "config": ["one process", 0]}
     config = node_of(prompt, "WanVideoDistributedConfig")
+    # The second node finds processes of the first.
+    config["inputs"]["keep_warm_seconds"] = 60
     inputs = {**config["inputs"], "gpu_count": 1}
     return {
         **prompt,
@@ -46,6 +48,7 @@ def test_batch_makes_the_videos_of_single_runs(comfy: Comfy) -> None:
     prompt = with_single_video(comfy.example(BATCH))
     run = comfy.run(prompt)
     assert run.ending[0] == "execution_success", run.ending
+    assert comfy.server.request("/wan_distributed/release", {}) == {"released": 2}
     shown = comfy.outputs(run)
     batch = shown[node_id(prompt, KIND)]
     assert batch["animated"] == [True, True]

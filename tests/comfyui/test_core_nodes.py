@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,10 @@ def workflow(comfy: Comfy) -> Prompt:
 @pytest.fixture(scope="module")
 def finished(comfy: Comfy) -> Finished:
     run = comfy.run(workflow(comfy))
-    comfy.server.request("/free", {"unload_models": True, "free_memory": True})
+    since = time.monotonic()
+    assert comfy.server.request("/wan_distributed/release", {}) == {"released": 1}, "the processes of all four"
+    comfy.wait_until_idle()
+    assert time.monotonic() - since < 1
     return Finished(comfy, run)
 
 

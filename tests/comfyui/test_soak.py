@@ -12,7 +12,6 @@ import os
 import random
 import re
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from serving import INFERENCE, Comfy
+from serving import INFERENCE, Comfy, at_first_step
 from wan_pack.demo.client import Run
 from wan_pack.demo.example import Prompt, node_id, node_of
 
@@ -76,18 +75,6 @@ class Soak:
     def released(self) -> None:
         self.comfy.server.request("/wan_distributed/release", {})
         self.comfy.wait_until_idle()
-
-
-def at_first_step(action: Callable[[Run], Any]) -> Callable[[Run, str, dict[str, Any]], None]:
-    """Calls `action` once, from another thread, when the first step is reported."""
-    done = threading.Event()
-
-    def watch(run: Run, kind: str, data: dict[str, Any]) -> None:
-        if kind == "text" and re.match("sampling [1-9]", data["text"]) and not done.is_set():
-            done.set()
-            threading.Thread(target=action, args=(run,)).start()
-
-    return watch
 
 
 def message(run: Run) -> str:

@@ -1,5 +1,6 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { locator } from "./execution_id.js";
 
 const WIDGET = "videos";
 
@@ -26,6 +27,11 @@ function show(node, images) {
   widget.element.replaceChildren(...images.map(player));
 }
 
+function hide(node) {
+  const widget = node.widgets?.find((other) => other.name === WIDGET);
+  if (widget) node.removeWidget(widget);
+}
+
 // The canvas renderer's own preview of a node shows the first of its videos only.
 app.registerExtension({
   name: "wan.distributed.batchVideos",
@@ -42,7 +48,16 @@ app.registerExtension({
       executed?.call(this, output);
       refresh(output.images);
     };
-    // In the place of that preview; after a change of tabs the videos of before are found here.
-    node.onDrawBackground = () => refresh(app.nodeOutputs?.[node.id]?.images);
+    // In the place of that preview, but for the pictures while it samples; after a change of tabs the videos of before
+    // are found here.
+    const draw = node.onDrawBackground;
+    node.onDrawBackground = function (...drawing) {
+      const key = locator(node);
+      if (app.nodePreviewImages?.[key]) {
+        hide(node);
+        shown = undefined;
+        draw?.apply(this, drawing);
+      } else refresh(app.nodeOutputs?.[key]?.images);
+    };
   },
 });

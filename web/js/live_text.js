@@ -1,10 +1,13 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { nodeAt } from "./execution_id.js";
 
 const NODES = ["WanVideoDistributedInference", "WanVideoDistributedBatch"];
 const WIDGET = "live_text";
+const CANVAS_WIDGET = "$$node-text-preview";
 
-// What a node says while it runs. The canvas renderer shows such text by itself, Nodes 2.0 does not.
+// What a node says while it runs. The canvas renderer shows such text by itself, but not inside a subgraph; Nodes 2.0
+// does not at all.
 app.registerExtension({
   name: "wan.distributed.liveText",
   // Now, not with the first text: Nodes 2.0 does not see widgets that come later.
@@ -20,8 +23,11 @@ app.registerExtension({
   },
   setup() {
     api.addEventListener("progress_text", ({ detail: { nodeId, text } }) => {
-      const widget = app.graph.getNodeById(nodeId)?.widgets?.find((other) => other.name === WIDGET);
-      if (widget) widget.element.textContent = text;
+      const node = nodeAt(nodeId), widgets = node?.widgets ?? [];
+      const widget = widgets.find((other) => other.name === WIDGET);
+      if (!widget) return;
+      widget.element.textContent = text;
+      widget.hidden = node.graph.isRootGraph || widgets.some((other) => other.name === CANVAS_WIDGET);
     });
   },
 });

@@ -1,11 +1,26 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { locator, nodeAt } from "./execution_id.js";
 
 const NODES = ["WanVideoDistributedInference", "WanVideoDistributedBatch"];
 
-function ours(id) {
-  const node = app.graph.getNodeById(id);
+function ours(executionId) {
+  const node = nodeAt(executionId);
   return NODES.includes(node?.comfyClass) ? node : null;
+}
+
+// A node shows its pictures before its outputs, and the canvas would go on drawing them.
+function showVideo(executionId) {
+  const node = ours(executionId);
+  if (!node) return;
+  delete app.nodePreviewImages[locator(node)];
+  const picture = node.widgets?.find((widget) => widget.name === "$$canvas-image-preview");
+  if (picture) node.removeWidget(picture);
+  node.imgs = undefined;
+  node.imageIndex = null;
+  node.images = undefined;
+  node.previewMediaType = "video";
+  node.setDirtyCanvas?.(true, true);
 }
 
 // Some frontends show the video of a node without a VIDEO input as a broken image; this names the kind of media.
@@ -25,16 +40,9 @@ app.registerExtension({
       node.videoContainer = undefined;
       node.previewMediaType = "image";
     });
-    api.addEventListener("executed", ({ detail }) => {
-      const node = ours(detail.display_node ?? detail.node);
-      if (!node) return;
-      // A node shows its pictures before its outputs, and the canvas would go on drawing them.
-      delete app.nodePreviewImages[node.id];
-      const picture = node.widgets?.find((widget) => widget.name === "$$canvas-image-preview");
-      if (picture) node.removeWidget(picture);
-      node.imgs = undefined;
-      node.imageIndex = null;
-      node.previewMediaType = "video";
-    });
+    api.addEventListener("executed", ({ detail }) => showVideo(detail.display_node ?? detail.node));
+    // The video of the run before, if there was one.
+    for (const ending of ["execution_interrupted", "execution_error"])
+      api.addEventListener(ending, ({ detail }) => showVideo(detail.node_id));
   },
 });
