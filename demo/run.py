@@ -22,7 +22,7 @@ from .train.world import FRAMES, HEIGHT, WIDTH
 OUTPUT = ROOT / "demo" / "output"
 TRAINED = ROOT / "demo" / "model"
 """A models folder, written by demo/train."""
-CAPTION = "a red circle moves right on a white background"
+CAPTION = "a yellow star moves right on a black background"
 
 
 def main() -> int:
@@ -43,7 +43,8 @@ def main() -> int:
         video = _video(server, run, node_id(prompt, "WanVideoDistributedInference"))
     shown = OUTPUT / "demo.mp4"
     shutil.copyfile(video, shown)
-    print(f"\nDone in {time.monotonic() - start:.0f} s. The video:\n{shown}")
+    words = node_of(prompt, "WanVideoTextEncode")["inputs"]["positive_prompt"]
+    print(f'\nDone in {time.monotonic() - start:.0f} s. "{words}":\n{shown}')
     return 0
 
 
@@ -58,7 +59,6 @@ def _workflow(models: Path) -> Prompt:
         link.symlink_to(path)
     prompt = small_example(NAMES, width=WIDTH, height=HEIGHT, num_frames=FRAMES, sample_steps=20)
     node_of(prompt, "WanVideoTextEncode")["inputs"]["positive_prompt"] = CAPTION
-    print(f"The prompt: {CAPTION}")
     return prompt
 
 

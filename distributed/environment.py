@@ -72,4 +72,7 @@ def child_environment(parallel: Parallel, group_folder: Path, source: Mapping[st
 def _compile_cache(source: Mapping[str, str]) -> dict[str, str]:
     """Where compiled kernels stay for the next job: torch's own choice is the temporary folder, often emptied."""
     caches = source.get("XDG_CACHE_HOME") or (f"{source['HOME']}/.cache" if source.get("HOME") else "")
-    return {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/wan-distributed/inductor"} if caches else {}
+    if not caches:
+        return {}
+    folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    return {name: f"{caches}/wan-distributed/{folder}" for name, folder in folders.items()}

@@ -183,13 +183,13 @@ class RankExperts:
             log.info("the %s expert is not read ahead: host memory does not hold its files", name)
             paths = []
         ranks = job.parallel.gpus_per_host
-        reading = Prefetch(partial(read_ahead, paths, part=self._rank % ranks, parts=ranks))
+        read = partial(read_ahead, paths, part=self._rank % ranks, parts=ranks)
         if job.parallel.parks_experts:
-            return _Coming(wanted, reading, partial(self._take_the_place, name, wanted, job, settings))
+            return _Coming(wanted, Prefetch(read), partial(self._take_the_place, name, wanted, job, settings))
         # Its memory is taken now: a device that is too small is to be noticed before the first step.
         built = build_expert(wanted.paths, wanted.strengths, expert=name, **settings)
         self.models[name], self.weights[name] = built.model, built.weights
-        return _Coming(wanted, reading, lambda on_read: built.read(on_tensor=on_read))
+        return _Coming(wanted, Prefetch(read), lambda on_read: built.read(on_tensor=on_read))
 
     def _take_the_place(
         self, name: str, wanted: _Loaded, job: Job, settings: dict[str, Any], on_read: OnRead

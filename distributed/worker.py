@@ -191,7 +191,7 @@ class Worker:
                 timestep_rows=None if known is None else known.timestep_rows, mesh=session.mesh,
                 arrive=self.arrive,
             )  # fmt: skip
-            self.files.progress("denoise", 0, len(self.steps))
+            self.report_steps()
             self._step_start = time.perf_counter()
             tokens = denoise(
                 tokens_of(conditioning.latents), solver=self.solver, guidance=self.guidance, predict=experts.predict,
@@ -214,12 +214,12 @@ class Worker:
             nonlocal told
             if time.perf_counter() - told >= MIN_INTERVAL:
                 told = time.perf_counter()
-                steps = len(self.step_seconds)
-                self.files.progress(
-                    "denoise", steps, len(self.steps), message=f"loading the {message} {done / total:.0%}"
-                )
+                self.report_steps(f"loading the {message} {done / total:.0%}")
 
         self.session.experts.arrive(expert, on_tensor)
+        if told > start:
+            # Or it would be said to be loading until the step ends.
+            self.report_steps()
         self._step_start += time.perf_counter() - start
 
     def on_step(self, done: int) -> None:
@@ -230,9 +230,13 @@ class Worker:
         now = time.perf_counter()
         self.step_seconds.append(now - self._step_start)
         self._step_start = now
-        steady = steady_seconds(self.step_seconds)
-        self.files.progress("denoise", done, len(self.steps), seconds_per_step=steady)
+        self.report_steps()
         log.info("step %d of %d: %.2f s", done, len(self.steps), self.step_seconds[-1])
+
+    def report_steps(self, message: str = "") -> None:
+        done = len(self.step_seconds)
+        steady = steady_seconds(self.step_seconds) if done else None
+        self.files.progress("denoise", done, len(self.steps), seconds_per_step=steady, message=message)
 
     def finish(self, latents: Tensor) -> None:
         """Rank 0 keeps the latents; all decode; rank 0 writes the video and, last, the result."""

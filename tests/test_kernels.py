@@ -57,12 +57,21 @@ def test_fused_kernels_are_taken_where_they_were_measured(monkeypatch: pytest.Mo
 
     lacking = ""
     monkeypatch.setattr("wan_pack.wan.ops.check_kernels", check)
+    monkeypatch.setattr("wan_pack.wan.ops._start_triton", lambda: None)
     assert choose_ops((9, 0)) == ("triton", "fused, the fastest measured on Hopper")
     assert choose_ops((9, 0), "plain") == ("plain", "as asked")
     assert choose_ops((8, 9), "triton") == ("triton", "as asked")
     assert {choose_ops(gpu)[0] for gpu in ((8, 0), (8, 9), (10, 0), (12, 0), None)} == {"plain"}
     assert choose_ops((9, 0), compiled=True) == ("plain", "torch.compile makes kernels of it")
     lacking = "it needs a C compiler"
-    assert choose_ops((9, 0)) == ("plain", "it needs a C compiler")
+    assert choose_ops((9, 0)) == ("plain", "ValueError: it needs a C compiler")
     with pytest.raises(ValueError, match="C compiler"):
         choose_ops((9, 0), "triton")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, of torch's CUDA builds")
+def test_plain_kernels_are_taken_where_triton_does_not_start(monkeypatch: pytest.MonkeyPatch):
+    """As here, without a driver."""
+    monkeypatch.setattr("wan_pack.wan.ops._lacks_for_launchers", lambda: "")
+    name, reason = choose_ops((9, 0))
+    assert name == "plain" and "driver" in reason, reason

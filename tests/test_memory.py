@@ -65,7 +65,14 @@ def test_streaming_holds_two_blocks():
     work = workload()
     parallel = Parallel(gpu_count=1, stream_blocks=True, offload_model=True)
     assert estimate(work, parallel).weights == work.outside_bytes + 2 * A14B[1]
-    assert memory.parked_bytes(work, parallel) == 2 * A14B[0]
+    assert memory.parked_bytes(work, parallel) == A14B[0]
+
+
+def test_processes_that_stay_keep_what_others_drop():
+    work = workload()
+    for waits, warm, cold in (({"stream_blocks": True}, 2 * A14B[0], A14B[0]), ({"offload_model": True}, A14B[0], 0)):
+        assert memory.parked_bytes(work, Parallel(gpu_count=1, keep_warm_seconds=60.0, **waits)) == warm
+        assert memory.parked_bytes(work, Parallel(gpu_count=1, **waits)) == cold
 
 
 @pytest.mark.parametrize(

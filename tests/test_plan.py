@@ -130,14 +130,17 @@ def test_weights_alone_may_be_too_much():
 
 
 def test_host_memory_limits_what_waits_there():
-    """Streaming on two GPUs keeps both experts for each of them: 108 GiB."""
-    asked = {"use_fsdp": False, "gpu_count": 2}
+    """Streaming on two GPUs, by processes that stay, keeps both experts for each of them: 108 GiB."""
+    asked = {"use_fsdp": False, "gpu_count": 2, "keep_warm_seconds": 60.0}
     assert plan(workload(), request(**asked), machine(15.0, 15.0), host_bytes=256 << 30).parallel.stream_blocks
     with pytest.raises(DoesNotFit, match="this size with 108 GiB of host memory, of which 58 are left"):
         plan(workload(), request(**asked, offload_model=True), machine(15.0, 15.0), host_bytes=64 << 30)
     # With the choice it takes one GPU, for which 64 GiB are enough.
-    alone = plan(workload(), request(use_fsdp=False), machine(15.0, 15.0), host_bytes=64 << 30)
-    assert alone.parallel.gpu_count == 1
+    staying = request(use_fsdp=False, keep_warm_seconds=60.0)
+    assert plan(workload(), staying, machine(15.0, 15.0), host_bytes=64 << 30).parallel.gpu_count == 1
+    # Without the next video in mind each of them needs half.
+    going = request(**{**asked, "keep_warm_seconds": 0.0})
+    assert plan(workload(), going, machine(15.0, 15.0), host_bytes=64 << 30).parallel.stream_blocks
 
 
 def test_a_little_more_or_less_memory_does_not_change_the_plan():

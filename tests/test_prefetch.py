@@ -153,7 +153,9 @@ def test_steps_begin_before_the_other_expert_is_read(
     monkeypatch.setattr("wan_pack.distributed.worker.MIN_INTERVAL", 0.0)
     read_late(wait)
     cold = rank.run(rank.job(keep_warm_seconds=300.0))
-    assert any(message.startswith("denoise 3/4 loading the low_noise expert") for message in rank.messages)
+    loading = [message.startswith("denoise 3/4 loading the low_noise expert") for message in rank.messages]
+    assert any(loading)
+    assert rank.messages[len(loading) - loading[::-1].index(True)] == "denoise 3/4", "it no longer loads"
     warm = rank.run(rank.job(keep_warm_seconds=300.0))
     assert torch.equal(cold, warm)
 

@@ -130,8 +130,9 @@ def choose_ops(capability: tuple[int, int] | None, wanted: str = "auto", *, comp
         return "plain", "no GPU" if capability is None else "others are measured on Hopper only"
     try:
         check_kernels(capability, "triton")
-    except ValueError as error:
-        return "plain", str(error)
+        _start_triton()
+    except Exception as error:  # whatever keeps Triton from running: there is another way
+        return "plain", f"{type(error).__name__}: {error}"
     return "triton", "fused, the fastest measured on Hopper"
 
 
@@ -148,6 +149,13 @@ def check_kernels(capability: tuple[int, int] | None, name: str) -> None:
         raise ValueError(
             f"kernels is 'triton', which needs {lacking} to start its kernels; choose 'plain' or install it"
         )
+
+
+def _start_triton() -> None:
+    """Compiles what Triton asks the GPU with: it needs the driver's library and a cache folder that can be written."""
+    from triton.runtime import driver
+
+    driver.active.get_current_target()
 
 
 def _lacks_for_launchers() -> str:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..train.world import BACKGROUNDS, COLOURS, SHAPES, WIDTH, Kind, Scene, Thing, render
+from ..train.world import BACKGROUNDS, COLOURS, HORIZONTAL, SHAPES, VERTICAL, WIDTH, Kind, Scene, Thing, render
 
 SYMMETRIES = (3, 4, 5)
 SMALLEST = 20.0
@@ -46,6 +46,10 @@ class Seen:
     """One of `world.MOTIONS`, or "stays"."""
     place: str
     """The third of the picture that its centre is in, on average: left, middle, right."""
+
+    @property
+    def direction(self) -> str:
+        return direction(self.motion)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,11 @@ def _prototypes() -> dict[str, Tensor]:
     return found
 
 
+def direction(motion: str) -> str:
+    """Where a motion leads: left, right, up or down, or nowhere, as spinning, growing and bouncing do."""
+    return motion if motion in (*HORIZONTAL, *VERTICAL) else ""
+
+
 def agreement(scene: Scene, measured: Measured) -> dict[str, bool]:
     """What of `scene` a clip shows; every aspect must hold for all its things, and no other thing may be there."""
     by_colour = {seen.colour: seen for seen in measured.things}
@@ -159,9 +168,12 @@ def agreement(scene: Scene, measured: Measured) -> dict[str, bool]:
         pairs = [(scene.things[0], measured.things[0])]
 
     def everywhere(aspect: str) -> bool:
-        return all(seen is not None and getattr(seen, aspect) == getattr(thing.kind, aspect) for thing, seen in pairs)
+        return all(seen is not None and getattr(seen, aspect) == wanted(thing, aspect) for thing, seen in pairs)
 
-    found = {aspect: everywhere(aspect) for aspect in ("colour", "shape", "motion")}
+    def wanted(thing: Thing, aspect: str) -> str:
+        return direction(thing.kind.motion) if aspect == "direction" else getattr(thing.kind, aspect)
+
+    found = {aspect: everywhere(aspect) for aspect in ("colour", "shape", "motion", "direction")}
     found["place"] = all(seen is not None and thing.place in ("", seen.place) for thing, seen in pairs)
     found["background"] = measured.background == scene.background
     found["number"] = len(measured.things) == len(scene.things)

@@ -85,6 +85,8 @@ def _wait_until_ready(folder: HostsDir, nodes: Iterable[int]) -> None:
     for node in nodes:
         while not folder.ready(node).exists():
             time.sleep(READY_SECONDS)
+            # NFS remembers for half a minute that a file was not there, unless its folder is opened.
+            os.listdir(folder.path)
 
 
 def _run(folder: HostsDir, job: Job, node: int) -> int:

@@ -5,6 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import shutil
@@ -177,7 +178,9 @@ class HostsDir(GroupDir):
         """
         for node, name in enumerate(hosts):
             if self.waits(node).exists() and not self.ready(node).exists():
-                return f"host {name}: {read_json(self.waits(node))['reason']}"
+                # On a network file system a file that is being replaced may be unreadable for a moment.
+                with contextlib.suppress(JobError):
+                    return f"host {name}: {read_json(self.waits(node))['reason']}"
         return ""
 
     def read_job(self) -> Job:

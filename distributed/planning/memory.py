@@ -125,10 +125,13 @@ def weights_at_rest(work: Workload, parallel: Parallel) -> int:
 
 
 def parked_bytes(work: Workload, parallel: Parallel) -> int:
-    """Bytes of host memory of all ranks together for weights that wait there."""
+    """Bytes of host memory of all ranks together for weights that wait there.
+
+    Where the processes end with the job, an expert is dropped when the other takes over.
+    """
     if parallel.stream_blocks:
-        return sum(work.experts) * parallel.gpu_count
-    if not parallel.offload_model or len(work.experts) < 2:
+        return (sum if parallel.keep_warm_seconds else max)(work.experts) * parallel.gpu_count
+    if not parallel.offload_model or not parallel.keep_warm_seconds or len(work.experts) < 2:
         return 0
     return max(work.experts) * (1 if parallel.use_fsdp else parallel.gpu_count)
 
