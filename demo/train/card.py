@@ -18,10 +18,10 @@ plain shapes that move, {width}x{height}, {frames} frames, and nothing else.
 - Made from: clips drawn by `demo/train/world.py` and captions of `demo/train/captions.py`. No other data and no other
   weights were used.
 - Trained for eight minutes on one H200 (`python demo/train --part PART`: the VAE, both text-to-video experts with the
-  text encoder, the image-to-video experts beside the LoRAs), after twelve minutes of the VAE and before twenty minutes of
-  the text-to-video experts (`--finish`) on two CPU cores. `curves` has the losses, `samples` sheets of held-out captions.
-- Limits: outlines are rough; spinning was not learned, a thing that should spin stays and loses its shape; of two things
-  one may take the other's colour or shape; other words and other sizes mean nothing to it.
+  text encoder, the image-to-video experts beside the LoRAs), after twelve minutes of the VAE and before twenty of the
+  text-to-video experts (`--finish`) on two CPU cores. `curves` has the losses, `samples` sheets of held-out captions.
+- Limits: outlines are rough; spinning was not learned: a thing that should spin stays and loses its shape; of two
+  things one may take the other's colour or shape; other words and other sizes mean nothing to it.
 - Not seen in training: {held} of {all} combinations of colour, shape and motion (`world.held_out`).
   `python demo/meaning MODELS` measures how well they are shown.
 - Sampling: as the released models. Text to video: 20 steps, shift 12, guidance 4 and 3, boundary 0.875; with the LoRAs
