@@ -46,7 +46,7 @@ def _job(models: Path, prompt: str, *, steps: int, ranks: int) -> Job:
     """The job whose video `Pipeline.clip` computes in this process."""
 
     def files(name: str) -> tuple[FileIdentity, ...]:
-        return (FileIdentity.of(place(models, name)),)
+        return (FileIdentity.of(place(models.resolve(), name)),)
 
     count, gpu_ids = choose_gpus(ranks)
     guidance = T2V.guidance
