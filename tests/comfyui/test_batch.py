@@ -63,7 +63,8 @@ def test_batch_makes_the_videos_of_single_runs(comfy: Comfy) -> None:
         "success\n- 2 videos, 2 at a time, on: 1 processes; 1 processes\n\nvideo 1 of 2 (seed 42, A"
     )
     lines = [data["text"] for data in run.of("text") if data["node"] == node_id(prompt, KIND)]
-    assert any("; group 1: " in line and "; group 2: " in line for line in lines), lines
+    # One group may find the single video's processes and be done before the other has started: not always at once.
+    assert {group for line in lines for group in re.findall(r"; group (\d): ", line)} == {"1", "2"}, lines
     assert lines[-1] == "2 of 2 done"
 
 
