@@ -87,11 +87,10 @@ def build_expert(
     else:
         model.to_empty(device=device)
         weights = HostParking(model)
-    names = [name for name, _ in model.named_parameters()]
 
     def read(**how: Any) -> None:
         with weights.writable():
-            read_weights(model, checkpoint, names, device=device, loras=opened, **how)
+            read_weights(model, checkpoint, device=device, loras=opened, **how)
 
     return Expert(model, weights, read)
 

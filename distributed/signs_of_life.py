@@ -57,8 +57,8 @@ class SignsOfLife:
     def __init__(self, folder: JobDir, parallel: Parallel) -> None:
         self._folder, self._parallel = folder, parallel
         self._seen: dict[int, int] = {}
-        self._start = self._last = time.monotonic()
         self._denoising = False
+        self.restart()
 
     def restart(self) -> None:
         """Has the time-outs begin now."""

@@ -30,7 +30,7 @@ def empty_model(
 
     Args:
         compute: dtype of the matrix products.
-        loras: those that `load_weights` will merge; an fp8 weight that they change gets a scale for each row.
+        loras: those that `read_weights` will merge; an fp8 weight that they change gets a scale for each row.
         fp8_products: the large layers multiply e4m3 codes: the file's where it has them, or made of its values.
     """
     fp8 = {
@@ -44,45 +44,30 @@ def empty_model(
     return meta_model(checkpoint.config, compute, fp8, fp8_products=fp8_products)
 
 
-def load_weights(
+def read_weights(
     model: nn.Module,
     checkpoint: Checkpoint,
+    names: Sequence[str] | None = None,
     *,
     device: torch.device,
     loras: Sequence[Lora] = (),
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
-    """Allocates `model` on `device` and reads its parameters.
+    """Reads parameters of a model that has its memory.
 
-    Host memory stays at the rows kept (on a CPU) plus one staging buffer per reader.
+    Host memory stays at the rows kept (on a CPU) plus one staging buffer per reader. If `on_tensor` or `meanwhile`
+    raises, the rest is not read.
 
     Args:
         model: from `empty_model` with the same LoRAs, sharded over rows or not.
+        names: of the parameters; None for all.
         loras: merged into the rows as they arrive, in float32.
         on_tensor: called with (tensors read, tensors in all).
         meanwhile: called on this thread while others read.
     """
-    model.to_empty(device=device)
-    names = [name for name, _ in model.named_parameters()]
-    read_weights(model, checkpoint, names, device=device, loras=loras, on_tensor=on_tensor, meanwhile=meanwhile)
-
-
-def read_weights(
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    names: Sequence[str],
-    *,
-    device: torch.device,
-    loras: Sequence[Lora] = (),
-    on_tensor: Callable[[int, int], None] = lambda done, total: None,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> None:
-    """Reads the named parameters of a model that has its memory.
-
-    Arguments as for `load_weights`. If `on_tensor` or `meanwhile` raises, the rest is not read.
-    """
     parameters = dict(model.named_parameters())
+    names = list(parameters) if names is None else names
     buffers = local()
 
     def made_here(name: str) -> bool:

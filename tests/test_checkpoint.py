@@ -18,7 +18,7 @@ from checkpoint_formats import (
 )
 from safetensors.torch import load_file, save_file
 from tiny import TINY, random_weights, write_official
-from wan_pack.distributed.weights import load_weights
+from wan_pack.distributed.weights import read_weights
 from wan_pack.wan.checkpoint import INDEX_NAME, Checkpoint, checkpoint_files
 from wan_pack.wan.config import WanConfig
 from wan_pack.wan.model import meta_model, parameter_dtype
@@ -30,8 +30,8 @@ SINGLE = WanConfig(dim=128, ffn_dim=80, num_heads=1, num_layers=2, in_dim=16, ou
 def loaded(path: Path, compute: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """The checkpoint's values; fp8 is unpacked, as the model has no fp8 weights."""
     checkpoint = Checkpoint(checkpoint_files(path))
-    model = meta_model(checkpoint.config, compute)
-    load_weights(model, checkpoint, device=torch.device("cpu"))
+    model = meta_model(checkpoint.config, compute).to_empty(device="cpu")
+    read_weights(model, checkpoint, device=torch.device("cpu"))
     return model.state_dict()
 
 
@@ -220,8 +220,9 @@ def test_a_file_that_shrinks_later_is_an_error_not_garbage(tmp_path: Path):
     path = single_file(tmp_path / "shrinks.safetensors", random_weights(SINGLE))
     checkpoint = Checkpoint([path])
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    model = meta_model(SINGLE, torch.float32).to_empty(device="cpu")
     with pytest.raises(OSError, match=r"shrinks.safetensors ended at byte"):
-        load_weights(meta_model(SINGLE, torch.float32), checkpoint, device=torch.device("cpu"))
+        read_weights(model, checkpoint, device=torch.device("cpu"))
 
 
 def test_damaged_indexes_are_named(tmp_path: Path):

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 from wan_pack.demo import run as demo
 from wan_pack.demo.example import node_of
-from wan_pack.demo.meaning.arithmetic import attention_of_codes, eight_bits
 from wan_pack.demo.meaning.measure import agreement, measure, psnr
 from wan_pack.demo.meaning.pipeline import as_video
 from wan_pack.demo.train import text
@@ -38,7 +37,6 @@ from wan_pack.demo.train.world import (
     render,
     scene_of,
 )
-from wan_pack.wan.attention import attention
 from wan_pack.wan.latents import denormalise
 from wan_pack.wan.model import TextContext, WanModel, pad_text
 from wan_pack.wan.rope import rope_table
@@ -286,19 +284,3 @@ def test_the_demo_takes_the_trained_model_where_there_is_one(tmp_path: Path, mon
     assert node_of(prompt, "WanVideoDistributedInference")["inputs"]["num_frames"] == FRAMES
     assert node_of(prompt, "WanVideoTextEncode")["inputs"]["positive_prompt"] == demo.CAPTION
     assert place(models, NAMES.low_noise).resolve() == file
-
-
-def test_attention_of_codes_is_attention_but_for_what_eight_bits_lose() -> None:
-    q, k, v = (torch.randn(37, 3, 16, generator=generator(torch.device("cpu"), i)) * 10 ** (i - 1) for i in range(3))
-    exact, rounded = attention(q, k, v), attention_of_codes(q, k, v)
-    error = ((rounded - exact).norm() / exact.norm()).item()
-    assert 1e-3 < error < 0.06
-    # A scale per head: what one head holds does not cost another its bits.
-    louder = torch.cat((v[:, :2], 1000 * v[:, 2:]), dim=1)
-    torch.testing.assert_close(attention_of_codes(q, k, louder)[:, :2], rounded[:, :2])
-
-
-def test_the_measured_arithmetics_are_a_jobs_own() -> None:
-    arithmetics = eight_bits(torch.device("cpu"))
-    assert [each.fp8_products for each in arithmetics.values()] == [False, True, True]
-    assert all(each.dtype == torch.bfloat16 for each in arithmetics.values())

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from wan_pack.demo.meaning.arithmetic import attention_of_codes, eight_bits
 from wan_pack.demo.meaning.measure import agreement, measure, psnr
 from wan_pack.demo.meaning.pipeline import FOUR_STEPS, I2V, T2V, Pipeline, as_video, bounded, guided
 from wan_pack.demo.meaning.ranks import same_on_ranks
@@ -16,7 +17,9 @@ from wan_pack.demo.train.checkpoint import MAX_ALL, MAX_FILE, trained
 from wan_pack.demo.train.distill import FILES
 from wan_pack.demo.train.dit import T2V as T2V_TASK
 from wan_pack.demo.train.i2v import I2V as I2V_TASK
+from wan_pack.demo.train.loop import generator
 from wan_pack.demo.train.world import render
+from wan_pack.wan.attention import attention
 
 SCENES = held_out_scenes(8)
 SHORT = replace(T2V, steps=4)
@@ -73,3 +76,19 @@ def test_the_model_fits_the_repository():
     sizes = {path.name: path.stat().st_size for path in trained(TRAINED)}
     assert len(sizes) == 8
     assert max(sizes.values()) <= MAX_FILE and sum(sizes.values()) <= MAX_ALL
+
+
+def test_attention_of_codes_is_attention_but_for_what_eight_bits_lose() -> None:
+    q, k, v = (torch.randn(37, 3, 16, generator=generator(torch.device("cpu"), i)) * 10 ** (i - 1) for i in range(3))
+    exact, rounded = attention(q, k, v), attention_of_codes(q, k, v)
+    error = ((rounded - exact).norm() / exact.norm()).item()
+    assert 1e-3 < error < 0.06
+    # A scale per head: what one head holds does not cost another its bits.
+    louder = torch.cat((v[:, :2], 1000 * v[:, 2:]), dim=1)
+    torch.testing.assert_close(attention_of_codes(q, k, louder)[:, :2], rounded[:, :2])
+
+
+def test_the_measured_arithmetics_are_a_jobs_own() -> None:
+    arithmetics = eight_bits(torch.device("cpu"))
+    assert [each.parallel.linear_precision for each in arithmetics.values()] == ["full", "fp8", "fp8"]
+    assert all(each.parallel.mixed_precision == "bf16" for each in arithmetics.values())

@@ -19,7 +19,7 @@ from ranks import run_ranks
 from safetensors.torch import save_file
 from tiny import random_weights, write_official
 from wan_pack.distributed.offload import HostParking
-from wan_pack.distributed.weights import empty_model, load_weights
+from wan_pack.distributed.weights import empty_model, read_weights
 from wan_pack.wan.checkpoint import Checkpoint
 from wan_pack.wan.config import WanConfig
 from wan_pack.wan.linear import FP8_DTYPES, Linear, quantise_rows
@@ -35,8 +35,8 @@ Q = "blocks.0.self_attn.q.weight"
 
 def load(path: Path, compute: torch.dtype, loras: tuple[Lora, ...] = ()) -> WanModel:
     checkpoint = Checkpoint([path])
-    model = empty_model(checkpoint, compute, loras)
-    load_weights(model, checkpoint, device=CPU, loras=loras)
+    model = empty_model(checkpoint, compute, loras).to_empty(device=CPU)
+    read_weights(model, checkpoint, device=CPU, loras=loras)
     return model
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...distributed.job import Parallel
 from ...wan.attention import KERNELS, Attention, attention, quantise_heads
 from ...wan.linear import E4M3
 
@@ -17,13 +18,12 @@ RANGE = 256.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arithmetic:
-    dtype: torch.dtype
-    """Of the matrix products and of attention."""
-    fp8_products: bool = False
+    parallel: Parallel
+    """Its precisions."""
     attention: Attention = attention
 
 
-FULL = Arithmetic(dtype=torch.float32)
+FULL = Arithmetic(parallel=Parallel(gpu_count=1, mixed_precision="fp32"))
 
 
 def eight_bits(device: torch.device) -> dict[str, Arithmetic]:
@@ -31,10 +31,11 @@ def eight_bits(device: torch.device) -> dict[str, Arithmetic]:
     kernel = KERNELS["fa3-fp8"]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     run = attention_of_codes if kernel.obstacle(capability, torch.bfloat16) else kernel.run
+    fp8 = Parallel(gpu_count=1, linear_precision="fp8")
     return {
-        "bf16": Arithmetic(dtype=torch.bfloat16),
-        "fp8 linears": Arithmetic(dtype=torch.bfloat16, fp8_products=True),
-        "fp8 linears and attention": Arithmetic(dtype=torch.bfloat16, fp8_products=True, attention=run),
+        "bf16": Arithmetic(parallel=Parallel(gpu_count=1)),
+        "fp8 linears": Arithmetic(parallel=fp8),
+        "fp8 linears and attention": Arithmetic(parallel=fp8, attention=run),
     }
 
 

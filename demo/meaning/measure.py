@@ -47,10 +47,6 @@ class Seen:
     place: str
     """The third of the picture that its centre is in, on average: left, middle, right."""
 
-    @property
-    def direction(self) -> str:
-        return direction(self.motion)
-
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -168,12 +164,12 @@ def agreement(scene: Scene, measured: Measured) -> dict[str, bool]:
         pairs = [(scene.things[0], measured.things[0])]
 
     def everywhere(aspect: str) -> bool:
-        return all(seen is not None and getattr(seen, aspect) == wanted(thing, aspect) for thing, seen in pairs)
+        return all(seen is not None and getattr(seen, aspect) == getattr(thing.kind, aspect) for thing, seen in pairs)
 
-    def wanted(thing: Thing, aspect: str) -> str:
-        return direction(thing.kind.motion) if aspect == "direction" else getattr(thing.kind, aspect)
-
-    found = {aspect: everywhere(aspect) for aspect in ("colour", "shape", "motion", "direction")}
+    found = {aspect: everywhere(aspect) for aspect in ("colour", "shape", "motion")}
+    found["direction"] = all(
+        seen is not None and direction(seen.motion) == direction(thing.kind.motion) for thing, seen in pairs
+    )
     found["place"] = all(seen is not None and thing.place in ("", seen.place) for thing, seen in pairs)
     found["background"] = measured.background == scene.background
     found["number"] = len(measured.things) == len(scene.things)

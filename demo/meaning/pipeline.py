@@ -11,14 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...distributed.experts import Experts
+from ...distributed.experts import Experts, load_expert
 from ...distributed.sequence import SequenceShard
-from ...distributed.weights import empty_model, load_weights
-from ...wan.checkpoint import Checkpoint
 from ...wan.conditioning import image_channels
 from ...wan.denoise import HIGH_NOISE, LOW_NOISE, Guidance, denoise, draw_noise
 from ...wan.latents import latents_shape
-from ...wan.lora import Lora
 from ...wan.model import WanModel
 from ...wan.patch import patchify, token_grid, unpatchify
 from ...wan.schedule import make_solver
@@ -72,13 +69,12 @@ class Pipeline:
         self.vae = load_vae([place(models, NAMES.vae)], device=device)
         self._experts: dict[str, WanModel] = {}
         for i, side in enumerate((HIGH_NOISE, LOW_NOISE)):
-            checkpoint = Checkpoint([place(models, experts[i])])
-            opened = [Lora(place(models, loras[i]), 1.0, checkpoint.shapes, expert=side)] if loras else []
-            model = empty_model(checkpoint, arithmetic.dtype, opened, fp8_products=arithmetic.fp8_products)
-            load_weights(model, checkpoint, device=self.device, loras=opened)
-            for block in model.blocks:
-                block.self_attn.attention = arithmetic.attention
-            self._experts[side] = model
+            self._experts[side] = load_expert(
+                [str(place(models, experts[i]))], [(str(place(models, loras[i])), 1.0)] if loras else [], expert=side,
+                parallel=arithmetic.parallel, attention=arithmetic.attention, mesh=None,
+                # One rank's, whatever the length.
+                shard=SequenceShard(length=1), device=self.device,
+            )  # fmt: skip
 
     @torch.no_grad()
     def clip(
