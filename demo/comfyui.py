@@ -143,9 +143,13 @@ class Server:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def request(self, path: str, body: Any = None, timeout: float = 30.0) -> Any:
-        """GET, or POST of JSON where there is a body; the decoded JSON answer. HTTPError on a refusal."""
+        """GET, or POST of JSON where there is a body; the decoded JSON answer. HTTPError on a refusal.
+
+        With the header that the pack's own routes ask for.
+        """
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"} if data else {})
+        headers = {"Content-Type": "application/json", "X-Wan-Distributed": "1"} if data else {}
+        request = urllib.request.Request(self.url + path, data, headers)
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             text = answer.read()
         return json.loads(text) if text.strip() else None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .contact_sheet import contact_sheet
+from .other_pages import comes_from_another_page, refusal
 
 if TYPE_CHECKING:
     from ..distributed.launcher import Progress
@@ -138,14 +139,18 @@ def _server() -> Any | None:
 def add_route(method: str, path: str, answer: Callable[[Mapping[str, Any]], Awaitable[Mapping[str, Any]]]) -> None:
     """Answers `method` (GET or POST) on `path` with JSON; `answer` is given the JSON object that was sent, or {}.
 
-    Only while ComfyUI loads its packs: later its routes are fixed.
+    Other web pages' requests are refused. Only while ComfyUI loads its packs: later its routes are fixed.
     """
     server = _server()
     if server is None:
         return
     from aiohttp import web
+    from comfy.cli_args import args
 
     async def handle(request: web.Request) -> web.Response:
+        refused = refusal(request.method, request.headers, any_origin=args.enable_cors_header is not None)
+        if refused is not None:
+            raise web.HTTPForbidden(text=refused)
         try:
             sent = json.loads(await request.text() or "{}")
         except ValueError as error:
@@ -158,16 +163,18 @@ def add_route(method: str, path: str, answer: Callable[[Mapping[str, Any]], Awai
 
 
 def on_free_memory(react: Callable[[], Awaitable[Any]]) -> None:
-    """Calls `react` when somebody asks ComfyUI to unload models or to free memory.
+    """Calls `react` when somebody, but no other web page, asks ComfyUI to unload models or to free memory.
 
     ComfyUI itself only sets a flag, for after the next prompt, and tells nobody.
     """
     server = _server()
     if server is None:
         return
+    from comfy.cli_args import args
 
     async def look(request: Any, response: Any) -> None:
-        if request.method == "POST" and request.path in ("/free", "/api/free"):
+        other = comes_from_another_page(request.headers, any_origin=args.enable_cors_header is not None)
+        if request.method == "POST" and request.path in ("/free", "/api/free") and not other:
             asked = await request.json()
             if asked.get("unload_models") or asked.get("free_memory"):
                 await react()

@@ -24,7 +24,7 @@ def release(group_id: str | None = None) -> int:
 
 def register() -> None:
     """Lets go of the GPUs on ComfyUI's "Free memory" (POST /free) and on POST /wan_distributed/release, {"group": id}
-    for one group; GET /wan_distributed/groups lists them.
+    for one group, with the header X-Wan-Distributed; GET /wan_distributed/groups lists them.
     """
 
     # In threads: ending processes takes up to a second, nvidia-smi longer, in which the server must go on serving.

@@ -6,7 +6,8 @@ const NODES = ["WanVideoDistributedConfig", "WanVideoDistributedInference", "Wan
 // Of the group of this id, or of all of them. What is at work ends with its video or batch.
 export async function release(group) {
   const body = JSON.stringify(group === undefined ? {} : { group });
-  const headers = { "Content-Type": "application/json" };
+  // The second one other pages cannot send, and the pack's routes want to see it.
+  const headers = { "Content-Type": "application/json", "X-Wan-Distributed": "1" };
   let severity = "info", summary;
   try {
     const answer = await api.fetchApi("/wan_distributed/release", { method: "POST", headers, body });
