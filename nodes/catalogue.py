@@ -8,14 +8,13 @@ here, under the model folders "wan", "diffusers" and "diffusion_models".
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..distributed.job import FileIdentity
-from ..wan.model_folder import folder_files
+from ..wan.model_folder import folder_files, read_json_object
 from ..wan.tokenizer_files import find_tokenizer_files
 from . import host
 
@@ -148,10 +147,9 @@ def _subfolders(root: Path, depth: int) -> Iterator[Path]:
 def _is_transformer(folder: Path) -> bool:
     """Whether config.json is a Wan transformer's; diffusers keeps a VAE in files of the same names."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json_object(folder / "config.json").get("_class_name") in TRANSFORMERS
+    except ValueError:
         return False
-    return isinstance(config, dict) and config.get("_class_name") in TRANSFORMERS
 
 
 def _beside_experts(file: str, folder: str) -> dict[str, Path]:

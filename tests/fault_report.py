@@ -41,6 +41,8 @@ ROWS = {
     28: "a rank returns early",
     29: "leaks after failures",
     30: "other systems, no CUDA",
+    35: "headers beyond all bounds",
+    36: "requests of other pages",
 }
 
 

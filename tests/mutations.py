@@ -20,7 +20,7 @@ from typing import Any
 
 MAX_SECONDS = 5.0
 """For one file; the machine that runs the tests may be busy."""
-MAX_BYTES = 1 << 30
+MAX_BYTES = 256 << 20
 """Of memory, more than before."""
 MAX_MESSAGE = 4000
 """Characters of an error: a screen, not a dump of the file."""

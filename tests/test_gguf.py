@@ -99,7 +99,7 @@ def test_other_and_cut_files_are_named(tmp_path: Path):
         (whole[:60], "damaged or truncated"),
         (whole[:-100], r"tensor 'w' ends at byte \d+; the file has"),
         (whole[:4] + struct.pack(">I", 3) + whole[8:], "version 50331648"),
-        (whole[:8] + struct.pack("<Q", 1 << 60) + whole[16:], "promises 1152921504606846976 tensors"),
+        (whole[:8] + struct.pack("<Q", 1 << 60) + whole[16:], "describes 1152921504606846976 tensors"),
         (whole[:24] + struct.pack("<Q", 1 << 62) + whole[32:], "needs 4611686018427387904 bytes"),
     ):
         path.write_bytes(data)

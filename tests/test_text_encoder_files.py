@@ -159,7 +159,7 @@ LAYER = "encoder.block.0.layer.0.SelfAttention.q"
             "as 'int8_tensorwise convrot'",
         ),
         ({f"{LAYER}.comfy_quant": _bytes("{")}, {}, "describes its quantisation in an unknown way"),
-        ({f"{LAYER}.comfy_quant": torch.zeros(5000, dtype=torch.uint8)}, {}, "has 5000 bytes; at most 4096"),
+        ({f"{LAYER}.comfy_quant": torch.zeros(5000, dtype=torch.uint8)}, {}, "has 5000 bytes; at most 1024"),
         ({}, {"layers": 3}, "_quantization_metadata has no layers"),
         ({"spiece_model": torch.zeros(0, dtype=torch.uint8)}, {}, "spiece_model"),
         ({f"{LAYER}.weight": torch.zeros(48, 40)}, {}, f"tensor {LAYER}.weight has shape [48, 40]; the sizes"),

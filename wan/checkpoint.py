@@ -23,7 +23,7 @@ from .config import WanConfig, config_from_shapes
 from .diffusers_keys import MARKER as DIFFUSERS_MARKER
 from .diffusers_keys import to_official
 from .gguf_files import GgufFile
-from .headers import TensorInfo, read_header
+from .headers import HeadersTogether, TensorInfo, read_header
 from .identify import RUNNABLE, describe_tensors, wan_variant
 from .linear import FP8_DTYPES, Fp8Weight
 from .model import meta_model, parameter_dtype
@@ -73,8 +73,9 @@ class Checkpoint:
         self.files = tuple(str(file) for file in files)
         everything: dict[str, _Found] = {}
         formats: dict[str, str] = {}
+        together = HeadersTogether()
         for file in self.files:
-            tensors, says = _open(file)
+            tensors, says = _open(file, together)
             for name in tensors.keys() & everything.keys():
                 raise ValueError(f"{file}: tensor {name} is also in {everything[name].path}")
             everything |= tensors
@@ -162,12 +163,14 @@ def checkpoint_files(path: str | Path) -> tuple[Path, ...]:
     raise ValueError(f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}{instead}")
 
 
-def _open(file: str) -> tuple[dict[str, _Found], dict[str, str]]:
+def _open(file: str, together: HeadersTogether) -> tuple[dict[str, _Found], dict[str, str]]:
     """The tensors of one file, and the quantised formats that it names, by layer."""
     if Path(file).suffix.lower() == ".gguf":
         gguf = GgufFile(file)
+        together.add(file, gguf.header_bytes, len(gguf.tensors))
         return {name: _Found(file, t.type_name, PackedTensor(gguf, name)) for name, t in gguf.tensors.items()}, {}
     header = read_header(file)
+    together.add(file, header.nbytes, len(header.tensors))
     return {name: _Found(file, t.dtype, t) for name, t in header.tensors.items()}, quant_formats(file, header)
 
 

@@ -16,12 +16,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .headers import MAX_HEADER_BYTES, brief, check_name, describe_file
+from .headers import MAX_HEADER_BYTES, MAX_TENSORS, brief, check_count, check_name, describe_file
 
-MAX_ENTRIES = 100_000
-"""Metadata values, and tensors."""
-MAX_STRINGS = 2_000_000
-"""In all arrays together. A umT5 vocabulary has 256,384."""
+MAX_VALUES = MAX_TENSORS + 1024
+"""Of metadata: a converter may note each tensor's shape there."""
+MAX_ITEMS = 1 << 19
+"""Of one array, and strings of all arrays together. umT5's vocabulary has 256,384."""
 MAX_DIMS = 8
 SMALL = 64
 """Elements of an array that is kept with the metadata."""
@@ -77,6 +77,7 @@ class GgufFile:
         self.arrays: dict[str, GgufArray] = {}
         """Long arrays: see `read_array`."""
         self.tensors: dict[str, GgufTensor] = {}
+        self.header_bytes = 0
         self._sizes = _block_sizes(self.path)
         try:
             with open(path, "rb") as file:
@@ -140,8 +141,9 @@ class GgufFile:
         if version not in (2, 3):
             raise ValueError(f"it has version {version}; versions 2 and 3, little-endian, can be read")
         num_tensors, num_values = header.numbers("QQ")
-        if max(num_tensors, num_values) > MAX_ENTRIES:
-            raise ValueError(f"it promises {num_tensors} tensors and {num_values} values; at most {MAX_ENTRIES}")
+        check_count(num_tensors)
+        if num_values > MAX_VALUES:
+            raise ValueError(f"it promises {num_values} values; at most {MAX_VALUES} are allowed")
         for _ in range(num_values):
             key = check_name(header.string())
             if key in self.metadata or key in self.arrays:
@@ -160,6 +162,7 @@ class GgufFile:
         alignment = self.metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
             raise ValueError(f"general.alignment is {brief(alignment)}; it must be a number up to 1048576")
+        self.header_bytes = header.position
         data_start = -(-header.position // alignment) * alignment
         for name, type_id, shape, offset in entries:
             self._add_tensor(name, type_id, shape, data_start + offset, header.file_size)
@@ -264,10 +267,11 @@ class _Header:
     def _check(self, type_id: int, count: int) -> None:
         if type_id != _STRING and type_id not in _NUMBERS:
             raise ValueError(f"it holds a value of type {type_id}, which is no number, string or list of them")
-        if type_id == _STRING:
-            self._strings += count
-            if self._strings > MAX_STRINGS:
-                raise ValueError(f"its lists hold over {MAX_STRINGS} strings")
+        if count > MAX_ITEMS:
+            raise ValueError(f"it holds a list of {count} values; at most {MAX_ITEMS} are allowed")
+        self._strings += count if type_id == _STRING else 0
+        if self._strings > MAX_ITEMS:
+            raise ValueError(f"its lists hold over {MAX_ITEMS} strings")
 
 
 def _block_sizes(path: str) -> dict[int, tuple[str, tuple[int, int]]]:

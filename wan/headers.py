@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import reprlib
@@ -12,13 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+from .json_text import parse_json
+
+MAX_HEADER_BYTES = 16 << 20
+"""Of one file, and of all files of a model together. 14B's takes 0.2 MB, a trainer's notes in a LoRA a few MB, umT5's
+vocabulary in a GGUF 7 MB."""
+MAX_TENSORS = 16_384
+"""Of one file, and of all files of a model together. 14B has 1,095, with the scales of 4-bit weights some 5,000."""
+MAX_PARTS = 12 * MAX_TENSORS
+"""Of JSON. A tensor of five dimensions takes eleven."""
+FORMAT_MAX_BYTES = 100_000_000
+"""The format's own limit: more is another format."""
 MAX_NAME_LENGTH = 500
 MAX_DIMS = 64
 """torch's own limit."""
-MAX_DIGITS = 30
-"""Of a number in a header; a size has at most 19."""
 MAX_QUOTE = 400
 """Characters that a message quotes from a file."""
 
@@ -71,6 +77,8 @@ class SafetensorsHeader:
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
+    nbytes: int
+    """Of the header itself."""
 
 
 def read_header(path: str | Path) -> SafetensorsHeader:
@@ -88,19 +96,20 @@ def read_header(path: str | Path) -> SafetensorsHeader:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_int=_integer)
+        entries = parse_json(text, MAX_PARTS)
         if not isinstance(entries, dict):
             raise ValueError("it is not a JSON object")
         metadata = _metadata(entries.pop("__metadata__", {}))
+        check_count(len(entries))
         tensors = {name: _tensor_info(name, entry, data_start) for name, entry in entries.items()}
         end = _check_contiguous(tensors, data_start)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} has a damaged safetensors header: {brief(error)}") from error
     if end > file_size:
         raise ValueError(f"{path} is truncated: its header promises {end} bytes, the file has {file_size}")
     if end < file_size:
         raise ValueError(f"{path} is damaged: its header promises {end} bytes, the file has {file_size}")
-    return SafetensorsHeader(tensors, metadata)
+    return SafetensorsHeader(tensors, metadata, len(text))
 
 
 def describe_file(path: str | Path) -> str:
@@ -129,9 +138,32 @@ def describe_file(path: str | Path) -> str:
         return "a JSON file"
     if start.count(0) == len(start):
         return "a file of zero bytes (an unfinished download)"
-    if len(start) > 8 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] <= MAX_HEADER_BYTES:
+    if len(start) > 8 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] <= FORMAT_MAX_BYTES:
         return "a safetensors file"
     return "of an unknown format"
+
+
+class HeadersTogether:
+    """What the headers of one model's files come to: many small ones cost as much as a large one."""
+
+    def __init__(self) -> None:
+        self._bytes = self._tensors = 0
+
+    def add(self, path: str | Path, nbytes: int, tensors: int) -> None:
+        """ValueError, naming the file, if it is one too many."""
+        self._bytes += nbytes
+        self._tensors += tensors
+        if self._bytes > MAX_HEADER_BYTES or self._tensors > MAX_TENSORS:
+            raise ValueError(
+                f"{path} and the files before it have headers of {self._bytes} bytes with {self._tensors} tensors; "
+                f"at most {MAX_HEADER_BYTES} bytes and {MAX_TENSORS} tensors are allowed for one model"
+            )
+
+
+def check_count(tensors: int) -> None:
+    """ValueError if one file describes too many tensors."""
+    if tensors > MAX_TENSORS:
+        raise ValueError(f"it describes {tensors} tensors; at most {MAX_TENSORS} are allowed")
 
 
 def check_name(name: str) -> str:
@@ -150,30 +182,18 @@ def brief(value: object) -> str:
     return text if len(text) < MAX_QUOTE else f"{text[:MAX_QUOTE]}..."
 
 
-def _integer(digits: str) -> int:
-    # Digits without end would take time that grows with their square.
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"it holds a number of {len(digits)} digits")
-    return int(digits)
-
-
 def _header_text(path: Path, file: BinaryIO, file_size: int) -> tuple[bytes, int]:
     """The JSON text and the absolute offset at which the tensors start."""
     prefix = file.read(9)
     length = struct.unpack("<Q", prefix[:8])[0] if len(prefix) == 9 else 0
-    if length > MAX_HEADER_BYTES or prefix[8:] != b"{":
+    if length > FORMAT_MAX_BYTES or prefix[8:] != b"{":
         raise ValueError(f"{path} is not a safetensors file: it is {describe_file(path)}")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"{path} has a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed")
     if 8 + length > file_size:
         raise ValueError(f"{path} is truncated: its header alone promises {8 + length} bytes, the file has {file_size}")
     file.seek(8)
     return file.read(length), 8 + length
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) != len(pairs):
-        raise ValueError("it names something twice")
-    return unique
 
 
 def _metadata(value: Any) -> dict[str, str]:

@@ -101,7 +101,8 @@ class Lora:
 
     def _plan(self, modules: list[LoraModule]) -> None:
         names = ModuleNames(self._targets)
-        configs = {s: read_adapter_config(Path(self.path), self._metadata, second=s) for s in (False, True)}
+        experts = {module.second for module in modules}
+        configs = {second: read_adapter_config(Path(self.path), self._metadata, second=second) for second in experts}
         changed: dict[tuple[str, Role], str] = {}
         for module in modules:
             official = names.find(module.path)

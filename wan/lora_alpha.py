@@ -6,13 +6,15 @@ beside adapter_model.safetensors. A name of its own keeps that file from being t
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .headers import MAX_PARTS
+from .json_text import parse_json
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DIFFUSERS_KEY, FINETRAINERS_KEY = "lora_adapter_metadata", "lora_config"
@@ -26,17 +28,17 @@ class AdapterConfig:
     source: str
     """Where they were found, for messages."""
     alpha: float | None
-    patterns: Mapping[str, float]
-    """End of a module's name -> its own alpha."""
+    patterns: Mapping[str, tuple[int, float]]
+    """End of a module's name -> its place among them, the first of which counts, and its own alpha."""
     rank_stabilised: bool
     """Divide alpha by the root of the rank (Kalajdzievski, 2023, arXiv 2312.03732)."""
 
     def module_alpha(self, module: str) -> float | None:
         """module: as the trainer names it, such as "blocks.0.attn1.to_q"."""
-        for end, alpha in self.patterns.items():
-            if module == end or module.endswith(f".{end}"):
-                return alpha
-        return self.alpha
+        parts = module.split(".")
+        ends = (".".join(parts[i:]) for i in range(len(parts)))
+        found = [self.patterns[end] for end in ends if end in self.patterns]
+        return min(found)[1] if found else self.alpha
 
 
 NO_CONFIG = AdapterConfig("", None, {}, False)
@@ -62,11 +64,14 @@ def read_adapter_config(path: Path, metadata: Mapping[str, str], *, second: bool
     if not source:
         return NO_CONFIG
     try:
-        config = json.loads(text)
+        data = text.encode()
+        if len(data) > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {len(data)} bytes; at most {MAX_CONFIG_BYTES} are allowed")
+        config = parse_json(data, MAX_PARTS)
         if not isinstance(config, dict):
             raise ValueError("it is not a JSON object")
         return _adapter_config(source, {key.removeprefix(prefix): value for key, value in config.items()})
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{source} cannot be used: {error}") from error
 
 
@@ -82,7 +87,10 @@ def _adapter_config(source: str, config: Mapping[str, Any]) -> AdapterConfig:
     return AdapterConfig(
         source=source,
         alpha=None if alpha is None else _number("lora_alpha", alpha),
-        patterns={name.strip("^$"): _number(f"alpha_pattern {name}", value) for name, value in patterns.items()},
+        patterns={
+            name.strip("^$"): (i, _number(f"alpha_pattern {name}", value))
+            for i, (name, value) in enumerate(patterns.items())
+        },
         rank_stabilised=config.get("use_rslora") is True,
     )
 

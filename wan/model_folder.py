@@ -5,13 +5,16 @@ Standard library only: runs before any process.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from .headers import brief
+from .headers import MAX_PARTS, brief
+from .json_text import parse_json
 
-MAX_JSON_BYTES = 16 << 20
+MAX_JSON_BYTES = 4 << 20
+"""Of an index or a config. 14B's index takes 0.1 MB."""
+MAX_SHARDS = 256
+"""Of one model; in the releases at most 12."""
 MAX_FILE_NAME_BYTES = 255
 """Of every file system that models are kept on."""
 
@@ -59,6 +62,8 @@ def shard_files(index: Path) -> tuple[Path, ...]:
     values = list(weight_map.values())
     wrong = [name for name in values if not isinstance(name, str)]
     names = sorted(set(values)) if not wrong else []
+    if len(names) > MAX_SHARDS:
+        raise ValueError(f"{index} names {len(names)} files; at most {MAX_SHARDS} are allowed")
     # What no file can be called is not looked for: the system's own error would say less.
     wrong += [name for name in names if not _is_file_name(name) or not (index.parent / name).is_file()]
     if wrong:
@@ -77,8 +82,8 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"{path} has more than {MAX_JSON_BYTES} bytes")
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(data, MAX_PARTS)
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read as JSON: {brief(error)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object")

@@ -9,9 +9,9 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
-from .headers import MAX_NAME_LENGTH, TensorInfo, brief, describe_file, read_header
+from .headers import MAX_NAME_LENGTH, HeadersTogether, TensorInfo, brief, describe_file, read_header
 from .quant_formats import quant_formats
 
 if TYPE_CHECKING:
@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 GGUF_SUFFIX = ".gguf"
 PTH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 """Of PyTorch's own zip format."""
-MAX_INDEX_BYTES = 4 << 20
-"""Of a .pth's list of tensors; a thousand tensors take a tenth of it."""
+MAX_INDEX_BYTES = 1 << 20
+"""Of a .pth's list of tensors; 14B's 1,095 take a fifth of it, umT5's 242 a twentieth."""
+MAX_OPCODES = 1 << 18
+"""Of the pickle that is that list; 14B's has 50,000."""
+MAX_DIRECTORY_BYTES = 1 << 20
+"""Of a .pth's directory of storages; 14B's takes a tenth of it."""
 
 _ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, OSError, struct.error)
 """What the library raises for a damaged archive."""
@@ -72,6 +76,7 @@ def read_index(files: Sequence[str | Path], expected: str) -> ModelIndex:
     tensors: dict[str, TensorInfo] = {}
     formats: dict[str, str] = {}
     gguf = None
+    together = HeadersTogether()
     try:
         for path in paths:
             suffix = path.suffix.lower()
@@ -81,12 +86,14 @@ def read_index(files: Sequence[str | Path], expected: str) -> ModelIndex:
                 continue
             if suffix == GGUF_SUFFIX:
                 gguf = open_gguf(path)
+                together.add(path, gguf.header_bytes, len(gguf.tensors))
                 found = {
                     name: TensorInfo(tensor.type_name, tensor.shape, tensor.offset, tensor.offset + tensor.nbytes)
                     for name, tensor in gguf.tensors.items()
                 }
             elif suffix == ".safetensors":
                 header = read_header(path)
+                together.add(path, header.nbytes, len(header.tensors))
                 found = header.tensors
                 formats |= quant_formats(path, header)
             else:
@@ -127,7 +134,12 @@ def read_pth_names(path: str | Path) -> set[str]:
     if index is None:
         raise ValueError(f"{path} is not a PyTorch checkpoint: it is a zip archive without a plain data.pkl")
     try:
-        strings = {argument for _, argument, _ in pickletools.genops(io.BytesIO(index)) if isinstance(argument, str)}
+        strings = set()
+        for count, (_, argument, _) in enumerate(pickletools.genops(io.BytesIO(index))):
+            if count >= MAX_OPCODES:
+                raise ValueError(f"its list of tensors takes over {MAX_OPCODES} steps to build")
+            if isinstance(argument, str):
+                strings.add(argument)
     except ValueError as error:
         raise ValueError(f"{path} is a damaged PyTorch checkpoint: {brief(error)}") from error
     return {text for text in strings if len(text) <= MAX_NAME_LENGTH and text.isprintable()}
@@ -136,11 +148,33 @@ def read_pth_names(path: str | Path) -> set[str]:
 def _pth_index(path: Path) -> bytes | None:
     """The pickle that lists the tensors; None for another kind of archive."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(bounded := _BoundedFile(file, MAX_DIRECTORY_BYTES)) as archive:
             entries = [entry for entry in archive.infolist() if entry.filename.split("/")[1:] == ["data.pkl"]]
             # PyTorch stores it uncompressed: no archive makes more of it than the file has bytes.
-            if not entries or entries[0].compress_type != zipfile.ZIP_STORED or entries[0].file_size > MAX_INDEX_BYTES:
+            if not entries or entries[0].compress_type != zipfile.ZIP_STORED:
                 return None
+            if entries[0].file_size > MAX_INDEX_BYTES:
+                raise ValueError(
+                    f"its list of tensors takes {entries[0].file_size} bytes; at most {MAX_INDEX_BYTES} are allowed"
+                )
+            # The entry's own head comes before it.
+            bounded.left = MAX_INDEX_BYTES + (1 << 17)
             return archive.read(entries[0])
     except _ZIP_ERRORS as error:
         raise ValueError(f"{path} is a truncated or damaged PyTorch checkpoint: {brief(error)}") from error
+
+
+class _BoundedFile:
+    """A file of which only so many bytes are read: zipfile itself takes in a directory of any size."""
+
+    def __init__(self, file: BinaryIO, limit: int) -> None:
+        self._file = file
+        self.left = self._limit = limit
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(self.left + 1 if size < 0 else min(size, self.left + 1))
+        self.left -= len(data)
+        if self.left < 0:
+            raise ValueError(f"its directory takes over {self._limit} bytes")
+        return data

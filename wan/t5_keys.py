@@ -10,6 +10,7 @@ from .headers import brief
 from .identify import describe_tensors
 from .model_index import ModelIndex, read_index
 from .quant_formats import READABLE
+from .tokenizer_bounds import MAX_SPIECE_BYTES
 from .tokenizer_files import choose_tokenizer_file
 from .tokenizer_gguf import carries_tokenizer
 
@@ -20,8 +21,6 @@ EXPECTED = (
 SPIECE_MODEL = "spiece_model"
 """A uint8 tensor holding the SentencePiece model, in the files made for ComfyUI."""
 
-MAX_SPIECE_BYTES = 64 << 20
-"""umT5's has 4 MiB."""
 
 PREFIXES = ("", "model.", "transformer.", "text_encoders.umt5xxl.transformer.")
 """In front of every name of the encoder, by who saved the file."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import TEXT_LEN
+from .tokenizer_bounds import read_sentencepiece, read_tokenizer_json
 from .tokenizer_files import EXPECTED, TOKENIZER_JSON
 
 _log = logging.getLogger(__name__)
@@ -45,15 +46,14 @@ class Tokenizer:
             if not isinstance(source, bytes) and Path(source).name == TOKENIZER_JSON:
                 from tokenizers import Tokenizer as JsonTokenizer
 
-                self._json = JsonTokenizer.from_str(Path(source).read_text(encoding="utf-8"))
+                self._json = JsonTokenizer.from_str(read_tokenizer_json(source))
                 self._json.no_padding()
                 self._json.no_truncation()
             else:
                 from sentencepiece import SentencePieceProcessor
 
-                data = source if isinstance(source, bytes) else Path(source).read_bytes()
                 self._pieces = SentencePieceProcessor()
-                self._pieces.LoadFromSerializedProto(data)
+                self._pieces.LoadFromSerializedProto(read_sentencepiece(source))
         except ImportError:
             raise
         # The libraries raise bare Exception and RuntimeError for a damaged file.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from .tokenizer_bounds import MAX_JSON_BYTES, MAX_SPIECE_BYTES
+
 TOKENIZER_JSON = "tokenizer.json"
 SPIECE_SUFFIX = ".model"
 EXPECTED = f"{TOKENIZER_JSON} or spiece.model of google/umt5-xxl"
@@ -49,4 +51,7 @@ def choose_tokenizer_file(files: Sequence[str | Path], text_encoder: str) -> Pat
         raise ValueError(f"{chosen[0]} cannot be read: {error.strerror or error}; expected {EXPECTED}") from error
     if size == 0:
         raise ValueError(f"{chosen[0]} is an empty file; expected {EXPECTED}")
+    limit = MAX_JSON_BYTES if chosen[0].name == TOKENIZER_JSON else MAX_SPIECE_BYTES
+    if size > limit:
+        raise ValueError(f"{chosen[0]} has {size} bytes; at most {limit} are allowed; expected {EXPECTED}")
     return chosen[0]
