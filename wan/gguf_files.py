@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .headers import MAX_HEADER_BYTES, MAX_TENSORS, brief, check_count, check_name, describe_file
+from .regular_files import regular
 
 MAX_VALUES = MAX_TENSORS + 1024
 """Of metadata: a converter may note each tensor's shape there."""
@@ -80,7 +81,7 @@ class GgufFile:
         self.header_bytes = 0
         self._sizes = _block_sizes(self.path)
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=regular) as file:
                 if file.read(4) != b"GGUF":
                     raise ValueError(f"{path} is not a GGUF file: it is {describe_file(path)}")
                 try:
@@ -96,7 +97,7 @@ class GgufFile:
         if key in self.metadata:
             return list(self.metadata[key])
         array = self.arrays[key]
-        with open(self.path, "rb") as file:
+        with open(self.path, "rb", opener=regular) as file:
             header = _Header(file)
             header.skip_to(array.offset)
             return header.values(array.type_id, array.count)
@@ -122,7 +123,7 @@ class GgufFile:
         out = np.empty(count, dtype=np.float32)
         first, last = start // elements, -(-(start + count) // elements)
         step = max(PIECE // elements, 1)
-        with open(self.path, "rb", buffering=0) as file:
+        with open(self.path, "rb", buffering=0, opener=regular) as file:
             for block in range(first, last, step):
                 wanted = (min(block + step, last) - block) * size
                 data = os.pread(file.fileno(), wanted, tensor.offset + block * size)

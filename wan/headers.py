@@ -22,6 +22,8 @@ MAX_PARTS = 12 * MAX_TENSORS
 """Of JSON. A tensor of five dimensions takes eleven."""
 FORMAT_MAX_BYTES = 100_000_000
 """The format's own limit: more is another format."""
+from .regular_files import regular
+
 MAX_NAME_LENGTH = 500
 MAX_DIMS = 64
 """torch's own limit."""
@@ -90,7 +92,7 @@ def read_header(path: str | Path) -> SafetensorsHeader:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             file_size = os.fstat(file.fileno()).st_size
             text, data_start = _header_text(path, file, file_size)
     except OSError as error:
@@ -117,7 +119,7 @@ def describe_file(path: str | Path) -> str:
     try:
         if Path(path).is_dir():
             return "a folder"
-        with Path(path).open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             start = file.read(512)
     except OSError as error:
         return f"unreadable ({error.strerror or error})"
@@ -177,7 +179,11 @@ def check_name(name: str) -> str:
 
 def brief(value: object) -> str:
     """A value from a file, for a message: short and printable, whatever the file holds."""
-    text = str(value) if isinstance(value, Exception) else _REPR.repr(value)
+    try:
+        text = str(value) if isinstance(value, Exception) else _REPR.repr(value)
+    except ValueError:
+        # Python writes no integer of more than 4300 digits.
+        text = f"{type(value).__name__} with a number of thousands of digits"
     text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text[:MAX_QUOTE])
     return text if len(text) < MAX_QUOTE else f"{text[:MAX_QUOTE]}..."
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from .headers import MAX_PARTS
 from .json_text import parse_json
+from .regular_files import regular
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DIFFUSERS_KEY, FINETRAINERS_KEY = "lora_adapter_metadata", "lora_config"
@@ -107,7 +108,7 @@ def _number(name: str, value: Any) -> float:
 
 def _read(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             data = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .headers import TensorInfo
+from .regular_files import regular
 
 DTYPES = {
     "F64": torch.float64,
@@ -67,7 +68,7 @@ def read_elements(path: str, info: TensorInfo, first: int, count: int) -> Tensor
     """Elements [first, first + count) of a tensor as float32, on the CPU. Not a memory map, whose pages would stay."""
     dtype = DTYPES[info.dtype]
     data = bytearray(count * dtype.itemsize)
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=regular) as file:
         file.seek(info.start + first * dtype.itemsize)
         if file.readinto(data) != len(data):
             raise OSError(f"{path} ended early: {info.end} bytes are needed")

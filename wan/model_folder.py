@@ -10,6 +10,7 @@ from typing import Any
 
 from .headers import MAX_PARTS, brief
 from .json_text import parse_json
+from .regular_files import regular
 
 MAX_JSON_BYTES = 4 << 20
 """Of an index or a config. 14B's index takes 0.1 MB."""
@@ -75,7 +76,7 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     """A JSON file of bounded size whose value is an object. ValueError, naming the file, if it is anything else."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             data = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error

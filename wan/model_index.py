@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from .headers import MAX_NAME_LENGTH, HeadersTogether, TensorInfo, brief, describe_file, read_header
 from .quant_formats import quant_formats
+from .regular_files import regular
 
 if TYPE_CHECKING:
     from .gguf_files import GgufFile
@@ -124,7 +125,7 @@ def read_pth_names(path: str | Path) -> set[str]:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             is_zip = file.read(4) == b"PK\x03\x04"
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -11,6 +11,7 @@ from typing import Any
 
 from .headers import MAX_PARTS, SafetensorsHeader, brief
 from .json_text import parse_json
+from .regular_files import regular
 
 METADATA = "_quantization_metadata"
 TENSOR = ".comfy_quant"
@@ -34,7 +35,7 @@ def quant_formats(path: str | Path, header: SafetensorsHeader) -> dict[str, str]
         formats = _from_metadata(header.metadata)
         names = [name for name in header.tensors if name.endswith(TENSOR)]
         if names:
-            with Path(path).open("rb") as file:
+            with open(path, "rb", opener=regular) as file:
                 for name in names:
                     info = header.tensors[name]
                     if info.end - info.start > MAX_TENSOR_BYTES:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .gguf_files import GgufFile
 from .linear import FP8_DTYPES
+from .regular_files import regular
 
 FLOAT_PIECE = 1 << 22
 """Elements that exist in float32 at once while a quantised tensor is unpacked."""
@@ -63,7 +64,7 @@ class PlainTensor:
         flat = out.view(-1)
         codes = out.dtype == self.dtype and out.dtype in FP8_DTYPES
         scale = None if codes else self.scale
-        with open(self.path, "rb", buffering=0) as file:
+        with open(self.path, "rb", buffering=0, opener=regular) as file:
             if flat.device.type == "cpu" and flat.dtype == self.dtype and scale is None:
                 self._pread(file.fileno(), flat.view(torch.uint8), start)
                 return
