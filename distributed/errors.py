@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from ..wan.headers import brief
+
+MAX_LISTED = 20
+"""Names that a message lists."""
+MAX_LISTED_LENGTH = 120
+"""Characters of each."""
+
 
 class JobError(Exception):
     """A job that cannot be read, cannot run, or failed. The message is written for the user."""
@@ -12,9 +21,26 @@ class JobCancelled(JobError):
 
 
 def check(ok: bool, field: str, value: object, allowed: str) -> None:
-    """Raises ValueError naming the field, its value and what is allowed."""
+    """Raises ValueError naming the field, its value, cut to what a message holds, and what is allowed."""
     if not ok:
-        raise ValueError(f"{field} is {value!r}; it must be {allowed}")
+        raise ValueError(f"{field} is {brief(value)}; it must be {allowed}")
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names for a message, in order: as they are, but cut and printable where they come from outside."""
+    every = list(names)
+    shown = [
+        name if isinstance(name, str) and name.isprintable() and len(name) <= MAX_LISTED_LENGTH else brief(name)
+        for name in every[:MAX_LISTED]
+    ]
+    return ", ".join(shown) + (f" and {len(every) - MAX_LISTED} more" if len(every) > MAX_LISTED else "")
+
+
+def check_text(name: str, value: str, most: int) -> None:
+    """Raises ValueError for more than `most` characters, or half of one."""
+    if len(value) > most:
+        raise ValueError(f"{name} has {len(value)} characters; it must have at most {most}")
+    check(is_unicode(value), name, value, "valid Unicode: it holds half of a character")
 
 
 def is_unicode(text: str) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..wan.headers import brief
 from . import nvidia_smi
+from .errors import check
 from .job import MAX_GPUS
 
 MAX_CPU_PROCESSES = 8
@@ -69,7 +71,7 @@ def suitable_gpus(gpu_count: int, gpu_ids: str = "", visible: str | None = None)
         ValueError: naming what was asked for and what there is.
     """
     if not 0 <= gpu_count <= MAX_GPUS:
-        raise ValueError(f"gpu_count is {gpu_count}; it must be 0 (all) to {MAX_GPUS}")
+        raise ValueError(f"gpu_count is {brief(gpu_count)}; it must be 0 (all) to {MAX_GPUS}")
     present = list_gpus()
     gpus = _visible(present, visible)
     if present and not gpus and visible not in ("", "-1", None):
@@ -77,10 +79,12 @@ def suitable_gpus(gpu_count: int, gpu_ids: str = "", visible: str | None = None)
             f"CUDA_VISIBLE_DEVICES is {visible!r}, which names none of: {'; '.join(map(str, present))}. Correct it, "
             "or set it to -1 to run on CPU processes"
         )
-    wanted = [part.strip() for part in gpu_ids.split(",") if part.strip()]
+    wanted = split_gpu_ids(gpu_ids)
     if not gpus:
         if wanted:
-            raise ValueError(f"gpu_ids is {gpu_ids!r}, but no GPU was found (nvidia-smi lists none); leave it empty")
+            raise ValueError(
+                f"gpu_ids is {brief(gpu_ids)}, but no GPU was found (nvidia-smi lists none); leave it empty"
+            )
         if gpu_count > MAX_CPU_PROCESSES:
             raise ValueError(
                 f"gpu_count is {gpu_count}; without a GPU it must be 1 to {MAX_CPU_PROCESSES} CPU processes"
@@ -93,12 +97,19 @@ def suitable_gpus(gpu_count: int, gpu_ids: str = "", visible: str | None = None)
     if wanted:
         chosen = [gpu for part in wanted for gpu in gpus if part in (gpu.index, gpu.uuid)]
         if len(chosen) != len(wanted) or len(set(wanted)) != len(wanted):
-            raise ValueError(f"gpu_ids is {gpu_ids!r}; it must name different GPUs of: {listed}")
+            raise ValueError(f"gpu_ids is {brief(gpu_ids)}; it must name different GPUs of: {listed}")
         if gpu_count > len(chosen):
-            raise ValueError(f"gpu_count is {gpu_count}, but gpu_ids names {len(chosen)}: {gpu_ids}")
+            raise ValueError(f"gpu_count is {gpu_count}, but gpu_ids names {len(chosen)}: {brief(gpu_ids)}")
     if gpu_count > len(chosen):
         raise ValueError(f"gpu_count is {gpu_count}; it must be 1 to {len(chosen)}. The GPUs are: {listed}")
     return chosen
+
+
+def split_gpu_ids(gpu_ids: str) -> list[str]:
+    """The GPUs of "0,2". Raises ValueError for more of them than a job has."""
+    ids = [part.strip() for part in gpu_ids.split(",") if part.strip()]
+    check(len(ids) <= MAX_GPUS, "gpu_ids", gpu_ids, f"at most {MAX_GPUS} GPUs")
+    return ids
 
 
 def _visible(gpus: list[Gpu], visible: str | None) -> list[Gpu]:

@@ -15,7 +15,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import JobError, check, is_unicode
+from .errors import JobError, check, check_text
 from .model_files import FileIdentity, LoraFile, ModelFiles
 from .sampling import SOLVERS, Sampling
 
@@ -39,6 +39,10 @@ __all__ = [
 """A job's parts are imported from here; model_files.py and sampling.py hold the larger ones."""
 
 MAX_GPUS = 64
+MAX_PROMPT = 100_000
+"""Characters; the text encoder reads 512 tokens."""
+_GPU_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9./_-]{0,99}", re.ASCII)
+"""An index, a UUID or a MIG slice, as CUDA_VISIBLE_DEVICES takes them."""
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", re.ASCII)
 MIXED_PRECISION = ("bf16", "fp16", "fp32")
 ULYSSES_ENGINES = ("packed", "deepspeed", "packed-overlap")
@@ -106,6 +110,8 @@ class Parallel:
             self.gpu_ids,
             f"empty or one per GPU of a machine ({self.gpus_per_host})",
         )
+        for gpu in self.gpu_ids:
+            check(_GPU_ID.fullmatch(gpu) is not None, "gpu_ids", gpu, "indices of nvidia-smi or UUIDs")
         check(len(set(self.gpu_ids)) == len(self.gpu_ids), "gpu_ids", self.gpu_ids, "without repeats")
         check(
             self.mixed_precision in MIXED_PRECISION,
@@ -206,8 +212,7 @@ class Text:
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
             value = getattr(self, name)
-            check(len(value) <= 100_000, name, f"{len(value)} characters", "at most 100000")
-            check(is_unicode(value), name, value[:50], "valid Unicode: it holds half of a character")
+            check_text(name, value, MAX_PROMPT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import JobError, check, is_unicode
+
+MAX_LORAS = 64
+"""Per expert: each one's header is read before a job starts, and its weights while an expert loads."""
+MAX_STRENGTH = 100
+MAX_FILES = 256
+"""Of a checkpoint, a VAE or a text encoder: its shards. Released models have up to seven."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,15 +34,18 @@ class FileIdentity:
 
     @classmethod
     def of(cls, path: str | Path) -> FileIdentity:
-        stat = Path(path).stat()
-        return cls(path=str(path), size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+        """Raises OSError if it is not there, ValueError if it is a folder, a pipe or a device."""
+        found = Path(path).stat()
+        check(stat.S_ISREG(found.st_mode), "path", str(path), "a regular file")
+        return cls(path=str(path), size=found.st_size, mtime_ns=found.st_mtime_ns)
 
     def check_unchanged(self) -> None:
         """Raises JobError if the file is gone or is no longer the one the job was written for."""
         try:
             now = FileIdentity.of(self.path)
-        except OSError as error:
-            raise JobError(f"{self.path} cannot be read: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise JobError(f"{self.path} cannot be read: {reason}") from error
         if now != self:
             raise JobError(
                 f"{self.path} changed since the job was written: "
@@ -52,8 +62,14 @@ class LoraFile:
     """Factor of its change; may be negative."""
 
     def __post_init__(self) -> None:
-        ok = math.isfinite(self.strength) and -100 <= self.strength <= 100
-        check(ok, "strength", self.strength, "-100 to 100")
+        ok = math.isfinite(self.strength) and -MAX_STRENGTH <= self.strength <= MAX_STRENGTH
+        check(ok, "strength", self.strength, f"{-MAX_STRENGTH} to {MAX_STRENGTH}")
+
+
+def check_loras(name: str, count: int) -> None:
+    """Raises ValueError if one expert has more LoRAs than a job takes."""
+    if count > MAX_LORAS:
+        raise ValueError(f"{name} holds {count} LoRAs; it must hold at most {MAX_LORAS} LoRAs per expert")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +88,13 @@ class ModelFiles:
 
     def __post_init__(self) -> None:
         check(len(self.vae) > 0, "model.vae", (), "at least one file")
+        for field in dataclasses.fields(self):
+            count = len(getattr(self, field.name))
+            if field.name.endswith("_loras"):
+                check_loras(f"model.{field.name}", count)
+            else:
+                allowed = f"at most {MAX_FILES} files"
+                check(count <= MAX_FILES, f"model.{field.name}", count, allowed)
         if not self.high_noise and not self.low_noise:
             raise ValueError("model.high_noise and model.low_noise are both empty; at least one must name a file")
         for name in ("high_noise", "low_noise"):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 SEPARATOR = "---"
 """A line of it parts prompts of several lines."""
 MAX_SEED = 2**64 - 1
+MAX_VIDEOS = 1000
+"""Of one batch: each has its part of the log and its lines in the status."""
 SHOWN = 80
 """Characters of a prompt in the status."""
 
@@ -47,11 +49,16 @@ def requests_of(prompts: str, seed: int, count: int, *, embeds_connected: bool) 
     Args:
         embeds_connected: the prompt comes as embeddings, so there is one.
     Raises:
-        ValueError: there is no prompt, or a seed would be too large.
+        ValueError: there is no prompt, there are too many videos, or a seed would be too large.
     """
     texts = [""] if embeds_connected else split_prompts(prompts)
     if not texts:
         raise ValueError("prompts is empty and text_embeds is not connected: there is nothing to make videos of")
+    if len(texts) * count > MAX_VIDEOS:
+        raise ValueError(
+            f"{len(texts)} prompts and batch_count {count} make {len(texts) * count} videos; "
+            f"a batch makes at most {MAX_VIDEOS}"
+        )
     if seed + count - 1 > MAX_SEED:
         raise ValueError(f"seed is {seed} and batch_count {count}; the last seed must be at most {MAX_SEED}")
     return [Request(text, seed + offset) for text in texts for offset in range(count)]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from ..distributed.gpus import Gpu
 from ..distributed.job import ModelFiles
+from ..wan.headers import brief
 from .config import DistributedConfig
 from .status import Status
 
@@ -35,7 +36,9 @@ def splits(
     from ..distributed.gpus import choose_gpus, list_gpus
 
     if chosen.hosts:
-        raise ValueError(f"hostfile is {chosen.hostfile!r}; a batch runs on this machine only, one group per video")
+        raise ValueError(
+            f"hostfile is {brief(chosen.hostfile)}; a batch runs on this machine only, one group per video"
+        )
     count, ids = choose_gpus(chosen.gpu_count, chosen.gpu_ids, visible)
     if gpus_per_video > count:
         raise ValueError(f"gpus_per_video is {gpus_per_video}; it must be 0 (auto) to {count}, the GPUs of this node")

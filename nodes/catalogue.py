@@ -83,8 +83,16 @@ def text_encoder_files(name: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
 
 
 def identities(paths: Iterable[Path]) -> tuple[FileIdentity, ...]:
-    """The files as they are now, as a job names them."""
-    return tuple(FileIdentity.of(path) for path in paths)
+    """The files as they are now, as a job names them. Raises ValueError if one is gone."""
+    return tuple(identity(path) for path in paths)
+
+
+def identity(path: Path) -> FileIdentity:
+    """Of one file."""
+    try:
+        return FileIdentity.of(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
@@ -112,6 +120,11 @@ def _file(key: str, name: str) -> Path:
 
 def _checkpoint_names() -> list[str]:
     return [f"{CHECKPOINTS}/{name}" for name in host.model_files(CHECKPOINTS) if name.endswith(".safetensors")]
+
+
+def listed_names(key: str) -> frozenset[str]:
+    """Names of all files in a model folder that a workflow may choose."""
+    return frozenset(host.model_files(key)).union(_gguf_files(key))
 
 
 def _gguf_files(key: str) -> dict[str, Path]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..distributed.job import ATTENTION, KERNELS, LINEAR_PRECISION, MAX_GPUS, MIXED_PRECISION, ULYSSES_ENGINES
+from .declared import as_declared, problem_of
 from .hostfiles import THIS_MACHINE, hostfile_names
 
 GPU_COUNT = {
@@ -240,10 +241,15 @@ class WanVideoDistributedConfig:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, master_port: int | None = None) -> bool | str:
-        if master_port is None or master_port == 0 or 1024 <= master_port <= 65535:
+    def VALIDATE_INPUTS(cls, master_port: Any = None) -> bool | str:
+        if master_port is None:
             return True
-        return f"master_port is {master_port}; it must be 0 (no port) or 1024 to 65535"
+        # Naming an input here switches ComfyUI's own range check off for it, and its refusal of a wrong type is late.
+        problem = problem_of("master_port", cls.INPUT_TYPES()["required"]["master_port"], master_port)
+        if problem is None and 1 <= master_port < 1024:
+            problem = f"master_port is {master_port}; it must be 0 (no port) or 1024 to 65535"
+        return problem or True
 
+    @as_declared
     def build(self, **settings: Any) -> tuple[DistributedConfig]:
         return (DistributedConfig(**settings),)

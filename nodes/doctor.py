@@ -11,6 +11,7 @@ from ..distributed.doctor.process import run_doctor
 from ..distributed.errors import JobCancelled
 from ..distributed.job import ModelFiles
 from . import host
+from .declared import as_declared, kind_of
 
 
 class WanVideoDistributedDoctor:
@@ -46,7 +47,10 @@ class WanVideoDistributedDoctor:
         # Not equal to itself, so that ComfyUI asks again each time: the machine changes, the inputs do not.
         return float("nan")
 
+    @as_declared
     def examine(self, model: ModelFiles | None = None, unique_id: str | None = None) -> dict[str, Any]:
+        if model is not None and not isinstance(model, ModelFiles):
+            raise ValueError(f"model is {kind_of(model)}; connect Load Wan Video Model to it")
         output, temp = host.output_folder(), host.jobs_folder().parent
         for folder in (output, temp):
             # ComfyUI makes them when it first needs them; where it cannot, the report says so.

@@ -10,9 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..distributed.errors import listed
 from ..distributed.job import ModelFiles, Sampling, Text
 from ..wan.config import TEXT_LEN
+from .declared import kind_of
 from .status import Status
+from .tensors import tensor_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,13 +98,19 @@ def negative_of(value: Any, name: str) -> Embedding | None:
     return _one(value["negative_prompt_embeds"], f"the negative prompt of {name}", ())
 
 
+def conditioning_entry(value: Any, name: str) -> tuple[Any, dict[str, Any]]:
+    """The first entry of a CONDITIONING: its prompt's embedding, and what it carries beside it."""
+    entry = value[0] if isinstance(value, list) and value else None
+    if not isinstance(entry, list | tuple) or len(entry) < 2 or not isinstance(entry[1], dict):
+        raise ValueError(f"{name} is {kind_of(value)}; it must be WANVIDEOTEXTEMBEDS or CONDITIONING")
+    return entry[0], entry[1]
+
+
 def _from_conditioning(value: Any, name: str) -> Embedding:
-    if not isinstance(value, list) or not value or not isinstance(value[0], list | tuple) or len(value[0]) < 2:
-        raise ValueError(f"{name} is {type(value).__name__}; it must be WANVIDEOTEXTEMBEDS or CONDITIONING")
+    tokens, extras = conditioning_entry(value, name)
     notes = []
     if len(value) > 1:
         notes.append(f"{name} has {len(value)} conditioning entries; the first one is used")
-    tokens, extras = value[0][0], value[0][1]
     notes += _read_extras(extras, name)
     return _one(tokens, name, tuple(notes))
 
@@ -109,11 +118,15 @@ def _from_conditioning(value: Any, name: str) -> Embedding:
 def _read_extras(extras: dict[str, Any], name: str) -> list[str]:
     """Notes on what a conditioning carries beside the prompt. Raises ValueError for what would change the video."""
     carried = {key for key, extra in extras.items() if extra is not None} - IMAGE_KEYS - {"pooled_output"}
-    carried -= {key for key, value in NEUTRAL.items() if key in carried and extras[key] == value}
-    unsupported = sorted(carried - NO_EFFECT)
+    carried -= {
+        key
+        for key, value in NEUTRAL.items()
+        if key in carried and isinstance(extras[key], int | float) and extras[key] == value
+    }
+    unsupported = sorted(carried - NO_EFFECT, key=str)
     if unsupported:
         raise ValueError(
-            f"{name} carries {', '.join(unsupported)}, which this node does not support; "
+            f"{name} carries {listed(unsupported)}, which this node does not support; "
             "take out the nodes between the text encoder and this node that add it"
         )
     return [f"{name} carries {', '.join(sorted(carried))}, which has no effect here"] if carried else []
@@ -123,12 +136,17 @@ def _one(value: Any, name: str, notes: tuple[str, ...]) -> Embedding:
     if value is None:
         raise ValueError(f"{name} holds no prompt embedding")
     # A list of [n, dim], one tensor [segments, n, dim], or one tensor [n, dim].
-    segments = [value] if getattr(value, "ndim", None) == 2 else list(value)
+    allowed = "embeddings [tokens, dim], or a list of one such tensor"
+    if isinstance(value, list | tuple):
+        segments = list(value)
+    else:
+        tensor = tensor_of(value, name, allowed)
+        segments = list(tensor) if tensor.ndim == 3 else [tensor]
     if len(segments) != 1:
         raise ValueError(
             f'{name} holds {len(segments)} prompts; this node takes one. A "|" in a prompt splits it: take it out'
         )
-    tokens = segments[0].detach().cpu()
+    tokens = tensor_of(segments[0], name, allowed)
     if tokens.ndim != 2 or tokens.shape[0] == 0:
         raise ValueError(f"{name} has the shape {list(tokens.shape)}; it must be [tokens, dim]")
     used = tokens.ne(0).any(dim=1).nonzero()

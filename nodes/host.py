@@ -6,7 +6,6 @@ ComfyUI is imported inside the functions, so that the pack can be imported and t
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import sys
@@ -14,8 +13,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..wan.headers import brief
 from .contact_sheet import contact_sheet
 from .other_pages import comes_from_another_page, refusal
+from .request_body import sent_object
 
 if TYPE_CHECKING:
     from ..distributed.launcher import Progress
@@ -105,10 +106,10 @@ def save_path(prefix: str, width: int, height: int) -> tuple[Path, str, int, str
             prefix, folder_paths.get_output_directory(), width, height
         )
     except OSError as error:
-        raise ValueError(f"the folder for {prefix!r} cannot be made in ComfyUI's output folder: {error}") from error
+        raise ValueError(f"filename_prefix is {brief(prefix)}; its folder cannot be made: {error.strerror}") from error
     # ComfyUI raises a bare Exception for a prefix that leaves the output folder.
     except Exception as error:
-        raise ValueError(f"filename_prefix is {prefix!r}; it must stay inside ComfyUI's output folder") from error
+        raise ValueError(f"filename_prefix is {brief(prefix)}; it must stay inside ComfyUI's output folder") from error
     return Path(folder), name, counter, subfolder
 
 
@@ -151,13 +152,7 @@ def add_route(method: str, path: str, answer: Callable[[Mapping[str, Any]], Awai
         refused = refusal(request.method, request.headers, any_origin=args.enable_cors_header is not None)
         if refused is not None:
             raise web.HTTPForbidden(text=refused)
-        try:
-            sent = json.loads(await request.text() or "{}")
-        except ValueError as error:
-            raise web.HTTPBadRequest(text="the body is not JSON") from error
-        if not isinstance(sent, dict):
-            raise web.HTTPBadRequest(text="the body is not a JSON object")
-        return web.json_response(await answer(sent))
+        return web.json_response(await answer(await sent_object(request)))
 
     server.routes.route(method, path)(handle)
 
@@ -173,8 +168,9 @@ def on_free_memory(react: Callable[[], Awaitable[Any]]) -> None:
     from comfy.cli_args import args
 
     async def look(request: Any, response: Any) -> None:
-        other = comes_from_another_page(request.headers, any_origin=args.enable_cors_header is not None)
-        if request.method == "POST" and request.path in ("/free", "/api/free") and not other:
+        # With another status ComfyUI has not taken the body, which may be anything.
+        taken = request.method == "POST" and request.path in ("/free", "/api/free") and response.status == 200
+        if taken and not comes_from_another_page(request.headers, any_origin=args.enable_cors_header is not None):
             asked = await request.json()
             if asked.get("unload_models") or asked.get("free_memory"):
                 await react()

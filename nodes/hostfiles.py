@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..distributed.errors import listed
+from ..distributed.gpus import split_gpu_ids
 from ..distributed.hosts.hostfile import host_warnings, over_hosts, read_hostfile
 from ..distributed.job import Parallel
+from ..wan.headers import brief
 from . import host
 from .status import Status
 
@@ -37,13 +40,14 @@ def parallel_over(chosen: DistributedConfig, base: Parallel, *, guided: bool, st
     # By membership, not by path: the name comes from a workflow.
     if chosen.hostfile not in hostfile_names():
         raise ValueError(
-            f"hostfile is {chosen.hostfile!r}; the files in {host.hostfiles_folder()} are: {hostfile_names()}"
+            f"hostfile is {brief(chosen.hostfile)}; the files in {host.hostfiles_folder()} are: "
+            f"{listed(hostfile_names()) or 'none'}"
         )
     hosts = read_hostfile(host.hostfiles_folder() / chosen.hostfile)
-    ids = tuple(part.strip() for part in chosen.gpu_ids.split(",") if part.strip())
+    ids = tuple(split_gpu_ids(chosen.gpu_ids))
     if ids and len(ids) != hosts.slots:
         raise ValueError(
-            f"gpu_ids is {chosen.gpu_ids!r}; with this hostfile it must name {hosts.slots} GPUs of every machine"
+            f"gpu_ids is {brief(chosen.gpu_ids)}; with this hostfile it must name {hosts.slots} GPUs of every machine"
         )
     if base.keep_warm_seconds:
         status.note("keep_warm_seconds has no effect over several machines: their processes end with the video")

@@ -9,6 +9,7 @@ from ..distributed.job import Job, ModelFiles, Parallel, Sampling
 from ..distributed.launcher import new_job_id, run_job
 from . import catalogue, embeds, host, saved_video, warm, wrapper_model
 from .config import DistributedConfig
+from .declared import kind_of
 from .hostfiles import parallel_over
 from .images import image_tensors
 from .inference_inputs import HIDDEN, optional, required
@@ -147,10 +148,12 @@ def model_of(settings: dict[str, Any], status: Status) -> ModelFiles:
 
 def chosen_config(settings: dict[str, Any], status: Status) -> DistributedConfig:
     """The config that is connected, or this node's own values."""
-    chosen: DistributedConfig | None = settings.get("config")
+    chosen = settings.get("config")
     own = {key: settings[key] for key in LAYOUT if key in settings}
     if chosen is None:
         return DistributedConfig(**own)
+    if not isinstance(chosen, DistributedConfig):
+        raise ValueError(f"config is {kind_of(chosen)}; connect Wan Video Distributed Config to it")
     differing = [key for key, value in own.items() if value != getattr(chosen, key)]
     if differing:
         status.note(f"config is connected: its {', '.join(differing)} won over this node's own values")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .declared import is_set, kind_of
 from .status import Status
+from .tensors import tensor_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,25 +77,29 @@ def check_video_size(name: str, size: Sequence[int], stride: int, sampling: Samp
 
 def _samples(value: Any) -> Tensor:
     """[C, T, h, w] on the CPU, as it is."""
-    samples = value.get("samples") if isinstance(value, dict) else None
-    if getattr(samples, "ndim", None) != 5:
-        found = type(value).__name__ if samples is None else f"of shape {list(getattr(samples, 'shape', ()))}"
-        raise ValueError(f"samples is {found}; it must be a video's LATENT [1, C, T, h, w]")
+    allowed = "a video's LATENT [1, C, T, h, w]"
+    if not isinstance(value, dict) or value.get("samples") is None:
+        raise ValueError(f"samples is {kind_of(value)}; it must be {allowed}")
+    samples = tensor_of(value.get("samples"), "samples", allowed)
+    if samples.ndim != 5:
+        raise ValueError(f"samples is of shape {list(samples.shape)}; it must be {allowed}")
     if samples.shape[0] != 1:
         raise ValueError(f"samples hold {samples.shape[0]} videos; this node makes one. Set batch_size to 1")
-    if value.get("has_ref"):
+    if is_set(value.get("has_ref")):
         raise ValueError("samples begin with a reference frame (has_ref), which this node does not take")
-    return samples[0].detach().cpu()
+    return samples[0]
 
 
 def _noise_mask(value: dict[str, Any], size: Sequence[int]) -> Tensor | None:
     """[T, h, w] float32; None if everything is to be made."""
-    mask = value.get("noise_mask")
-    if mask is None or bool(mask.eq(1).all()):
+    if value.get("noise_mask") is None:
+        return None
+    mask = tensor_of(value["noise_mask"], "noise_mask of samples", f"a tensor {[1, 1, *size]}")
+    if bool(mask.eq(1).all()):
         return None
     if tuple(mask.shape) != (1, 1, *size):
         raise ValueError(
             f"samples have a noise_mask of shape {list(mask.shape)}; it must be {[1, 1, *size]}, "
             "as Wan22ImageToVideoLatent makes it"
         )
-    return mask[0, 0].detach().cpu().float().contiguous()
+    return mask[0, 0].float().contiguous()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from ..distributed.job import ModelFiles
 from ..wan.identify import noise_side
 from . import catalogue
+from .declared import as_declared
 from .loras import lora_files
 
 NONE = "none"
@@ -95,6 +96,7 @@ class LoadWanVideoModel:
         model = _files(high_noise, low_noise, vae, text_encoder)
         return catalogue.fingerprint(Path(part.path) for part in model.all())
 
+    @as_declared
     def load(
         self,
         high_noise: str,

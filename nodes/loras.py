@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..distributed.job import FileIdentity, LoraFile, ModelFiles, Sampling
+from ..distributed.errors import listed
+from ..distributed.job import LoraFile, ModelFiles, Sampling
+from ..distributed.model_files import MAX_STRENGTH, check_loras
 from . import catalogue, host
+from .declared import as_declared, is_set, kind_of, number
+from .model_paths import listed_file
 
 DISTILLED = re.compile(r"lightning|lightx2v|(?<!\d)4[-_ ]?steps?|distill|causvid|accvid", re.IGNORECASE)
 """In the names of models and LoRAs that are made for few steps without guidance."""
@@ -56,9 +60,12 @@ class WanVideoDistributedLora:
     def IS_CHANGED(cls, lora: str | None, **_: Any) -> str:
         return "" if lora is None else catalogue.fingerprint([host.model_path("loras", lora)])
 
+    @as_declared
     def add(
         self, lora: str, strength: float, prev_lora: list[dict[str, Any]] | None = None
     ) -> tuple[list[dict[str, Any]]]:
+        before = _entries(prev_lora, "prev_lora")
+        check_loras("prev_lora and this LoRA", len(before) + 1)
         entry = {
             "path": str(host.model_path("loras", lora)),
             "strength": strength,
@@ -68,7 +75,7 @@ class WanVideoDistributedLora:
             "low_mem_load": False,
             "merge_loras": True,
         }
-        return ([*(prev_lora or []), entry],)
+        return ([*before, entry],)
 
 
 def lora_files(value: Any, name: str) -> tuple[LoraFile, ...]:
@@ -79,12 +86,18 @@ def lora_files(value: Any, name: str) -> tuple[LoraFile, ...]:
     Raises:
         ValueError: the list asks for what merging cannot do, or a file is not there.
     """
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(entry, dict) and entry.get("path") for entry in value):
-        raise ValueError(f"{name} is {type(value).__name__}; it must be from Wan Video Distributed Lora (WANVIDLORA)")
-    files = (_lora_file(entry, name) for entry in value)
+    files = (_lora_file(entry, name) for entry in _entries(value, name))
     return tuple(file for file in files if file.strength != 0)
+
+
+def _entries(value: Any, name: str) -> list[dict[str, Any]]:
+    """Of a WANVIDLORA: each with a path. What else they hold is still to be checked."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(entry, dict) and is_set(entry.get("path")) for entry in value):
+        raise ValueError(f"{name} is {kind_of(value)}; it must be from Wan Video Distributed Lora (WANVIDLORA)")
+    check_loras(name, len(value))
+    return value
 
 
 def refreshed(model: ModelFiles) -> ModelFiles:
@@ -94,7 +107,7 @@ def refreshed(model: ModelFiles) -> ModelFiles:
     again: the job would be refused for a file that it has not seen yet.
     """
     high, low = (
-        tuple(LoraFile(file=_identity(Path(lora.file.path)), strength=lora.strength) for lora in loras)
+        tuple(LoraFile(file=catalogue.identity(Path(lora.file.path)), strength=lora.strength) for lora in loras)
         for loras in (model.high_noise_loras, model.low_noise_loras)
     )
     return dataclasses.replace(model, high_noise_loras=high, low_noise_loras=low)
@@ -118,33 +131,16 @@ def distilled_warnings(model: ModelFiles, sampling: Sampling) -> Iterator[str]:
 
 
 def _lora_file(entry: dict[str, Any], name: str) -> LoraFile:
-    label = f"{name}: {entry.get('name') or entry['path']}"
+    label = f"{name}: {listed([entry['name'] if is_set(entry.get('name')) else entry['path']])}"
     strength = entry.get("strength", 1.0)
     if isinstance(strength, list | tuple):
         raise ValueError(f"{label} has a strength for each step, which merging cannot follow; give it one number")
-    if not isinstance(strength, int | float):
-        raise ValueError(f"{label} has the strength {strength!r}; it must be a number")
+    factor = number(f"strength of {label}", strength, -MAX_STRENGTH, MAX_STRENGTH)
     for key, what in (("blocks", "selected blocks"), ("layer_filter", "a layer filter")):
-        if entry.get(key):
+        if is_set(entry.get(key)):
             raise ValueError(
                 f"{label} is limited to {what} ({key}), which this node does not do; "
                 "choose it with Wan Video Distributed Lora, or take the block selection out"
             )
-    return LoraFile(file=_identity(_lora_path(str(entry["path"]), label)), strength=float(strength))
-
-
-def _lora_path(path: str, label: str) -> Path:
-    """The path itself, or for a bare name the file of that name in models/loras."""
-    if Path(path).is_absolute():
-        return Path(path)
-    for name in host.model_files("loras"):
-        if path in (name, Path(name).with_suffix("").as_posix()):
-            return host.model_path("loras", name)
-    raise ValueError(f"{label} is not in models/loras; it was looked for as {path}")
-
-
-def _identity(path: Path) -> FileIdentity:
-    try:
-        return FileIdentity.of(path)
-    except OSError as error:
-        raise ValueError(f"the LoRA {path} cannot be read: {error.strerror}") from error
+    path = listed_file(entry["path"], "loras", name=f"path of {label}")
+    return LoraFile(file=catalogue.identity(path), strength=factor)

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..wan.headers import brief
 from . import host
 
+MAX_PREFIX = 1000
+"""Characters; paths end at 4096 bytes."""
 MAX_NAME_BYTES = 255
 """Of a file, on every usual file system."""
 
@@ -35,16 +38,18 @@ def check_prefix(prefix: str, width: int, height: int) -> None:
     """Raises ValueError if `prefix` is not a place inside the output folder, or no name for a file."""
     from ..distributed.prerequisites import writing_problem
 
+    if len(prefix) > MAX_PREFIX or any(ord(character) < 32 for character in prefix):
+        raise ValueError(
+            f"filename_prefix is {brief(prefix)}; it must have at most {MAX_PREFIX} characters, no control characters"
+        )
     folder, name, counter, _ = host.save_path(prefix, width, height)
     # Found out now, not when the video is done.
     if problem := writing_problem(folder):
         raise ValueError(problem)
-    if any(ord(character) < 32 for character in name):
-        raise ValueError(f"filename_prefix is {prefix[:100]!r}; it must hold no control characters")
     size = len(os.fsencode(_draft_name(_video_name(name, counter))))
     if size > MAX_NAME_BYTES:
         raise ValueError(
-            f"filename_prefix is {prefix[:100]!r}...; it makes a file name of {size} bytes; {MAX_NAME_BYTES} fit"
+            f"filename_prefix is {brief(prefix)}; it makes a file name of {size} bytes; {MAX_NAME_BYTES} fit"
         )
 
 

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..distributed.errors import check_text
+from ..distributed.job import MAX_PROMPT
 from . import catalogue, host
+from .declared import as_declared, kind_of
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -53,6 +56,7 @@ class LoadWanVideoT5TextEncoder:
             return ""
         return catalogue.fingerprint(path for part in catalogue.text_encoder_files(model_name) for path in part)
 
+    @as_declared
     def load(self, model_name: str, precision: str) -> tuple[TextEncoderFiles]:
         encoder, tokenizer = catalogue.text_encoder_files(model_name)
         return (TextEncoderFiles(encoder, tokenizer, precision),)
@@ -91,11 +95,14 @@ class WanVideoTextEncode:
             },
         }
 
+    @as_declared
     def encode(
         self, positive_prompt: str, negative_prompt: str, t5: TextEncoderFiles | None = None
     ) -> tuple[dict[str, Any]]:
         if not isinstance(t5, TextEncoderFiles):
-            raise ValueError("connect Load WanVideo T5 TextEncoder to t5")
+            raise ValueError(f"t5 is {kind_of(t5)}; connect Load WanVideo T5 TextEncoder to it")
+        for name, prompt in (("positive_prompt", positive_prompt), ("negative_prompt", negative_prompt)):
+            check_text(name, prompt, MAX_PROMPT)
         if "|" in positive_prompt:
             # ComfyUI-WanVideoWrapper makes one segment of the video of each part; the inference node takes one.
             raise ValueError('positive_prompt has a "|", which splits it into segments of the video; take it out')

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from ..distributed.job import JobError
 from ..distributed.launcher import JobCancelled, JobFailed
 from . import catalogue, host
+from .declared import problem_of, taken
 from .inference_inputs import required
 from .wrapper_model import AUTO
 
@@ -44,16 +45,15 @@ class VideoNode(ABC):
     made: ClassVar[MadeVideos] = MadeVideos()
 
     @classmethod
-    def VALIDATE_INPUTS(cls, width: int | None = None, height: int | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, width: Any = None, height: Any = None) -> bool | str:
         from ..distributed.preflight import check_size
 
         for name, value in (("width", width), ("height", height)):
             if value is None:
                 continue
-            # Naming an input here switches ComfyUI's own range check off for it, so that is done here too.
-            limits = required()[name][1]
-            if not limits["min"] <= value <= limits["max"]:
-                return f"{name} is {value}; it must be {limits['min']} to {limits['max']}"
+            # Naming an input here switches ComfyUI's own range check off for it, and its refusal of a type is late.
+            if problem := problem_of(name, required()[name], value):
+                return problem
             try:
                 check_size(name, value)
             except ValueError as error:
@@ -67,9 +67,9 @@ class VideoNode(ABC):
         files = () if vae in (None, AUTO) else catalogue.vae_files(vae)
         return f"{cls.made.deletions(unique_id)} {catalogue.fingerprint(files)}"
 
-    def run(self, **inputs: Any) -> dict[str, Any]:
+    def run(self, /, **inputs: Any) -> dict[str, Any]:
         try:
-            return self._run(**inputs)
+            return self._run(**taken(type(self), inputs))
         except JobCancelled as error:
             raise host.interruption() from error
         except (ValueError, JobError) as error:

@@ -7,13 +7,15 @@ memory (patches, merged extra models) cannot be found on disk again, and is refu
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from ..distributed.errors import listed
 from ..distributed.job import ModelFiles
 from ..wan.identify import noise_side
 from . import catalogue, host
+from .declared import is_set, kind_of
 from .loras import lora_files
+from .model_paths import listed_file
 from .status import Status
 
 AUTO = "auto"
@@ -23,6 +25,8 @@ EXTRA_MODELS = {
     "audio_model": "an audio model (Ovi)",
 }
 """Attribute of the transformer, None without it -> the model that was merged into it."""
+BASE_FOLDERS = ("diffusion_models", "unet_gguf")
+"""Model folders that WanVideoModelLoader chooses from."""
 NOT_NEEDED = {"block_swap_args", "attention_mode_override", "merge_loras"}
 """Of transformer_options: they change memory and speed of the wrapper's own run, not the video."""
 LORA_ADVICE = "set LoRAs in WanVideoModelLoader, or choose the model with Load Wan Video Model and connect them there"
@@ -54,7 +58,7 @@ def _expert(value: Any, name: str, slot: str, status: Status) -> dict[str, Any]:
     """Fields of ModelFiles for one expert."""
     from ..wan.checkpoint import checkpoint_files
 
-    path = _base_path(value, name)
+    path = listed_file(_base_path(value, name), *BASE_FOLDERS, name=f"the checkpoint of {name}")
     pipeline = value.model.pipeline
     for attribute, what in EXTRA_MODELS.items():
         extra = getattr(getattr(value.model, "diffusion_model", None), attribute, None)
@@ -62,18 +66,17 @@ def _expert(value: Any, name: str, slot: str, status: Status) -> dict[str, Any]:
             raise ValueError(
                 f"{name} has {what} merged into it, which this node does not run; load the model without it"
             )
-    if pipeline.get("control_lora"):
+    if is_set(pipeline.get("control_lora")):
         raise ValueError(f"{name} has a control LoRA in it, which this node does not run; load the model without it")
     loras = lora_files(pipeline.get("lora"), f"LoRA of {name}")
     _check_options(value, name)
     _check_patches(value, name)
-    quantization = pipeline.get("quantization") or "disabled"
-    if quantization != "disabled":
-        status.note(f"{name}: the weights keep the precision of their file (WanVideoModelLoader says {quantization})")
-    if not Path(path).is_file():
-        raise ValueError(f"{name} was loaded from {path}, which is not there any more")
+    quantization = pipeline.get("quantization")
+    if is_set(quantization) and quantization != "disabled":
+        says = f"WanVideoModelLoader says {listed([quantization])}"
+        status.note(f"{name}: the weights keep the precision of their file ({says})")
     return {
-        slot: catalogue.identities(checkpoint_files(Path(path))),
+        slot: catalogue.identities(checkpoint_files(path)),
         f"{slot}_loras": loras,
     }
 
@@ -83,32 +86,38 @@ def _base_path(value: Any, name: str) -> str:
     path = pipeline.get("base_path") if isinstance(pipeline, dict) else None
     if not isinstance(path, str):
         raise ValueError(
-            f"{name} is {type(value).__name__} without a checkpoint's path; "
+            f"{name} is {kind_of(value)} without a checkpoint's path; "
             "connect Load Wan Video Model or WanVideoModelLoader"
         )
     return path
 
 
 def _check_options(value: Any, name: str) -> None:
-    options = getattr(value, "model_options", {}).get("transformer_options", {})
+    options = _dictionary(_dictionary(getattr(value, "model_options", {})).get("transformer_options", {}))
     # Set by WanVideoSetLoRAs even where it schedules nothing.
     if "lora_scheduling_enabled" in options:
         raise ValueError(f"{name} has LoRAs set by WanVideoSetLoRAs, whose files it does not name; {LORA_ADVICE}")
-    other = sorted(
-        key for key, held in options.items() if key not in NOT_NEEDED and held is not None and held is not False
-    )
+    other = [key for key, held in options.items() if key not in NOT_NEEDED and held is not None and held is not False]
     if other:
         raise ValueError(
-            f"{name} carries {', '.join(other)}, which this node does not support; take out the node that sets it"
+            f"{name} carries {listed(sorted(other, key=str))}, which this node does not support; "
+            "take out the node that sets it"
         )
 
 
 def _check_patches(value: Any, name: str) -> None:
     """Unmerged LoRAs are patches in memory, one per weight and LoRA: the loader's list must account for all of them."""
-    listed = len(value.model.pipeline.get("lora") or [])
-    most = max((len(patches) for patches in getattr(value, "patches", {}).values()), default=0)
-    if most > listed:
-        raise ValueError(f"{name} has {most} LoRAs patched into it, and names the files of {listed}; {LORA_ADVICE}")
+    # A list by now, or nothing: its files have been looked up.
+    named = len(value.model.pipeline.get("lora") or [])
+    patched = _dictionary(getattr(value, "patches", {})).values()
+    most = max((len(patches) if isinstance(patches, list | tuple) else 1 for patches in patched), default=0)
+    if most > named:
+        raise ValueError(f"{name} has {most} LoRAs patched into it, and names the files of {named}; {LORA_ADVICE}")
+
+
+def _dictionary(value: Any) -> dict[Any, Any]:
+    """What a model of another pack keeps there; nothing where it keeps something else."""
+    return value if isinstance(value, dict) else {}
 
 
 def _only_fitting_vae(transformer: Any) -> str:

@@ -41,6 +41,8 @@ ROWS = {
     28: "a rank returns early",
     29: "leaks after failures",
     30: "other systems, no CUDA",
+    31: "a value as a path, a socket with another type",
+    32: "values out of all bounds",
     35: "headers beyond all bounds",
     36: "requests of other pages",
 }
@@ -73,6 +75,6 @@ class FaultReport:
             outcomes = self.outcomes.get(row, [])
             passed = outcomes.count("passed")
             verdict = f"{passed} of {len(outcomes)} passed" if outcomes else "not run"
-            terminalreporter.write_line(f"{row:2}  {what:38} {self.seconds.get(row, 0.0):7.1f} s  {verdict}")
+            terminalreporter.write_line(f"{row:2}  {what:45} {self.seconds.get(row, 0.0):7.1f} s  {verdict}")
         whole = sum(1 for outcomes in self.outcomes.values() if set(outcomes) == {"passed"})
         terminalreporter.write_line(f"{whole} of {len(ROWS)} rows passed, {sum(self.seconds.values()):.0f} s")

@@ -158,7 +158,7 @@ def test_an_output_folder_that_cannot_be_made_is_no_matter_of_the_prefix(monkeyp
 
     fake = types.SimpleNamespace(get_save_image_path=refuse, get_output_directory=lambda: "/output")
     monkeypatch.setitem(sys.modules, "folder_paths", fake)
-    with pytest.raises(ValueError, match=r"the folder for 'a/b' cannot be made in ComfyUI's output folder: .*denied"):
+    with pytest.raises(ValueError, match=r"filename_prefix is 'a/b'; its folder cannot be made: .*denied"):
         saved_video.check_prefix("a/b", 16, 16)
 
 

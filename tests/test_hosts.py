@@ -49,7 +49,7 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path):
     ("text", "says"),
     [
         ("", "names no machine"),
-        ("a slots=2\na slots=2\n", "names a twice"),
+        ("a slots=2\na slots=2\n", "names 'a' twice"),
         ("a slots=2\nb slots=4\n", r"different slots \(a 2, b 4\)"),
         ("a\n", "the line 'a'; it must be NAME slots=N"),
         ("a slots=2; reboot\n", "it must be NAME slots=N"),

@@ -261,7 +261,7 @@ def test_embeds_of_other_models_are_refused_by_name(extras: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (noise(3), "image_embeds is Tensor; it must be WANVIDIMAGE_EMBEDS"),
+        (noise(3), "image_embeds is Tensor of shape .*; it must be WANVIDIMAGE_EMBEDS"),
         ({"num_frames": 5}, "holds neither image_embeds nor target_shape"),
         (i2v_embeds(image_embeds=noise(16, 3, 6, 8), mask=noise(4, 3, 6, 8)), "is for 64x48, 9 frames"),
         (i2v_embeds(mask=noise(4, 3, 6, 8)), r"shapes \[\(4, 3, 6, 8\), \(16, 2, 6, 8\)\]"),

@@ -86,7 +86,7 @@ def test_a_mask_makes_zeros_count() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (noise(1, *SHAPE), "samples is Tensor; it must be a video's LATENT"),
+        (noise(1, *SHAPE), "samples is Tensor of shape .*; it must be a video's LATENT"),
         ({}, "samples is dict; it must be a video's LATENT"),
         ({"samples": noise(1, 16, 6, 8)}, r"samples is of shape \[1, 16, 6, 8\]"),
         ({"samples": noise(2, *SHAPE)}, "samples hold 2 videos; this node makes one. Set batch_size to 1"),

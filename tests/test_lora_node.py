@@ -77,12 +77,17 @@ def test_what_makes_no_difference_is_taken(folders: Path, values: dict[str, Any]
     ("values", "message"),
     [
         ({"strength": [1.0, 0.5]}, "high_noise_lora: fox has a strength for each step.*give it one number"),
-        ({"strength": "1"}, "strength '1'; it must be a number"),
-        ({"strength": 1e9}, "strength is 1000000000.0; it must be -100 to 100"),
+        ({"strength": "1"}, "strength of high_noise_lora: fox is '1'; it must be a number, -100 to 100"),
+        ({"strength": True}, "is True; it must be a number, -100 to 100"),
+        ({"strength": 10**5000}, "strength of high_noise_lora: fox is int .*; it must be -100 to 100"),
+        ({"strength": float("nan")}, "is nan; it must be -100 to 100"),
+        ({"strength": 1e9}, "is 1000000000.0; it must be -100 to 100"),
         ({"blocks": {"blocks.0.": True}}, "fox is limited to selected blocks"),
         ({"layer_filter": "attn"}, "fox is limited to a layer filter"),
-        ({"path": "missing"}, "fox is not in models/loras; it was looked for as missing"),
-        ({"path": "/nowhere/fox.safetensors"}, "/nowhere/fox.safetensors cannot be read: No such file"),
+        (
+            {"path": "missing"},
+            "path of high_noise_lora: fox is 'missing'; it must be a file that ComfyUI .*loras",
+        ),
     ],
 )
 def test_what_cannot_be_merged_is_refused(folders: Path, values: dict[str, Any], message: str) -> None:

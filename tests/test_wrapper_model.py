@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from node_inputs import identity, use_model_folders
 from wan_pack.demo.example import TinyModel
 from wan_pack.nodes.status import Status
@@ -18,10 +19,12 @@ NAMES = TinyModel()
 
 @pytest.fixture
 def folders(tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """ComfyUI's model folders, in `tmp_path`, with the tiny VAE in them."""
+    """ComfyUI's model folders, in `tmp_path`, with the tiny experts and the tiny VAE in them."""
     use_model_folders(tmp_path, monkeypatch)
-    (tmp_path / "vae").mkdir()
-    shutil.copy(tiny_models / "vae" / NAMES.vae, tmp_path / "vae")
+    for folder, names in (("vae", (NAMES.vae,)), ("diffusion_models", (NAMES.high_noise, NAMES.low_noise))):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            shutil.copy(tiny_models / folder / name, tmp_path / folder)
     return tmp_path
 
 
@@ -58,8 +61,8 @@ class Loaded:
 
 
 @pytest.fixture
-def loaded(folders: Path, tiny_models: Path) -> Loaded:
-    return Loaded(tiny_models)
+def loaded(folders: Path) -> Loaded:
+    return Loaded(folders)
 
 
 def path_of(files: Any) -> str:
@@ -118,7 +121,9 @@ def test_settings_of_the_wrappers_own_run_are_taken(loaded: Loaded) -> None:
         ({"control_lora": True}, "control LoRA"),
         ({"options": {"lora_scheduling_enabled": False}}, "set by WanVideoSetLoRAs.*set LoRAs in WanVideoModelLoader"),
         ({"options": {"ati_tracks": object(), "ultravico_alpha": 0.9}}, "model carries ati_tracks, ultravico_alpha"),
-        ({"base_path": "/nowhere/x.safetensors"}, "/nowhere/x.safetensors, which is not there any more"),
+        ({"base_path": "/nowhere/x.safetensors"}, "the checkpoint of model is '/nowhere/x.safetensors'; it must be a"),
+        ({"quantization": torch.ones(2), "control_lora": torch.ones(2)}, "control LoRA"),
+        ({"lora": [{"path": "fox"}] * 65}, "LoRA of model holds 65 LoRAs; it must hold at most 64 LoRAs per expert"),
         ({"base_path": None}, "without a checkpoint's path; connect Load Wan Video Model"),
         (
             {

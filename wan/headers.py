@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .json_text import parse_json
+from .regular_files import regular
 
 MAX_HEADER_BYTES = 16 << 20
 """Of one file, and of all files of a model together. 14B's takes 0.2 MB, a trainer's notes in a LoRA a few MB, umT5's
@@ -22,8 +23,6 @@ MAX_PARTS = 12 * MAX_TENSORS
 """Of JSON. A tensor of five dimensions takes eleven."""
 FORMAT_MAX_BYTES = 100_000_000
 """The format's own limit: more is another format."""
-from .regular_files import regular
-
 MAX_NAME_LENGTH = 500
 MAX_DIMS = 64
 """torch's own limit."""

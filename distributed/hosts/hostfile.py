@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import JobError
+from ...wan.headers import brief
+from ..errors import JobError, listed
 from ..gpus import list_gpus
 from ..groupdir import GROUP_PREFIX, GroupDir
 from ..job import MAX_GPUS, Job, Parallel
@@ -56,13 +57,15 @@ def read_hostfile(path: Path) -> Hosts:
         if match is None:
             raise ValueError(f"the hostfile {path} has the line {line[:80]!r}; it must be NAME slots=N")
         if match[1] in found:
-            raise ValueError(f"the hostfile {path} names {match[1]} twice")
+            raise ValueError(f"the hostfile {path} names {brief(match[1])} twice")
+        if len(found) == MAX_GPUS:
+            raise ValueError(f"the hostfile {path} names more than {MAX_GPUS} machines; it must name 1 to {MAX_GPUS}")
         found[match[1]] = int(match[2])
     if not found:
         raise ValueError(f"the hostfile {path} names no machine; a line is NAME slots=N")
     slots = set(found.values())
     if len(slots) > 1:
-        counts = ", ".join(f"{name} {count}" for name, count in found.items())
+        counts = listed(f"{name} {count}" for name, count in found.items())
         raise ValueError(f"the hostfile {path} has different slots ({counts}); they must be the same on every machine")
     return Hosts(tuple(found), slots.pop())
 
