@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ class RankFailure:
             return f"rank {self.rank} was killed by SIGKILL, often by the system's out-of-memory killer"
         if self.signal:
             return f"rank {self.rank} was killed by {self.signal}"
-        return f"rank {self.rank} ended with exit code {self.exitcode} and left no error"
+        code = "" if self.exitcode is None else f" with exit code {self.exitcode}"
+        return f"rank {self.rank} ended{code} and left no error"
 
     def importance(self, first_end: float) -> int:
         """0 for the likeliest origin. torch's own choice goes by whole seconds and can name the victim.
@@ -83,21 +85,36 @@ def root_cause(failures: list[RankFailure]) -> RankFailure | None:
     return min(failures, key=lambda f: (f.importance(first_end), f.time_ns, f.rank), default=None)
 
 
-def read_failures(folder: JobDir, ranks: int) -> list[RankFailure]:
-    """Merges the agent's exit codes and the ranks' own exceptions. Damaged files count as missing."""
-    ended = _read(folder, folder.failures).get("failures")
+def read_failures(
+    folder: JobDir, ranks: int, words: Sequence[dict[str, Any]] = (), lost: Sequence[RankFailure] = ()
+) -> list[RankFailure]:
+    """Merges the agent's exit codes and the ranks' own exceptions. Damaged files count as missing.
+
+    Args:
+        words: what agent and ranks have said in memory, in the form of their files.
+        lost: what the launcher itself has seen, for ranks of which nothing else is known.
+    """
+    ended = [entry for record in (*words, _read(folder, folder.failures)) for entry in _list(record.get("failures"))]
     found: dict[int, dict[str, Any]] = {
         entry["rank"]: _fields(entry, signal=str, exitcode=int, seconds=(int, float))
-        for entry in (ended if isinstance(ended, list) else [])
+        # The first that was said of a rank counts: what was said later is of ranks that the agent ended.
+        for entry in reversed(ended)
         if isinstance(entry, dict) and entry.get("rank") in range(ranks)
     }
     for rank in range(ranks):
-        own = _fields(_read(folder, folder.error(rank)), type=str, message=str, phase=str, step=int, time_ns=int)
-        if own.get("type"):
-            found.setdefault(rank, {}).update(own)
+        for record in (_read(folder, folder.error(rank)), *(word for word in words if word.get("rank") == rank)):
+            own = _fields(record, type=str, message=str, phase=str, step=int, time_ns=int)
+            if own.get("type"):
+                found.setdefault(rank, {}).update(own)
+                break
         if rank in found and "phase" not in found[rank]:
             found[rank] |= _fields(_read(folder, folder.alive(rank)), phase=str, step=int)
-    return [RankFailure(rank=rank, **record) for rank, record in found.items()]
+    known = [RankFailure(rank=rank, **record) for rank, record in found.items()]
+    return known + [failure for failure in lost if failure.rank not in found]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _read(folder: JobDir, path: Path) -> dict[str, Any]:
@@ -111,8 +128,13 @@ def _fields(record: dict[str, Any], **kinds: type | tuple[type, ...]) -> dict[st
     return {name: record[name] for name, kind in kinds.items() if isinstance(record.get(name), kind)}
 
 
-def advice(text: str, *, out_of_memory: bool, killed: bool) -> str:
-    """One thing to try; empty if nothing suggests itself."""
+def advice(text: str, log: str, *, out_of_memory: bool, killed: bool) -> str:
+    """One thing to try; empty if nothing suggests itself.
+
+    Args:
+        text: of the error.
+        log: its last lines, in which a full disk may be all that is told of it.
+    """
     if out_of_memory:
         return (
             "Try fewer frames or a smaller size; use_fsdp on (a 14B expert in bf16 then takes 28.6 GB divided by the "
@@ -123,7 +145,7 @@ def advice(text: str, *, out_of_memory: bool, killed: bool) -> str:
             "Look at the system's log (dmesg) for 'Out of memory'. If it was, turn offload_model off, or use_fsdp on, "
             "so that host memory holds less"
         )
-    if _DISK.search(text):
+    if _DISK.search(text) or _DISK.search(log):
         return "Free space on the disk of ComfyUI's temp and output folders"
     if _NCCL.search(text):
         return (

@@ -11,13 +11,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .environment import child_environment
 from .groupdir import GroupDir
 from .job import Parallel
 from .jobdir import JobDir
+from .last_words import WORDS_VARIABLE, LastWords
 from .leftovers import claim
 from .loopback import listen
+from .memory_file import STORE_VARIABLE, MemoryFile
 from .processes import Process, descendants, kill_all, members, signal_name
 
 AGENT = Path(__file__).resolve().parent
@@ -45,6 +48,10 @@ class WorkerGroup:
         self.ranks: list[Process] = []
         """Set when the first job is done."""
         self.ended = False
+        self.said: list[dict[str, Any]] = []
+        """Last words of its agent and ranks, when it has ended."""
+        self._words = LastWords()
+        self._store = MemoryFile("wan-store")
         try:
             claim(self.folder)
             with open(self.folder.agent_log, "wb", opener=_private) as log:
@@ -59,7 +66,7 @@ class WorkerGroup:
                     umask=0o077,
                 )
         except BaseException:
-            self.folder.remove()
+            self.remove()
             raise
 
     def _create_folder(self, parent: Path) -> GroupDir:
@@ -68,7 +75,8 @@ class WorkerGroup:
         return GroupDir.create(parent, self._parallel.gpu_count)
 
     def _environment(self) -> dict[str, str]:
-        return child_environment(self._parallel, self.folder.path)
+        memory = {STORE_VARIABLE: str(self._store.path), WORDS_VARIABLE: str(self._words.path)}
+        return child_environment(self._parallel, self.folder.path) | memory
 
     def submit(self, job: JobDir) -> None:
         """Has the ranks run the job in this folder. The one before it must be done."""
@@ -109,6 +117,9 @@ class WorkerGroup:
 
     def end_text(self) -> str:
         """How the agent ended, where no rank failed."""
+        said = [record["message"] for record in self.said if {"message", "failures"} <= record.keys()]
+        if said:
+            return f"the agent failed: {said[0]}"
         code = self.exit_code
         name = None if code is None else signal_name(code)
         return f"the agent was killed by {name}" if name else f"the agent ended with exit code {code}"
@@ -124,6 +135,7 @@ class WorkerGroup:
         if agent is not None and self._agent.poll() is None:
             agent.kill()
         left = kill_all(lambda: {*below, *members(self.folder.path)}, END_TIMEOUT)
+        self.said = self._words.records()
         if not left:
             self._agent.wait(END_TIMEOUT)
         return sorted(process.pid for process in left)
@@ -131,6 +143,8 @@ class WorkerGroup:
     def remove(self) -> None:
         """Deletes the folder of a group that has ended."""
         self.folder.remove()
+        self._words.close()
+        self._store.close()
 
 
 def _private(path: str, flags: int) -> int:

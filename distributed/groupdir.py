@@ -40,10 +40,6 @@ class GroupDir:
         """`ranks`: how many."""
         self.failures = self.path / "failures.json"
         """Written by the agent when a rank failed."""
-        self.rendezvous = self.path / "rendezvous"
-        """The agent's file store."""
-        self.process_group = self.path / "process_group"
-        """The ranks' file store."""
         self.agent_log = self.path / "agent.log"
         self.lock: IO[bytes] | None = None
         """`owner`, open and locked, in the owning process."""

@@ -91,7 +91,7 @@ class Parallel:
     """packed: one all-to-all in, one out. deepspeed: DeepSpeed's DistributedAttention. packed-overlap: one for each
     tensor, beside the arithmetic."""
     master_port: int = 0
-    """0: rendezvous through files, no port. Otherwise a TCP port on 127.0.0.1, or on the first of `hosts`."""
+    """0: rendezvous through memory, no port. Otherwise a TCP port on 127.0.0.1, or on the first of `hosts`."""
     keep_warm_seconds: float = 0.0
     """How long the processes wait for the next job, its model loaded; 0: they end with the job."""
     start_timeout: float = 600.0

@@ -22,23 +22,22 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..wan.headers import read_header
 from . import group
 from .changed_file import ChangedFile
 from .errors import JobCancelled
 from .failures import RankFailure, advice, read_failures, root_cause
-from .job import VERSION, Job, JobError
+from .job import Job, JobError
 from .jobdir import JobDir
 from .leftovers import claim, keep_failed, remove_abandoned
 from .logs import LogFollower, log_tail
+from .lost_ranks import LostRanks
 from .pool import Pool
 from .prerequisites import check_prerequisites, space_problem, writing_problem
 from .progress import Progress, place, read_progress
-from .signs_of_life import Problem, SignsOfLife, dump_stacks, find_suspect
+from .result import Result, checked_result
+from .signs_of_life import Problem, Seen, SignsOfLife, dump_stacks, find_suspect
 from .usage import Usage, UsageMonitor, all_gpus, gpu_usage, in_words, process_usage
 
 POLL = 0.1
@@ -60,20 +59,6 @@ class JobFailed(JobError):
 
 class _GroupLost(JobError):
     """A group that waited for the job had ended before it took it. Nothing of the job was done."""
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A finished job. Its folder is the caller's to remove."""
-
-    folder: JobDir
-    info: dict[str, Any]
-    """result.json."""
-    log: str
-    """Rank 0's log, its last 64 KiB."""
-
-    def remove(self) -> None:
-        self.folder.remove()
 
 
 def run_job(
@@ -156,7 +141,8 @@ class _Run:
         )
         # Not before: the time-outs are the ranks', and waiting for a GPU is not their fault.
         self._signs = SignsOfLife(self._folder, self._job.parallel)
-        good = False
+        self._lost = LostRanks(self._folder)
+        lost = good = False
         try:
             self._group.submit(self._folder)
             self._usage.start()
@@ -165,19 +151,21 @@ class _Run:
                     raise JobCancelled("cancelled")
                 self._report()
                 self._report_wait()
+                if lost := self._lost.look(self._ranks()):
+                    break
                 if (problem := self._signs.problem()) is not None:
                     raise self._stuck(problem)
                 time.sleep(POLL)
             self._report()
-            if self._group.exit_code:
+            if lost or self._group.exit_code:
                 self._end()
                 # Ranks begin a job together: without one of them, none has done anything yet.
                 if self._group.ranks and len(self._signs.ranks()) < self._job.parallel.gpu_count:
-                    why = self._group.end_text()
+                    why = self._lost.failures[0].headline if lost else self._group.end_text()
                     raise _GroupLost(f"the job starts in new processes: before those that waited took it, {why}")
                 raise self._failure_of_ranks()
             try:
-                info = self._checked_result()
+                info = checked_result(self._folder, self._job)
             except (JobError, ValueError) as error:
                 self._end()
                 raise self._failure(f"the job ended without a valid result: {error}", None) from error
@@ -206,6 +194,11 @@ class _Run:
         if left:
             pids = ", ".join(map(str, left))
             raise self._failure(f"processes {pids} cannot be killed; they wait inside a driver", None)
+
+    def _ranks(self) -> dict[int, Seen]:
+        """Also those that waited for the job and have not taken it yet."""
+        waited = {rank: Seen.of(process, phase="start", step=0) for rank, process in enumerate(self._group.ranks)}
+        return waited | self._signs.ranks()
 
     def _show_wait(self, reason: str) -> None:
         self._on_progress(Progress(phase="start", message=reason))
@@ -257,15 +250,14 @@ class _Run:
         )
         if mine is not None and mine.stopped:
             text += "\nit is frozen: a signal (SIGSTOP) or a debugger stopped it"
-        if mine is not None and mine.gone:
-            text += "\nit has ended before the others, without an error"
         text += "\nlast seen: " + ("; ".join(f"rank {r}: {s.where}" for r, s in sorted(ranks.items())) or "nothing")
         if stacks.get(suspect):
             text += f"\nits stack:\n{stacks[suspect]}"
         return self._failure(text, RankFailure(rank=suspect))
 
     def _failure_of_ranks(self) -> JobFailed:
-        cause = root_cause(read_failures(self._folder, self._job.parallel.gpu_count))
+        count, lost = self._job.parallel.gpu_count, self._lost.failures
+        cause = root_cause(read_failures(self._folder, count, self._group.said, lost))
         if cause is not None:
             where = f"\nin {place(cause.phase, cause.step)}" if cause.phase else ""
             return self._failure(cause.headline + self._group.host_of(cause.rank) + where, cause)
@@ -277,7 +269,7 @@ class _Run:
         log = log_tail(self._folder.log(0), lines=10_000, limit=MAX_LOG)
         kept = keep_failed(self._folder, self._failed)
         out_of_memory = cause is not None and cause.out_of_memory
-        hint = advice(text, out_of_memory=out_of_memory, killed=cause is not None and cause.signal == "SIGKILL")
+        hint = advice(text, tail, out_of_memory=out_of_memory, killed=cause is not None and cause.signal == "SIGKILL")
         command = shlex.join([sys.executable, str(group.AGENT), "run", str(kept)])
         does = "continues from its denoised latents" if JobDir(kept).latents.exists() else "repeats it"
         again = f"the job is kept in {kept}; {command} {does}"
@@ -286,17 +278,6 @@ class _Run:
             "\n".join(part for part in parts if part),
             rank=cause.rank if cause else None, out_of_memory=out_of_memory, folder=kept, log=log,
         )  # fmt: skip
-
-    def _checked_result(self) -> dict[str, Any]:
-        info = self._folder.read_json(self._folder.result)
-        if info.get("id") != self._job.id or info.get("version") != VERSION:
-            raise JobError(f"result.json is of job {info.get('id')!r}, not of {self._job.id!r}")
-        samples = read_header(self._folder.latents).tensors.get("samples")
-        if samples is None or samples.dtype != "F32" or list(samples.shape) != info.get("latents", {}).get("shape"):
-            raise JobError("latents.safetensors is not what result.json promises")
-        if self._job.decode and (not self._folder.video.is_file() or self._folder.video.stat().st_size == 0):
-            raise JobError("video.mp4 is missing or empty")
-        return info
 
 
 def new_job_id() -> str:

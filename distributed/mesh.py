@@ -73,7 +73,7 @@ def init_mesh(
     world: int,
     cfg: int = 1,
     device: torch.device,
-    store_file: Path,
+    store_file: Path | None,
     master_port: int,
     timeout: float,
     published: Path | None = None,
@@ -82,7 +82,7 @@ def init_mesh(
 
     Args:
         cfg: rows of the mesh, 1 or 2.
-        store_file: rendezvous file in the group's folder, used while `master_port` is 0.
+        store_file: file for the rendezvous, in memory; not used over several machines or with `master_port`.
         master_port: TCP port on 127.0.0.1 for the rendezvous instead.
         timeout: seconds after which a collective that a peer never joined fails.
         published: over several machines, the file in which rank 0 says where it listens for the others.
@@ -95,6 +95,7 @@ def init_mesh(
     elif master_port:
         store = _tcp_store(master_port, rank=rank, world=world, timeout=limit)
     else:
+        assert store_file is not None, "the launcher gives the ranks one"
         store = dist.FileStore(str(store_file), world)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",

@@ -40,6 +40,17 @@ class Process:
         stat = _stat(self.pid)
         return stat is not None and stat[0] in "Tt"
 
+    def exit_code(self) -> int | None:
+        """As subprocess gives it; None while it runs, and when its parent has asked for it."""
+        try:
+            text = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+        fields = text.rpartition(")")[2].split()
+        if fields[0] != "Z" or int(fields[19]) != self.started or len(fields) < 50:
+            return None
+        return os.waitstatus_to_exitcode(int(fields[49]))
+
     def catches(self, number: int) -> bool:
         """Whether it has a handler for this signal, so that sending it does not end it."""
         try:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import time
 import traceback
+from typing import NoReturn
 
 from .jobdir import JobDir
+from .last_words import leave_words
 from .processes import Process
 
 MAX_TRACEBACK = 8 << 10
@@ -25,6 +29,7 @@ class RankFiles:
         self.phase = "start"
         self.step = 0
         self._written = 0.0
+        self._failed = False
 
     def progress(
         self, phase: str, step: int, total: int, *, seconds_per_step: float | None = None, message: str = ""
@@ -50,9 +55,9 @@ class RankFiles:
 
     def error(self, error: BaseException) -> None:
         """Keeps the exception, in the rank's own words. The first one: later ones are its consequences."""
-        path = self._folder.error(self._rank)
-        if path.exists():
+        if self._failed:
             return
+        self._failed = True
         kind = type(error)
         name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
         text = "".join(traceback.format_exception(error))
@@ -65,4 +70,11 @@ class RankFiles:
             "traceback": text[-MAX_TRACEBACK:],
             "time_ns": time.time_ns(),
         }
-        self._folder.write_json(path, record)
+        leave_words(self._folder.error(self._rank), record)
+
+    def end_process(self, error: BaseException) -> NoReturn:
+        """Keeps the exception and ends this process, whatever its other threads do."""
+        self.error(error)
+        with contextlib.suppress(OSError):
+            print(error, file=sys.stderr, flush=True)
+        os._exit(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from .experts import COMPUTE_DTYPES
 from .groupdir import GroupDir
 from .hosts.hostfile import HostsDir
 from .job import Job, JobError
+from .memory_file import STORE_VARIABLE
 from .mesh import Mesh, init_mesh
 from .rank_experts import RankExperts
 from .vae import RankVae
@@ -86,7 +88,7 @@ class Session:
             world=self.world,
             cfg=job.parallel.cfg_size,
             device=self.device,
-            store_file=group.process_group,
+            store_file=Path(os.environ[STORE_VARIABLE]) if STORE_VARIABLE in os.environ else None,
             master_port=job.parallel.master_port,
             published=HostsDir(group.path).store if job.parallel.hosts else None,
             # Behind the launcher's own time-outs: it sees all ranks, and so which of them the others wait for.

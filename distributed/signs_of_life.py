@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from .job import JobError, Parallel
@@ -33,6 +33,18 @@ class Seen:
     stopped: bool = False
     """Frozen by SIGSTOP or a debugger."""
     gone: bool = False
+
+    @classmethod
+    def of(cls, process: Process, *, phase: str, step: int, here: bool = True) -> Seen:
+        """As it is now.
+
+        Args:
+            here: it runs on this machine; another one's pids mean nothing here.
+        """
+        return cls(
+            process=process, phase=phase, step=step,
+            stopped=here and process.stopped(), gone=here and not process.alive(),
+        )  # fmt: skip
 
     @property
     def where(self) -> str:
@@ -96,23 +108,24 @@ class SignsOfLife:
 
     def ranks(self) -> dict[int, Seen]:
         """What is known of each rank. One that has not come up yet is missing."""
-        found = {}
-        # Another machine's pids mean nothing here.
-        here = not self._parallel.hosts
-        for rank in range(self._parallel.gpu_count):
-            try:
-                alive = self._folder.read_json(self._folder.alive(rank))
-                process = Process(int(alive["pid"]), int(alive["started"]))
-                found[rank] = Seen(
-                    process=process,
-                    phase=str(alive["phase"]),
-                    step=int(alive["step"]),
-                    stopped=here and process.stopped(),
-                    gone=here and not process.alive(),
-                )
-            except (JobError, LookupError, TypeError, ValueError):
-                continue
-        return found
+        return read_ranks(self._folder, range(self._parallel.gpu_count), here=not self._parallel.hosts)
+
+
+def read_ranks(folder: JobDir, ranks: Iterable[int], *, here: bool) -> dict[int, Seen]:
+    """What is known of each of the ranks. One that has not come up yet is missing.
+
+    Args:
+        here: they run on this machine.
+    """
+    found = {}
+    for rank in ranks:
+        try:
+            alive = folder.read_json(folder.alive(rank))
+            process = Process(int(alive["pid"]), int(alive["started"]))
+            found[rank] = Seen.of(process, phase=str(alive["phase"]), step=int(alive["step"]), here=here)
+        except (JobError, LookupError, TypeError, ValueError):
+            continue
+    return found
 
 
 def dump_stacks(

@@ -105,7 +105,7 @@ class WanVideoDistributedConfig:
                         "default": 0,
                         "min": 0,
                         "max": 65535,
-                        "tooltip": "0: the processes find each other through files, no TCP port is opened for it. "
+                        "tooltip": "0: the processes find each other through memory, no TCP port is opened for it. "
                         "1024 to 65535: through that port on 127.0.0.1.",
                     },
                 ),

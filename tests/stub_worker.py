@@ -96,6 +96,13 @@ def fill_the_disk(folder, files) -> None:  # type: ignore[no-untyped-def]
     save_file({"samples": numpy.zeros(4096, numpy.float32)}, folder.latents)
 
 
+def fill_up(folder) -> None:  # type: ignore[no-untyped-def]
+    """Until there is room for nothing more, not even for the error."""
+    with open(folder.path / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 20))
+
+
 def chatter(folder, files) -> None:  # type: ignore[no-untyped-def]
     for number in range(400):
         print("line", number)
@@ -122,6 +129,7 @@ def abort(files) -> None:  # type: ignore[no-untyped-def]
 WHILE_LOADING = {
     "killed while loading": lambda folder: os.kill(os.getpid(), signal.SIGKILL),
     "host memory": use_too_much_memory,
+    "disk filled while loading": fill_up,
 }
 """What rank 1 does before the first step; rank 0 waits for it."""
 ACTIONS = {
@@ -132,6 +140,7 @@ ACTIONS = {
     "abort": abort_with_an_error_written,
     "full disk": fill_the_disk,
     "chatter": chatter,
+    "disk filled": lambda folder, files: fill_up(folder),
     "child": lambda folder, files: start_child(folder),
     "segfault": lambda folder, files: os.kill(os.getpid(), signal.SIGSEGV),
     "stop": lambda folder, files: os.kill(os.getpid(), signal.SIGSTOP),

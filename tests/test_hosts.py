@@ -214,7 +214,7 @@ def test_an_agent_ends_when_the_launching_machine_is_silent(tmp_path: Path, monk
     ended: list[float] = []
     monkeypatch.setattr(hosts_agent, "_end", lambda folder, node: ended.append(time.monotonic()))
     folder = HostsDir.create_for(tmp_path, stub_job(hosts=("a",)), {})
-    Tether(folder, 0, 1.0).start()
+    Tether(folder, 0, Parallel(gpu_count=1, stall_timeout=1.0)).start()
     beat = time.monotonic()
     for number in range(8):
         folder.heartbeat.write_text(str(number))

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..environment import child_environment
 from ..job import Parallel
+from ..memory_file import STORE_VARIABLE, MemoryFile
 from ..processes import AGENT_VARIABLE, die_with_parent, kill_all, members
 
 DISTRIBUTED = Path(__file__).resolve().parent.parent
@@ -77,9 +78,10 @@ def measure(gpu_ids: Sequence[str], environment: Mapping[str, str] = os.environ)
 
 
 def _try(gpu_ids: Sequence[str], environment: Mapping[str, str]) -> Exchange:
-    folder = Path(tempfile.mkdtemp(prefix="wan-exchange-"))
+    folder, store = Path(tempfile.mkdtemp(prefix="wan-exchange-")), MemoryFile("wan-exchange")
     parallel = Parallel(gpu_count=RANKS, gpu_ids=tuple(gpu_ids))
     variables = {**child_environment(parallel, folder, environment), AGENT_VARIABLE: str(os.getpid())}
+    variables[STORE_VARIABLE] = str(store.path)
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(RANKS):
@@ -103,6 +105,7 @@ def _try(gpu_ids: Sequence[str], environment: Mapping[str, str]) -> Exchange:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1.0)
         shutil.rmtree(folder, ignore_errors=True)
+        store.close()
 
 
 def _follow(folder: Path, ranks: Sequence[subprocess.Popen[bytes]]) -> Exchange:
@@ -141,8 +144,8 @@ def _words(folder: Path, rank: int) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """One of the two processes. Arguments: folder, rank."""
-    folder, rank = Path(arguments[0]), int(arguments[1])
+    """One of the two processes. Arguments: the folder that it works in, rank."""
+    rank = int(arguments[1])
     die_with_parent(int(os.environ[AGENT_VARIABLE]))
     import torch
     import torch.distributed as dist
@@ -154,7 +157,8 @@ def main(arguments: Sequence[str]) -> int:
     print(READY, flush=True)
     if cuda:
         torch.cuda.set_device(device)
-    mesh = init_mesh(rank=rank, world=RANKS, device=device, store_file=folder / "store", master_port=0, timeout=TIMEOUT)
+    store = Path(os.environ[STORE_VARIABLE])
+    mesh = init_mesh(rank=rank, world=RANKS, device=device, store_file=store, master_port=0, timeout=TIMEOUT)
     assert mesh is not None
     size = GPU_BYTES if cuda else CPU_BYTES
     data = torch.ones(size // 4, device=device)

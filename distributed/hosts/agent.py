@@ -20,9 +20,11 @@ from ..agent import end_all, run_ranks, wait_for_end_of_stdin
 from ..environment import child_environment
 from ..errors import JobError
 from ..gpu_locks import GpuLocks, wait_for_gpus
-from ..job import Job
+from ..job import Job, Parallel
 from ..json_files import read_json, write_json
+from ..lost_ranks import LostRanks
 from ..processes import GROUP_VARIABLE, descendants
+from ..signs_of_life import read_ranks
 from .check import check_host
 from .hostfile import HostsDir
 from .network import ADDRESS_VARIABLE, LOOPBACK, address_toward, interface_of, open_store
@@ -45,7 +47,7 @@ def main(folder: HostsDir) -> int:
     try:
         job = folder.read_job()
         write_json(folder.started(node), {"hostname": socket.gethostname(), "pid": os.getpid()})
-        Tether(folder, node, min(MAX_SILENCE, job.parallel.stall_timeout)).start()
+        Tether(folder, node, job.parallel).start()
         check_host(job, read_json(folder.expected))
         locks = take_gpus(folder, job, node)
         _enter_environment(folder, job, node)
@@ -160,15 +162,18 @@ def _say(text: str) -> None:
 
 
 class Tether:
-    """Ends this machine's part of the job when the heartbeat stops, or its folder is gone."""
+    """Ends this machine's part of the job when the heartbeat stops, its folder is gone, or a rank here is lost."""
 
-    def __init__(self, folder: HostsDir, node: int, silence: float) -> None:
-        self._folder, self._node, self._silence = folder, node, silence
+    def __init__(self, folder: HostsDir, node: int, parallel: Parallel) -> None:
+        self._folder, self._node = folder, node
+        self._silence = min(MAX_SILENCE, parallel.stall_timeout)
+        self._ranks = range(node * parallel.gpus_per_host, (node + 1) * parallel.gpus_per_host)
         self._heard = time.monotonic()
         self._gone = False
 
     def start(self) -> None:
         threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._look_at_ranks, daemon=True).start()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _listen(self) -> None:
@@ -191,6 +196,18 @@ class Tether:
                     if process.catches(signal.SIGUSR1) and not process.stopped():
                         process.kill(signal.SIGUSR1)
             time.sleep(LOOK_SECONDS)
+
+    def _look_at_ranks(self) -> None:
+        """Ends this machine's part when a rank is lost and torchrun does not say so: it waits for another machine."""
+        while (job := self._folder.read_request(1)) is None:
+            time.sleep(LOOK_SECONDS)
+        lost = LostRanks(job)
+        while not lost.look(read_ranks(job, self._ranks, here=True)):
+            time.sleep(LOOK_SECONDS)
+        if not self._folder.failed(self._node).exists():
+            ended = [{"rank": one.rank, "exitcode": one.exitcode, "signal": one.signal} for one in lost.failures]
+            write_json(self._folder.failed(self._node), {"failures": ended})
+        _end(self._folder, self._node)
 
     def _watch(self) -> None:
         while not self._gone and time.monotonic() - self._heard < self._silence:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +62,6 @@ def test_fault_11_a_start_that_never_ends_names_its_setting(run_fake: Callable[.
 def test_fault_28_a_rank_that_returns_early_is_a_failure(fails: Callable[..., JobFailed], tmp_path: Path):
     """It exits with 0, which torchrun does not mind; with NCCL the others would wait for it."""
     watch = Watch(tmp_path)
-    error = fails("return", {"on_progress": watch}, stall_timeout=2.0)
-    assert 1.7 < watch.seconds_ago < 8
-    assert str(error).startswith("rank 1 made no progress for 2 s in denoise at step 2")
-    assert "it has ended before the others, without an error" in str(error)
+    error = fails("return", {"on_progress": watch})
+    assert watch.seconds_ago < 5
+    assert re.match(r"rank 1 ended( with exit code 0)? and left no error\nin denoise at step 2", str(error))
