@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 
+from .programs import ask_program
+
 TIMEOUT = 10.0
 """Seconds that it gets for an answer."""
 FAILURES = (OSError, subprocess.SubprocessError)
@@ -16,10 +18,11 @@ def ask(*options: str, timeout: float | None = None) -> str:
     Args:
         timeout: seconds; None for TIMEOUT.
     """
-    return subprocess.run(
-        ["nvidia-smi", *options], timeout=TIMEOUT if timeout is None else timeout,
-        capture_output=True, text=True, errors="replace", check=True, stdin=subprocess.DEVNULL,
-    ).stdout  # fmt: skip
+    answer = ask_program(["nvidia-smi", *options], timeout=TIMEOUT if timeout is None else timeout)
+    said, errors = (text.decode(errors="replace") for text in (answer.stdout, answer.stderr))
+    if answer.returncode:
+        raise subprocess.CalledProcessError(answer.returncode, answer.args, said, errors)
+    return said
 
 
 def query(what: str, *fields: str, timeout: float | None = None) -> list[list[str]]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import JobError
+from .programs import ask_program
 from .sampling import Sampling
 
 MINIMUM_TORCH = (2, 6)
@@ -94,7 +95,7 @@ def ffmpeg_problem() -> str:
         # As VideoWriter feeds it, into nothing.
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "16x16"]
         command += ["-r", "1", "-i", "-", "-c:v", "libx264", "-f", "null", "-"]
-        ended = subprocess.run(command, input=bytes(16 * 16 * 3), capture_output=True, timeout=FFMPEG_TIMEOUT)
+        ended = ask_program(command, given=bytes(16 * 16 * 3), timeout=FFMPEG_TIMEOUT)
     # RuntimeError: imageio-ffmpeg found none.
     except (ImportError, RuntimeError, OSError) as error:
         return f"ffmpeg is missing: {error}; {remedy}, or turn decode_video off"

@@ -274,7 +274,11 @@ class Worker:
             for _ in vae.decode(latents[None]):
                 pass
             return 0
-        with VideoWriter(self.folder.video, width=sampling.width, height=sampling.height, fps=sampling.fps) as video:
+        with VideoWriter(
+            self.folder.video, width=sampling.width, height=sampling.height, fps=sampling.fps,
+            # What is decoded meanwhile is of no use, and may take long.
+            on_loss=self.files.end_process,
+        ) as video:  # fmt: skip
             for part in vae.decode(latents[None]):
                 video.write(part)
                 self.files.progress("decode", video.frames, sampling.num_frames)

@@ -43,6 +43,8 @@ ROWS = {
     30: "other systems, no CUDA",
     31: "a value as a path, a socket with another type",
     32: "values out of all bounds",
+    33: "a helper process dies",
+    34: "killed while the video gets its name",
     35: "headers beyond all bounds",
     36: "requests of other pages",
 }

@@ -13,12 +13,35 @@ from pathlib import Path
 import torch
 
 from . import real_worker
+from .processes import descendants
+from .vae import RankVae
 
 ACTION = json.loads((Path(__file__).parent / "fault.json").read_text())["action"]
+FOLDER: list[Path] = []
+"""The job's."""
 
 
 def stuck_in_a_test() -> None:
     time.sleep(600)
+
+
+def lose_ffmpeg(decode):  # type: ignore[no-untyped-def]
+    """The next part takes long; meanwhile ffmpeg is killed."""
+
+    def decode_slowly(self, latents):  # type: ignore[no-untyped-def]
+        parts = decode(self, latents)
+        yield next(parts)
+        if os.environ["RANK"] == "0":
+            (ffmpeg,) = [below for below in descendants(os.getpid()) if "ffmpeg" in command_of(below.pid)]
+            (FOLDER[0] / "killed_at").write_text(str(time.time()))
+            ffmpeg.kill()
+        stuck_in_a_test()
+
+    return decode_slowly
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
 
 
 def main(group, folder, files, session):  # type: ignore[no-untyped-def]
@@ -26,6 +49,10 @@ def main(group, folder, files, session):  # type: ignore[no-untyped-def]
     if ACTION == "noise" and os.environ["RANK"] == "1":
         draw = real_worker.draw_noise
         real_worker.draw_noise = lambda shape, seed: draw(shape, seed + 1)
+
+    if ACTION == "ffmpeg dies":
+        FOLDER.append(folder.path)
+        RankVae.decode = lose_ffmpeg(RankVae.decode)
 
     def on_step(self, done):  # type: ignore[no-untyped-def]
         original(self, done)

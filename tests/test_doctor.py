@@ -156,10 +156,11 @@ def test_an_attention_kernel_that_cannot_be_imported(monkeypatch: pytest.MonkeyP
             """echo '{"topic": "torch", "text": "2.9"}'; echo boom >&2; kill -SEGV $$""",
             "ended with -11 after torch: boom",
         ),
+        ("""echo '{"topic": "torch", "text": "2.9"}'; sleep 3 & exit 3""", "ended with 3 after torch"),
     ],
-    ids=["hangs", "crashes"],
+    ids=["hangs", "crashes", "leaves a process behind"],
 )
-def test_libraries_that_hang_or_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, words: str):
+def test_fault_33_libraries_that_hang_or_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, words: str):
     pretend(monkeypatch, tmp_path, script)
     monkeypatch.setattr(doctor, "LIBRARIES_TIMEOUT", 0.5)
     found = doctor.library_findings([])

@@ -14,12 +14,12 @@ LISTING = "\n".join(f"{i}, GPU-{i}{i}{i}, NVIDIA H200, 143771, {140000 - i}" for
 def machine(monkeypatch: pytest.MonkeyPatch, listing: str | None) -> None:
     """nvidia-smi prints `listing`, or is not there."""
 
-    def smi(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    def smi(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
         if listing is None:
             raise FileNotFoundError(command[0])
-        return subprocess.CompletedProcess(command, 0, listing, "")
+        return subprocess.CompletedProcess(command, 0, listing.encode(), b"")
 
-    monkeypatch.setattr(nvidia_smi.subprocess, "run", smi)
+    monkeypatch.setattr(nvidia_smi, "ask_program", smi)
 
 
 def test_listing(monkeypatch: pytest.MonkeyPatch):
@@ -97,5 +97,5 @@ def test_a_hanging_driver_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
     def hang(command: list[str], *, timeout: float, **_: object) -> None:
         raise subprocess.TimeoutExpired(command, timeout)
 
-    monkeypatch.setattr(nvidia_smi.subprocess, "run", hang)
+    monkeypatch.setattr(nvidia_smi, "ask_program", hang)
     assert list_gpus() == []

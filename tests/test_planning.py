@@ -33,10 +33,10 @@ def smi(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """`printed` is what nvidia-smi prints."""
     fake = SimpleNamespace(printed=listing(23))
 
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 0, "" if "topo" in command else fake.printed, "")
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.CompletedProcess(command, 0, ("" if "topo" in command else fake.printed).encode(), b"")
 
-    monkeypatch.setattr(nvidia_smi.subprocess, "run", run)
+    monkeypatch.setattr(nvidia_smi, "ask_program", run)
     return fake
 
 
@@ -225,13 +225,13 @@ def test_identical_jobs_get_identical_plans_beside_a_warm_group(
 def test_links_that_the_driver_did_not_tell_in_time_are_asked_for_again(monkeypatch: pytest.MonkeyPatch):
     answers: list[Any] = [subprocess.TimeoutExpired("nvidia-smi", 10), "\tGPU0\tGPU1\nGPU0\t X \tNV4\nGPU1\tNV4\t X \n"]
 
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        return subprocess.CompletedProcess(command, 0, answer, "")
+        return subprocess.CompletedProcess(command, 0, answer.encode(), b"")
 
-    monkeypatch.setattr(nvidia_smi.subprocess, "run", run)
+    monkeypatch.setattr(nvidia_smi, "ask_program", run)
     planning._fixed_links.cache_clear()
     try:
         # The third time nobody is asked any more.

@@ -105,8 +105,10 @@ def test_a_bad_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scrip
 
 
 def test_the_tool_is_asked_for_the_matrix(monkeypatch: pytest.MonkeyPatch):
-    def smi(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 0, TWO_CONSUMER if command[1:] == ["topo", "-m"] else "", "")
+    def smi(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.CompletedProcess(
+            command, 0, (TWO_CONSUMER if command[1:] == ["topo", "-m"] else "").encode(), b""
+        )
 
-    monkeypatch.setattr(nvidia_smi.subprocess, "run", smi)
+    monkeypatch.setattr(nvidia_smi, "ask_program", smi)
     assert read_topology().link("1", "0") == "host"

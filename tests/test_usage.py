@@ -20,12 +20,12 @@ LISTING = "\n".join(f"{i}, GPU-{i}{i}, {60000 + 1024 * i}, 81559, {97 + i}" for 
 def machine(monkeypatch: pytest.MonkeyPatch, listing: str | Exception) -> None:
     """nvidia-smi prints this, or fails like this."""
 
-    def smi(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    def smi(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
         if isinstance(listing, Exception):
             raise listing
-        return subprocess.CompletedProcess(command, 0, listing, "")
+        return subprocess.CompletedProcess(command, 0, listing.encode(), b"")
 
-    monkeypatch.setattr(nvidia_smi.subprocess, "run", smi)
+    monkeypatch.setattr(nvidia_smi, "ask_program", smi)
 
 
 def test_gpus_are_found_by_index_and_uuid(monkeypatch: pytest.MonkeyPatch):

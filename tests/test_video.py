@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import sys
+import time
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -134,6 +137,48 @@ def test_an_error_does_not_wait_for_ffmpeg(late_ffmpeg: Path, tmp_path: Path) ->
             writer.write(_frames(256, 256))
         raise KeyError
     assert [entry.name for entry in tmp_path.iterdir()] == ["ffmpeg"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for ffmpeg")
+@pytest.mark.parametrize("status", [3, 0])
+def test_fault_33_ffmpegs_end_is_told_while_the_next_part_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    ffmpeg, go = tmp_path / "ffmpeg", tmp_path / "go"
+    ffmpeg.write_text(
+        f"#!/bin/sh\nwhile [ ! -e '{go}' ]; do sleep 0.02; done\necho 'x264 gave up' >&2\nexit {status}\n"
+    )
+    ffmpeg.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+    told: queue.Queue[tuple[float, Exception]] = queue.Queue()
+    with (
+        pytest.raises(RuntimeError, match="x264 gave up"),
+        VideoWriter(
+            tmp_path / "x.mp4", width=64, height=48, fps=16,
+            on_loss=lambda error: told.put((time.monotonic(), error)),
+        ) as writer,
+    ):  # fmt: skip
+        go.touch()
+        begin = time.monotonic()
+        seen, error = told.get(timeout=5)
+        assert seen - begin < 0.5
+        assert f"ffmpeg ended with status {status} after 0 frames:\nx264 gave up" in str(error)
+        writer.write(_frames())
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["ffmpeg", "go"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_end_that_was_asked_for_is_no_loss(tmp_path: Path, fails: bool) -> None:
+    told: list[Exception] = []
+    with (
+        contextlib.suppress(KeyError),
+        VideoWriter(tmp_path / "x.mp4", width=64, height=48, fps=16, on_loss=told.append) as writer,
+    ):
+        writer.write(_frames())
+        if fails:
+            raise KeyError
+    time.sleep(0.1)
+    assert told == []
 
 
 def test_frames_that_cannot_leave_the_gpu_end_the_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

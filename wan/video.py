@@ -9,6 +9,7 @@ import queue
 import subprocess
 import threading
 from collections import deque
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from torch import Tensor
 CRF = 16
 """x264's quality: visually lossless."""
 STDERR_LINES = 20
+SECONDS_FOR_WORDS = 0.2
 PARTS_AHEAD = 2
 """Parts that may wait for ffmpeg while the next one is decoded."""
 
@@ -70,12 +72,22 @@ class VideoWriter:
         path: of the .mp4.
         width, height: pixels, even.
         fps: frames per second.
+        on_loss: called when ffmpeg ends before it should, at once and on a thread of its own, with the error that
+            `write` raises when it is next called: whoever decodes may be long in getting there.
     Raises:
         ValueError: sizes that H.264 cannot take.
         RuntimeError: ffmpeg is missing or failed; the message ends with its last words.
     """
 
-    def __init__(self, path: str | Path, *, width: int, height: int, fps: float) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        width: int,
+        height: int,
+        fps: float,
+        on_loss: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
         for name, value in (("width", width), ("height", height)):
             if value < 2 or value % 2:
                 raise ValueError(f"{name} is {value}; it must be even")
@@ -89,6 +101,9 @@ class VideoWriter:
         self._parts: queue.Queue[_Part | None] = queue.Queue(PARTS_AHEAD)
         self._error: Exception | None = None
         """Why nothing more is written."""
+        self._on_loss = on_loss
+        self._ending = False
+        """ffmpeg may end."""
 
     def __enter__(self) -> VideoWriter:
         import imageio_ffmpeg
@@ -112,6 +127,7 @@ class VideoWriter:
         self._feeder = threading.Thread(target=self._feed, daemon=True)
         self._reader.start()
         self._feeder.start()
+        threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def write(self, frames: Tensor) -> None:
@@ -127,6 +143,7 @@ class VideoWriter:
     ) -> None:
         assert self._process is not None
         try:
+            self._ending = True
             if kind is not None:
                 self._process.kill()
             status = self._end()
@@ -155,10 +172,22 @@ class VideoWriter:
     def _check(self) -> None:
         """Raises what has kept frames from being written."""
         if isinstance(self._error, OSError):
+            self._ending = True
             self._end()
             raise self._failure() from self._error
         if self._error is not None:
             raise self._error
+
+    def _watch(self) -> None:
+        assert self._process is not None
+        self._process.wait()
+        if self._ending:
+            return
+        # Closed by then, unless it has left a process behind.
+        self._reader.join(SECONDS_FOR_WORDS)
+        self._error = self._error or self._failure()
+        self._part.unlink(missing_ok=True)
+        self._on_loss(self._failure())
 
     def _end(self) -> int:
         """Lets ffmpeg have what is queued, closes its input and waits for it; its exit status."""
@@ -175,7 +204,7 @@ class VideoWriter:
 
     def _failure(self) -> RuntimeError:
         assert self._process is not None
-        if not self.frames and self._process.returncode == 0:
+        if not self.frames and self._process.returncode == 0 and self._ending:
             return RuntimeError(f"{self.path} was not written: no frames")
         words = "\n".join(self._words) or "it said nothing"
         reason = "the disk is full; " if os.strerror(errno.ENOSPC) in words else ""

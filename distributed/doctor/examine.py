@@ -7,6 +7,7 @@ only: what needs torch, a GPU or another process's patience is asked in processe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..gpus import list_gpus
+from ..programs import END_SECONDS
 from . import exchange
 from .gpus import driver_findings, exchange_findings, gpu_findings
 from .report import WRONG, Finding, Report, shortened
@@ -106,24 +108,28 @@ def library_findings(model: Sequence[Path]) -> list[Finding]:
     command = [sys.executable, "-u", str(Path(__file__).resolve().parent.parent), "libraries", *arguments]
     # What torch makes of all GPUs: those that the user hides are no fault of it.
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    with tempfile.TemporaryDirectory(prefix="wan-doctor-") as folder, tempfile.TemporaryFile() as errors:
+    with (
+        tempfile.TemporaryDirectory(prefix="wan-doctor-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as errors,
+    ):
+        # Into files: a pipe stays open for as long as anything that the libraries have started.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors,
             cwd=folder, env=environment, start_new_session=True,
         )  # fmt: skip
-        timer = threading.Timer(LIBRARIES_TIMEOUT, process.kill)
-        timer.daemon = True
-        timer.start()
         try:
-            # communicate() would keep nothing of what was said before a time-out.
-            assert process.stdout is not None
-            lines = process.stdout.read().decode(errors="replace").splitlines()
-            code, late = process.wait(), not timer.is_alive()
+            code, late = process.wait(LIBRARIES_TIMEOUT), False
+        except subprocess.TimeoutExpired:
+            code, late = 0, True
         finally:
-            timer.cancel()
             process.kill()
-            process.wait()
+            # One that waits inside a driver goes when the driver lets it.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(END_SECONDS)
+        out.seek(0)
         errors.seek(0)
+        lines = out.read().decode(errors="replace").splitlines()
         said = errors.read()[-500:].decode(errors="replace").strip()
     found = [Finding(**json.loads(line)) for line in lines if line.startswith("{")]
     after = f" after {found[-1].topic}" if found else ""
