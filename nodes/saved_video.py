@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from ..wan.headers import brief
 from . import host
+from .draft import Draft
 
 MAX_PREFIX = 1000
 """Characters; paths end at 4096 bytes."""
@@ -46,7 +48,7 @@ def check_prefix(prefix: str, width: int, height: int) -> None:
     # Found out now, not when the video is done.
     if problem := writing_problem(folder):
         raise ValueError(problem)
-    size = len(os.fsencode(_draft_name(_video_name(name, counter))))
+    size = len(os.fsencode(_video_name(name, counter)))
     if size > MAX_NAME_BYTES:
         raise ValueError(
             f"filename_prefix is {brief(prefix)}; it makes a file name of {size} bytes; {MAX_NAME_BYTES} fit"
@@ -57,30 +59,11 @@ def _video_name(name: str, counter: int) -> str:
     return f"{name}_{counter:05}_.mp4"
 
 
-def _draft_name(video: str) -> str:
-    # Not `.mp4` at the end of a name that other programs would pick up half-written, so hidden instead.
-    return f".{video}.{os.getpid()}.mp4"
-
-
 def save_video(source: Path, prefix: str, *, width: int, height: int, workflow: Mapping[str, Any]) -> SavedVideo:
     """Copies the mp4 `source` to the output folder under the next free number, with the workflow in its metadata."""
     folder, name, counter, subfolder = host.save_path(prefix, width, height)
-    draft = folder / _draft_name(_video_name(name, counter))
-    try:
-        host.copy_video(source, draft, workflow)
-        saved = _claimed(folder, subfolder, name, counter)
-        os.replace(draft, saved.path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return saved
-
-
-def _claimed(folder: Path, subfolder: str, name: str, counter: int) -> SavedVideo:
-    """An empty file of the first number from `counter` on that another ComfyUI has not taken meanwhile."""
-    while True:
-        saved = SavedVideo(folder, subfolder, _video_name(name, counter))
-        try:
-            saved.path.touch(exist_ok=False)
-            return saved
-        except FileExistsError:
-            counter += 1
+    with Draft(folder, scratch=source.parent, suffix=source.suffix) as draft:
+        host.copy_video(source, draft.path, workflow)
+        # From `counter` on: another ComfyUI may have taken it meanwhile.
+        made = draft.publish(_video_name(name, number) for number in itertools.count(counter))
+    return SavedVideo(folder, subfolder, made.name)
