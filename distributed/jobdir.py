@@ -1,4 +1,5 @@
-"""Names in a job folder, atomic writes and bounded reads. Everything processes tell each other is a file here.
+"""Names in a job folder, atomic writes and bounded reads. What processes tell each other is a file here; only why they
+fail they also say in memory (last_words.py).
 
 Runs everywhere. Standard library only.
 """
