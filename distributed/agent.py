@@ -119,6 +119,6 @@ def end_all(group_folder: Path, before_own_end: Callable[[], None] = lambda: Non
     own = Process.of(os.getpid())
     assert own is not None
     below = descendants(own.pid)
-    kill_all(lambda: {*below, *members(group_folder)} - {own}, 0.5)
+    kill_all(lambda: {*below, *members(group_folder, own.started)} - {own}, 0.5)
     before_own_end()
     own.kill()

@@ -65,6 +65,9 @@ class WorkerGroup:
                     start_new_session=True,
                     umask=0o077,
                 )
+            agent = Process.of(self._agent.pid)
+            # Of the first of its processes. 0: it has ended already.
+            self._since = 0 if agent is None else agent.started
         except BaseException:
             self.remove()
             raise
@@ -134,7 +137,7 @@ class WorkerGroup:
         self._agent.stdin.close()
         if agent is not None and self._agent.poll() is None:
             agent.kill()
-        left = kill_all(lambda: {*below, *members(self.folder.path)}, END_TIMEOUT)
+        left = kill_all(lambda: {*below, *members(self.folder.path, self._since)}, END_TIMEOUT)
         self.said = self._words.records()
         if not left:
             self._agent.wait(END_TIMEOUT)

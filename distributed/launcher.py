@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import group
+from .cancelling import cancelled_by, check_cancelled
 from .changed_file import ChangedFile
 from .errors import JobCancelled
 from .failures import RankFailure, advice, read_failures, root_cause
@@ -84,9 +85,10 @@ def run_job(
     Raises:
         JobCancelled, JobFailed; JobError if the job cannot start.
     """
-    check_prerequisites(encodes=job.text is not None, decodes=job.decode)
-    if cancelled():
-        raise JobCancelled("cancelled before the job started")
+    with cancelled_by(cancelled):
+        check_cancelled()
+        check_prerequisites(encodes=job.text is not None, decodes=job.decode)
+        check_cancelled()
     if problem := writing_problem(parent):
         raise JobError(problem)
     remove_abandoned(parent)

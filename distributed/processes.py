@@ -7,7 +7,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ GROUP_VARIABLE = "WAN_GROUP_FOLDER"
 """Environment variable by which every process of a group is known, whoever its parent or session is by now."""
 AGENT_VARIABLE = "WAN_AGENT_PID"
 """Environment variable that tells a rank which parent it must not outlive."""
+SECONDS_BEFORE_THE_NEXT_LOOK = 0.2
+"""For what was started meanwhile, while killed processes have not ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +98,18 @@ def descendants(pid: int) -> list[Process]:
     return found
 
 
-def members(group_folder: Path) -> list[Process]:
-    """Every process of a group: agent, ranks, and what they started, also after their parents died."""
+def members(group_folder: Path, since: int = 0) -> list[Process]:
+    """Every process of a group: agent, ranks, and what they started, also after their parents died.
+
+    Args:
+        since: clock ticks after boot; what started earlier is not looked at. Each look waits for a lock of the
+            process, which one that reads files or is at its end may hold for long.
+    """
     mark = os.fsencode(f"{GROUP_VARIABLE}={group_folder}")
     found = []
     for process, _ in _all():
+        if process.started < since:
+            continue
         with contextlib.suppress(OSError):
             if mark in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
                 found.append(process)
@@ -123,7 +132,17 @@ def kill_all(list_processes: Callable[[], Iterable[Process]], timeout: float) ->
         quiet = 0 if left else quiet + 1
         if quiet == 2 or time.monotonic() >= deadline:
             return left
+        _wait_for(left, min(deadline, time.monotonic() + SECONDS_BEFORE_THE_NEXT_LOOK))
+
+
+def _wait_for(processes: Sequence[Process], deadline: float) -> None:
+    """Returns when all have ended, not before 0.01 s."""
+    # Looks at them alone: to list all of the machine's processes over and over is what a busy one has no time for,
+    # and those that were killed need its processors to end.
+    while True:
         time.sleep(0.01)
+        if time.monotonic() >= deadline or not any(process.alive() for process in processes):
+            return
 
 
 def die_with_parent(parent: int) -> None:

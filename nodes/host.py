@@ -261,10 +261,15 @@ def out_of_memory(message: str) -> Exception:
 
 def free_memory() -> None:
     """Takes ComfyUI's own models off the GPU, which the job needs."""
+    import torch
     from comfy import model_management
 
+    held = bool(model_management.current_loaded_models)
     model_management.unload_all_models()
-    gc.collect()
+    # Only for something: it stops every thread of ComfyUI, the one that takes a cancel too, for half a second where
+    # the processors are busy.
+    if held or (torch.cuda.is_initialized() and torch.cuda.memory_allocated()):
+        gc.collect()
     model_management.soft_empty_cache()
 
 

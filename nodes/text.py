@@ -112,10 +112,19 @@ class WanVideoTextEncode:
 
         host.free_memory()
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[t5.precision]
-        encoder = load_text_encoder(t5.encoder, t5.tokenizer, dtype=dtype, device=host.device())
+        encoder = None
         try:
+            # Eleven gigabytes: a cancel does not wait for them.
+            encoder = load_text_encoder(
+                t5.encoder, t5.tokenizer, dtype=dtype, device=host.device(), check=_stop_if_cancelled
+            )
             prompt, negative = encoder.encode([positive_prompt, negative_prompt or DEFAULT_NEGATIVE_PROMPT])
         finally:
             del encoder
             host.free_memory()
         return ({"prompt_embeds": [prompt.cpu()], "negative_prompt_embeds": [negative.cpu()], "echoshot": False},)
+
+
+def _stop_if_cancelled() -> None:
+    if host.interrupted():
+        raise host.interruption()

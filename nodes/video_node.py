@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..distributed.cancelling import cancelled_by
 from ..distributed.job import JobError
 from ..distributed.launcher import JobCancelled, JobFailed
 from . import catalogue, host
@@ -69,7 +70,8 @@ class VideoNode(ABC):
 
     def run(self, /, **inputs: Any) -> dict[str, Any]:
         try:
-            return self._run(**taken(type(self), inputs))
+            with cancelled_by(host.interrupted):
+                return self._run(**taken(type(self), inputs))
         except JobCancelled as error:
             raise host.interruption() from error
         except (ValueError, JobError) as error:

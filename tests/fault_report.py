@@ -47,6 +47,7 @@ ROWS = {
     34: "killed while the video gets its name",
     35: "headers beyond all bounds",
     36: "requests of other pages",
+    37: "cancel on a busy machine",
 }
 
 

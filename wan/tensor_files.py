@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -117,12 +117,14 @@ def fill(
     dtype: torch.dtype,
     device: torch.device | str,
     scales: Mapping[str, str] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Gives a model built on the meta device its weights: each is read, cast and moved alone.
 
     Args:
         source: parameter name of the model -> tensor name in the files, for every parameter.
         scales: tensor name -> name of the number or column that its values are multiplied by.
+        check: called before each tensor; what it raises ends the reading.
     Raises:
         ValueError: a tensor has another shape than the model's.
     """
@@ -136,6 +138,7 @@ def fill(
                 f"the sizes of its other tensors call for {list(meta.shape)}"
             )
         if name not in read:
+            check()
             read[name] = files.read_as(name, dtype, device, scale=(scales or {}).get(name))
         weights[parameter] = read[name]
     # assign: the parameters become these very tensors, whatever dtype the library would prefer for them.

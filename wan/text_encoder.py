@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +62,7 @@ def load_text_encoder(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
+    check: Callable[[], None] = lambda: None,
 ) -> TextEncoder:
     """Loads a umT5 encoder of any size under official, transformers' or llama.cpp's names, quantised ones included.
 
@@ -69,6 +70,7 @@ def load_text_encoder(
         files: one .safetensors, .pth or .gguf, or every shard.
         tokenizer_files: tokenizer.json or a SentencePiece model; unused if the encoder carries a tokenizer.
         dtype: of weights and embeddings.
+        check: called before each tensor that is read and each layer that is computed; what it raises ends that.
     Raises:
         ValueError: naming the file, what it is, and what was expected.
     """
@@ -80,18 +82,30 @@ def load_text_encoder(
             f"{tokenizer.label} has {tokenizer.vocab} tokens, but {tensors.label} knows {info.vocab}; "
             "they belong to different models"
         )
-    return TextEncoder(load_umt5(tensors, dtype=dtype, device=device), tokenizer)
+    model = load_umt5(tensors, dtype=dtype, device=device, check=check)
+    for layer in model.encoder.block:
+        layer.register_forward_pre_hook(lambda *_: check())
+    return TextEncoder(model, tokenizer)
 
 
-def load_umt5(tensors: TensorFiles, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> UMT5EncoderModel:
-    """The encoder alone, without a tokenizer. Raises ValueError as `load_text_encoder` does."""
+def load_umt5(
+    tensors: TensorFiles,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    check: Callable[[], None] = lambda: None,
+) -> UMT5EncoderModel:
+    """The encoder alone, without a tokenizer. `check` is called before each tensor.
+
+    Raises ValueError as `load_text_encoder` does.
+    """
     info = text_encoder_info(tensors.shapes.keys(), tensors.shapes, tensors.label)
     modules = source_names(info, tensors.shapes.keys())
     scales = check_weights(tensors.index, modules.values())
     modules["encoder.embed_tokens"] = modules["shared"]
     model = _build(info)
     source = {name: f"{modules[name.removesuffix('.weight')]}.weight" for name in model.state_dict()}
-    fill(model, tensors, source, dtype=dtype, device=device, scales=scales)
+    fill(model, tensors, source, dtype=dtype, device=device, scales=scales, check=check)
     return model
 
 
