@@ -4,6 +4,11 @@
 
 Writes the random model of real_size.py if it is not there. Without a GPU, with `--model tiny`, the same runs on CPU
 processes, where only processes are watched.
+
+    python benchmarks/endings.py --server 5
+
+measures cancels in every phase, and kills, in a real ComfyUI on tiny models, each five times on the idle machine and
+beside four busy processes per core, and writes the table into README.md.
 """
 
 from __future__ import annotations
@@ -21,8 +26,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from real_size import ROOT, append_results, mount_pack, write_job, write_model
+import busy_endings
+from real_size import RESULTS, ROOT, append_results, mount_pack, write_job, write_model
+from table import replace_marked
 
+README = Path(__file__).resolve().parent / "README.md"
+MARKS = ("<!-- endings: made by endings.py -->", "<!-- endings: end -->")
 FREE_BYTES = 2 << 30
 """Memory in use on a GPU under which it counts as free: contexts of other programs stay."""
 
@@ -168,9 +177,16 @@ def parent_killed(source: Path, step: int) -> dict[str, Any]:
     return after_the_end()
 
 
+def report(line: dict[str, Any]) -> None:
+    append_results(line)
+    print(json.dumps(line), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the random weights and the jobs go")
+    parser.add_argument("--folder", type=Path, help="where the random weights and the jobs go")
+    parser.add_argument("--server", type=int, metavar="N", help="in a real ComfyUI, idle and busy, N times each")
+    parser.add_argument("--ways", default="", help="with --server: only those that this regular expression is found in")
     parser.add_argument("--model", default="t2v-A14B", help="a name in wan/config.py, or tiny")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--width", type=int, default=832)
@@ -178,8 +194,15 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--steps", type=int, default=4)
     arguments = parser.parse_args()
+    if not arguments.server and arguments.folder is None:
+        parser.error("--folder is missing, or --server N")
     mount_pack()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if arguments.server:
+        busy_endings.measure(busy_endings.ways_like(arguments.ways), arguments.server, report)
+        lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+        README.write_text(replace_marked(README.read_text(), busy_endings.table(lines), *MARKS))
+        return
     write_model(arguments.folder, arguments.model)
     options = argparse.Namespace(
         **vars(arguments) | {"gpus": [arguments.gpus]},
@@ -201,8 +224,7 @@ def main() -> None:
     }
     for name, run in trials.items():
         line = {"benchmark": "endings", "trial": name, "model": arguments.model, "gpus": arguments.gpus, **run()}
-        append_results(line)
-        print(json.dumps(line), flush=True)
+        report(line)
     print(f"listening outside of loopback: {trial.listeners}")
 
 
