@@ -25,7 +25,7 @@ ATTRIBUTES = {
 
 def test_fault_22_every_row_has_a_test():
     names = re.findall(r"def (test_fault_\w+)", "".join(path.read_text() for path in TESTS.rglob("test_*.py")))
-    assert {row for name in names for row in rows_of(name)} == set(ROWS) >= set(range(1, 31))
+    assert {row for name in names for row in rows_of(name)} == set(ROWS)
 
 
 def offences(source: str) -> Iterator[str]:
