@@ -89,6 +89,8 @@ class Trial:
             ended = time.monotonic()
         watcher.join()
         self.load.off()
+        if not self.acted:
+            raise RuntimeError(f"the job was never at {way.when!r}")
         times = {"gone": self.gone - self.acted}
         return times | ({"ended": ended - self.acted} if ended else {})
 
