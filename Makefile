@@ -14,7 +14,7 @@ demo: $(READY)
 test: $(READY) lint
 	$(PYTHON_IN_VENV) -m pytest --durations=30 --durations-min=5
 
-# Three hundred jobs in one ComfyUI, every tenth with a fault, of every kind in soak_faults.py. A quarter of an hour or so.
+# Three hundred jobs in one ComfyUI, every tenth with a fault, of every kind in soak_faults.py.
 soak: $(READY)
 	SOAK_JOBS=300 $(PYTHON_IN_VENV) -m pytest -s tests/comfyui/test_soak.py
 

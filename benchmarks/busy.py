@@ -9,7 +9,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-SPIN = "import os, sys\nparent = os.getppid()\nwhile os.getppid() == parent:\n for _ in range(10**6): pass\n"
+SPIN = (
+    "import os\nparent = os.getppid()\nprint(flush=True)\nwhile os.getppid() == parent:\n for _ in range(10**6): pass\n"
+)
 """Until its parent is gone: nobody else ends it when that is killed."""
 
 
@@ -36,7 +38,11 @@ def busy(per_core: int) -> Iterator[Busy]:
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(per_core * len(os.sched_getaffinity(0))):
-            processes.append(subprocess.Popen([sys.executable, "-c", SPIN]))
+            processes.append(subprocess.Popen([sys.executable, "-S", "-c", SPIN], stdout=subprocess.PIPE))
+        for process in processes:
+            # Otherwise it would still be starting when it is switched on.
+            assert process.stdout is not None
+            process.stdout.readline()
         load = Busy(processes)
         load.off()
         yield load
@@ -44,3 +50,5 @@ def busy(per_core: int) -> Iterator[Busy]:
         for process in processes:
             process.kill()
             process.wait()
+            if process.stdout is not None:
+                process.stdout.close()

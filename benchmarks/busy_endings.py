@@ -26,7 +26,7 @@ from real_size import ROOT
 LOADS = (0, 4)
 """Busy processes per core."""
 WAIT = 0.3
-"""Seconds between the begin of the load and what ends the job."""
+"""Seconds, at least, between the begin of the load and what ends the job."""
 LOOK = 0.005
 LIMIT = 180.0
 
@@ -97,9 +97,15 @@ class Trial:
     def _watch(self, way: Way) -> None:
         from wan_pack.distributed.processes import Process
 
+        # These pass too quickly to begin with the load in them.
+        early = way.when in ("queued", "agent", "load")
+        if early:
+            self.load.on()
+            time.sleep(WAIT)
         _wait(lambda: self._is_at(way.when))
-        self.load.on()
-        time.sleep(WAIT if way.when not in ("queued", "agent", "load") else 0)
+        if not early:
+            self.load.on()
+            time.sleep(WAIT)
         processes = [process for pid in self.pids() if (process := Process.of(pid)) is not None]
         self.acted = self.gone = time.monotonic()
         way.act(self)
