@@ -71,6 +71,26 @@ def test_pefts_own_config_gives_the_alpha(tmp_path: Path, settings: dict[str, An
     assert scale(path.rename(tmp_path / "mine.safetensors")) == 1
 
 
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "orthogonal", "eva", "mica"])
+def test_a_lora_that_began_with_no_change_is_taken(tmp_path: Path, start: bool | str | None):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(PEFT | {"init_lora_weights": start}))
+    path = write(tmp_path / "adapter_model.safetensors", dotted("base_model.model."), down=A, up=B, alpha=None)
+    assert scale(path) == pytest.approx(6 / RANK)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq", "later", [1]])
+def test_a_lora_made_for_a_changed_base_model_is_refused(tmp_path: Path, start: Any):
+    """PEFT took its factors out of the weights: added to the whole weights they ruin the model."""
+    metadata = {
+        "lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 6, "transformer.init_lora_weights": start})
+    }
+    path = write(tmp_path / "l.safetensors", dotted("transformer."), down=A, up=B, alpha=None, metadata=metadata)
+    with pytest.raises(
+        ValueError, match=r"metadata lora_adapter_metadata cannot be used: init_lora_weights is .*plain LoRA"
+    ):
+        Lora(path, 1, TARGETS)
+
+
 def test_metadata_gives_the_alpha_of_each_expert(tmp_path: Path):
     names = {f"{t}.{key}": value for t, alpha in (("transformer", 6), ("transformer_2", 8))
              for key, value in (("lora_alpha", alpha), ("r", RANK))}  # fmt: skip

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .headers import MAX_PARTS
+from .headers import MAX_PARTS, brief
 from .json_text import parse_json
 from .regular_files import regular
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DIFFUSERS_KEY, FINETRAINERS_KEY = "lora_adapter_metadata", "lora_config"
 MAX_CONFIG_BYTES = 1 << 20
+BASE_KEPT = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+"""Of PEFT's `init_lora_weights`: those that begin with no change. The others (pissa, olora, corda, lora_ga, loftq) take
+the factors out of the base model's weights, or out of their rounding, and fit only what is left of those."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,12 @@ def read_adapter_config(path: Path, metadata: Mapping[str, str], *, second: bool
 
 
 def _adapter_config(source: str, config: Mapping[str, Any]) -> AdapterConfig:
+    start = config.get("init_lora_weights")
+    if start not in BASE_KEPT:
+        raise ValueError(
+            f"init_lora_weights is {brief(start)}: such factors belong to a changed base model, not to the model; "
+            "save it as a plain LoRA first (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise ValueError(f"alpha_pattern is {patterns!r}; it must be an object")
