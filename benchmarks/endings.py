@@ -27,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import busy_endings
-from real_size import RESULTS, ROOT, append_results, mount_pack, write_job, write_model
+from pack import RESULTS, ROOT, append_results, mount_pack
+from random_models import write_model
+from real_size import write_job
 from table import replace_marked
 
 README = Path(__file__).resolve().parent / "README.md"
@@ -203,12 +205,12 @@ def main() -> None:
         lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
         README.write_text(replace_marked(README.read_text(), busy_endings.table(lines), *MARKS))
         return
-    write_model(arguments.folder, arguments.model)
+    model = write_model(arguments.folder, arguments.model)
     options = argparse.Namespace(
         **vars(arguments) | {"gpus": [arguments.gpus]},
         fsdp=False, offload=False, compile=False, memory_optimization=False, engine="packed",
     )  # fmt: skip
-    source = write_job(arguments.folder, options, arguments.gpus)
+    source = write_job(model, options, arguments.gpus)
     trial = Trial(source, arguments.folder, step=2)
     trials: dict[str, Callable[[], dict[str, Any]]] = {
         "cold": lambda: trial.run(keep_warm_seconds=600.0),

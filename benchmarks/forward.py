@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from breakdown import block_times, floor_seconds, work
-from real_size import RESULTS, mount_pack, tiny_config
+from pack import RESULTS, mount_pack
+from random_models import model_config
 
 SIZES = {"480p": (832, 480, 81), "720p": (1280, 720, 81)}
 STORE = "WAN_BENCHMARK_STORE"
@@ -54,7 +55,6 @@ def run_rank(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
     from systems import Place
     from wan_pack.distributed.mesh import Mesh
-    from wan_pack.wan.config import WAN_CONFIGS
 
     torch.set_grad_enabled(False)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -69,7 +69,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
             timeout=timedelta(minutes=2), device_id=device if cuda else None,
         )  # fmt: skip
         mesh = Mesh.of(device.type, world)
-    config = tiny_config() if arguments.model == "tiny" else WAN_CONFIGS[arguments.model]
+    config = model_config(arguments.model)
     references: dict[Any, Any] = {}
     for name in arguments.systems:
         if world > 1 and not cuda and name.partition(":")[0] != "ours":

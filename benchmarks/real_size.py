@@ -2,8 +2,8 @@
 
     python benchmarks/real_size.py --folder /scratch/wan --gpus 2 1 --fsdp
 
-Writes both experts (bf16, official layout) and a VAE once into --folder (58 GB for t2v-A14B), then runs the job for
-each number of GPUs and appends one JSON line each to benchmarks/results.jsonl. On a machine without a GPU, with
+Writes both experts (bf16, official layout) and a VAE once into --folder, then runs the job for each number of GPUs and
+appends one JSON line each to benchmarks/results.jsonl. On a machine without a GPU, with
 `--model tiny`, the same path runs on CPU processes.
 """
 
@@ -16,76 +16,11 @@ import platform
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from wan_pack.wan.config import WanConfig
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / "results.jsonl"
-SHARD_BYTES = 5 << 30
-
-
-def mount_pack() -> None:
-    package = types.ModuleType("wan_pack")
-    package.__path__ = [str(ROOT)]
-    sys.modules["wan_pack"] = package
-
-
-def tiny_config() -> WanConfig:
-    """For machines without a GPU."""
-    from wan_pack.wan.config import WanConfig
-
-    return WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=16, out_dim=16, text_dim=64, freq_dim=256)
-
-
-def write_model(folder: Path, name: str) -> None:
-    """Random weights with the statistics of an initialised network: speed and memory do not depend on more."""
-    import torch
-    from safetensors.torch import save_file
-    from wan_pack.wan.config import WAN_CONFIGS
-    from wan_pack.wan.model import meta_model
-
-    config = tiny_config() if name == "tiny" else WAN_CONFIGS[name]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
-    shapes = {n: p.shape for n, p in meta_model(config, torch.bfloat16).named_parameters()}
-    for expert in ("high_noise_model", "low_noise_model"):
-        target = folder / expert
-        if (target / "config.json").exists():
-            continue
-        target.mkdir(parents=True, exist_ok=True)
-        weight_map: dict[str, str] = {}
-        shard: dict[str, Any] = {}
-
-        def flush(
-            target: Path = target, shard: dict[str, Any] = shard, weight_map: dict[str, str] = weight_map
-        ) -> None:
-            file = f"diffusion_pytorch_model-{len(set(weight_map.values())) + 1:05}.safetensors"
-            save_file(shard, target / file)
-            weight_map.update(dict.fromkeys(shard, file))
-            shard.clear()
-
-        for key, shape in shapes.items():
-            if key.endswith("weight") and len(shape) > 1:
-                tensor = torch.randn(shape, generator=generator, device=device).mul_(0.02)
-            else:
-                tensor = torch.ones(shape) if "norm" in key and key.endswith("weight") else torch.zeros(shape)
-            shard[key] = tensor.bfloat16().cpu()
-            if sum(t.nbytes for t in shard.values()) > SHARD_BYTES:
-                flush()
-        flush()
-        index = {"metadata": {}, "weight_map": weight_map}
-        (target / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-        # Last: with it the expert is whole.
-        (target / "config.json").write_text(json.dumps({"_class_name": "WanModel", "num_heads": config.num_heads}))
-    if not (folder / "vae.safetensors").exists():
-        from diffusers import AutoencoderKLWan
-
-        vae = AutoencoderKLWan(base_dim=8 if name == "tiny" else 96)
-        save_file(vae.bfloat16().state_dict(), folder / "vae.safetensors")
+from pack import ROOT, append_results, mount_pack
+from random_models import write_model
 
 
 def write_job(folder: Path, arguments: argparse.Namespace, gpus: int) -> Path:
@@ -160,11 +95,6 @@ def run(folder: Path, arguments: argparse.Namespace, gpus: int) -> dict[str, Any
     }
 
 
-def append_results(line: dict[str, Any]) -> None:
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
 def latents_difference(folder: Path, first: int, second: int) -> float:
     """Relative difference of what two runs denoised: rounding, where the same job ran on another number of GPUs."""
     from safetensors.torch import load_file
@@ -190,11 +120,11 @@ def main() -> None:
     arguments = parser.parse_args()
     mount_pack()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    write_model(arguments.folder, arguments.model)
+    model = write_model(arguments.folder, arguments.model)
     for index, gpus in enumerate(arguments.gpus):
-        line = run(arguments.folder, arguments, gpus)
+        line = run(model, arguments, gpus)
         if index:
-            line["latents_difference"] = latents_difference(arguments.folder, arguments.gpus[0], gpus)
+            line["latents_difference"] = latents_difference(model, arguments.gpus[0], gpus)
         append_results(line)
         print(
             f"{line['gpus']} GPUs: load {line['load_seconds']} s, step {line['seconds_per_step']} s, "

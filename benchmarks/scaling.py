@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from breakdown import floor_seconds
-from real_size import mount_pack
+from pack import mount_pack
 from table import replace_marked
 
 HERE = Path(__file__).resolve().parent
