@@ -1,199 +1,219 @@
 """Jobs under memory caps: what the planner chooses, whether it fits, and how far its estimate is from what was used.
 
-    python benchmarks/memory.py --folder /scratch/wan --caps 16 24 48 80 --gpus 1 2
+    python benchmarks/memory.py --folder /scratch/wan --cases t2v-A14B:480p i2v-A14B:480p ti2v-5B:720p
 
-Each job is laid out by the real planner for GPUs of that many GiB, and runs in processes that torch holds to it
-(`set_per_process_memory_fraction`, less what the estimate allows for the context and NCCL). Writes the random weights
-of real_size.py once, prints a table and appends one JSON line for each job to benchmarks/results.jsonl. On a machine
-without a GPU, with `--model tiny`, the same path runs on CPU processes, whose memory nobody caps.
+This process takes so much of each GPU that only the cap is left free. The planner sees that in nvidia-smi, as it would
+see a smaller card's; the job runs through the product's own launcher, and runs out of memory where such a card would.
+Cases run side by side, each on GPUs of its own: their memory is exact, their times are a large card's. Prints a table
+and appends one JSON line for each job to benchmarks/results.jsonl. On a machine without a GPU, with `--cases
+tiny:128x96x9`, the same path runs on CPU processes, whose memory nobody caps.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
-import subprocess
 import sys
-import tempfile
-import time
+import threading
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from real_size import append_results, mount_pack, write_job, write_model
+from pack import RESULTS, append_results, mount_pack
+from random_models import write_model
+from real_jobs import Shape, difference, make_inputs, make_job, moved
+from side_by_side import run_side_by_side
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from wan_pack.distributed.gpus import Gpu
+    from wan_pack.distributed.job import Job
     from wan_pack.distributed.planning.plan import Plan
 
 GIB = 2**30
-COLUMNS = ("cap", "gpus", "plan", "seconds_per_step", "estimated_gib", "peak_gpu_gib", "error_percent")
-TIMEOUT = 1800
-"""Seconds for the processes of one job."""
-GRACE = 10
+COLUMNS = (
+    "model", "size", "cap", "gpus", "plan", "seconds_per_step", "estimated_gib", "peak_gpu_gib", "error_percent",
+    "estimated_total_gib", "used_gib", "total_error_percent", "difference",
+)  # fmt: skip
+POLL = 0.02
 
 
-def capped_gpus(count: int, cap_gib: float) -> list[Gpu]:
-    """The machine's GPUs as if they had no more than the cap; made-up ones on a machine without a GPU."""
+class Case(NamedTuple):
+    shape: Shape
+    cap: float
+    """GiB."""
+    gpus: int
+
+
+class Cap:
+    """Leaves no more than `cap_gib` of each GPU free, and watches how much of that is used. A context manager.
+
+    Attributes:
+        used: bytes of the GPU that is fullest, at most so far.
+    """
+
+    def __init__(self, ids: list[str], cap_gib: float) -> None:
+        self._devices, self._cap = [int(index) for index in ids], int(cap_gib * GIB)
+        self._taken: list[Tensor] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.used = 0
+
+    def __enter__(self) -> Cap:
+        import torch
+
+        for device in self._devices:
+            too_much = torch.cuda.mem_get_info(device)[0] - self._cap
+            if too_much > 0:
+                self._taken.append(torch.empty(too_much, dtype=torch.uint8, device=f"cuda:{device}"))
+        self._free = [torch.cuda.mem_get_info(device)[0] for device in self._devices]
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._taken:
+            import torch
+
+            self._taken.clear()
+            torch.cuda.empty_cache()
+
+    def _watch(self) -> None:
+        import torch
+
+        while not self._stop.wait(POLL):
+            for device, free in zip(self._devices, self._free, strict=True):
+                self.used = max(self.used, free - torch.cuda.mem_get_info(device)[0])
+
+
+def gpus_of(ids: list[str], case: Case) -> list[Gpu]:
+    """As nvidia-smi has them now; made-up ones of the cap's size on a machine without a GPU."""
     from wan_pack.distributed.gpus import Gpu, list_gpus
 
-    cap = int(cap_gib * GIB)
-    found = list_gpus()[:count] or [
-        Gpu(index=str(i), uuid=str(i), name="CPU", total_bytes=cap, free_bytes=cap) for i in range(count)
-    ]
-    return [
-        dataclasses.replace(gpu, total_bytes=min(gpu.total_bytes, cap), free_bytes=min(gpu.free_bytes, cap))
-        for gpu in found
-    ]
+    cap = int(case.cap * GIB)
+    made_up = [Gpu(index=str(i), uuid=str(i), name="CPU", total_bytes=cap, free_bytes=cap) for i in range(case.gpus)]
+    return [gpu for gpu in list_gpus() if gpu.index in ids] or made_up
 
 
-def planned_job(path: Path, gpus: list[Gpu]) -> Plan:
-    """Lays out the job in `path` for these GPUs, and writes it back. Raises ValueError if it does not fit."""
+def plan_of(job: Job, gpus: list[Gpu], host_gib: float | None) -> Plan:
+    """As a node would have it laid out. Raises ValueError if it does not fit."""
     from wan_pack.distributed.host_memory import available_bytes
-    from wan_pack.distributed.jobdir import JobDir
     from wan_pack.distributed.planning.plan import make_plan
     from wan_pack.distributed.planning.policies import Request
     from wan_pack.distributed.planning.topology import read_topology
     from wan_pack.distributed.planning.workload import workload_of
 
-    folder = JobDir(path)
-    job = folder.read_job()
     base = dataclasses.replace(job.parallel, gpu_count=1, gpu_ids=(), use_fsdp=True)
     work = workload_of(job.model, job.sampling, base, encodes_text=False)
-    request = Request(base=base, gpu_count=len(gpus))
-    plan = make_plan(work, request, gpus, read_topology(), host_bytes=available_bytes())
-    ids = plan.parallel.gpu_ids if job.parallel.gpu_ids else ()
-    folder.write_job(dataclasses.replace(job, parallel=dataclasses.replace(plan.parallel, gpu_ids=ids)))
-    return plan
+    host = available_bytes() if host_gib is None else int(host_gib * GIB)
+    return make_plan(work, Request(base=base, gpu_count=len(gpus)), gpus, read_topology(), host_bytes=host)
 
 
-def run_rank(path: Path, group: Path, cap_bytes: int) -> None:
-    """One rank of the job in `path`, in this process."""
-    import torch
-    from wan_pack.distributed.groupdir import GroupDir
-    from wan_pack.distributed.jobdir import JobDir
-    from wan_pack.distributed.rank_files import RankFiles
-    from wan_pack.distributed.worker import main as run_worker
+class Measurement:
+    """Of all cases; the first result of a shape is what the others are compared with."""
 
-    if torch.cuda.is_available():
-        device = int(os.environ["LOCAL_RANK"])
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(cap_bytes / total, 1.0), device)
-    folder = JobDir(path)
-    run_worker(GroupDir(group), folder, RankFiles(folder, int(os.environ["RANK"])), None).leave()
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.lines: list[dict[str, Any]] = []
+        self._first: dict[Shape, Tensor] = {}
+        self._lock = threading.Lock()
 
+    def run(self, case: Case, ids: list[str]) -> None:
+        shape = case.shape
+        line: dict[str, Any] = {
+            "benchmark": "memory", "model": shape.model, "cap": case.cap, "gpus": case.gpus,
+            "size": "x".join(map(str, shape.pixels)), "pictures": shape.pictures, "steps": shape.steps,
+            "command": " ".join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
+        }  # fmt: skip
+        with Cap(ids, case.cap) as cap:
+            try:
+                self._measure(case, ids, cap, line)
+            # A refusal, or a failed job: the other cases go on.
+            except Exception as error:
+                planned = "plan" in line
+                words = str(error) if planned else f"refused: {error}"
+                line |= {"error" if planned else "plan": words.splitlines()[0], "used_gib": round(cap.used / GIB, 2)}
+        with self._lock:
+            self.lines.append(line)
+            append_results(line, self.arguments.results)
+        print(table([line]).splitlines()[-1], flush=True)
 
-def run_job(path: Path, plan: Plan, cap_gib: float) -> dict[str, Any]:
-    """Runs the ranks to their end. Returns result.json. Raises RuntimeError with a failed rank's last words."""
-    from wan_pack.distributed.groupdir import GroupDir
-    from wan_pack.distributed.planning.memory import process_bytes
+    def _measure(self, case: Case, ids: list[str], cap: Cap, line: dict[str, Any]) -> None:
+        from safetensors.torch import save_file
+        from wan_pack.distributed.launcher import run_job
 
-    world = plan.parallel.gpu_count
-    for name in ("result.json", "latents.safetensors"):
-        (path / name).unlink(missing_ok=True)
-    (path / "logs").mkdir(exist_ok=True)
-    cap = int(cap_gib * GIB) - process_bytes(plan.parallel)
-    with tempfile.TemporaryDirectory() as temp:
-        group = GroupDir.create(Path(temp), world)
-        command = [sys.executable, __file__, "--rank", str(path), str(group.path), str(cap)]
-        ranks = []
-        for rank in range(world):
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-            environment = {**os.environ, **{name: str(value) for name, value in names.items()}}
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(plan.parallel.gpu_ids)
-            log = (path / "logs" / f"memory{rank}.log").open("w+")
-            ranks.append((subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT), log))
-        try:
-            codes = wait_for([process for process, _ in ranks])
-        finally:
-            for process, _ in ranks:
-                process.kill()
-        # Those that were killed for another's failure, whose code is negative, come last.
-        for code, (_, log) in sorted(zip(codes, ranks, strict=True), key=lambda pair: -pair[0]):
-            log.seek(0)
-            if code:
-                raise RuntimeError("\n".join(log.read().splitlines()[-5:]))
-            log.close()
-    result: dict[str, Any] = json.loads((path / "result.json").read_text())
-    return result
-
-
-def wait_for(ranks: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Exit codes. When one has failed, the others, which may wait for it, have `GRACE` seconds left."""
-    until = time.monotonic() + TIMEOUT
-    while any(rank.poll() is None for rank in ranks):
-        if any(rank.poll() for rank in ranks):
-            until = min(until, time.monotonic() + GRACE)
-        if time.monotonic() > until:
-            for rank in ranks:
-                rank.kill()
-        time.sleep(0.1)
-    return [rank.wait() for rank in ranks]
-
-
-def measure(folder: Path, arguments: argparse.Namespace, cap_gib: float, gpus: int) -> dict[str, Any]:
-    """Plans and runs one job. Returns its line for the results."""
-    line: dict[str, Any] = {
-        "benchmark": "memory", "model": arguments.model, "cap": cap_gib, "gpus": gpus,
-        "size": f"{arguments.width}x{arguments.height}x{arguments.frames}",
-    }  # fmt: skip
-    path = write_job(folder, arguments, gpus)
-    try:
-        plan = planned_job(path, capped_gpus(gpus, cap_gib))
-    except ValueError as error:
-        return line | {"plan": f"refused: {error}"}
-    assert plan.estimate is not None
-    line |= {"plan": plan.block().splitlines()[0].removeprefix("plan: ")}
-    line |= {"estimated_gib": round(plan.estimate.torch_peak / GIB, 2)}
-    try:
-        result = run_job(path, plan, cap_gib)
-    except RuntimeError as error:
-        return line | {"error": str(error)}
-    steps, peak = result["step_seconds"], max(result["peak_gpu_bytes"]) / GIB
-    line |= {"seconds_per_step": round(min(steps[1:] or steps), 3), "peak_gpu_gib": round(peak, 2)}
-    if peak:
-        line["error_percent"] = round((line["estimated_gib"] / peak - 1) * 100, 1)
-    return line | {"settings": result["settings"]}
+        shape, folder = case.shape, self.arguments.folder
+        job = make_job(folder, shape, (), case.gpus, mixed_precision="bf16" if ids else "fp32")
+        gpus = gpus_of(ids, case)
+        line["free_gib"] = round(min(gpu.free_bytes for gpu in gpus) / GIB, 2)
+        plan = plan_of(job, gpus, self.arguments.host_gib)
+        assert plan.estimate is not None
+        line |= {
+            "plan": plan.block().splitlines()[0].removeprefix("plan: ").partition("; ")[2],
+            "estimate": {name: round(size / GIB, 2) for name, size in dataclasses.asdict(plan.estimate).items()},
+            "estimated_gib": round(plan.estimate.torch_peak / GIB, 2),
+            "estimated_total_gib": round(plan.estimate.total / GIB, 2),
+        }
+        parallel = plan.parallel if ids else dataclasses.replace(plan.parallel, gpu_ids=())
+        parent = folder / "jobs" / f"memory-{'-'.join(ids)}"
+        result = run_job(
+            dataclasses.replace(job, parallel=parallel), lambda path: save_file(make_inputs(shape), path),
+            parent=parent, failed=folder / "failed",
+        )  # fmt: skip
+        info = result.info
+        steps, peak = info["step_seconds"], max(info["peak_gpu_bytes"]) / GIB
+        latents = moved(result.folder.latents, shape)
+        result.remove()
+        with self._lock:
+            first = self._first.setdefault(shape, latents)
+        line |= {
+            "seconds_per_step": round(min(steps), 3), "peak_gpu_gib": round(peak, 2),
+            "used_gib": round(cap.used / GIB, 2),
+            "peak_host_gib": [round(n / GIB, 2) for n in info["peak_rss_bytes"]],
+            "phases": {name: round(seconds, 2) for name, seconds in info["phases"].items()},
+            "difference": difference(first, latents), "settings": info["settings"],
+        }  # fmt: skip
+        if peak:
+            line["error_percent"] = round((line["estimated_gib"] / peak - 1) * 100, 1)
+        if cap.used:
+            line["total_error_percent"] = round((line["estimated_total_gib"] * GIB / cap.used - 1) * 100, 1)
 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown, one row for each line; a job that failed has its error as its plan."""
     rows = [COLUMNS, ("---",) * len(COLUMNS)]
     for line in lines:
-        failed = f"; failed: {line['error'].splitlines()[-1]}" if "error" in line else ""
+        failed = f"; failed: {line['error']}" if "error" in line else ""
         shown = {**line, "plan": line["plan"] + failed}
         rows.append(tuple(str(shown.get(name, "")) for name in COLUMNS))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--rank"]:
-        mount_pack()
-        run_rank(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
-        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the random weights and the jobs go")
-    parser.add_argument("--model", default="t2v-A14B", help="a name in wan/config.py, or tiny")
+    parser.add_argument("--cases", nargs="+", default=["t2v-A14B:480p"], metavar="MODEL:SIZE", help="see real_jobs.py")
     parser.add_argument("--caps", type=float, nargs="+", default=[16, 24, 48, 80], help="GiB")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1])
-    parser.add_argument("--width", type=int, default=832)
-    parser.add_argument("--height", type=int, default=480)
-    parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--steps", type=int, default=4)
-    # What write_job asks for; the planner sets the rest.
-    parser.set_defaults(fsdp=False, offload=False, compile=False, memory_optimization=False, engine="packed")
+    parser.add_argument("--steps", type=int, default=2, help="with two, both experts run")
+    parser.add_argument("--host-gib", type=float, help="host memory to plan with, where the system tells less")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     mount_pack()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    write_model(arguments.folder, arguments.model)
-    lines = []
-    for gpus in arguments.gpus:
-        for cap in arguments.caps:
-            lines.append(measure(arguments.folder, arguments, cap, gpus))
-            append_results(lines[-1])
-            print(table(lines[-1:]).splitlines()[-1], flush=True)
-    print(table(lines))
+    # nvidia-smi's order, in which devices are counted here too.
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    kinds = [case.split(":") for case in arguments.cases]
+    for model, _ in kinds:
+        write_model(arguments.folder, model)
+    measurement = Measurement(arguments)
+    cases = [
+        Case(Shape(model, size, arguments.steps, "start" if "i2v" in model.split("-") else "none"), cap, gpus)
+        for gpus, (model, size), cap in product(arguments.gpus, kinds, arguments.caps)
+    ]
+    run_side_by_side(cases, lambda case: case.gpus, measurement.run)
+    print(table(measurement.lines))
 
 
 if __name__ == "__main__":
