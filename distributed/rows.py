@@ -1,7 +1,7 @@
 """Which rows of the picture a rank holds, and the collectives between such ranks.
 
-Shapes: ... = any leading sizes, equal on all ranks; W = width. Rows are counted in the coarsest resolution, the latent
-one: a rank that holds k of its rows holds 2k, 4k, ... of the finer ones.
+Shapes: ... = any leading sizes, equal on all ranks; T = frames, W = width, C = channels. Rows are counted in the
+coarsest resolution, the latent one: a rank that holds k of its rows holds 2k, 4k, ... of the finer ones.
 Only `all_to_all_single` and `all_gather_into_tensor` are used, which every backend has; sizes are known beforehand, so
 that nothing waits for the device.
 """
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from .sequence import split_evenly
@@ -44,39 +43,50 @@ class RowShard:
         return whole.narrow(-2, sum(self.sizes[: self.rank]) * scale, self.sizes[self.rank] * scale)
 
     def fill_halo(self, padded: Tensor, *, above: bool) -> None:
-        """Puts the neighbours' adjacent rows into the last row of [..., rows, W] and, with `above`, into the first.
+        """Puts the neighbours' adjacent rows into the last row of [T, rows, W, C] and, with `above`, into the first.
 
-        At the picture's edges there is no neighbour, and the row keeps what it holds.
+        At the picture's edges there is no neighbour, and zeros are put.
         """
+        first, last = padded[:, int(above)], padded[:, -2]
         send, send_sizes, receive_sizes = [], [0] * self.world, [0] * self.world
-        row = padded[..., 0, :].numel()
+        row = first.numel()
         # Both buffers are in the order of ranks: first what goes up or comes from there.
         if self.rank > 0:
-            send.append(padded[..., int(above), :].flatten())
+            send.append(first)
             send_sizes[self.rank - 1] = row
             receive_sizes[self.rank - 1] = row * above
         if self.rank < self.world - 1:
             if above:
-                send.append(padded[..., -2, :].flatten())
+                send.append(last)
             send_sizes[self.rank + 1] = row * above
             receive_sizes[self.rank + 1] = row
         received = padded.new_empty(sum(receive_sizes))
-        sent = torch.cat(send) if send else padded.new_empty(0)
+        sent = torch.stack(send).view(-1) if send else padded.new_empty(0)
         dist.all_to_all_single(received, sent, receive_sizes, send_sizes, group=self.group)
-        if above and self.rank > 0:
-            padded[..., 0, :].copy_(received[:row].view(padded[..., 0, :].shape))
-        if self.rank < self.world - 1:
-            padded[..., -1, :].copy_(received[-row:].view(padded[..., -1, :].shape))
+        if above:
+            self._put(padded[:, 0], received[:row] if self.rank > 0 else None)
+        self._put(padded[:, -1], received[-row:] if self.rank < self.world - 1 else None)
 
-    def gather(self, local: Tensor) -> Tensor:
-        """This rank's [..., rows, W] -> all ranks' rows, on every rank."""
-        scale = local.shape[-2] // self.sizes[self.rank]
+    @staticmethod
+    def _put(row: Tensor, received: Tensor | None) -> None:
+        if received is None:
+            row.zero_()
+        else:
+            row.copy_(received.view(row.shape))
+
+    def gather(self, local: Tensor, dim: int = -2) -> Tensor:
+        """This rank's rows, dimension `dim` -> all ranks' rows, on every rank."""
+        dim %= local.dim()
+        scale = local.shape[dim] // self.sizes[self.rank]
         # Equal shapes for the collective; what is added is cut off again.
-        padded = F.pad(local, (0, 0, 0, max(self.sizes) * scale - local.shape[-2])).contiguous()
+        shape = [*local.shape]
+        shape[dim] = max(self.sizes) * scale
+        padded = local.new_empty(shape)
+        padded.narrow(dim, 0, local.shape[dim]).copy_(local)
         everyone = padded.new_empty(self.world * padded.numel())
         dist.all_gather_into_tensor(everyone, padded.view(-1), group=self.group)
-        parts = everyone.view(self.world, *padded.shape).unbind(0)
-        return torch.cat([part[..., : size * scale, :] for part, size in zip(parts, self.sizes, strict=True)], dim=-2)
+        parts = everyone.view(self.world, *shape).unbind(0)
+        return torch.cat([part.narrow(dim, 0, size * scale) for part, size in zip(parts, self.sizes, strict=True)], dim)
 
     def gather_to_first(self, local: Tensor) -> Tensor | None:
         """This rank's [..., rows, W] -> all ranks' rows on rank 0, None on the others."""

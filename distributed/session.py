@@ -42,6 +42,8 @@ class Session:
     kernel: AttentionKernel
     ops: str
     """A name in `wan.ops.OPS`."""
+    vae_ops: str
+    """A name in `wan.vae_ops.VAE_OPS`."""
     mesh: Mesh | None = None
     experts: RankExperts = field(init=False)
     _joined: bool = False
@@ -64,11 +66,13 @@ class Session:
             kernel = choose_kernel(capability, COMPUTE_DTYPES[parallel.mixed_precision], parallel.attention)
             check_precision(capability, parallel.linear_precision)
             ops, reason = choose_ops(capability, parallel.kernels, compiled=parallel.torch_compile)
+            vae_ops, _ = choose_ops(capability, parallel.kernels)
         except ValueError as error:
             raise JobError(str(error)) from error
         log.info("attention kernel %s: %s", kernel.name, kernel.reason)
         log.info("%s kernels between the matrix products: %s", ops, reason)
-        return cls(rank=int(os.environ["RANK"]), world=world, device=device, kernel=kernel, ops=ops)
+        rank = int(os.environ["RANK"])
+        return cls(rank=rank, world=world, device=device, kernel=kernel, ops=ops, vae_ops=vae_ops)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -117,7 +121,8 @@ class Session:
         """The VAE, loaded on first use and split over the ranks."""
         if self._vae is None:
             files = [file.path for file in job.model.vae]
-            self._vae = RankVae(files, dtype=self.vae_dtype(job), device=self.device, group=self.group)
+            dtype = self.vae_dtype(job)
+            self._vae = RankVae(files, dtype=dtype, device=self.device, group=self.group, ops=self.vae_ops)
         return self._vae
 
     def preview_map(self, job: Job) -> PreviewMap:

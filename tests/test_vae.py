@@ -13,6 +13,7 @@ from wan_pack.wan.latents import denormalise, latent_statistics, normalise
 from wan_pack.wan.model_folder import folder_files
 from wan_pack.wan.vae import decode_frames, encode, load_vae
 from wan_pack.wan.vae_keys import check_vae_file, diffusers_to_official, module_names
+from wan_pack.wan.vae_layers import channels_last
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 CASES = [("vae_wan21", "Wan2.1", 16), ("vae_wan22", "Wan2.2", 48)]
@@ -34,13 +35,33 @@ def test_agrees_with_the_official_code(case: str, kind: str, z_dim: int) -> None
     for ours, theirs in zip(latent_statistics(z_dim), (io["mean"], io["std"]), strict=True):
         assert torch.equal(torch.tensor(ours), theirs)
     vae = load_vae([_model(case)])
-    chunks = list(decode_frames(vae, io["latents"]))
-    assert [chunk.shape[1] for chunk in chunks] == [1, 4, 4]
-    decoded = torch.cat(chunks, dim=1)[None]
-    assert _difference(decoded, io["decoded"]) < 1e-5
+    assert _difference(_decoded(vae, io["latents"]), io["decoded"]) < 1e-5
     assert _difference(encode(vae, io["video"]), io["encoded"]) < 1e-5
+
+
+def _decoded(vae: torch.nn.Module, latents: Tensor) -> Tensor:
+    return torch.cat(list(decode_frames(vae, latents)), dim=1)[None]
+
+
+@pytest.mark.parametrize("case", [case for case, _, _ in CASES])
+def test_parts_of_any_size_give_what_diffusers_gives(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one frame at a time to the whole video; in any layout of the weights."""
+    io = load_file(GOLDEN / case / "io.safetensors")
+    vae = load_vae([_model(case)], dtype=torch.float64)
+    z_dim = vae.config.z_dim
     with torch.no_grad():
-        assert torch.equal(vae.decode(denormalise(io["latents"], z_dim)).sample, decoded)
+        decoded = vae.decode(denormalise(io["latents"], z_dim).double()).sample
+        encoded = normalise(vae.encode(io["video"].double()).latent_dist.mode(), z_dim)
+    lengths = set()
+    for size in (1, 2, 100):
+        monkeypatch.setattr("wan_pack.wan.vae_coder.FRAMES_AT_ONCE", size)
+        parts = list(decode_frames(vae, io["latents"]))
+        lengths.add(max(part.shape[1] for part in parts))
+        # diffusers' upsampling rounds to float32.
+        assert _difference(torch.cat(parts, dim=1)[None], decoded) < 2e-6, size
+        assert _difference(encode(vae, io["video"]), encoded) < 1e-6, size
+        channels_last(vae)
+    assert lengths == {1, 2, 9}
 
 
 @pytest.mark.parametrize(("case", "kind", "z_dim"), CASES)
@@ -80,10 +101,12 @@ def test_dtype_and_abandoned_decode() -> None:
     vae = load_vae([_model("vae_wan21")], dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in vae.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in vae.parameters())
-    frames = decode_frames(vae, torch.zeros(1, 16, 3, 2, 2))
+    latents = torch.randn(1, 16, 5, 2, 2, generator=torch.Generator().manual_seed(0))
+    before = _decoded(vae, latents)
+    frames = decode_frames(vae, latents)
     assert next(frames).dtype == torch.bfloat16
     frames.close()
-    assert vae._feat_map == [None] * vae._conv_num
+    assert torch.equal(_decoded(vae, latents), before)
 
 
 def test_latent_scale_round_trip() -> None:

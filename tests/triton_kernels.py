@@ -18,6 +18,7 @@ from wan_pack.wan.linear import E4M3, FP8_PRODUCTS, Fp8Rows, Fp8Weight, quantise
 from wan_pack.wan.model import TextContext, WanModel, meta_model, pad_text, parameter_dtype  # noqa: E402
 from wan_pack.wan.ops import PLAIN  # noqa: E402
 from wan_pack.wan.rope import rope_table  # noqa: E402
+from wan_pack.wan.vae_ops import VAE_OPS, Sum  # noqa: E402
 
 TOKENS, COLUMNS, HEAD = 3, 48, 8
 """Of 6 heads; 48 columns do not fill a block of 64."""
@@ -76,6 +77,47 @@ def compare(values: torch.Generator) -> None:
         near(f"message to {ranks}", out, expected)
 
 
+def compare_vae(values: torch.Generator) -> None:
+    """What lies between convolutions, with and without what is to be added; 24 channels do not fill a block of 32.
+
+    The plain forms work on the same values in float32: the kernels round once.
+    """
+    frames, height, width, channels = 4, 3, 5, 24
+    fused, plain = VAE_OPS["triton"](), VAE_OPS["plain"]()
+    shape = (frames, height, width, channels)
+    for dtype in (torch.float32, BF16):
+        x, bias, residual, weight = (
+            torch.randn(size, generator=values).to(DEVICE, dtype) for size in (shape, channels, shape, channels)
+        )
+
+        def room(ops: object, *size: int, dtype: torch.dtype = dtype) -> tuple[torch.Tensor, torch.Tensor]:
+            """A tensor with something around its rows, and all of it."""
+            padded = [size[0] + 2, size[1] + 2, *size[2:]]
+            whole = torch.full(padded, 7.0, device=DEVICE, dtype=torch.float32 if ops is plain else dtype)
+            return whole[2:, 1:-1], whole
+
+        sums = [Sum(x, *rest) for rest in product((None, bias), (None, residual))] + [Sum(torch.zeros_like(x))]
+        for total in sums:
+            wide = Sum(*(None if y is None else y.float() for y in total))
+            pairs = ((fused, total), (plain, wide))
+            near("vae_add", *(ops.add(y, None).to(dtype) for ops, y in pairs))
+            for silu in (False, True):
+                outs = []
+                for ops, y in pairs:
+                    inside, whole = room(ops, *shape)
+                    y = y._replace(x=y.x.clone())
+                    kept = ops.norm(y, weight.to(y.x.dtype), inside, silu, True)
+                    outs.append((kept.to(dtype), whole.to(dtype)))
+                near("vae_norm", *outs)
+            for of in (1, 2):
+                outs = []
+                for ops, y in pairs:
+                    inside, whole = room(ops, of * frames, 2 * height, 2 * width, channels // of)
+                    ops.upsample(y, of, inside)
+                    outs.append(whole.to(dtype))
+                near("vae_upsample", *outs)
+
+
 def compare_models() -> None:
     """A whole forward, with full and with fp8 products."""
     names = (f"blocks.{i}.{layer}.weight" for i, layer in product(range(TINY.num_layers), FP8_PRODUCTS))
@@ -109,4 +151,5 @@ def _forward(model: WanModel, ops: object, tokens: torch.Tensor) -> torch.Tensor
 if __name__ == "__main__":
     with torch.no_grad():
         compare(torch.Generator().manual_seed(0))
+        compare_vae(torch.Generator().manual_seed(1))
         compare_models()

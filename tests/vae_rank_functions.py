@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from wan_pack.distributed.vae import RankVae
+from wan_pack.wan import vae_coder
 from wan_pack.wan.vae import decode_frames, encode, load_vae
 
 CPU = torch.device("cpu")
@@ -36,16 +38,27 @@ def _compare_vaes(vae: RankVae, whole: torch.nn.Module, height: int, *, alone: b
     stride = whole.config.scale_factor_spatial
     latents = torch.randn(1, whole.config.z_dim, 3, height, 3, generator=generator)
     video = torch.rand(1, 3, 5, height * stride, 2 * stride, generator=generator) * 2 - 1
+    encoded, decoded = encode(whole, video), torch.cat(list(decode_frames(whole, latents)), dim=1)
     seen = set()
-    for part in (vae._vae.encoder, vae._vae.decoder):
-        part.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].shape[-2]))
-    _assert_near(vae.encode(video), encode(whole, video))
-    chunks = list(vae.decode(latents))
-    if rank == 0:
-        assert [chunk.shape[1] for chunk in chunks] == [1, 4, 4]
-        _assert_near(torch.cat(chunks, dim=1), torch.cat(list(decode_frames(whole, latents)), dim=1))
-    else:
-        assert chunks == ([] if alone else [None] * 3)
+
+    def watched(cls: type, method: str) -> mock._patch:
+        original = getattr(cls, method)
+
+        def watch(coder: object, frames: torch.Tensor) -> object:
+            seen.add(frames.shape[-2])
+            return original(coder, frames)
+
+        return mock.patch.object(cls, method, watch)
+
+    with watched(vae_coder.Encoder, "moments"), watched(vae_coder.Decoder, "frames"):
+        for at_once in (1, 100):
+            with mock.patch.object(vae_coder, "FRAMES_AT_ONCE", at_once):
+                _assert_near(vae.encode(video), encoded)
+                parts = list(vae.decode(latents))
+            if rank == 0:
+                _assert_near(torch.cat(parts, dim=1), decoded)
+            else:
+                assert parts == [None] * len(parts) and (not parts if alone else parts)
     return sorted(seen)
 
 

@@ -1,4 +1,4 @@
-"""Wan's video VAEs: diffusers' AutoencoderKLWan, loaded from any file users have, decoded frame by frame."""
+"""Wan's video VAEs: diffusers' AutoencoderKLWan, loaded from any file users have, decoded some frames at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from torch import Tensor
 from .config import TEMPORAL_STRIDE
 from .latents import denormalise, latent_statistics, normalise
 from .tensor_files import TensorFiles, fill
+from .vae_coder import Decoder, Encoder
 from .vae_keys import EXPECTED, WAN22, VaeInfo, check_floats, module_names, vae_info
+from .vae_layers import Rows, Tools, WholePicture
+from .vae_ops import VAE_OPS
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -49,50 +52,52 @@ def load_vae(
 
 
 @torch.no_grad()
-def decode_frames(vae: AutoencoderKLWan, latents: Tensor) -> Iterator[Tensor]:
-    """Decodes latent frame by latent frame, so that the whole video is never held.
+def decode_frames(
+    vae: AutoencoderKLWan, latents: Tensor, *, rows: Rows | None = None, ops: str = "plain"
+) -> Iterator[Tensor]:
+    """Decodes some frames after the other, so that the whole video is never held.
 
     Args:
         latents: [1, z_dim, T, h, w], normalised (as the diffusion model leaves them).
+        rows: where h are not all rows of the picture.
+        ops: a name in `vae_ops.VAE_OPS`.
     Yields:
-        Frames [3, n, H, W] in [-1, 1], in the VAE's dtype and on its device: n is 1 for the first latent frame and
-        4 for every other. All of them together equal `vae.decode`.
+        Frames [3, n, H, W] in [-1, 1], in the VAE's dtype and on its device; n varies. All of them together equal
+        `vae.decode`.
     """
     from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
     if latents.dim() != 5 or latents.shape[0] != 1:
         raise ValueError(f"latents have shape {list(latents.shape)}; it must be [1, {vae.config.z_dim}, T, h, w]")
     latents = denormalise(latents, vae.config.z_dim).to(vae.device, vae.dtype)
-    vae.clear_cache()
-    try:
-        latents = vae.post_quant_conv(latents)
-        for index in range(latents.shape[2]):
-            vae._conv_idx = [0]
-            frames = vae.decoder(
-                latents[:, :, index : index + 1],
-                feat_cache=vae._feat_map,
-                feat_idx=vae._conv_idx,
-                first_chunk=index == 0,
-            )
-            if vae.config.patch_size is not None:
-                frames = unpatchify(frames, patch_size=vae.config.patch_size)
-            yield frames[0].clamp_(-1.0, 1.0)
-    finally:
-        vae.clear_cache()
+    for frames in Decoder(vae, _tools(rows, ops)).frames(latents):
+        if vae.config.patch_size is not None:
+            frames = unpatchify(frames, patch_size=vae.config.patch_size)
+        yield frames[0].clamp_(-1.0, 1.0)
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+def encode(vae: AutoencoderKLWan, video: Tensor, *, rows: Rows | None = None, ops: str = "plain") -> Tensor:
     """Encodes frames to the mean of their latent distribution.
 
     Args:
         video: [1, 3, F, H, W] in [-1, 1]; F is 4n + 1, H and W are multiples of the VAE's spatial stride.
+        rows, ops: as for `decode_frames`.
     Returns:
         [1, z_dim, (F - 1) / 4 + 1, h, w], normalised, float32, on the VAE's device.
     """
+    from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+
     check_video(vae, video)
-    mean = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode()
-    return normalise(mean, vae.config.z_dim)
+    video = video.to(vae.device, vae.dtype)
+    if vae.config.patch_size is not None:
+        video = patchify(video, patch_size=vae.config.patch_size)
+    moments = Encoder(vae, _tools(rows, ops)).moments(video)
+    return normalise(moments[:, : vae.config.z_dim], vae.config.z_dim)
+
+
+def _tools(rows: Rows | None, ops: str) -> Tools:
+    return Tools(WholePicture() if rows is None else rows, VAE_OPS[ops]())
 
 
 def check_video(vae: AutoencoderKLWan, video: Tensor) -> None:
