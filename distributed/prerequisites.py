@@ -93,9 +93,9 @@ def ffmpeg_problem() -> str:
         import imageio_ffmpeg
 
         # As VideoWriter feeds it, into nothing.
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "16x16"]
-        command += ["-r", "1", "-i", "-", "-c:v", "libx264", "-f", "null", "-"]
-        ended = ask_program(command, given=bytes(16 * 16 * 3), timeout=FFMPEG_TIMEOUT)
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "yuv420p"]
+        command += ["-s", "16x16", "-r", "1", "-i", "-", "-c:v", "libx264", "-f", "null", "-"]
+        ended = ask_program(command, given=bytes(16 * 16 * 3 // 2), timeout=FFMPEG_TIMEOUT)
     # RuntimeError: imageio-ffmpeg found none.
     except (ImportError, RuntimeError, OSError) as error:
         return f"ffmpeg is missing: {error}; {remedy}, or turn decode_video off"

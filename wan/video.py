@@ -18,8 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .yuv import frames_to_yuv
+
+PRESET = "medium"
 CRF = 16
 """x264's quality: visually lossless."""
+THREADS = 16
+"""x264's, at most. By itself it takes half as many again as there are cores, and on large machines has more frames in
+work than a video has."""
 STDERR_LINES = 20
 SECONDS_FOR_WORDS = 0.2
 PARTS_AHEAD = 2
@@ -33,19 +39,11 @@ class VideoInfo(NamedTuple):
     fps: float
 
 
-def frames_to_bytes(frames: Tensor) -> Tensor:
-    """Frames [3, n, H, W] in [-1, 1] -> [n, H, W, 3] uint8, on the same device."""
-    if frames.dim() != 4 or frames.shape[0] != 3:
-        raise ValueError(f"frames have shape {list(frames.shape)}; it must be [3, n, H, W]")
-    levels = (frames.float().clamp(-1.0, 1.0) + 1.0).mul_(127.5).round_()
-    return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous()
-
-
 class _Part:
     """Frames on their way to the CPU, which nobody waits for before `data`."""
 
     def __init__(self, frames: Tensor) -> None:
-        self._bytes = frames_to_bytes(frames).to("cpu", non_blocking=True)
+        self._bytes = frames_to_yuv(frames).to("cpu", non_blocking=True)
         self._arrived = None
         if frames.device.type == "cuda":
             # Behind this copy alone: the next frames are computed meanwhile. A blocking one leaves the core to others.
@@ -106,20 +104,9 @@ class VideoWriter:
         """ffmpeg may end."""
 
     def __enter__(self) -> VideoWriter:
-        import imageio_ffmpeg
-
-        rate = Fraction(self.fps).limit_denominator(1001)
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "warning", "-nostats"]
-        command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{self.width}x{self.height}"]
-        command += ["-r", str(rate), "-i", "-", "-an"]
-        # Converted and tagged as BT.709: untagged, players guess by the size of the frame, and some guess wrong.
-        tags = "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
-        command += ["-vf", f"scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,{tags}"]
-        command += ["-c:v", "libx264", "-crf", str(CRF), "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
-        command += ["-f", "mp4", str(self._part.absolute())]
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+                self._command(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
             )
         except OSError as error:
             raise RuntimeError(f"ffmpeg cannot be started: {error}") from error
@@ -129,6 +116,21 @@ class VideoWriter:
         self._feeder.start()
         threading.Thread(target=self._watch, daemon=True).start()
         return self
+
+    def _command(self) -> list[str]:
+        import imageio_ffmpeg
+
+        rate = Fraction(self.fps).limit_denominator(1001)
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "warning", "-nostats"]
+        command += ["-f", "rawvideo", "-pix_fmt", "yuv420p", "-s", f"{self.width}x{self.height}"]
+        command += ["-r", str(rate), "-i", "-", "-an"]
+        # Tagged as BT.709, as `frames_to_yuv` makes it: untagged, players guess by the size of the frame, and some
+        # guess wrong.
+        command += ["-vf", "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"]
+        command += ["-c:v", "libx264", "-preset", PRESET, "-crf", str(CRF), "-pix_fmt", "yuv420p"]
+        command += ["-threads", str(min(THREADS, os.cpu_count() or 1)), "-movflags", "+faststart"]
+        command += ["-f", "mp4", str(self._part.absolute())]
+        return command
 
     def write(self, frames: Tensor) -> None:
         """Appends frames [3, n, H, W] in [-1, 1]. Waits only for what is more than `PARTS_AHEAD` calls back."""
