@@ -86,7 +86,7 @@ def run(folder: Path, arguments: argparse.Namespace, gpus: int) -> dict[str, Any
         "load_seconds": round(result["phases"]["load"], 2),
         "first_step_seconds": round(steps[0], 3),
         "seconds_per_step": round(min(steps[1:] or steps), 3),
-        "decode_seconds": round(result["phases"]["decode"], 2),
+        "decode_seconds": round(result["phases"]["decode"] + result["phases"]["write"], 2),
         "peak_gpu_gib": [round(n / 2**30, 2) for n in result["peak_gpu_bytes"]],
         "peak_host_gib": [round(n / 2**30, 2) for n in result["peak_rss_bytes"]],
         "settings": result["settings"],

@@ -253,8 +253,7 @@ class Worker:
             os.replace(partial, self.folder.latents)
         frames = 0
         if self.job.decode:
-            with self.phase("decode"):
-                frames = self.decode(latents)
+            frames = self.decode(latents)
         peaks = gather_peaks(self.session)
         if self.rank == 0:
             result = result_of(
@@ -268,21 +267,28 @@ class Worker:
         from ..wan.video import VideoWriter
 
         sampling = self.job.sampling
-        vae = self.session.vae(self.job)
-        self.files.progress("decode", 0, sampling.num_frames)
         if self.rank > 0:
-            for _ in vae.decode(latents[None]):
-                pass
+            with self.phase("decode"):
+                for _ in self.session.vae(self.job).decode(latents[None]):
+                    pass
             return 0
         with VideoWriter(
             self.folder.video, width=sampling.width, height=sampling.height, fps=sampling.fps,
             # What is decoded meanwhile is of no use, and may take long.
             on_loss=self.files.end_process,
         ) as video:  # fmt: skip
-            for part in vae.decode(latents[None]):
-                video.write(part)
-                self.files.progress("decode", video.frames, sampling.num_frames)
-            self.files.progress("write", 0, 0)
+            with self.phase("decode"):
+                vae = self.session.vae(self.job)
+                self.files.progress("decode", 0, sampling.num_frames)
+                for part in vae.decode(latents[None]):
+                    video.write(part)
+                    self.files.progress("decode", video.frames, sampling.num_frames)
+                if self.device.type == "cuda":
+                    # Or what is still computed would count as written.
+                    torch.cuda.synchronize(self.device)
+            with self.phase("write"):
+                self.files.progress("write", 0, 0)
+                video.finish()
         if video.frames != sampling.num_frames:
             raise JobError(f"the VAE made {video.frames} frames; the job asks for {sampling.num_frames}")
         return video.frames

@@ -66,6 +66,15 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_finished_is_there_before_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "x.mp4"
+    with VideoWriter(path, width=64, height=48, fps=16) as writer:
+        writer.write(_frames())
+        writer.finish()
+        assert probe(path).frames == 5
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_an_existing_file_survives_an_error(tmp_path: Path) -> None:
     path = tmp_path / "x.mp4"
     path.write_bytes(b"old")

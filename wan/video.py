@@ -102,6 +102,7 @@ class VideoWriter:
         self._on_loss = on_loss
         self._ending = False
         """ffmpeg may end."""
+        self._finished = False
 
     def __enter__(self) -> VideoWriter:
         try:
@@ -140,6 +141,16 @@ class VideoWriter:
         self._check()
         self._parts.put(_Part(frames))
 
+    def finish(self) -> None:
+        """Waits until all is encoded and puts the file in its place. The end of the block does it otherwise."""
+        self._ending = True
+        status = self._end()
+        self._check()
+        if status or not self.frames:
+            raise self._failure()
+        os.replace(self._part, self.path)
+        self._finished = True
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -148,13 +159,9 @@ class VideoWriter:
             self._ending = True
             if kind is not None:
                 self._process.kill()
-            status = self._end()
-            if kind is not None:
-                return
-            self._check()
-            if status or not self.frames:
-                raise self._failure()
-            os.replace(self._part, self.path)
+                self._end()
+            elif not self._finished:
+                self.finish()
         finally:
             self._part.unlink(missing_ok=True)
 
