@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -131,3 +135,17 @@ def test_scaling_needs_both_measurements(tmp_path: Path):
     (tmp_path / "results.jsonl").write_text(json.dumps({**line, "settings": {"fsdp": False}}) + "\n")
     with pytest.raises(ValueError, match=r"holds runs on \[1\] GPUs; one and two are needed"):
         scaling.read_scaling(tmp_path / "results.jsonl")
+
+
+def test_vae_before_and_after_are_compared_in_one_run():
+    """As on a GPU, without its kernels: every part ran, and what is timed is near diffusers' in float32."""
+    command = [sys.executable, str(BENCHMARKS / "vae.py"), "--sizes", "32x32x5", "--base-dim", "4", "--repeats", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    table = run.stdout.partition("table\n")[2].splitlines()
+    assert run.returncode == 0 and "failed" not in run.stdout, run.stdout + run.stderr
+    for part in ("decode, before", "decode, after", "encode, before", "encode, after", "mp4, before", "mp4, after"):
+        assert sum(f"| {part} | 1 GPUs |" in line for line in table) == 1, part
+    errors = [re.findall(r"[\d.]+e[-+]\d+", line) for line in table if "decode's error" in line]
+    assert len(errors) == 3 and all(0 <= float(error) < 1e-4 for line in errors for error in line)
+    assert float(errors[1][0]) > 0, "another forward rounds otherwise"
