@@ -70,7 +70,7 @@ class System(ABC):
 
 
 class Ours(System):
-    """This pack. Options, joined by +: compiled, triton, overlap, fp8 (linears), and the name of an attention kernel.
+    """This pack. Options, joined by +: compiled, triton, fp8 (linears), and the name of an attention kernel.
 
     Raises:
         ValueError: an option is unknown, or cannot run here.
@@ -87,11 +87,9 @@ class Ours(System):
 
         options = set(option.split("+")) - {""}
         names = options & set(KERNELS)
-        unknown = options - names - {"compiled", "triton", "overlap", "fp8"}
+        unknown = options - names - {"compiled", "triton", "fp8"}
         if unknown or len(names) > 1:
-            raise ValueError(f"option {option!r}: it must join some of compiled, triton, overlap, fp8, {list(KERNELS)}")
-        if "overlap" in options and place.world == 1:
-            raise ValueError("one GPU has nothing to send")
+            raise ValueError(f"option {option!r}: it must join some of compiled, triton, fp8, {list(KERNELS)}")
         capability = torch.cuda.get_device_capability(place.device) if place.device.type == "cuda" else None
         self.kernel = choose_kernel(capability, place.dtype, *names)
         self.precision = "fp8" if "fp8" in options else "full"
@@ -105,8 +103,7 @@ class Ours(System):
         self.model = meta_model(config, place.dtype, fp8, fp8_products=bool(fp8))
         parallelize_wan(
             self.model, place.mesh, shard=SequenceShard(length=1, rank=place.rank, world=place.world),
-            attention=self.kernel.run, use_fsdp=False,
-            ulysses_engine="packed-overlap" if "overlap" in options else "packed",
+            attention=self.kernel.run, use_fsdp=False, ulysses_engine="packed",
             torch_compile="compiled" in options, memory_optimization=False, ops=kernels,
         )  # fmt: skip
         self.model.to_empty(device=place.device)

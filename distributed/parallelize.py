@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 from ..wan.attention import Attention
-from ..wan.model import WanModel
+from ..wan.model import WanModel, local_attention
 from ..wan.ops import OPS
 from .job import FFN_CHUNK
 from .mesh import Mesh
@@ -53,21 +53,18 @@ def parallelize_wan(
     arithmetic = OPS[ops]()
     for block in model.blocks:
         block.ops = arithmetic
+    token_attention = local_attention(attention)
     if shard.world > 1:
-        attention = ENGINES[ulysses_engine](mesh.ulysses_group, shard, attention)
-        for block in model.blocks:
-            if ops != "plain" and attention.takes_message:
-                block.self_attn.message_ranks = shard.world
-            # An engine may start to send q, k and v before it is called.
-            block.self_attn.send = getattr(attention, "send", block.self_attn.send)
+        token_attention = ENGINES[ulysses_engine](mesh.ulysses_group, shard, attention)
     for block in model.blocks:
-        block.self_attn.attention = attention
+        block.self_attn.attention = token_attention
     if memory_optimization:
         for block in model.blocks:
             block.ffn_chunk = FFN_CHUNK
     if torch_compile:
         for block in model.blocks:
             block.attention_inputs = torch.compile(block.attention_inputs)
+            block.self_attn.queries_keys_values = torch.compile(block.self_attn.queries_keys_values)
             block.attention_outputs = torch.compile(block.attention_outputs)
     if use_fsdp and mesh is not None:
         # Here because it takes seconds to import.

@@ -8,7 +8,6 @@ Only `all_to_all_single` is used, which every backend has.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,7 +15,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..wan.attention import Attention
+from ..wan.linear import LinearInput
+from ..wan.model import SelfAttention
+from ..wan.ops import HeadPlaces, Ops, Rope
 from .sequence import SequenceShard, split_evenly
+
+
+class Exchange(Protocol):
+    """Attention over the tokens of all ranks (`wan.model.TokenAttention`). One serves all blocks, in their order."""
+
+    shard: SequenceShard
+    """May be replaced between videos, which have other lengths."""
+
+    def __call__(self, layer: SelfAttention, x: LinearInput, rope: Rope, ops: Ops) -> Tensor:
+        """x: this rank's [S, C], which `layer` projects -> [S, H, D]. Collective."""
 
 
 class PackedUlysses:
@@ -25,23 +37,18 @@ class PackedUlysses:
     The receive buffer is [P * S, 3, h, D], so q, k and v are strided views of it: attention reads them without a copy.
     """
 
-    takes_message = True
-    """It may be called with what it would send (`wan.ops.message`), which a kernel has written."""
-
     def __init__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> None:
         self._group = group
         self.shard = shard
-        """May be replaced between videos, which have other lengths."""
         self._attention = attention
+        self._places: tuple[int, list[HeadPlaces]] | None = None
 
-    def __call__(self, *qkv: Tensor) -> Tensor:
-        """q, k, v, [S, H, D] each, or the message [S * 3 * H, D] -> [S, H, D]."""
-        if len(qkv) == 1:
-            (message,) = qkv
-            heads = split_evenly(message.shape[0] // (3 * self.shard.size), self.shard.world)
+    def __call__(self, layer: SelfAttention, x: LinearInput, rope: Rope, ops: Ops) -> Tensor:
+        heads = split_evenly(layer.num_heads, self.shard.world)
+        if ops.write_heads is None:
+            message = self._pack(*layer.queries_keys_values(x, rope, ops), heads)
         else:
-            heads = split_evenly(qkv[0].shape[1], self.shard.world)
-            message = self._pack(*qkv, heads)
+            message = self._write(layer, x, rope, ops, heads)
         q, k, v = self._exchange(message, heads).unbind(1)
         # Keys past the true length are padding.
         y = self._attention(q, k[: self.shard.length], v[: self.shard.length])
@@ -57,6 +64,19 @@ class PackedUlysses:
             for i, x in enumerate((q, k, v)):
                 packed[:, i].copy_(x[:, first : first + h])
             first += h
+        return send
+
+    def _write(self, layer: SelfAttention, x: LinearInput, rope: Rope, ops: Ops, heads: list[int]) -> Tensor:
+        """The message of `_pack`, into which each projection is written as it is rotated."""
+        q, k, v = layer.q(x), layer.k(x), layer.v(x)
+        channels, tokens = layer.head_dim, q.shape[0]
+        if self._places is None or self._places[0] != tokens:
+            # All layers have the same heads.
+            self._places = tokens, [_message_places(heads, which, tokens, channels, q.device) for which in range(3)]
+        send = q.new_empty(tokens * 3 * layer.num_heads, channels)
+        sources = (q, layer.norm_q.weight, rope), (k, layer.norm_k.weight, rope), (v, None, None)
+        for source, places in zip(sources, self._places[1], strict=True):
+            ops.write_heads(*source, channels, send, places)
         return send
 
     def _exchange(self, message: Tensor, heads: list[int]) -> Tensor:
@@ -80,78 +100,16 @@ class PackedUlysses:
         return torch.cat(parts, dim=1)
 
 
-@dataclass(slots=True)
-class _InFlight:
-    """A tensor [P * S, h, D] that is being received, and what keeps it coming."""
-
-    tensor: Tensor
-    sent: Tensor
-    work: dist.Work
-
-    def wait(self) -> Tensor:
-        self.work.wait()
-        return self.tensor
-
-
-class OverlappedUlysses:
-    """Five all-to-alls that run beside the arithmetic: v's and q's beside the projections that follow them, that of the
-    output's first half of the heads beside the attention of the second."""
-
-    takes_message = False
-
-    def __init__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> None:
-        self._group = group
-        self.shard = shard
-        self._attention = attention
-
-    def send(self, x: Tensor) -> _InFlight:
-        """x: one of q, k and v, [S, H, D]; starts its exchange, in the same order on all ranks."""
-        heads = split_evenly(x.shape[1], self.shard.world)
-        tokens, channels = x.shape[0], x.shape[2]
-        sizes = [tokens * h * channels for h in heads]
-        message = x.new_empty(x.numel())
-        for chunk, part in zip(message.split(sizes), x.split(heads, dim=1), strict=True):
-            chunk.view(part.shape).copy_(part)
-        mine = heads[self.shard.rank]
-        received = x.new_empty(tokens * self.shard.world, mine, channels)
-        return self._start(received, message, [tokens * mine * channels] * self.shard.world, sizes)
-
-    def __call__(self, q: Tensor | _InFlight, k: Tensor | _InFlight, v: Tensor | _InFlight) -> Tensor:
-        """[S, H, D] three times, or what `send` returned for them -> [S, H, D]."""
-        v, q, k = (x if isinstance(x, _InFlight) else self.send(x) for x in (v, q, k))
-        total = q.sent.numel() // (self.shard.size * q.tensor.shape[2])
-        heads = split_evenly(total, self.shard.world)
-        q, k, v = q.wait(), k.wait()[: self.shard.length], v.wait()[: self.shard.length]
-        tokens, channels, mine = self.shard.size, q.shape[2], heads[self.shard.rank]
-        # Of each rank's heads; one of none is still an exchange, as ranks may differ.
-        halves = [[-(-h // 2) for h in heads], [h // 2 for h in heads]]
-        flying, first = [], 0
-        for half in halves:
-            own = slice(first, first + half[self.shard.rank])
-            first = own.stop
-            y = self._attention(q[:, own], k[:, own], v[:, own]).contiguous()
-            sizes = [tokens * h * channels for h in half]
-            share = [y.numel() // self.shard.world] * self.shard.world
-            flying.append(self._start(y.new_empty(sum(sizes)), y.view(-1), sizes, share))
-        assert first == mine, (first, mine)
-        parts = [
-            [
-                part.view(tokens, h, channels)
-                for part, h in zip(sent.wait().split([tokens * h * channels for h in half]), half, strict=True)
-            ]
-            for sent, half in zip(flying, halves, strict=True)
-        ]
-        return torch.cat([part for pair in zip(*parts, strict=True) for part in pair], dim=1)
-
-    def _start(self, received: Tensor, message: Tensor, receive: list[int], send: list[int]) -> _InFlight:
-        work = dist.all_to_all_single(received.view(-1), message, receive, send, group=self._group, async_op=True)
-        return _InFlight(received, message, work)
+def _message_places(heads: list[int], which: int, tokens: int, channels: int, device: torch.device) -> HeadPlaces:
+    """Where the message of `PackedUlysses._pack` has the heads of q, k or v (`which` of 0, 1, 2)."""
+    # Before a rank's [S, 3, h, D] lie the 3 * S rows of every head of the ranks before it.
+    first = [(3 * tokens * sum(heads[:r]) + which * h + i) * channels for r, h in enumerate(heads) for i in range(h)]
+    step = [3 * h * channels for h in heads for _ in range(h)]
+    return HeadPlaces(torch.tensor([first, step], device=device))
 
 
 class DeepSpeedUlysses:
     """DeepSpeed's DistributedAttention: four all-to-alls; heads must divide by the number of ranks."""
-
-    takes_message = False
 
     def __init__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> None:
         import deepspeed
@@ -162,28 +120,21 @@ class DeepSpeedUlysses:
 
         self.shard = shard
 
-        def local_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def between_exchanges(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             """[1, P * S, h, D] three times -> [1, P * S, h, D]."""
             return attention(q[0], k[0, : self.shard.length], v[0, : self.shard.length])[None]
 
-        self._attention = DistributedAttention(local_attention, group, scatter_idx=2, gather_idx=1)
+        self._attention = DistributedAttention(between_exchanges, group, scatter_idx=2, gather_idx=1)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[S, H, D] three times -> [S, H, D]."""
+    def __call__(self, layer: SelfAttention, x: LinearInput, rope: Rope, ops: Ops) -> Tensor:
+        q, k, v = layer.queries_keys_values(x, rope, ops)
         return self._attention(q[None], k[None], v[None], batch_dim_idx=0)[0]
 
 
-class Engine(Protocol):
-    """Makes the attention of one rank out of a kernel's."""
-
-    takes_message: bool
-
-    def __call__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> Attention: ...
+class MakeExchange(Protocol):
+    def __call__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> Exchange:
+        """attention: the kernel, for this rank's heads of all tokens."""
 
 
-ENGINES: dict[str, Engine] = {
-    "packed": PackedUlysses,
-    "packed-overlap": OverlappedUlysses,
-    "deepspeed": DeepSpeedUlysses,
-}
+ENGINES: dict[str, MakeExchange] = {"packed": PackedUlysses, "deepspeed": DeepSpeedUlysses}
 """The names are those of `Parallel.ulysses_engine`."""

@@ -149,8 +149,7 @@ class WanVideoDistributedConfig:
                     {
                         "default": "packed",
                         "tooltip": "packed: one all-to-all into the attention and one out of it. "
-                        "deepspeed: DeepSpeed's DistributedAttention, for comparison. packed-overlap: sends while it "
-                        "computes; not measured yet.",
+                        "deepspeed: DeepSpeed's DistributedAttention, for comparison.",
                     },
                 ),
                 "start_timeout": (

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from layers import WRITING, Projected, random_layer
 from vae_rank_functions import split_vae_equals_whole as split_vae_equals_whole
 from wan_pack.distributed.experts import load_expert
 from wan_pack.distributed.job import Parallel
@@ -45,36 +46,30 @@ def attention_equals_plain(
                 q, k, v = torch.randn(3, length, h, 4, generator=generator).unbind(0)
                 shard = SequenceShard(length=length, rank=rank, world=size)
                 local = [shard.split(x.flatten(1)).unflatten(1, (h, 4)) for x in (q, k, v)]
-                y = ENGINES[engine](group, shard, attention)(*local)
+                y = ENGINES[engine](group, shard, attention)(Projected(*local), local[0], (), PLAIN)
                 assert y.shape == (shard.size, h, 4)
                 whole = shard.gather(y.flatten(1), group).unflatten(1, (h, 4))
                 message = f"{engine}: {size} ranks, {h} heads, {length} tokens"
                 torch.testing.assert_close(whole, attention(q, k, v), msg=lambda m, s=message: f"{s}: {m}")
 
 
-def other_exchanges_equal_plain(rank: int, world: int, **arguments: list[int]) -> None:
-    """The overlapped engine, and a message that a kernel has packed."""
-    attention_equals_plain(rank, world, engine="packed-overlap", **arguments)
-    _message_equals_packing(rank, arguments["sizes"], arguments["heads"])
-
-
-def _message_equals_packing(rank: int, sizes: list[int], heads: list[int]) -> None:
-    """`ops.message` exchanged == `ops.rotate` packed and exchanged, in every bit."""
+def written_message_equals_packing(
+    rank: int, world: int, *, sizes: list[int], heads: list[int], lengths: list[int]
+) -> None:
+    """A message into which heads are written one by one == one that is packed from tensors, in every bit."""
     for size in sizes:
         group = dist.new_group(list(range(size)))
         if rank >= size:
             continue
         for h in heads:
-            generator = torch.Generator().manual_seed(h)
-            shard = SequenceShard(length=16, rank=rank, world=size)
-            projections = [shard.split(x) for x in torch.randn(3, 16, h * 4, generator=generator)]
-            weights = torch.randn(2, h * 4, generator=generator).unbind(0)
-            rope = rope_table((1, 4, 4), 4, start=shard.start, stop=shard.stop)
-            engine = ENGINES["packed"](group, shard, attention)
-            q, k = (PLAIN.rotate(x, weight, rope, 4) for x, weight in zip(projections, weights, strict=False))
-            separate = engine(q, k, projections[2].unflatten(-1, (-1, 4)))
-            together = engine(PLAIN.message(tuple(projections), weights, rope, 4, size))
-            assert torch.equal(together, separate), f"{size} ranks, {h} heads"
+            engine = ENGINES["packed"](group, SequenceShard(length=1, rank=rank, world=size), attention)
+            layer = random_layer(heads=h, channels=4)
+            for length in lengths:
+                engine.shard = shard = SequenceShard(length=length, rank=rank, world=size)
+                x = shard.split(torch.randn(length, h * 4, generator=torch.Generator().manual_seed(length)))
+                rope = rope_table((1, 1, length), 4, start=shard.start, stop=shard.stop)
+                packed, written = (engine(layer, x, rope, ops) for ops in (PLAIN, WRITING))
+                assert torch.equal(written, packed), f"{size} ranks, {h} heads, {length} tokens"
 
 
 def _parallel(world: int, **settings: Any) -> Parallel:

@@ -91,7 +91,10 @@ def test_names_are_those_of_the_job_and_the_node():
         ({"linear_precision": "int8"}, "linear_precision is 'int8'; it must be one of full, fp8"),
         ({"linear_precision": "fp8", "mixed_precision": "fp16"}, "linear_precision is 'fp8'.*mixed_precision fp16"),
         ({"kernels": "triton", "torch_compile": True}, "kernels is 'triton'.*torch_compile"),
-        ({"ulysses_engine": "packed-overlap", "torch_compile": True}, "ulysses_engine.*torch_compile"),
+        (
+            {"ulysses_engine": "packed-overlap"},
+            "ulysses_engine is 'packed-overlap'; it must be one of packed, deepspeed",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str):

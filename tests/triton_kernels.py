@@ -12,11 +12,12 @@ import torch
 from mount import mount_pack
 
 mount_pack()
+from layers import WRITING  # noqa: E402
 from tiny import TINY, random_weights  # noqa: E402
 from wan_pack.wan.kernels.ops import triton_ops  # noqa: E402
 from wan_pack.wan.linear import E4M3, FP8_PRODUCTS, Fp8Rows, Fp8Weight, quantise_rows  # noqa: E402
 from wan_pack.wan.model import TextContext, WanModel, meta_model, pad_text, parameter_dtype  # noqa: E402
-from wan_pack.wan.ops import PLAIN  # noqa: E402
+from wan_pack.wan.ops import PLAIN, HeadPlaces  # noqa: E402
 from wan_pack.wan.rope import rope_table  # noqa: E402
 from wan_pack.wan.vae_ops import VAE_OPS, Sum  # noqa: E402
 
@@ -68,13 +69,15 @@ def compare(values: torch.Generator) -> None:
     weights = draw(COLUMNS), draw(COLUMNS)
     near("rms_norm", TRITON.rms_norm(x, weights[0]), PLAIN.rms_norm(x, weights[0]))
     rope = rope_table((1, 1, TOKENS), HEAD, device=DEVICE)
-    projections = x, draw(TOKENS, COLUMNS), draw(TOKENS, COLUMNS)
     for rows in (x, y):
         near("rotate", TRITON.rotate(rows, weights[0], rope, HEAD), PLAIN.rotate(rows, weights[0], rope, HEAD))
-    # Six heads over these: even, uneven, and fewer than ranks.
-    for ranks in (1, 2, 4, 5, 8):
-        out, expected = (ops.message(projections, weights, rope, HEAD, ranks) for ops in (TRITON, PLAIN))
-        near(f"message to {ranks}", out, expected)
+    # Heads in any order and at any distance, as ranks' parts of a message are; what lies between is left alone.
+    table = torch.tensor([[16, 0, 640, 320, 24, 8], [32, 32, 8, 40, 32, 32]], device=DEVICE)
+    for rows, weight in product((x, y), (weights[0], None)):
+        out, expected = (torch.full((100, HEAD), 7.0, dtype=rows.dtype, device=DEVICE) for _ in range(2))
+        for ops, into in ((TRITON, out), (WRITING, expected)):
+            ops.write_heads(rows, weight, None if weight is None else rope, HEAD, into, HeadPlaces(table))
+        near("write_heads", out, expected)
 
 
 def compare_vae(values: torch.Generator) -> None:

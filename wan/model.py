@@ -2,7 +2,7 @@
 
 Shapes: S = tokens held here, H = heads, D = channels per head, C = dim, R = text rows (512).
 Everything is unbatched: a video is one sample. There is no distributed code: `forward` takes any run of tokens
-with its rotary table, and attention between tokens goes through `SelfAttention.attention`, which may be replaced.
+with its rotary table, and whatever joins tokens goes through `SelfAttention.attention`, which may be replaced.
 
 Matrix products run in their layer's `compute_dtype`; the residual stream, modulation, normalisation, time path and head
 are float32 (`parameter_dtype`), as in the official code under autocast. The arithmetic around a block's products is its
@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention
+from .attention import Attention, attention
 from .config import EPS, PATCH_SIZE, TEXT_LEN, WanConfig
 from .linear import E4M3, FP8_PRODUCTS, Fp8Rows, Fp8Weight, Linear, LinearInput
 from .ops import PLAIN, Ops, Rope, rms_norm
@@ -59,34 +58,33 @@ class PatchEmbedding(nn.Module):
 class SelfAttention(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.q = Linear(config.dim, config.dim)
         self.k = Linear(config.dim, config.dim)
         self.v = Linear(config.dim, config.dim)
         self.o = Linear(config.dim, config.dim)
         self.norm_q = RMSNorm(config.dim)
         self.norm_k = RMSNorm(config.dim)
-        self.attention: Callable[..., Tensor] = attention
-        """[S, H, D] three times, or one message -> [S, H, D]. Sequence parallelism puts its own here."""
-        self.send: Callable[[Tensor], Any] = _as_it_is
-        """Called with v, q and k, in this order, as soon as each is there; `attention` gets what it returns."""
-        self.message_ranks: int | None = None
-        """Of the one message that `attention` takes instead (`ops.message`); None: it takes q, k and v."""
+        self.attention: TokenAttention = local_attention(attention)
+        """Sequence parallelism puts its own here."""
 
-    def queries_keys_values(self, x: LinearInput, rope: Rope, ops: Ops) -> tuple[Any, ...]:
-        """x: [S, C] -> what `attention` takes: q, k, v, rotated, in the dtype of the matrix products."""
-        weights = self.norm_q.weight, self.norm_k.weight
-        if self.message_ranks is not None:
-            projections = self.q(x), self.k(x), self.v(x)
-            return (ops.message(projections, weights, rope, self.head_dim, self.message_ranks),)
-        v = self.send(self.v(x).unflatten(-1, (-1, self.head_dim)))
-        q = self.send(ops.rotate(self.q(x), weights[0], rope, self.head_dim))
-        k = self.send(ops.rotate(self.k(x), weights[1], rope, self.head_dim))
-        return q, k, v
+    def queries_keys_values(self, x: LinearInput, rope: Rope, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [S, C] -> q, k, v, [S, H, D] each, q and k rotated, in the dtype of the matrix products."""
+        q = ops.rotate(self.q(x), self.norm_q.weight, rope, self.head_dim)
+        k = ops.rotate(self.k(x), self.norm_k.weight, rope, self.head_dim)
+        return q, k, self.v(x).unflatten(-1, (-1, self.head_dim))
 
 
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
+TokenAttention = Callable[[SelfAttention, LinearInput, Rope, Ops], Tensor]
+"""(the layer, x [S, C], rope, ops) -> [S, H, D]: the layer's attention up to its last projection.
+
+It is given what the projections start from, so that it may send some of them while it computes the others.
+"""
+
+
+def local_attention(kernel: Attention) -> TokenAttention:
+    """Attention between the tokens that are here."""
+    return lambda layer, x, rope, ops: kernel(*layer.queries_keys_values(x, rope, ops))
 
 
 class CrossAttention(nn.Module):
@@ -115,8 +113,8 @@ class CrossAttention(nn.Module):
 class WanBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward around a float32 residual.
 
-    `attention_inputs` and `attention_outputs` hold all the arithmetic and no communication: they are what may be
-    compiled. `forward` is the glue.
+    `attention_inputs`, `SelfAttention.queries_keys_values` and `attention_outputs` hold all the arithmetic and no
+    communication: they are what may be compiled. `forward` is the glue.
     """
 
     def __init__(self, config: WanConfig) -> None:
@@ -132,11 +130,10 @@ class WanBlock(nn.Module):
         """Tokens per feed-forward call; None: all at once."""
         self.ops: Ops = PLAIN
 
-    def attention_inputs(self, x: Tensor, e: Tensor, rows: Rows, rope: Rope) -> tuple[Any, ...]:
-        """x: [S, C] and e: [n, 6, C], float32; rows: see `WanModel.forward` -> what `SelfAttention.attention` takes."""
+    def attention_inputs(self, x: Tensor, e: Tensor, rows: Rows) -> LinearInput:
+        """x: [S, C] and e: [n, 6, C], float32; rows: see `WanModel.forward` -> [S, C], what `self_attn` projects."""
         shift, scale, *_ = _per_token(self.modulation + e, rows)
-        normed = self.ops.norm(x, 1 + scale, shift, self.self_attn.q.input_dtype)
-        return self.self_attn.queries_keys_values(normed, rope, self.ops)
+        return self.ops.norm(x, 1 + scale, shift, self.self_attn.q.input_dtype)
 
     def attention_outputs(self, x: Tensor, y: Tensor, e: Tensor, rows: Rows, k: Tensor, v: Tensor) -> Tensor:
         """The rest of the block. y: self-attention's [S, H, D]; k, v: the text's [R, H, D]. Returns [S, C]."""
@@ -160,7 +157,7 @@ class WanBlock(nn.Module):
     def forward(
         self, x: Tensor, e: Tensor, rows: Rows, rope: Rope, context: Tensor, cached: KeysValues | None
     ) -> BlockOutput:
-        y = self.self_attn.attention(*self.attention_inputs(x, e, rows, rope))
+        y = self.self_attn.attention(self.self_attn, self.attention_inputs(x, e, rows), rope, self.ops)
         context_kv = self.cross_attn.keys_values(context) if cached is None else cached
         return self.attention_outputs(x, y, e, rows, *context_kv), context_kv
 

@@ -26,6 +26,15 @@ Rope = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class HeadPlaces:
+    """Where each head of a row goes. Counted in elements, from the start of the tensor that is written."""
+
+    table: Tensor
+    """[2, H] int64, on the device: a head's place for the first token, and from one token's to the next one's. Both are
+    multiples of 8, so that 16 bytes are written at a time."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ops:
     """One implementation. The functions of `PLAIN` say what each does; others round at most once more or less."""
 
@@ -36,8 +45,10 @@ class Ops:
     add: Callable[[Tensor, Tensor, Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor], Tensor]
     rotate: Callable[[Tensor, Tensor, Rope, int], Tensor]
-    message: Callable[[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor], Rope, int, int], Tensor]
     gelu_linear: Callable[[Linear, LinearInput, torch.dtype], LinearInput]
+    write_heads: Callable[[Tensor, Tensor | None, Rope | None, int, Tensor, HeadPlaces], None] | None = None
+    """(x, weight, rope, head_dim, out, places): writes what `rotate` returns, or with neither weight nor rope x as it
+    is, head by head into the memory of `out`. None: it would be no faster than copies of `rotate`'s result."""
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> LinearInput:
@@ -76,24 +87,6 @@ def rotate(x: Tensor, weight: Tensor, rope: Rope, head_dim: int) -> Tensor:
     return apply_rope(normed.unflatten(-1, (-1, head_dim)), *rope).to(x.dtype)
 
 
-def message(
-    projections: tuple[Tensor, Tensor, Tensor], weights: tuple[Tensor, Tensor], rope: Rope, head_dim: int, ranks: int
-) -> Tensor:
-    """What Ulysses sends, in one buffer: per rank [S, 3, h, D] for its h heads.
-
-    Args:
-        projections: to queries, keys and values, each [S, C].
-        weights: of the norms of queries and keys.
-    Returns:
-        [S * 3 * H, D].
-    """
-    q, k, v = projections
-    rotated = [rotate(x, weight, rope, head_dim) for x, weight in zip((q, k), weights, strict=True)]
-    qkv = torch.stack([*rotated, v.unflatten(-1, (-1, head_dim))], dim=1)
-    # The first ranks hold one head more where heads do not divide.
-    return torch.cat([part.reshape(-1, head_dim) for part in qkv.tensor_split(ranks, dim=2)])
-
-
 def gelu_linear(linear: Linear, x: LinearInput, dtype: torch.dtype) -> LinearInput:
     """`linear`, then GELU (its tanh form), cast."""
     return cast_rows(F.gelu(linear(x), approximate="tanh"), dtype)
@@ -101,7 +94,7 @@ def gelu_linear(linear: Linear, x: LinearInput, dtype: torch.dtype) -> LinearInp
 
 AUTOMATIC = ((9, 0),)
 """The GPUs on which "auto" takes the fused kernels: where they were measured."""
-PLAIN = Ops("plain", cast_rows, norm, add_norm, add, rms_norm, rotate, message, gelu_linear)
+PLAIN = Ops("plain", cast_rows, norm, add_norm, add, rms_norm, rotate, gelu_linear)
 
 
 def _triton() -> Ops:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...wan.config import TEXT_LEN, WanConfig
 from ...wan.linear import LinearInput
-from ...wan.model import CrossAttention, TextContext, WanModel
+from ...wan.model import CrossAttention, TextContext, WanModel, local_attention
 from ...wan.ops import Ops, Rope
 
 
@@ -47,7 +47,7 @@ class BatchedModel(WanModel):
         super().__init__(config)
         for block in self.blocks:
             block.cross_attn = BatchedCrossAttention(config)
-            block.self_attn.attention = _attention
+            block.self_attn.attention = local_attention(_attention)
 
     def velocity(self, tokens: Tensor, timestep: Tensor, text: Tensor, lengths: Tensor, rope: Rope) -> Tensor:
         """One evaluation.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..linear import E4M3, Linear, LinearInput
 from ..ops import Ops
-from .heads import message, rms_norm, rotate
+from .heads import rms_norm, rotate, write_heads
 from .norm import add, add_norm, norm
 from .rows import cast, gelu_fp8
 
@@ -26,4 +26,4 @@ def gelu_linear(linear: Linear, x: LinearInput, dtype: torch.dtype) -> LinearInp
 
 def triton_ops() -> Ops:
     """Needs Triton, which comes with torch's CUDA builds."""
-    return Ops("triton", cast, norm, add_norm, add, rms_norm, rotate, message, gelu_linear)
+    return Ops("triton", cast, norm, add_norm, add, rms_norm, rotate, gelu_linear, write_heads)
