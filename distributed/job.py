@@ -45,7 +45,7 @@ _GPU_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9./_-]{0,99}", re.ASCII)
 """An index, a UUID or a MIG slice, as CUDA_VISIBLE_DEVICES takes them."""
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", re.ASCII)
 MIXED_PRECISION = ("bf16", "fp16", "fp32")
-ULYSSES_ENGINES = ("packed", "deepspeed")
+ULYSSES_ENGINES = ("packed", "symmetric", "deepspeed")
 ATTENTION = ("auto", "fa3", "cudnn", "flash", "flash-attn", "fa3-fp8", "sage", "cpu")
 LINEAR_PRECISION = ("full", "fp8")
 KERNELS = ("auto", "plain", "triton")
@@ -88,7 +88,8 @@ class Parallel:
     """Of the arithmetic around the matrix products. plain: torch's. triton: fused ones. auto: the fastest measured on
     such a GPU."""
     ulysses_engine: str = "packed"
-    """packed: one all-to-all in, one out. deepspeed: DeepSpeed's DistributedAttention."""
+    """packed: one all-to-all in, one out. symmetric: written into the other GPUs' memory beside the arithmetic, packed
+    where that cannot be. deepspeed: DeepSpeed's DistributedAttention."""
     master_port: int = 0
     """0: rendezvous through memory, no port. Otherwise a TCP port on 127.0.0.1, or on the first of `hosts`."""
     keep_warm_seconds: float = 0.0

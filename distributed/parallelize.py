@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
 from ..wan.attention import Attention
 from ..wan.model import WanModel, local_attention
@@ -12,7 +14,21 @@ from ..wan.ops import OPS
 from .job import FFN_CHUNK
 from .mesh import Mesh
 from .sequence import SequenceShard
-from .ulysses import ENGINES
+from .symmetric import SymmetricUlysses
+from .ulysses import DeepSpeedUlysses, Exchange, PackedUlysses
+
+
+class MakeExchange(Protocol):
+    def __call__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> Exchange:
+        """attention: the kernel, for this rank's heads of all tokens."""
+
+
+ENGINES: dict[str, MakeExchange] = {
+    "packed": PackedUlysses,
+    "symmetric": SymmetricUlysses,
+    "deepspeed": DeepSpeedUlysses,
+}
+"""The names are those of `Parallel.ulysses_engine`."""
 
 
 def set_shard(model: WanModel, shard: SequenceShard) -> None:

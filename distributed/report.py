@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from .job import VERSION, Job, ModelFiles, Parallel
+from .peer_memory import refusal
 from .session import Session
 
 Peaks = list[list[int]]
@@ -61,11 +62,13 @@ def result_of(
     }
 
 
-def _sequence(job: Job) -> str:
+def _sequence(job: Job, session: Session) -> str:
     parallel = job.parallel
     if not parallel.use_ulysses or parallel.ulysses_size == 1:
         return "off"
-    return f"Ulysses over {parallel.ulysses_size} GPUs, {parallel.ulysses_engine}"
+    reason = refusal(session.mesh.ulysses_group)
+    engine = f"packed ({parallel.ulysses_engine}: {reason})" if reason else parallel.ulysses_engine
+    return f"Ulysses over {parallel.ulysses_size} GPUs, {engine}"
 
 
 def _linears(parallel: Parallel) -> str:
@@ -96,7 +99,7 @@ def settings_of(job: Job, session: Session) -> dict[str, str | int | float | boo
     )
     return {
         "device": f"{session.world} x {name}",
-        "sequence parallel": _sequence(job),
+        "sequence parallel": _sequence(job, session),
         "cfg parallel": parallel.cfg_parallel,
         "fsdp": f"gathers one {parallel.gather}" if parallel.use_fsdp and session.world > 1 else False,
         "offload": parallel.offload_model,

@@ -129,12 +129,3 @@ class DeepSpeedUlysses:
     def __call__(self, layer: SelfAttention, x: LinearInput, rope: Rope, ops: Ops) -> Tensor:
         q, k, v = layer.queries_keys_values(x, rope, ops)
         return self._attention(q[None], k[None], v[None], batch_dim_idx=0)[0]
-
-
-class MakeExchange(Protocol):
-    def __call__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> Exchange:
-        """attention: the kernel, for this rank's heads of all tokens."""
-
-
-ENGINES: dict[str, MakeExchange] = {"packed": PackedUlysses, "deepspeed": DeepSpeedUlysses}
-"""The names are those of `Parallel.ulysses_engine`."""

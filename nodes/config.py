@@ -148,7 +148,8 @@ class WanVideoDistributedConfig:
                     list(ULYSSES_ENGINES),
                     {
                         "default": "packed",
-                        "tooltip": "packed: one all-to-all into the attention and one out of it. "
+                        "tooltip": "packed: one all-to-all into the attention and one out of it. symmetric: GPUs write "
+                        "into each other's memory while they compute, where they have peer access; the same video. "
                         "deepspeed: DeepSpeed's DistributedAttention, for comparison.",
                     },
                 ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from dataclasses import dataclass
 
@@ -32,13 +33,13 @@ class Projected:
         return self.q, self.k, self.v
 
 
-def random_layer(*, heads: int, channels: int) -> SelfAttention:
+def random_layer(*, heads: int, channels: int, seed: int = 0) -> SelfAttention:
     """The same on every rank."""
     dim = heads * channels
     layer = SelfAttention(
         WanConfig(dim=dim, ffn_dim=8, num_heads=heads, num_layers=1, in_dim=4, out_dim=4, text_dim=8, freq_dim=8)
     )
-    generator = torch.Generator().manual_seed(heads)
+    generator = torch.Generator().manual_seed(seed)
     for parameter in layer.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return layer
@@ -50,7 +51,10 @@ def write_heads(
     """`Ops.write_heads`, head by head."""
     heads = x.unflatten(-1, (-1, head_dim)) if weight is None else PLAIN.rotate(x, weight, rope, head_dim)
     for head, (start, step) in zip(heads.unbind(1), places.table.t().tolist(), strict=True):
-        out.view(-1).as_strided(head.shape, (step, 1), start).copy_(head)
+        # As on a GPU, the place may lie in other memory than `out`.
+        length = (head.shape[0] - 1) * step + head_dim
+        memory = (ctypes.c_char * (length * out.itemsize)).from_address(out.data_ptr() + start * out.itemsize)
+        torch.frombuffer(memory, dtype=out.dtype).as_strided(head.shape, (step, 1)).copy_(head)
 
 
 WRITING = dataclasses.replace(PLAIN, write_heads=write_heads)

@@ -8,20 +8,22 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from layers import WRITING, Projected, random_layer
+from peer_files import FileMemory
 from vae_rank_functions import split_vae_equals_whole as split_vae_equals_whole
+from wan_pack.distributed import peer_memory
 from wan_pack.distributed.experts import load_expert
 from wan_pack.distributed.job import Parallel
 from wan_pack.distributed.mesh import Mesh
 from wan_pack.distributed.offload import HostParking
-from wan_pack.distributed.parallelize import release_gathered
+from wan_pack.distributed.parallelize import ENGINES, release_gathered
 from wan_pack.distributed.sequence import SequenceShard
-from wan_pack.distributed.ulysses import ENGINES
 from wan_pack.distributed.weights import local_rows
 from wan_pack.wan.attention import attention
 from wan_pack.wan.checkpoint import Checkpoint
@@ -70,6 +72,40 @@ def written_message_equals_packing(
                 rope = rope_table((1, 1, length), 4, start=shard.start, stop=shard.stop)
                 packed, written = (engine(layer, x, rope, ops) for ops in (PLAIN, WRITING))
                 assert torch.equal(written, packed), f"{size} ranks, {h} heads, {length} tokens"
+
+
+def hidden_exchange_equals_packed(
+    rank: int, world: int, *, folder: str, sizes: list[int], heads: list[int], lengths: list[int], ways: list[list[Any]]
+) -> dict[str, int]:
+    """In every bit, from tensors and from a kernel, in every number of parts, one video after another.
+
+    Args:
+        ways: (first, last, direct) of `SymmetricUlysses`.
+    Returns:
+        what was compared.
+    """
+    peer_memory.SymmetricMemory = functools.partial(FileMemory, Path(folder))
+    peer_memory._obstacle = lambda group, device: ""
+    compared = 0
+    for size in sizes:
+        group = dist.new_group(list(range(size)))
+        if rank >= size:
+            continue
+        for h, (first, last, direct) in product(heads, ways):
+            shard = SequenceShard(length=1, rank=rank, world=size)
+            packed = ENGINES["packed"](group, shard, attention)
+            hidden = ENGINES["symmetric"](group, shard, attention, first=first, last=last, direct=direct)
+            layers = random_layer(heads=h, channels=8), random_layer(heads=h, channels=8, seed=1)
+            for length, layer, ops in product(lengths, layers, (PLAIN, WRITING)):
+                packed.shard = hidden.shard = shard = SequenceShard(length=length, rank=rank, world=size)
+                x = shard.split(torch.randn(length, h * 8, generator=torch.Generator().manual_seed(length)))
+                rope = rope_table((1, 1, length), 8, start=shard.start, stop=shard.stop)
+                out, expected = (engine(layer, x, rope, ops) for engine in (hidden, packed))
+                # Nothing of what was exchanged before may be taken for this.
+                hidden._layout.base.fill_(torch.nan)
+                assert torch.equal(out, expected), f"{size} ranks, {h} heads, {length} tokens, {first} {last} {direct}"
+                compared += 1
+    return {"compared": compared}
 
 
 def _parallel(world: int, **settings: Any) -> Parallel:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from wan_pack.distributed.job import ATTENTION, KERNELS, ULYSSES_ENGINES, JobError, Parallel
-from wan_pack.distributed.ulysses import ENGINES
+from wan_pack.distributed.parallelize import ENGINES
 from wan_pack.nodes.config import WanVideoDistributedConfig
 from wan_pack.wan import attention as module
 from wan_pack.wan.attention import attention, choose_kernel
@@ -93,7 +93,7 @@ def test_names_are_those_of_the_job_and_the_node():
         ({"kernels": "triton", "torch_compile": True}, "kernels is 'triton'.*torch_compile"),
         (
             {"ulysses_engine": "packed-overlap"},
-            "ulysses_engine is 'packed-overlap'; it must be one of packed, deepspeed",
+            "ulysses_engine is 'packed-overlap'; it must be one of packed, symmetric, deepspeed",
         ),
     ],
 )

@@ -29,6 +29,16 @@ def test_heads_that_a_kernel_writes_into_the_message_equal_packing():
     run_ranks("written_message_equals_packing", 3, sizes=[2, 3], heads=[12, 5, 2], lengths=[16, 45])
 
 
+def test_a_hidden_exchange_gives_the_bits_of_the_packed_one(tmp_path: Path):
+    """Heads that divide or not, ranks with one head or none, one part or three, copied or written at once."""
+    ways = [[0, 2, "k"], [2, 2, ""], [0, 0, "vqk"], [1, 1, "v"]]
+    sizes, heads, lengths = [2, 3], [12, 5, 2], [16, 45]
+    results = run_ranks(
+        "hidden_exchange_equals_packed", 3, folder=str(tmp_path), sizes=sizes, heads=heads, lengths=lengths, ways=ways
+    )
+    assert [result["compared"] for result in results] == [2 * 96, 2 * 96, 96]
+
+
 def test_deepspeed_attention_where_heads_divide():
     run_ranks("attention_equals_plain", 4, engine="deepspeed", sizes=[4], heads=[4, 40], lengths=[16, 45])
 
@@ -44,6 +54,8 @@ def test_every_option_alone_and_combined(checkpoint: str):
         for ulysses, fsdp, memory in product([True, False], repeat=3)
         if ulysses or fsdp
     ]
+    # Between processes without a GPU it is the packed one.
+    settings.append({"use_ulysses": True, "ulysses_engine": "symmetric"})
     for result in run_ranks("options_equal_plain", 2, folder=checkpoint, settings=settings):
         # Of 45 tokens: half with Ulysses, all without.
         assert result["tokens"] == [23 if options["use_ulysses"] else 45 for options in settings]
