@@ -21,7 +21,7 @@ from ..wan.model import SelfAttention
 from ..wan.ops import HeadPlaces, Ops, Rope
 from .peer_memory import PeerMemory, peer_memory
 from .sequence import SequenceShard, split_evenly
-from .ulysses import PackedUlysses
+from .ulysses import Destination, PackedUlysses, write_projections
 
 FIRST, LAST = 0, 2
 """Heads of the first part and of the last one: the attention waits for the first one's keys, and nothing hides what the
@@ -41,66 +41,59 @@ def parts_of(heads: int, first: int, last: int) -> list[int]:
     return [first, heads - first - last, last]
 
 
-@dataclass(frozen=True, slots=True)
-class _Sent:
+@dataclass(slots=True)
+class _Sent(Destination):
     """One of q, k and v on its way into the ranks' memories. The heads of a rank are one run or more."""
 
-    written: list[Tensor]
-    """Where this rank writes each run of heads, [S, w, D]: the runs of rank 0, those of rank 1, ..."""
     copies: list[Copies]
-    """Then, for each run of a rank's heads."""
+    """What follows when `runs` are written: for each run of a rank's heads."""
     received: list[Tensor]
     """Each run of this rank's heads, [P * S, w, D]."""
-    places: HeadPlaces
-    """`written`, from the start of `_Layout.base`."""
 
 
 class _Layout:
-    """The memories of the ranks: q, k and v of their heads, then what attention returns for their tokens."""
+    """The memories of the ranks: q, k and v of their heads, then what attention returns for their tokens.
+
+    Args:
+        dtypes: of q, k and v; attention returns that of v.
+    """
 
     def __init__(
-        self, memory: PeerMemory, shard: SequenceShard, heads: list[int], channels: int, dtype: torch.dtype,
+        self, memory: PeerMemory, shard: SequenceShard, heads: list[int], channels: int, dtypes: list[torch.dtype],
         *, first: int, last: int, direct: frozenset[str],
     ) -> None:  # fmt: skip
         self.shard, self._memory = shard, memory
-        self._channels = channels
-        self._buffers = [
-            buffer[: buffer.nbytes // dtype.itemsize * dtype.itemsize].view(dtype) for buffer in memory.buffers
-        ]
+        self._channels, self._dtype = channels, dtypes[2]
         self._parts = [parts_of(h, first, last) for h in heads]
-        device = self._buffers[0].device
+        self.first_head = sum(heads[: shard.rank])
+        device = memory.buffers[0].device
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         whole = [[h] for h in heads]
         # The keys of the first part are waited for alone.
         keys = [[parts[0], h - parts[0]] for parts, h in zip(self._parts, heads, strict=True)] if first else whole
-        size = shard.world * shard.size * max(heads) * channels
-        self.q, self.k, self.v = (
-            self._sent(index * size, runs, staged=name not in direct)
-            for index, (name, runs) in enumerate(zip("qkv", (whole, keys, whole), strict=True))
-        )
-        self._returned = 3 * size
-
-    @property
-    def base(self) -> Tensor:
-        """This rank's memory."""
-        return self._buffers[self.shard.rank]
-
-    @property
-    def parts(self) -> list[int]:
-        """Of this rank's heads."""
-        return self._parts[self.shard.rank]
+        self.sent, start = [], 0
+        for name, runs, dtype in zip("qkv", (whole, keys, whole), dtypes, strict=True):
+            self.sent.append(self._sent(start, runs, dtype, staged=name not in direct))
+            start += self.bytes_of(shard, heads, channels, dtype)
+        self._returned = start
 
     @staticmethod
-    def elements(shard: SequenceShard, heads: list[int], channels: int) -> int:
-        """What each rank's memory must hold."""
-        return shard.size * channels * (3 * shard.world * max(heads) + sum(heads))
+    def bytes_of(shard: SequenceShard, heads: list[int], channels: int, dtype: torch.dtype) -> int:
+        """What one of q, k and v takes in a memory."""
+        return shard.world * shard.size * max(heads) * channels * dtype.itemsize
 
-    def keys(self) -> list[Tensor]:
-        """k for each of `parts`."""
-        first, middle, last = self.parts
-        if len(self.k.received) == 1:
-            return list(self.k.received[0].split([first, middle, last], dim=1))
-        return [self.k.received[0], *self.k.received[1].split([middle, last], dim=1)]
+    @classmethod
+    def nbytes(cls, shard: SequenceShard, heads: list[int], channels: int, dtypes: list[torch.dtype]) -> int:
+        """What each rank's memory must hold."""
+        received = sum(cls.bytes_of(shard, heads, channels, dtype) for dtype in dtypes)
+        return received + shard.size * sum(heads) * channels * dtypes[2].itemsize
+
+    def received(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """q, k and v of each part of this rank's heads, [P * S, w, D]."""
+        parts = self._parts[self.shard.rank]
+        q, k, v = (sent.received for sent in self.sent)
+        keys = k[0].split(parts, dim=1) if len(k) == 1 else (k[0], *k[1].split(parts[1:], dim=1))
+        return list(zip(q[0].split(parts, dim=1), keys, v[0].split(parts, dim=1), strict=True))
 
     def beside(self) -> AbstractContextManager[object]:
         """Inside, work is queued beside what is to follow, and after what was queued so far."""
@@ -139,26 +132,27 @@ class _Layout:
         world = self.shard.world
         return [(self.shard.rank + step) % world for step in range(1, world)]
 
-    def _view(self, rank: int, start: int, *shape: int) -> Tensor:
+    def _view(self, rank: int, start: int, dtype: torch.dtype, *shape: int) -> Tensor:
+        """In the memory of a rank, from byte `start` on."""
         size = torch.Size(shape)
-        return self._buffers[rank][start : start + size.numel()].view(size)
+        return self._memory.buffers[rank][start : start + size.numel() * dtype.itemsize].view(dtype).view(size)
 
     def _piece(self, at: int, of: int, part: int) -> Tensor:
         """In the memory of rank `at`: its tokens in a part of rank `of`'s heads, [S, w, D]."""
         before = sum(map(sum, self._parts[:of])) + sum(self._parts[of][:part])
-        row = self.shard.size * self._channels
-        return self._view(at, self._returned + before * row, self.shard.size, self._parts[of][part], self._channels)
+        start = self._returned + before * self.shard.size * self._channels * self._dtype.itemsize
+        return self._view(at, start, self._dtype, self.shard.size, self._parts[of][part], self._channels)
 
-    def _sent(self, start: int, runs: list[list[int]], *, staged: bool) -> _Sent:
-        """The tensor that begins at `start` of every memory; `runs` of the heads of every rank."""
+    def _sent(self, start: int, runs: list[list[int]], dtype: torch.dtype, *, staged: bool) -> _Sent:
+        """The tensor that begins at byte `start` of every memory; `runs` of the heads of every rank."""
         mine, tokens, world = self.shard.rank, self.shard.size, self.shard.world
         copies: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in runs[0]]
         written, received = [], []
         for rank, widths in enumerate(runs):
             offset = start
             for run, width in enumerate(widths):
-                everyones = self._view(rank, offset, world * tokens, width, self._channels)
-                offset += everyones.numel()
+                everyones = self._view(rank, offset, dtype, world * tokens, width, self._channels)
+                offset += everyones.nbytes
                 place = everyones.chunk(world)[mine]
                 if rank == mine:
                     received.append(everyones)
@@ -167,17 +161,8 @@ class _Layout:
                     copies[run][rank] = there, place
                 written.append(place)
         order = [[by_rank[rank] for rank in self._others() if rank in by_rank] for by_rank in copies]
-        return _Sent(written, order, received, _places(written, self.base))
-
-
-def _places(runs: list[Tensor], base: Tensor) -> HeadPlaces:
-    """Of every head of `runs`, each [S, w, D]. They may lie in other memory than `base`, also in another rank's."""
-    table = [
-        ((run.data_ptr() - base.data_ptr()) // base.itemsize + head * run.shape[2], run.stride(0))
-        for run in runs
-        for head in range(run.shape[1])
-    ]
-    return HeadPlaces(torch.tensor(table, dtype=torch.int64, device=base.device).t().contiguous())
+        base = self._view(mine, start, dtype, world * tokens)
+        return _Sent(base, written, HeadPlaces.of(written, base), order, received)
 
 
 class SymmetricUlysses(PackedUlysses):
@@ -204,52 +189,33 @@ class SymmetricUlysses(PackedUlysses):
             self._able = self._layout is not None
         if self._layout is None:
             return super().__call__(layer, x, rope, ops)
-        self._send(self._layout, layer, x, rope, ops)
-        return self._attend(self._layout)
+        return self._hidden(self._layout, layer, x, rope, ops)
 
     def _lay_out(self, layer: SelfAttention) -> _Layout | None:
         heads = split_evenly(layer.num_heads, self.shard.world)
-        dtype, device = layer.q.compute_dtype, layer.norm_q.weight.device
-        elements = _Layout.elements(self.shard, heads, layer.head_dim)
-        memory = peer_memory(self._group, elements * dtype.itemsize, device)
-        return None if memory is None else _Layout(memory, self.shard, heads, layer.head_dim, dtype, **self._how)
+        what = self.shard, heads, layer.head_dim, self._dtypes(layer)
+        memory = peer_memory(self._group, _Layout.nbytes(*what), layer.norm_q.weight.device)
+        return None if memory is None else _Layout(memory, *what, **self._how)
 
-    def _send(self, layout: _Layout, layer: SelfAttention, x: LinearInput, rope: Rope, ops: Ops) -> None:
-        ready = None if ops.write_heads else layer.queries_keys_values(x, rope, ops)
-        steps = (
-            (layout.v, lambda: (layer.v(x), None, None)),
-            (layout.q, lambda: (layer.q(x), layer.norm_q.weight, rope)),
-            (layout.k, lambda: (layer.k(x), layer.norm_k.weight, rope)),
-        )
-        for index, (sent, project) in zip((2, 0, 1), steps, strict=True):
-            if ready is None:
-                ops.write_heads(*project(), layer.head_dim, layout.base, sent.places)
-            else:
-                _copy(
-                    list(zip(sent.written, ready[index].split([r.shape[1] for r in sent.written], dim=1), strict=True))
-                )
+    def _hidden(self, layout: _Layout, layer: SelfAttention, x: LinearInput, rope: Rope, ops: Ops) -> Tensor:
+        def on_their_way(which: int) -> None:
             with layout.beside():
-                _copy(sent.copies[0])
+                _copy(layout.sent[which].copies[0])
 
-    def _attend(self, layout: _Layout) -> Tensor:
-        """-> [S, H, D]."""
-        length, arrivals = self.shard.length, [layout.arrival()]
-        for copies in layout.k.copies[1:]:
+        scales = write_projections(layer, x, rope, ops, layout.sent, written=on_their_way)
+        arrivals = [layout.arrival()]
+        for copies in layout.sent[1].copies[1:]:
             with layout.beside():
                 _copy(copies)
             arrivals.append(layout.arrival())
-        results = []
-        qkv = (
-            layout.q.received[0].split(layout.parts, dim=1),
-            layout.keys(),
-            layout.v.received[0].split(layout.parts, dim=1),
-        )
-        for part, (q, k, v) in enumerate(zip(*qkv, strict=True)):
+        results, first = [], layout.first_head
+        for part, (q, k, v) in enumerate(layout.received()):
             layout.wait(arrivals[min(part, len(arrivals) - 1)])
-            # Keys past the true length are padding.
-            results.append(self._attention(q, k[:length], v[:length]).contiguous())
+            y = self._attend(q, k, v, scales, slice(first, first + q.shape[1]), ops).contiguous()
+            first += q.shape[1]
             with layout.beside():
-                _copy(layout.outgoing(part, results[-1]))
+                _copy(layout.outgoing(part, y))
+            results.append(y)
         layout.wait(layout.arrival())
         return layout.incoming(results)
 

@@ -8,6 +8,8 @@ Only `all_to_all_single` is used, which every backend has.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,10 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..wan.attention import Attention
-from ..wan.linear import LinearInput
+from ..wan.codes import CodesAttention, HeadCodes
+from ..wan.linear import E4M3, LinearInput
 from ..wan.model import SelfAttention
 from ..wan.ops import HeadPlaces, Ops, Rope
 from .sequence import SequenceShard, split_evenly
+
+Scales = tuple[Tensor, Tensor] | None
+"""Of q's and k's codes, [H] each; None where they are no codes."""
 
 
 class Exchange(Protocol):
@@ -31,10 +37,51 @@ class Exchange(Protocol):
         """x: this rank's [S, C], which `layer` projects -> [S, H, D]. Collective."""
 
 
+@dataclass(slots=True)
+class Destination:
+    """Where a rank writes one of q, k and v."""
+
+    base: Tensor
+    """The memory that `places` counts in."""
+    runs: list[Tensor]
+    """Of all H heads in their order, [S, w, D] each; not necessarily in that memory."""
+    places: HeadPlaces
+
+
+def write_projections(
+    layer: SelfAttention, x: LinearInput, rope: Rope, ops: Ops, to: Sequence[Destination],
+    *, written: Callable[[int], None] = lambda which: None,
+) -> Scales:  # fmt: skip
+    """Projects x and writes v, q and k, in this order, each once where `ops` can.
+
+    Args:
+        to: for q, k and v. Where q and k are to be e4m3, they are codes.
+        written: called with 0, 1 or 2 when q, k or v is.
+    """
+    codes = to[0].base.dtype == E4M3
+    if ops.write_heads is None:
+        q, k, v = layer.queries_keys_values(x, rope, ops, codes=codes)
+        rows = (q.codes, k.codes, v) if codes else (q, k, v)
+        for which in (2, 0, 1):
+            for into, part in zip(
+                to[which].runs, rows[which].split([r.shape[1] for r in to[which].runs], 1), strict=True
+            ):
+                into.copy_(part)
+            written(which)
+        return (q.scale, k.scale) if codes else None
+    scales = []
+    for which, project, norm in ((2, layer.v, None), (0, layer.q, layer.norm_q), (1, layer.k, layer.norm_k)):
+        how = (None, None) if norm is None else (norm.weight, rope)
+        scales.append(ops.write_heads(project(x), *how, layer.head_dim, to[which].base, to[which].places))
+        written(which)
+    return (scales[1], scales[2]) if codes else None
+
+
 class PackedUlysses:
     """One all-to-all in for q, k and v together, one out.
 
-    The receive buffer is [P * S, 3, h, D], so q, k and v are strided views of it: attention reads them without a copy.
+    A token's q, k and v lie side by side in the receive buffer, so they are strided views of it: attention reads them
+    without a copy.
     """
 
     def __init__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> None:
@@ -44,50 +91,46 @@ class PackedUlysses:
         self._places: tuple[int, list[HeadPlaces]] | None = None
 
     def __call__(self, layer: SelfAttention, x: LinearInput, rope: Rope, ops: Ops) -> Tensor:
-        heads = split_evenly(layer.num_heads, self.shard.world)
-        if ops.write_heads is None:
-            message = self._pack(*layer.queries_keys_values(x, rope, ops), heads)
-        else:
-            message = self._write(layer, x, rope, ops, heads)
-        q, k, v = self._exchange(message, heads).unbind(1)
+        heads, dtypes = split_evenly(layer.num_heads, self.shard.world), self._dtypes(layer)
+        tokens, mine = self.shard.size, heads[self.shard.rank]
+        size = tokens * layer.head_dim * sum(dtype.itemsize for dtype in dtypes)
+        message = torch.empty(size * sum(heads), dtype=torch.uint8, device=layer.norm_q.weight.device)
+        scales = write_projections(layer, x, rope, ops, self._destinations(message, heads, dtypes, layer.head_dim))
+        received = message.new_empty(size * mine * self.shard.world)
+        share = [size * mine] * self.shard.world
+        dist.all_to_all_single(received, message, share, [size * h for h in heads], group=self._group)
+        q, k, v = _side_by_side(received, tokens * self.shard.world, mine, dtypes, layer.head_dim)
+        first = sum(heads[: self.shard.rank])
+        return self._gather_heads(self._attend(q, k, v, scales, slice(first, first + mine), ops), heads)
+
+    def _dtypes(self, layer: SelfAttention) -> list[torch.dtype]:
+        """Of q, k and v on their way."""
+        full = layer.q.compute_dtype
+        return [E4M3, E4M3, full] if isinstance(self._attention, CodesAttention) else [full] * 3
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scales: Scales, heads: slice, ops: Ops) -> Tensor:
+        """q, k, v: [P * S, w, D] of these `heads` of all -> [P * S, w, D]."""
         # Keys past the true length are padding.
-        y = self._attention(q, k[: self.shard.length], v[: self.shard.length])
-        return self._gather_heads(y, heads)
+        k, v = k[: self.shard.length], v[: self.shard.length]
+        if scales is None:
+            return self._attention(q, k, v)
+        q_scale, k_scale = (scale[heads] for scale in scales)
+        return self._attention(HeadCodes(q, q_scale), HeadCodes(k, k_scale), ops.quantise_heads(v))
 
-    def _pack(self, q: Tensor, k: Tensor, v: Tensor, heads: list[int]) -> Tensor:
-        """q, k, v: [S, H, D] -> the message [S * 3 * H, D]: per rank its [S, 3, h, D]."""
-        tokens, _, channels = q.shape
-        send = q.new_empty(tokens * 3 * sum(heads), channels)
-        first = 0
-        for chunk, h in zip(send.split([tokens * 3 * h for h in heads]), heads, strict=True):
-            packed = chunk.view(tokens, 3, h, channels)
-            for i, x in enumerate((q, k, v)):
-                packed[:, i].copy_(x[:, first : first + h])
-            first += h
-        return send
-
-    def _write(self, layer: SelfAttention, x: LinearInput, rope: Rope, ops: Ops, heads: list[int]) -> Tensor:
-        """The message of `_pack`, into which each projection is written as it is rotated."""
-        q, k, v = layer.q(x), layer.k(x), layer.v(x)
-        channels, tokens = layer.head_dim, q.shape[0]
+    def _destinations(
+        self, message: Tensor, heads: list[int], dtypes: list[torch.dtype], channels: int
+    ) -> list[Destination]:
+        """In the message, uint8: per rank its heads of every token, q, k and v side by side."""
+        tokens = self.shard.size
+        chunks = message.split([len(message) // sum(heads) * h for h in heads])
+        runs = zip(
+            *(_side_by_side(c, tokens, h, dtypes, channels) for c, h in zip(chunks, heads, strict=True)), strict=True
+        )
+        found = [(message.view(dtype), list(views)) for dtype, views in zip(dtypes, runs, strict=True)]
         if self._places is None or self._places[0] != tokens:
             # All layers have the same heads.
-            self._places = tokens, [_message_places(heads, which, tokens, channels, q.device) for which in range(3)]
-        send = q.new_empty(tokens * 3 * layer.num_heads, channels)
-        sources = (q, layer.norm_q.weight, rope), (k, layer.norm_k.weight, rope), (v, None, None)
-        for source, places in zip(sources, self._places[1], strict=True):
-            ops.write_heads(*source, channels, send, places)
-        return send
-
-    def _exchange(self, message: Tensor, heads: list[int]) -> Tensor:
-        """[S * 3 * H, D] -> [P * S, 3, h, D]."""
-        tokens, channels = self.shard.size, message.shape[1]
-        mine = heads[self.shard.rank]
-        send_sizes = [tokens * 3 * h * channels for h in heads]
-        received = message.new_empty(tokens * self.shard.world, 3, mine, channels)
-        share = [tokens * 3 * mine * channels] * self.shard.world
-        dist.all_to_all_single(received.view(-1), message.view(-1), share, send_sizes, group=self._group)
-        return received
+            self._places = tokens, [HeadPlaces.of(views, base) for base, views in found]
+        return [Destination(*pair, places) for pair, places in zip(found, self._places[1], strict=True)]
 
     def _gather_heads(self, y: Tensor, heads: list[int]) -> Tensor:
         """y: [P * S, h, D] -> [S, H, D]."""
@@ -100,12 +143,11 @@ class PackedUlysses:
         return torch.cat(parts, dim=1)
 
 
-def _message_places(heads: list[int], which: int, tokens: int, channels: int, device: torch.device) -> HeadPlaces:
-    """Where the message of `PackedUlysses._pack` has the heads of q, k or v (`which` of 0, 1, 2)."""
-    # Before a rank's [S, 3, h, D] lie the 3 * S rows of every head of the ranks before it.
-    first = [(3 * tokens * sum(heads[:r]) + which * h + i) * channels for r, h in enumerate(heads) for i in range(h)]
-    step = [3 * h * channels for h in heads for _ in range(h)]
-    return HeadPlaces(torch.tensor([first, step], device=device))
+def _side_by_side(memory: Tensor, tokens: int, heads: int, dtypes: list[torch.dtype], channels: int) -> list[Tensor]:
+    """Bytes -> a tensor [tokens, heads, channels] for each dtype; those of a token are neighbours."""
+    widths = [heads * channels * dtype.itemsize for dtype in dtypes]
+    columns = memory.view(tokens, sum(widths)).split(widths, dim=1)
+    return [part.view(dtype).view(tokens, heads, channels) for part, dtype in zip(columns, dtypes, strict=True)]
 
 
 class DeepSpeedUlysses:

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from wan_pack.wan.attention import attention
+from wan_pack.wan.codes import CodesAttention, HeadCodes, Heads
 from wan_pack.wan.config import WanConfig
+from wan_pack.wan.linear import E4M3
 from wan_pack.wan.model import SelfAttention
 from wan_pack.wan.ops import PLAIN, HeadPlaces, Rope
 
 
-@dataclass(frozen=True, slots=True)
 class Projected:
     """A layer whose q, k and v are known, [S, H, D] each."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self._qkv = q, k, v
+        _, self.num_heads, self.head_dim = q.shape
+        self.q = SimpleNamespace(compute_dtype=q.dtype)
+        self.norm_q = SimpleNamespace(weight=q)
 
-    @property
-    def num_heads(self) -> int:
-        return self.q.shape[1]
-
-    @property
-    def head_dim(self) -> int:
-        return self.q.shape[2]
-
-    def queries_keys_values(self, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-        return self.q, self.k, self.v
+    def queries_keys_values(self, *_: object, codes: bool) -> tuple[Tensor, Tensor, Tensor]:
+        assert not codes
+        return self._qkv
 
 
 def random_layer(*, heads: int, channels: int, seed: int = 0) -> SelfAttention:
@@ -41,20 +38,34 @@ def random_layer(*, heads: int, channels: int, seed: int = 0) -> SelfAttention:
     )
     generator = torch.Generator().manual_seed(seed)
     for parameter in layer.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        parameter.data = torch.randn(parameter.shape, generator=generator)
     return layer
 
 
 def write_heads(
     x: Tensor, weight: Tensor | None, rope: Rope | None, head_dim: int, out: Tensor, places: HeadPlaces
-) -> None:
+) -> Tensor | None:
     """`Ops.write_heads`, head by head."""
-    heads = x.unflatten(-1, (-1, head_dim)) if weight is None else PLAIN.rotate(x, weight, rope, head_dim)
+    scale = None
+    if weight is None:
+        heads = x.unflatten(-1, (-1, head_dim))
+    elif out.dtype == E4M3:
+        heads, scale = PLAIN.rotate_codes(x, weight, rope, head_dim)
+    else:
+        heads = PLAIN.rotate(x, weight, rope, head_dim)
     for head, (start, step) in zip(heads.unbind(1), places.table.t().tolist(), strict=True):
         # As on a GPU, the place may lie in other memory than `out`.
         length = (head.shape[0] - 1) * step + head_dim
         memory = (ctypes.c_char * (length * out.itemsize)).from_address(out.data_ptr() + start * out.itemsize)
         torch.frombuffer(memory, dtype=out.dtype).as_strided(head.shape, (step, 1)).copy_(head)
+    return scale
 
 
 WRITING = dataclasses.replace(PLAIN, write_heads=write_heads)
+
+
+@CodesAttention
+def attention_on_codes(q: Heads, k: Heads, v: Heads) -> Tensor:
+    """Of what the codes stand for."""
+    assert all(isinstance(x, HeadCodes) and x.codes.dtype == E4M3 for x in (q, k, v))
+    return attention(*(codes.float() * scale[:, None] for codes, scale in (q, k, v)))

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from jobs import stub_job
-from layers import WRITING, random_layer
+from layers import WRITING, attention_on_codes, random_layer
 from torch import Tensor
 from wan_pack.distributed import peer_memory, report, symmetric
 from wan_pack.distributed.sequence import SequenceShard, split_evenly
 from wan_pack.distributed.symmetric import SymmetricUlysses, parts_of
-from wan_pack.wan.attention import attention
+from wan_pack.wan.attention import Attention, attention
+from wan_pack.wan.codes import HeadCodes
 from wan_pack.wan.model import SelfAttention
 from wan_pack.wan.ops import PLAIN, Ops
 from wan_pack.wan.rope import rope_table
@@ -42,14 +43,20 @@ class ThreadMemory:
 
 
 def exchange(
-    monkeypatch: pytest.MonkeyPatch, world: int, layer: SelfAttention, inputs: list[Tensor], ops: Ops, **how: Any
+    monkeypatch: pytest.MonkeyPatch,
+    world: int,
+    layer: SelfAttention,
+    inputs: list[Tensor],
+    ops: Ops,
+    kernel: Attention,
+    **how: Any,
 ) -> list[Tensor]:
     """x [length, C] of some videos, one after another -> what all ranks together make of each, [length, H, D]."""
     monkeypatch.setattr(symmetric, "peer_memory", ThreadMemory(world).of)
 
     @torch.no_grad()
     def run(rank: int) -> list[Tensor]:
-        engine = SymmetricUlysses(None, SequenceShard(length=1, rank=rank, world=world), attention, **how)
+        engine = SymmetricUlysses(None, SequenceShard(length=1, rank=rank, world=world), kernel, **how)
         results = []
         for x in inputs:
             engine.shard = shard = SequenceShard(length=len(x), rank=rank, world=world)
@@ -63,14 +70,21 @@ def exchange(
 
 
 @torch.no_grad()
-def expected(world: int, layer: SelfAttention, x: Tensor) -> Tensor:
+def expected(world: int, layer: SelfAttention, x: Tensor, kernel: Attention) -> Tensor:
     """The same products and the same attention, without an exchange."""
     rows = []
     for rank in range(world):
         shard = SequenceShard(length=len(x), rank=rank, world=world)
         rope = rope_table((1, 1, len(x)), layer.head_dim, start=shard.start, stop=shard.stop)
-        rows.append(layer.queries_keys_values(shard.split(x), rope, PLAIN))
+        q, k, v = layer.queries_keys_values(shard.split(x), rope, PLAIN, codes=kernel is attention_on_codes)
+        if kernel is attention_on_codes:
+            # The scales are the norm's, and so the same on every rank.
+            (q, q_scale), (k, k_scale) = q, k
+        rows.append((q, k, v))
     q, k, v = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    if kernel is attention_on_codes:
+        k, v = k[: len(x)], v[: len(x)]
+        return kernel(HeadCodes(q, q_scale), HeadCodes(k, k_scale), PLAIN.quantise_heads(v))[: len(x)]
     heads = split_evenly(layer.num_heads, world)
     parts = [
         attention(*qkv) for qkv in zip(*(y.split(heads, dim=1) for y in (q, k[: len(x)], v[: len(x)])), strict=True)
@@ -78,18 +92,21 @@ def expected(world: int, layer: SelfAttention, x: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)[: len(x)]
 
 
+@pytest.mark.parametrize("kernel", [attention, attention_on_codes], ids=["full", "codes"])
 @pytest.mark.parametrize("ops", [PLAIN, WRITING], ids=["tensors", "kernel"])
 @pytest.mark.parametrize(("first", "last", "direct"), [(0, 2, "k"), (2, 2, ""), (0, 0, "vqk"), (1, 1, "v")])
-def test_it_changes_no_bit(monkeypatch: pytest.MonkeyPatch, first: int, last: int, direct: str, ops: Ops):
+def test_it_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch, first: int, last: int, direct: str, ops: Ops, kernel: Attention
+):
     """Heads that ranks divide or not, ranks with one or none; videos one after another, also of the same length."""
     for world, heads in product((2, 3), (12, 5, 2)):
         layer = random_layer(heads=heads, channels=8)
         inputs = [
             torch.randn(n, heads * 8, generator=torch.Generator().manual_seed(i)) for i, n in enumerate((16, 16, 45))
         ]
-        found = exchange(monkeypatch, world, layer, inputs, ops, first=first, last=last, direct=direct)
+        found = exchange(monkeypatch, world, layer, inputs, ops, kernel, first=first, last=last, direct=direct)
         for x, out in zip(inputs, found, strict=True):
-            assert torch.equal(out, expected(world, layer, x)), (world, heads, len(x))
+            assert torch.equal(out, expected(world, layer, x, kernel)), (world, heads, len(x))
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,24 @@ def compare(values: torch.Generator) -> None:
     rope = rope_table((1, 1, TOKENS), HEAD, device=DEVICE)
     for rows in (x, y):
         near("rotate", TRITON.rotate(rows, weights[0], rope, HEAD), PLAIN.rotate(rows, weights[0], rope, HEAD))
+    for size, loud in product((16, 32), (1.0, 50.0)):
+        # Enough heads for the matrix units; 320 columns do not fill a block of 512. The interpreter multiplies the bits
+        # of bfloat16 as if they were integers.
+        rows, weight = (draw(TOKENS, 320) * 3).to(torch.float32 if DEVICE == "cpu" else BF16), draw(320)
+        weight[::7] *= loud
+        spread = rope_table((1, 1, TOKENS), size, device=DEVICE)
+        codes, expected = (ops.rotate_codes(rows, weight, spread, size) for ops in (TRITON, PLAIN))
+        near("rotate_codes", codes, tuple(expected))
+        out, expected = (torch.zeros(100, size, device=DEVICE).to(E4M3) for _ in range(2))
+        places = torch.tensor([[i * TOKENS * size for i in range(320 // size)], [size] * (320 // size)], device=DEVICE)
+        scales = [
+            ops.write_heads(rows, weight, spread, size, into.view(-1), HeadPlaces(places))
+            for ops, into in ((TRITON, out), (WRITING, expected))
+        ]
+        near("write_heads", (out, scales[0]), (expected, scales[1]))
+    qkv = draw(150, 3, 5, 16).to(BF16) * torch.tensor([1.0, 0.01, 100.0, 0.0, 1.0], device=DEVICE)[:, None].to(BF16)
+    for heads in (qkv[:, 2], qkv[:140, 1, 1:4], qkv[:, 0, :0]):
+        near("quantise_heads", TRITON.quantise_heads(heads), tuple(PLAIN.quantise_heads(heads)))
     # Heads in any order and at any distance, as ranks' parts of a message are; what lies between is left alone.
     table = torch.tensor([[16, 0, 640, 320, 24, 8], [32, 32, 8, 40, 32, 32]], device=DEVICE)
     for rows, weight in product((x, y), (weights[0], None)):

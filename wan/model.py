@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attention, attention
+from .codes import CodesAttention, Heads
 from .config import EPS, PATCH_SIZE, TEXT_LEN, WanConfig
 from .linear import E4M3, FP8_PRODUCTS, Fp8Rows, Fp8Weight, Linear, LinearInput
 from .ops import PLAIN, Ops, Rope, rms_norm
@@ -68,10 +69,17 @@ class SelfAttention(nn.Module):
         self.attention: TokenAttention = local_attention(attention)
         """Sequence parallelism puts its own here."""
 
-    def queries_keys_values(self, x: LinearInput, rope: Rope, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [S, C] -> q, k, v, [S, H, D] each, q and k rotated, in the dtype of the matrix products."""
-        q = ops.rotate(self.q(x), self.norm_q.weight, rope, self.head_dim)
-        k = ops.rotate(self.k(x), self.norm_k.weight, rope, self.head_dim)
+    def queries_keys_values(
+        self, x: LinearInput, rope: Rope, ops: Ops, *, codes: bool = False
+    ) -> tuple[Heads, Heads, Tensor]:
+        """x: [S, C] -> q, k, v, [S, H, D] each, q and k rotated, in the dtype of the matrix products.
+
+        Args:
+            codes: q and k in 8 bits.
+        """
+        rotate = ops.rotate_codes if codes else ops.rotate
+        q = rotate(self.q(x), self.norm_q.weight, rope, self.head_dim)
+        k = rotate(self.k(x), self.norm_k.weight, rope, self.head_dim)
         return q, k, self.v(x).unflatten(-1, (-1, self.head_dim))
 
 
@@ -84,7 +92,13 @@ It is given what the projections start from, so that it may send some of them wh
 
 def local_attention(kernel: Attention) -> TokenAttention:
     """Attention between the tokens that are here."""
-    return lambda layer, x, rope, ops: kernel(*layer.queries_keys_values(x, rope, ops))
+    codes = isinstance(kernel, CodesAttention)
+
+    def attend(layer: SelfAttention, x: LinearInput, rope: Rope, ops: Ops) -> Tensor:
+        q, k, v = layer.queries_keys_values(x, rope, ops, codes=codes)
+        return kernel(q, k, ops.quantise_heads(v) if codes else v)
+
+    return attend
 
 
 class CrossAttention(nn.Module):

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .codes import HeadCodes, quantise_heads, spread_codes
 from .config import EPS
 from .linear import Linear, LinearInput, cast_rows
 from .rope import apply_rope
@@ -33,6 +34,16 @@ class HeadPlaces:
     """[2, H] int64, on the device: a head's place for the first token, and from one token's to the next one's. Both are
     multiples of 8, so that 16 bytes are written at a time."""
 
+    @classmethod
+    def of(cls, runs: Sequence[Tensor], base: Tensor) -> HeadPlaces:
+        """Of all heads of `runs`, [S, w, D] each, from the start of `base`: they may lie in other memory than that."""
+        table = [
+            ((run.data_ptr() - base.data_ptr()) // base.itemsize + head * run.shape[2], run.stride(0))
+            for run in runs
+            for head in range(run.shape[1])
+        ]
+        return cls(torch.tensor(table, dtype=torch.int64, device=base.device).t().contiguous())
+
 
 @dataclass(frozen=True, slots=True)
 class Ops:
@@ -46,9 +57,12 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor], Tensor]
     rotate: Callable[[Tensor, Tensor, Rope, int], Tensor]
     gelu_linear: Callable[[Linear, LinearInput, torch.dtype], LinearInput]
-    write_heads: Callable[[Tensor, Tensor | None, Rope | None, int, Tensor, HeadPlaces], None] | None = None
+    rotate_codes: Callable[[Tensor, Tensor, Rope, int], HeadCodes]
+    quantise_heads: Callable[[Tensor], HeadCodes]
+    write_heads: Callable[[Tensor, Tensor | None, Rope | None, int, Tensor, HeadPlaces], Tensor | None] | None = None
     """(x, weight, rope, head_dim, out, places): writes what `rotate` returns, or with neither weight nor rope x as it
-    is, head by head into the memory of `out`. None: it would be no faster than copies of `rotate`'s result."""
+    is, head by head into the memory of `out`; where that is e4m3, the codes of `rotate_codes`, whose scale it returns.
+    None: it would be no faster than copies of what those return."""
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> LinearInput:
@@ -87,6 +101,12 @@ def rotate(x: Tensor, weight: Tensor, rope: Rope, head_dim: int) -> Tensor:
     return apply_rope(normed.unflatten(-1, (-1, head_dim)), *rope).to(x.dtype)
 
 
+def rotate_codes(x: Tensor, weight: Tensor, rope: Rope, head_dim: int) -> HeadCodes:
+    """What `rotate` returns, times the Hadamard matrix, as codes (codes.spread_codes)."""
+    normed = F.rms_norm(x.float(), weight.shape, weight.float(), EPS)
+    return spread_codes(apply_rope(normed.unflatten(-1, (-1, head_dim)), *rope), weight, x.dtype)
+
+
 def gelu_linear(linear: Linear, x: LinearInput, dtype: torch.dtype) -> LinearInput:
     """`linear`, then GELU (its tanh form), cast."""
     return cast_rows(F.gelu(linear(x), approximate="tanh"), dtype)
@@ -94,7 +114,7 @@ def gelu_linear(linear: Linear, x: LinearInput, dtype: torch.dtype) -> LinearInp
 
 AUTOMATIC = ((9, 0),)
 """The GPUs on which "auto" takes the fused kernels: where they were measured."""
-PLAIN = Ops("plain", cast_rows, norm, add_norm, add, rms_norm, rotate, gelu_linear)
+PLAIN = Ops("plain", cast_rows, norm, add_norm, add, rms_norm, rotate, gelu_linear, rotate_codes, quantise_heads)
 
 
 def _triton() -> Ops:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from ..linear import E4M3, Linear, LinearInput
 from ..ops import Ops
-from .heads import rms_norm, rotate, write_heads
+from .codes import quantise_heads
+from .heads import rms_norm, rotate, rotate_codes, write_heads
 from .norm import add, add_norm, norm
 from .rows import cast, gelu_fp8
 
@@ -26,4 +27,6 @@ def gelu_linear(linear: Linear, x: LinearInput, dtype: torch.dtype) -> LinearInp
 
 def triton_ops() -> Ops:
     """Needs Triton, which comes with torch's CUDA builds."""
-    return Ops("triton", cast, norm, add_norm, add, rms_norm, rotate, gelu_linear, write_heads)
+    return Ops(
+        "triton", cast, norm, add_norm, add, rms_norm, rotate, gelu_linear, rotate_codes, quantise_heads, write_heads
+    )
