@@ -16,7 +16,8 @@ from wan_pack.distributed.job import Parallel
 from wan_pack.distributed.parallelize import parallelize_wan
 from wan_pack.distributed.planning import memory as memory
 from wan_pack.distributed.planning.memory import estimate
-from wan_pack.distributed.sequence import SequenceShard
+from wan_pack.distributed.sequence import SequenceShard, split_evenly
+from wan_pack.distributed.symmetric import _Layout
 from wan_pack.wan.attention import attention
 from wan_pack.wan.model import WanModel
 
@@ -99,6 +100,24 @@ def test_the_phase_that_takes_most_counts():
     assert large.activations or large.vae > 10 * GIB
     warm = estimate(workload(text_bytes=100 * GIB), Parallel(gpu_count=1, keep_warm_seconds=1.0))
     assert warm.weights == 2 * A14B[0]
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 4])
+def test_an_exchange_through_the_others_memory_is_counted(gpus: int):
+    """What it lays out, as long as it is held: a process that stays keeps it beside the next text encoder."""
+    work = workload()
+    shard, heads = SequenceShard(length=work.tokens, world=gpus), split_evenly(work.config.num_heads, gpus)
+    laid_out = _Layout.nbytes(shard, heads, work.config.head_dim, [torch.bfloat16] * 3)
+    under_way = 2 * shard.size * work.config.dim * 2
+    asked = {"gpu_count": gpus, "ulysses_engine": "symmetric"}
+    counted = memory.peer_bytes(work, Parallel(**asked))
+    assert laid_out + under_way * (gpus - 1) // gpus <= counted <= 1.01 * (laid_out + under_way)
+    for text_bytes, warm, held in ((0, 0.0, counted), (100 * GIB, 0.0, 0), (100 * GIB, 60.0, counted)):
+        ways = (
+            Parallel(**asked | {"ulysses_engine": engine}, keep_warm_seconds=warm) for engine in ("symmetric", "packed")
+        )
+        more, less = (estimate(workload(text_bytes=text_bytes), way).total for way in ways)
+        assert more - less == held, (text_bytes, warm)
 
 
 def test_the_feed_forward_is_chunked_as_estimated():

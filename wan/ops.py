@@ -32,7 +32,7 @@ class HeadPlaces:
 
     table: Tensor
     """[2, H] int64, on the device: a head's place for the first token, and from one token's to the next one's. Both are
-    multiples of 8, so that 16 bytes are written at a time."""
+    multiples of D, so that a kernel may write 16 bytes at a time."""
 
     @classmethod
     def of(cls, runs: Sequence[Tensor], base: Tensor) -> HeadPlaces:

@@ -80,7 +80,7 @@ class Estimate:
     activations: int
     vae: int
     process: int
-    """What torch does not count: context, NCCL, fragmentation."""
+    """What torch does not count: context, NCCL, memory that other GPUs write to, fragmentation."""
 
     @property
     def torch_peak(self) -> int:
@@ -103,7 +103,15 @@ def estimate(work: Workload, parallel: Parallel) -> Estimate:
     ]  # fmt: skip
     if work.decode:
         phases.append((rest if warm else 0, 0, 0, 0, vae_decode_bytes(work, parallel)))
-    return max((Estimate(*phase, process_bytes(parallel, *phase[2:])) for phase in phases), key=lambda e: e.total)
+    # Taken with the first step, and kept until the processes end.
+    peers = [peer_bytes(work, parallel) * held for held in (True, warm, True)]
+    return max(
+        (
+            Estimate(*phase, process_bytes(parallel, *phase[2:]) + shared)
+            for phase, shared in zip(phases, peers, strict=False)
+        ),
+        key=lambda e: e.total,
+    )
 
 
 def compute_bytes(parallel: Parallel) -> int:
@@ -176,6 +184,15 @@ def activation_bytes(work: Workload, parallel: Parallel) -> int:
     unpacked = config.ffn_dim * config.dim * b if work.fp8 else 0
     rotary = tokens * config.head_dim * 4
     return int(max(inputs, attention, outputs) * tokens * config.dim) + rotary + unpacked
+
+
+def peer_bytes(work: Workload, parallel: Parallel) -> int:
+    """Bytes that a symmetric exchange holds: q, k, v and the result as they arrive, and two of them on their way."""
+    if parallel.ulysses_engine != "symmetric" or not parallel.use_ulysses or parallel.ulysses_size == 1:
+        return 0
+    # Every rank has room for the heads of the one with most.
+    most = -(-work.config.num_heads // parallel.ulysses_size) * parallel.ulysses_size / work.config.num_heads
+    return int((3 * most + 3) * rank_tokens(work, parallel) * work.config.dim * compute_bytes(parallel))
 
 
 def vae_decode_bytes(work: Workload, parallel: Parallel) -> int:

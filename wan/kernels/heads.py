@@ -47,7 +47,7 @@ def _head_offsets(table_ptr, token, heads, HEAD: tl.constexpr, ROWS: tl.constexp
     start = tl.load(table_ptr + head, mask=real, other=0)
     step = tl.load(table_ptr + heads + head, mask=real, other=0)
     # Known to be a multiple, 16 bytes are stored at a time.
-    row = tl.multiple_of(start + token * step, [8])
+    row = tl.multiple_of(start + token * step, [HEAD])
     return row[:, None] + tl.arange(0, HEAD)[None, :], real[:, None]
 
 
