@@ -145,6 +145,9 @@ class PackedUlysses:
 
 def _side_by_side(memory: Tensor, tokens: int, heads: int, dtypes: list[torch.dtype], channels: int) -> list[Tensor]:
     """Bytes -> a tensor [tokens, heads, channels] for each dtype; those of a token are neighbours."""
+    if heads == 0:
+        # Nothing of one dtype cannot be viewed as nothing of another.
+        return [memory.new_empty(tokens, 0, channels, dtype=dtype) for dtype in dtypes]
     widths = [heads * channels * dtype.itemsize for dtype in dtypes]
     columns = memory.view(tokens, sum(widths)).split(widths, dim=1)
     return [part.view(dtype).view(tokens, heads, channels) for part, dtype in zip(columns, dtypes, strict=True)]
