@@ -191,7 +191,9 @@ class Experts:
         self._active: str | None = None
         self._contexts: dict[bool, TextContext] = {}
         config = next(iter(models.values())).config
-        self._rope = rope_table(grid, config.head_dim, start=shard.start, stop=shard.stop, device=device)
+        self._rope = rope_table(
+            grid, config.head_dim, start=shard.start, stop=shard.stop, device=device, order=shard.order
+        )
 
     def predict(self, expert: str, tokens: Tensor, timestep: float, passes: tuple[bool, ...]) -> list[Tensor]:
         """tokens: this rank's [S, 4 * out_dim] -> for each pass the velocity, the same shape, float32."""

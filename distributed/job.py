@@ -46,9 +46,10 @@ _GPU_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9./_-]{0,99}", re.ASCII)
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", re.ASCII)
 MIXED_PRECISION = ("bf16", "fp16", "fp32")
 ULYSSES_ENGINES = ("packed", "symmetric", "deepspeed")
-ATTENTION = ("auto", "fa3", "cudnn", "flash", "flash-attn", "fa3-fp8", "sage", "cpu")
+ATTENTION = ("auto", "fa3", "cudnn", "flash", "flash-attn", "fa3-fp8", "sage", "sol", "cpu")
 LINEAR_PRECISION = ("full", "fp8")
 KERNELS = ("auto", "plain", "triton")
+MAX_SPARSE_TAU = 3.0
 GATHERS = ("block", "expert")
 FFN_CHUNK = 4096
 """Tokens per feed-forward call under `memory_optimization`: large enough to keep a GPU busy."""
@@ -98,6 +99,8 @@ class Parallel:
     """Seconds until every rank must have joined and loaded."""
     stall_timeout: float = 600.0
     """Seconds without a sign of life from a rank after which the job is ended."""
+    sparse_tau: float = 1.0
+    """Of `attention` sol: the larger, the fewer keys are attended one by one."""
     hosts: tuple[str, ...] = ()
     """Machines, as ssh takes their names, with equally many of the processes each; empty: this one."""
 
@@ -137,6 +140,7 @@ class Parallel:
             self.kernels != "triton" or not self.torch_compile,
             "kernels", self.kernels, "'auto' or 'plain' with torch_compile, which makes kernels of its own",
         )  # fmt: skip
+        check(0.1 <= self.sparse_tau <= MAX_SPARSE_TAU, "sparse_tau", self.sparse_tau, f"0.1 to {MAX_SPARSE_TAU:g}")
         check(self.gather in GATHERS, "gather", self.gather, "one of " + ", ".join(GATHERS))
         check(
             not (self.stream_blocks and self.use_fsdp and self.gpu_count > 1),

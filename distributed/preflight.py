@@ -16,6 +16,8 @@ from ..wan.vae_keys import check_vae_file
 from .inputs import Shape, check_inputs
 from .job import Job, ModelFiles, Sampling
 
+SPARSE_HEAD_DIM = 128
+"""Of `attention` sol."""
 SIZE_MULTIPLE = pixel_multiple(16)
 """Of width and height, for every model but TI2V-5B, whose tokens are twice as wide."""
 
@@ -104,6 +106,11 @@ def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
         raise ValueError(
             f"guidance is {sampling.guidance_low} (low) and {sampling.guidance_high} (high), which needs "
             "negative embeddings; connect them, or set both to 1"
+        )
+    if parallel.attention == "sol" and config.head_dim != SPARSE_HEAD_DIM:
+        raise ValueError(
+            f"attention is 'sol', which is for heads of {SPARSE_HEAD_DIM} channels; this model's have "
+            f"{config.head_dim}. Choose 'auto'"
         )
     if parallel.cfg_parallel and not needs_negative(model, sampling):
         raise ValueError(

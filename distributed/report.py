@@ -71,6 +71,12 @@ def _sequence(job: Job, session: Session) -> str:
     return f"Ulysses over {parallel.ulysses_size} GPUs, {engine}"
 
 
+def _sparse(job: Job, session: Session) -> str:
+    if session.sparse is None:
+        return ""
+    return f", tau {job.parallel.sparse_tau:g}, in {len(session.sparse.steps)} of {len(job.sampling.step_range)} steps"
+
+
 def _linears(parallel: Parallel) -> str:
     return "" if parallel.linear_precision == "full" else f", large matrix products {parallel.linear_precision}"
 
@@ -108,7 +114,7 @@ def settings_of(job: Job, session: Session) -> dict[str, str | int | float | boo
         "compiled": parallel.torch_compile,
         "precision": f"{parallel.mixed_precision}{_linears(parallel)}, VAE {vae_dtype}",
         "kernels": session.ops,
-        "attention": f"{session.kernel.name} ({session.kernel.reason})",
+        "attention": f"{session.kernel.name} ({session.kernel.reason}){_sparse(job, session)}",
         "LoRAs": _loras(job.model),
         "solver": f"{sampling.solver}, {sampling.steps} steps{part}, shift {sampling.shift:g}",
         "guidance": f"{sampling.guidance_high:g} high, {sampling.guidance_low:g} low",

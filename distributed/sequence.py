@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ class SequenceShard:
     """Tokens of the video."""
     rank: int = 0
     world: int = 1
+    order: Tensor | None = field(default=None, compare=False)
+    """[length] int64: which token of the video is where in the sequence; None: they follow each other."""
 
     @property
     def size(self) -> int:
@@ -38,16 +40,19 @@ class SequenceShard:
 
     def split(self, tokens: Tensor) -> Tensor:
         """[length, C] -> this rank's [size, C]."""
-        local = tokens[self.start : self.stop]
+        mine = slice(self.start, self.stop)
+        local = tokens[mine if self.order is None else self.order[mine].to(tokens.device)]
         return F.pad(local, (0, 0, 0, self.size - local.shape[0]))
 
     def gather(self, local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        """[size, C] on every rank of `group` -> the whole [length, C] on every rank."""
-        if self.world == 1:
-            return local
-        whole = local.new_empty(self.size * self.world, local.shape[1])
-        dist.all_gather_into_tensor(whole, local.contiguous(), group=group)
-        return whole[: self.length]
+        """[size, C] on every rank of `group` -> the whole [length, C] on every rank, in the video's order."""
+        whole = local
+        if self.world > 1:
+            whole = local.new_empty(self.size * self.world, local.shape[1])
+            dist.all_gather_into_tensor(whole, local.contiguous(), group=group)
+        if self.order is None:
+            return whole[: self.length]
+        return torch.empty_like(whole[: self.length]).index_copy_(0, self.order.to(whole.device), whole[: self.length])
 
 
 def split_evenly(total: int, parts: int) -> list[int]:

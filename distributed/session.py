@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..wan.attention import AttentionKernel, choose_kernel
 from ..wan.linear import check_precision
 from ..wan.ops import choose_ops
 from ..wan.preview import PreviewMap, preview_of_vae
+from ..wan.sparse import SparseAttention, block_order, sparse_kernel, sparse_steps
 from ..wan.vae import load_vae
 from .experts import COMPUTE_DTYPES
 from .groupdir import GroupDir
@@ -22,6 +24,7 @@ from .job import Job, JobError
 from .memory_file import STORE_VARIABLE
 from .mesh import Mesh, init_mesh
 from .rank_experts import RankExperts
+from .sequence import SequenceShard
 from .vae import RankVae
 
 log = logging.getLogger(__name__)
@@ -63,7 +66,10 @@ class Session:
         parallel = job.parallel
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         try:
-            kernel = choose_kernel(capability, COMPUTE_DTYPES[parallel.mixed_precision], parallel.attention)
+            dtype = COMPUTE_DTYPES[parallel.mixed_precision]
+            kernel = choose_kernel(capability, dtype, parallel.attention)
+            if kernel.sparse:
+                kernel = sparse_kernel(kernel, choose_kernel(capability, dtype), parallel.sparse_tau)
             check_precision(capability, parallel.linear_precision)
             ops, reason = choose_ops(capability, parallel.kernels, compiled=parallel.torch_compile)
             vae_ops, _ = choose_ops(capability, parallel.kernels)
@@ -78,6 +84,22 @@ class Session:
     def group(self) -> dist.ProcessGroup | None:
         """Of all ranks."""
         return None if self.mesh is None else self.mesh.group
+
+    @property
+    def sparse(self) -> SparseAttention | None:
+        """The attention kernel, where it is sparse in some steps."""
+        return self.kernel.run if isinstance(self.kernel.run, SparseAttention) else None
+
+    def shard(self, job: Job, grid: tuple[int, int, int]) -> SequenceShard:
+        """This rank's part of the job's tokens, `grid` of them, before its first step."""
+        length, order, steps = math.prod(grid), None, job.sampling.step_range
+        if self.sparse is not None:
+            self.sparse.steps = sparse_steps(steps, job.sampling.schedule_steps, length)
+            self.sparse.enter(steps.start)
+            order = block_order(grid) if self.sparse.steps else None
+        if self.mesh is None or not job.parallel.use_ulysses:
+            return SequenceShard(length=length, order=order)
+        return SequenceShard(length=length, rank=self.mesh.ulysses_rank, world=self.mesh.ulysses_size, order=order)
 
     def begin(self, job: Job, group: GroupDir) -> None:
         """Before each job. The first time it meets the other ranks."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from .preview import PreviewWriter
 from .progress import steady_seconds
 from .rank_files import MIN_INTERVAL, RankFiles
 from .report import gather_peaks, result_of
-from .sequence import SequenceShard, gather_bytes
+from .sequence import gather_bytes
 from .session import Session
 
 log = logging.getLogger(__name__)
@@ -161,10 +160,7 @@ class Worker:
         """Loads the experts and runs the loop. Returns the normalised latents [C, T, h, w], on every rank."""
         session, parallel = self.session, self.job.parallel
         grid = token_grid(tuple(self.noise.shape))
-        shard = SequenceShard(length=math.prod(grid))
-        if session.mesh is not None and parallel.use_ulysses:
-            mesh = session.mesh
-            shard = SequenceShard(length=shard.length, rank=mesh.ulysses_rank, world=mesh.ulysses_size)
+        shard = session.shard(self.job, grid)
 
         def tokens_of(latents: Tensor | None) -> Tensor | None:
             return None if latents is None else shard.split(patchify(latents)).to(self.device)
@@ -223,6 +219,8 @@ class Worker:
         self._step_start += time.perf_counter() - start
 
     def on_step(self, done: int) -> None:
+        if self.session.sparse is not None:
+            self.session.sparse.enter(self.steps.start + done)
         self.session.experts.check_coming()
         if self.device.type == "cuda":
             # The step is timed and reported when it is done, not when it is queued.

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..distributed.job import ATTENTION, KERNELS, LINEAR_PRECISION, MAX_GPUS, MIXED_PRECISION, ULYSSES_ENGINES
+from ..distributed.job import (
+    ATTENTION,
+    KERNELS,
+    LINEAR_PRECISION,
+    MAX_GPUS,
+    MAX_SPARSE_TAU,
+    MIXED_PRECISION,
+    ULYSSES_ENGINES,
+)
 from .declared import as_declared, problem_of
 from .hostfiles import THIS_MACHINE, hostfile_names
 
@@ -72,6 +80,7 @@ class DistributedConfig:
     kernels: str = "auto"
     hostfile: str = THIS_MACHINE
     """THIS_MACHINE, or the name of a file in `host.hostfiles_folder`."""
+    sparse_tau: float = 1.0
 
     @property
     def hosts(self) -> bool:
@@ -207,7 +216,9 @@ class WanVideoDistributedConfig:
                     {
                         "default": "auto",
                         "tooltip": "The attention kernel. auto: the fastest exact one for the GPU. fa3 (Hopper) needs "
-                        "the package fa3-fwd. fa3-fp8 and sage compute in 8 bits: faster, but the video changes.",
+                        "the package fa3-fwd. fa3-fp8 and sage compute in 8 bits: faster, but the video changes. "
+                        "sol (package comfy-kitchen) leaves out what matters little in the later steps of long videos: "
+                        "much faster, but the video changes.",
                     },
                 ),
                 "linear_precision": (
@@ -235,6 +246,17 @@ class WanVideoDistributedConfig:
                         "'NAME slots=GPUS' for each, as DeepSpeed's launcher reads it; gpu_count has no effect then. "
                         "They need ssh without a password, pdsh, and ComfyUI's temp and model folders at the same "
                         "paths.",
+                    },
+                ),
+                "sparse_tau": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.1,
+                        "max": MAX_SPARSE_TAU,
+                        "step": 0.1,
+                        "tooltip": "For attention sol only: how sparse it is. The larger, the faster, and the further "
+                        "the video is from the one of full attention.",
                     },
                 ),
             },

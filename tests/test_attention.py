@@ -22,7 +22,8 @@ AMPERE, ADA, HOPPER, BLACKWELL = (8, 0), (8, 9), (9, 0), (12, 0)
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The optional packages that can be found; none at first."""
+    """The optional packages that can be found, new ones; none at first."""
+    monkeypatch.setattr(module, "version", lambda package: "9.9.9")
     names: set[str] = set()
     find = importlib.util.find_spec
     optional = {kernel.module for kernel in module.KERNELS.values()} - {""}
@@ -70,9 +71,24 @@ def test_a_kernel_that_cannot_run_is_refused(capability: Any, dtype: torch.dtype
 
 
 def test_named_kernels_are_taken(installed: set[str]):
-    installed.update(("fa3_fwd_interface", "flash_attn", "sageattention"))
+    installed.update(("fa3_fwd_interface", "flash_attn", "sageattention", "comfy_kitchen"))
     for name in set(ATTENTION) - {"auto", "cpu"}:
         assert choose_kernel(HOPPER, BF16, name).name == name
+
+
+@pytest.mark.parametrize(
+    ("found", "refused"), [("0.2.39", True), ("0.2.40", False), ("0.2.40.post1", False), ("1.0rc2", False)]
+)
+def test_a_package_without_the_kernel_is_too_old(
+    monkeypatch: pytest.MonkeyPatch, installed: set[str], found: str, refused: bool
+):
+    installed.add("comfy_kitchen")
+    monkeypatch.setattr(module, "version", lambda package: found)
+    if not refused:
+        assert choose_kernel(ADA, BF16, "sol").sparse
+        return
+    with pytest.raises(ValueError, match=r"needs comfy-kitchen 0\.2\.40 or newer; installed is 0\.2\.39; here it may"):
+        choose_kernel(ADA, BF16, "sol")
 
 
 def test_names_are_those_of_the_job_and_the_node():

@@ -6,9 +6,11 @@ A new kernel is one entry in `KERNELS`.
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +107,10 @@ class AttentionKernel:
     """What must be importable; empty: nothing but torch."""
     package: str = ""
     """The name under which users install it."""
+    least: str = ""
+    """Its oldest version; empty: any."""
+    sparse: bool = False
+    """It is `run` in dense steps only; sparse.py has the others."""
 
     def activate(self) -> AbstractContextManager[None]:
         """Context in which `attention` prefers these backends."""
@@ -123,6 +129,8 @@ class AttentionKernel:
             return f"computes in {', '.join(map(_name, self.dtypes))}, not in {_name(dtype)}"
         if self.module and importlib.util.find_spec(self.module) is None:
             return f"needs the package {self.package}, which is not installed"
+        if self.least and _release(version(self.package)) < _release(self.least):
+            return f"needs {self.package} {self.least} or newer; installed is {version(self.package)}"
         return ""
 
 
@@ -155,11 +163,15 @@ _ALL = (
         oldest=(8, 0), dtypes=_HALF, module="sageattention", package="sageattention",
     ),
     AttentionKernel(
+        "sol", "sparse attention in the later steps, which changes the video", _CUDNN_FIRST,
+        oldest=(8, 0), dtypes=_HALF, module="comfy_kitchen", package="comfy-kitchen", least="0.2.40", sparse=True,
+    ),
+    AttentionKernel(
         "cpu", "no GPU", (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH), oldest=None, automatic=None
     ),
 )  # fmt: skip
 KERNELS: dict[str, AttentionKernel] = {kernel.name: kernel for kernel in _ALL}
-"""In the order of "auto", which never takes one that rounds to 8 bits. The names are those of `Parallel.attention`."""
+"""In the order of "auto", which never takes one that changes the video. The names are those of `Parallel.attention`."""
 
 
 def choose_kernel(capability: Capability | None, dtype: torch.dtype, wanted: str = "auto") -> AttentionKernel:
@@ -187,6 +199,11 @@ def choose_kernel(capability: Capability | None, dtype: torch.dtype, wanted: str
 
 def _dotted(capability: Capability) -> str:
     return ".".join(map(str, capability))
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """ "0.2.40.post1" -> (0, 2, 40)."""
+    return tuple(int(part) for part in re.match(r"[0-9.]*[0-9]", text)[0].split("."))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ def rope_table(
     start: int = 0,
     stop: int | None = None,
     device: torch.device | str = "cpu",
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines for tokens `start` to `stop` of the sequence.
 
@@ -24,19 +25,23 @@ def rope_table(
     Args:
         grid: tokens per axis (frames, rows, columns).
         head_dim: channels per head, even.
+        order: [length] int64, the place in the grid of each token of the sequence; None: that of the grid itself.
     Returns:
         cos, sin, each [stop - start, head_dim / 2]. Tokens past the end of the grid (padding) are not rotated.
     """
     frames, rows, cols = grid
     length = frames * rows * cols
     index = torch.arange(start, length if stop is None else stop, device=device)
+    padding = index >= length
+    if order is not None:
+        index = order.to(device)[index.clamp(max=length - 1)]
     positions = (index // (rows * cols), index // cols % rows, index % cols)
     third = head_dim // 6
     angles = []
     for position, pairs in zip(positions, (head_dim // 2 - 2 * third, third, third), strict=True):
         exponent = torch.arange(pairs, dtype=torch.float64, device=device) / max(pairs, 1)
         angles.append(torch.outer(position.double(), THETA**-exponent))
-    angle = torch.cat(angles, dim=1).masked_fill_((index >= length)[:, None], 0.0)
+    angle = torch.cat(angles, dim=1).masked_fill_(padding[:, None], 0.0)
     return angle.cos().float(), angle.sin().float()
 
 
