@@ -37,7 +37,8 @@ SIZES = {"480p": (832, 480, 81), "720p": (1280, 720, 81)}
 STORE = "WAN_BENCHMARK_STORE"
 VARIANTS = (
     "ours", "ours:compiled", "ours:triton", "ours:fp8", "ours:compiled+fp8", "ours:triton+fp8",
-    "ours:compiled+fp8+fa3-fp8", "ours:triton+fp8+fa3-fp8",
+    "ours:compiled+fp8+fa3-fp8", "ours:triton+fp8+fa3-fp8", "ours:triton+symmetric",
+    "ours:triton+symmetric+fp8+fa3-fp8", "ours:triton+sol",
 )  # fmt: skip
 """Of this pack, by what `systems.Ours` reads off them; the first is what the others are compared with."""
 SIGMAS = (1.0, 0.9, 0.75, 0.5)

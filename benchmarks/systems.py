@@ -70,7 +70,8 @@ class System(ABC):
 
 
 class Ours(System):
-    """This pack. Options, joined by +: compiled, triton, fp8 (linears), and the name of an attention kernel.
+    """This pack. Options, joined by +: compiled, triton, symmetric (exchange), fp8 (linears), and the name of an
+    attention kernel; sol is sparse at tau 1.
 
     Raises:
         ValueError: an option is unknown, or cannot run here.
@@ -84,14 +85,23 @@ class Ours(System):
         from wan_pack.wan.linear import E4M3, FP8_PRODUCTS, Fp8Weight, check_precision, quantise_rows
         from wan_pack.wan.model import meta_model
         from wan_pack.wan.ops import check_kernels
+        from wan_pack.wan.sparse import sparse_kernel
 
         options = set(option.split("+")) - {""}
         names = options & set(KERNELS)
-        unknown = options - names - {"compiled", "triton", "fp8"}
+        unknown = options - names - {"compiled", "triton", "symmetric", "fp8"}
         if unknown or len(names) > 1:
-            raise ValueError(f"option {option!r}: it must join some of compiled, triton, fp8, {list(KERNELS)}")
+            raise ValueError(
+                f"option {option!r}: it must join some of compiled, triton, symmetric, fp8, {list(KERNELS)}"
+            )
         capability = torch.cuda.get_device_capability(place.device) if place.device.type == "cuda" else None
+        if "symmetric" in options and place.world == 1:
+            raise ValueError("one GPU has nothing to send")
         self.kernel = choose_kernel(capability, place.dtype, *names)
+        if self.kernel.sparse:
+            self.kernel = sparse_kernel(self.kernel, choose_kernel(capability, place.dtype), 1.0)
+            self.kernel.run.steps = range(1)
+            self.kernel.run.enter(0)
         self.precision = "fp8" if "fp8" in options else "full"
         check_precision(capability, self.precision)
         kernels = "triton" if "triton" in options else "plain"
@@ -103,7 +113,8 @@ class Ours(System):
         self.model = meta_model(config, place.dtype, fp8, fp8_products=bool(fp8))
         parallelize_wan(
             self.model, place.mesh, shard=SequenceShard(length=1, rank=place.rank, world=place.world),
-            attention=self.kernel.run, use_fsdp=False, ulysses_engine="packed",
+            attention=self.kernel.run, use_fsdp=False,
+            ulysses_engine="symmetric" if "symmetric" in options else "packed",
             torch_compile="compiled" in options, memory_optimization=False, ops=kernels,
         )  # fmt: skip
         self.model.to_empty(device=place.device)
@@ -123,16 +134,19 @@ class Ours(System):
         from wan_pack.wan.model import TextContext
         from wan_pack.wan.patch import patchify, token_grid
         from wan_pack.wan.rope import rope_table
+        from wan_pack.wan.sparse import block_order
 
         place = self.place
         self.grid = token_grid(tuple(latents.shape))
-        self.shard = SequenceShard(length=math.prod(self.grid), rank=place.rank, world=place.world)
+        order = block_order(self.grid) if self.kernel.sparse else None
+        self.shard = SequenceShard(length=math.prod(self.grid), rank=place.rank, world=place.world, order=order)
         set_shard(self.model, self.shard)
         self.tokens = self.shard.split(patchify(latents))
         self.text = TextContext(text)
         self.rope = rope_table(
-            self.grid, self.config.head_dim, start=self.shard.start, stop=self.shard.stop, device=place.device
-        )
+            self.grid, self.config.head_dim, start=self.shard.start, stop=self.shard.stop, device=place.device,
+            order=order,
+        )  # fmt: skip
         self.timestep = torch.tensor([TIMESTEP], device=place.device)
 
     def forward(self) -> Tensor:

@@ -25,7 +25,7 @@ class Projected:
         self.q = SimpleNamespace(compute_dtype=q.dtype)
         self.norm_q = SimpleNamespace(weight=q)
 
-    def queries_keys_values(self, *_: object, codes: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(self, *_: object, codes: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         assert not codes
         return self._qkv
 

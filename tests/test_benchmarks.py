@@ -29,12 +29,13 @@ def test_variants_are_compared_with_the_first_and_rendered(tmp_path: Path, capsy
     import table
 
     results = tmp_path / "results.jsonl"
-    systems = ["ours", "ours:fp8", "ours:triton", "ours:fa3", "ours:turbo"]
+    systems = ["ours", "ours:fp8", "ours:triton", "ours:symmetric", "ours:fa3", "ours:turbo"]
     forward.run_rank(
         argparse.Namespace(model="tiny", systems=systems, sizes=["64x48x5"], repeats=1, latents=True, results=results)
     )
     out = capsys.readouterr().out
     assert "ours:triton is left out: kernels is 'triton', which needs a GPU" in out
+    assert "ours:symmetric is left out: one GPU has nothing to send" in out
     assert "ours:fa3 is left out: attention is 'fa3', which needs a GPU" in out
     assert "ours:turbo is left out: option 'turbo'" in out
     plain, fp8 = (json.loads(line) for line in results.read_text().splitlines())

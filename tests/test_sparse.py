@@ -150,5 +150,5 @@ def test_a_model_with_other_heads_is_refused_before_it_starts(tiny_models: Path,
     job, shapes = tiny_job(tiny_models, gpu_count=1, attention="sol"), {"context": (3, 64), "context_null": (3, 64)}
     preflight.check_job(job, shapes)
     monkeypatch.setattr(preflight, "SPARSE_HEAD_DIM", 64)
-    with pytest.raises(ValueError, match="which is for heads of 64 channels; this model.s have 128"):
+    with pytest.raises(ValueError, match="which is for heads of 64 channels; this model's have 128"):
         preflight.check_job(job, shapes)
