@@ -48,9 +48,9 @@ class Layout:
     @classmethod
     def of(cls, text: str) -> Layout:
         engine, *options = text.split("+")
-        if engine not in ("packed", "deepspeed") or not set(options) <= {"fsdp", "cfg"}:
+        if engine not in ("packed", "symmetric", "deepspeed") or not set(options) <= {"fsdp", "cfg"}:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is no layout; it is packed or deepspeed, then +fsdp, +cfg or both"
+                f"{text!r} is no layout; it is packed, symmetric or deepspeed, then +fsdp, +cfg or both"
             )
         return cls(engine, "fsdp" in options, "cfg" in options)
 
@@ -60,8 +60,13 @@ class GoldenRun:
 
     def __init__(self, ranks: Ranks) -> None:
         import torch
+        from peer_files import FileMemory
+        from wan_pack.distributed import peer_memory
         from wan_pack.distributed.mesh import Mesh, init_mesh
 
+        # These ranks have no GPUs, whose memory others could write to.
+        peer_memory.SymmetricMemory = functools.partial(FileMemory, ranks.store.parent)
+        peer_memory._obstacle = lambda group, device: ""
         self.device = torch.device("cpu")
         self.ranks = ranks
         mesh = init_mesh(
@@ -273,7 +278,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--fsdp", action="store_true", help="shard the weights as well")
     parser.add_argument("--cfg", action="store_true", help="half of the ranks for each prompt of a guided step")
-    parser.add_argument("--engine", default="packed", choices=["packed", "deepspeed"])
+    parser.add_argument("--engine", default="packed", choices=["packed", "symmetric", "deepspeed"])
     parser.add_argument("--layouts", type=Layout.of, nargs="+", help="such as packed deepspeed+fsdp, in one go")
     arguments = parser.parse_args()
     if not any(cases(arguments.folder)):

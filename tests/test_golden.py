@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
     ("world", "layouts"),
     [
         (1, "packed"),
-        (2, "packed packed+fsdp deepspeed packed+cfg"),
-        (3, "packed packed+fsdp"),
+        (2, "packed packed+fsdp symmetric+fsdp deepspeed packed+cfg"),
+        (3, "packed packed+fsdp symmetric"),
         (4, "packed packed+fsdp deepspeed+fsdp packed+fsdp+cfg"),
         # Some of them hold no head of these small models.
-        (7, "packed"),
-        (8, "packed+fsdp+cfg"),
+        (7, "packed symmetric"),
+        (8, "packed+fsdp+cfg symmetric+cfg"),
     ],
 )
 def test_agrees_with_the_official_code(golden_folder: Path, tmp_path: Path, world: int, layouts: str):
