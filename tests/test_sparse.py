@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from wan_pack.distributed import preflight, report
 from wan_pack.distributed.job import Parallel
 from wan_pack.distributed.sequence import SequenceShard
 from wan_pack.distributed.session import Session
+from wan_pack.distributed.worker import Worker
 from wan_pack.nodes.config import WanVideoDistributedConfig
 from wan_pack.wan.attention import KERNELS, attention
 from wan_pack.wan.model import TextContext, meta_model, pad_text
@@ -152,3 +154,19 @@ def test_a_model_with_other_heads_is_refused_before_it_starts(tiny_models: Path,
     monkeypatch.setattr(preflight, "SPARSE_HEAD_DIM", 64)
     with pytest.raises(ValueError, match="which is for heads of 64 channels; this model's have 128"):
         preflight.check_job(job, shapes)
+
+
+def test_a_rank_tells_the_kernel_of_every_step():
+    """By its number in the schedule, of which a job may run a part."""
+    entered: list[int] = []
+    session: Any = SimpleNamespace(
+        rank=0, device=torch.device("cpu"), sparse=SimpleNamespace(enter=entered.append),
+        experts=SimpleNamespace(check_coming=lambda: None),
+    )  # fmt: skip
+    files: Any = SimpleNamespace(progress=lambda *_, **__: None)
+    worker = Worker(stub_job(gpu_count=1), None, None, files, session)
+    worker.steps, worker._step_start = range(3, 6), 0.0
+    for done in (1, 2, 3):
+        worker.on_step(done)
+    # Past the last one nothing is evaluated.
+    assert entered == [4, 5, 6]
