@@ -159,5 +159,7 @@ def _launch_codes(
         x, weight, *rope, hadamard(head_dim, x.device, x.dtype), out, scale, x if places is None else places.table,
         tokens, columns, EPS, columns**0.5 / LARGEST, head_dim**0.5, LEAST_BOUND, LARGEST,
         HEAD=head_dim, PLACES=places is not None, PAIRS=pairs, CODE_ROWS=CODE_ROWS, num_warps=warps(2 * pairs),
+        # Room for two programs on a multiprocessor: rows fetched ahead would take its shared memory for one.
+        num_stages=1, maxnreg=128,
     )  # fmt: skip
     return scale
