@@ -32,11 +32,12 @@ def run_fresh(job: Job, parent: Path, write_inputs: Callable[[Path], Any] = writ
 
 def _run(path: Path, group: Path, world: int, rank: int) -> None:
     from wan_pack.distributed.groupdir import GroupDir
+    from wan_pack.distributed.memory_file import STORE_VARIABLE
     from wan_pack.distributed.rank_files import RankFiles
     from wan_pack.distributed.rank_log import redirect_to, set_up_logging
     from wan_pack.distributed.worker import main
 
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, STORE_VARIABLE: group / "store"}
     os.environ.update({name: str(value) for name, value in names.items()})
     folder = JobDir(path)
     files = RankFiles(folder, rank)
