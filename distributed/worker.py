@@ -270,11 +270,9 @@ class Worker:
                 for _ in self.session.vae(self.job).decode(latents[None]):
                     pass
             return 0
-        with VideoWriter(
-            self.folder.video, width=sampling.width, height=sampling.height, fps=sampling.fps,
-            # What is decoded meanwhile is of no use, and may take long.
-            on_loss=self.files.end_process,
-        ) as video:  # fmt: skip
+        size = {"width": sampling.width, "height": sampling.height}
+        # What is decoded after ffmpeg's end is of no use, and may take long.
+        with VideoWriter(self.folder.video, **size, fps=sampling.fps, on_loss=self.files.end_process) as video:
             with self.phase("decode"):
                 vae = self.session.vae(self.job)
                 self.files.progress("decode", 0, sampling.num_frames)

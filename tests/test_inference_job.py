@@ -110,19 +110,24 @@ def test_every_form_of_image_makes_an_i2v_job(i2v: ModelFiles, monkeypatch: pyte
 
 
 def test_model_of_the_wrapper_makes_a_job(t2v: ModelFiles, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folders / "vae").mkdir()
+    for name in ("vae", "diffusion_models"):
+        (folders / name).mkdir()
     (folders / "vae" / "wan.safetensors").symlink_to(t2v.vae[0].path)
+    # As the wrapper's loader names it: where ComfyUI lists it, which may be a link.
+    listed = [folders / "diffusion_models" / Path(files[0].path).name for files in (t2v.high_noise, t2v.low_noise)]
+    for path, files in zip(listed, (t2v.high_noise, t2v.low_noise), strict=True):
+        path.symlink_to(files[0].path)
     high, low = (
         SimpleNamespace(
-            model=SimpleNamespace(diffusion_model=SimpleNamespace(), pipeline={"base_path": files[0].path}),
+            model=SimpleNamespace(diffusion_model=SimpleNamespace(), pipeline={"base_path": str(path)}),
             patches={},
             model_options={},
         )
-        for files in (t2v.high_noise, t2v.low_noise)
+        for path in listed
     )
     status = Status()
     job, _ = job_of(high, status, monkeypatch, low_noise_model=low)
-    assert (job.model.high_noise, job.model.low_noise) == (t2v.high_noise, t2v.low_noise)
+    assert [job.model.high_noise, job.model.low_noise] == [(FileIdentity.of(path),) for path in listed]
     assert Path(job.model.vae[0].path).name == "wan.safetensors"
     assert status.warnings == []
 

@@ -131,7 +131,9 @@ def test_fault_32_a_batch_and_an_unknown_input_are_bounded(comfy: Comfy) -> None
 def test_fault_32_our_routes_take_small_objects_only(comfy: Comfy) -> None:
     def answer(path: str, body: bytes) -> int:
         request = urllib.request.Request(
-            comfy.server.url + path, body, {"Content-Type": "application/json; charset=nonsense"}
+            comfy.server.url + path,
+            body,
+            {"Content-Type": "application/json; charset=nonsense", "X-Wan-Distributed": "1"},
         )
         try:
             with urllib.request.urlopen(request, timeout=10) as reply:
