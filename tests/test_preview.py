@@ -13,8 +13,9 @@ from wan_pack.distributed.sequence import SequenceShard
 from wan_pack.wan.denoise import Guidance, Known, denoise
 from wan_pack.wan.latents import SPATIAL_STRIDES
 from wan_pack.wan.patch import patchify, token_grid
-from wan_pack.wan.preview import PreviewMap, fit_preview, is_due
+from wan_pack.wan.preview import PreviewMap, fit_preview, is_due, preview_of_vae
 from wan_pack.wan.schedule import make_solver
+from wan_pack.wan.vae import load_vae
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -46,6 +47,14 @@ def test_a_linear_vae_is_recovered(channels: int):
     assert picture.shape == (6 * stride // 4, 10 * stride // 4, 3)
     expected = (F.avg_pool2d(whole, 4).permute(1, 2, 0) + 1) * 127.5
     assert (picture.float() - expected).abs().max() <= 1.5, "levels of 255: rounding, and the wish for a small map"
+
+
+@pytest.mark.parametrize("name", ["vae_wan21", "vae_wan22"])
+def test_the_map_of_a_vae_is_of_its_size(golden_folder: Path, name: str):
+    vae = load_vae(sorted((golden_folder / name / "vae").iterdir()), dtype=torch.float32, device=torch.device("cpu"))
+    picture = preview_of_vae(vae).picture(noise(vae.config.z_dim, 6, 10))
+    n = SPATIAL_STRIDES[vae.config.z_dim] // 4
+    assert picture.shape == (6 * n, 10 * n, 3)
 
 
 def test_a_vae_at_rest_gives_grey_and_what_is_not_finite_a_picture():

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .config import TEMPORAL_STRIDE
 from .latents import SPATIAL_STRIDES
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def fit_preview(latents: Tensor, frames: Tensor, stride: int) -> PreviewMap:
         latents: [C, T, h, w], normalised.
         frames: [3, T, H, W] in [-1, 1], one for each latent frame; H = h * stride, W = w * stride.
     """
+    assert frames.shape[1] == latents.shape[1], f"{frames.shape[1]} frames for {latents.shape[1]} latent frames"
     rows = _rows(latents.double().cpu())
     small = F.avg_pool2d(frames.double().cpu().transpose(0, 1), PIXELS)
     cells = F.pixel_unshuffle(small, stride // PIXELS)
@@ -72,7 +74,8 @@ def preview_of_vae(vae: AutoencoderKLWan) -> PreviewMap:
     pictures = encode(vae, training_video(TRAINING_POSITIONS * stride))
     # The early steps' estimates are no picture's latents yet, so smooth noise belongs to what is fitted.
     latents = torch.cat([pictures, smooth_noise(pictures)], dim=2)
-    frames = torch.stack([part[:, -1].float() for part in decode_frames(vae, latents)], dim=1)
+    # Of each latent frame the last one that it stands for; the decoder's parts may hold several.
+    frames = torch.cat(list(decode_frames(vae, latents)), dim=1)[:, ::TEMPORAL_STRIDE].float()
     return fit_preview(latents[0], frames, stride)
 
 
