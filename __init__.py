@@ -1,7 +1,8 @@
 """Wan2.2 video generation on several GPUs, as ComfyUI nodes."""
 
 if __package__:
-    from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, warm
+    from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+    from .nodes.host import warm
 
     warm.register()
 else:

@@ -95,7 +95,7 @@ class Trial:
         return times | ({"ended": ended - self.acted} if ended else {})
 
     def _watch(self, way: Way) -> None:
-        from wan_pack.distributed.processes import Process
+        from wan_pack.distributed.machine.processes import Process
 
         # These pass too quickly to begin with the load in them.
         early = way.when in ("queued", "agent", "load")

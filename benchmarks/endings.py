@@ -48,7 +48,7 @@ def gpu_bytes() -> int:
 
 def job_processes() -> list[int]:
     """Agents and ranks of any job on this machine."""
-    from wan_pack.distributed.processes import GROUP_VARIABLE
+    from wan_pack.distributed.machine.processes import GROUP_VARIABLE
 
     found = []
     for entry in Path("/proc").iterdir():
@@ -104,16 +104,16 @@ class Trial:
     """Runs jobs and does things to them when they have made `step` steps."""
 
     def __init__(self, source: Path, folder: Path, step: int) -> None:
-        from wan_pack.distributed.jobdir import JobDir
-        from wan_pack.distributed.pool import Pool
+        from wan_pack.distributed.job.job_folder import JobDir
+        from wan_pack.distributed.launch.pool import Pool
 
         self.source, self.folder, self.step, self.pool = JobDir(source), folder, step, Pool()
         self.listeners: list[str] | None = None
 
     def run(self, act: Callable[[Path], None] | None = None, *, cancel: bool = False, **changes: Any) -> dict[str, Any]:
         """One job: how it ended, and when."""
-        from wan_pack.distributed.job import JobError
-        from wan_pack.distributed.launcher import new_job_id, run_job
+        from wan_pack.distributed.job.job import JobError
+        from wan_pack.distributed.launch.launcher import new_job_id, run_job
 
         job = self.source.read_job()
         parallel = {k: v for k, v in changes.items() if k in type(job.parallel).__dataclass_fields__}
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the random weights and the jobs go")
     parser.add_argument("--server", type=int, metavar="N", help="in a real ComfyUI, idle and busy, N times each")
     parser.add_argument("--ways", default="", help="with --server: only those that this regular expression is found in")
-    parser.add_argument("--model", default="t2v-A14B", help="a name in wan/config.py, or tiny")
+    parser.add_argument("--model", default="t2v-A14B", help="a name in wan/model/config.py, or tiny")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--height", type=int, default=480)

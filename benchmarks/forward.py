@@ -55,7 +55,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
     from systems import Place
-    from wan_pack.distributed.mesh import Mesh
+    from wan_pack.distributed.parallel.mesh import Mesh
 
     torch.set_grad_enabled(False)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -103,7 +103,7 @@ def measure(name: str, config: Any, place: Any, arguments: argparse.Namespace, r
     """
     import torch
     from systems import SYSTEMS, TEXT_ROWS
-    from wan_pack.wan.latents import latents_shape
+    from wan_pack.wan.vae.latents import latents_shape
 
     kind, _, option = name.partition(":")
     device, world = place.device, place.world
@@ -176,7 +176,7 @@ def relative(out: Any, expected: Any) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="t2v-A14B", help="a name in wan/config.py, or tiny")
+    parser.add_argument("--model", default="t2v-A14B", help="a name in wan/model/config.py, or tiny")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1])
     parser.add_argument("--sizes", nargs="+", default=["480p", "720p"], help="480p, 720p or WIDTHxHEIGHTxFRAMES")
     parser.add_argument(

@@ -51,7 +51,7 @@ def _list(key: str, type_id: int, count: int, items: bytes) -> bytes:
 
 
 def tensors_of_a_header(folder: Path) -> Path:
-    from wan_pack.wan.headers import MAX_TENSORS
+    from wan_pack.wan.files.headers import MAX_TENSORS
 
     path = folder / "tensors.safetensors"
     write_safetensors(path, {f"{i:06}{'x' * 400}": ([1, 1, 1, 1, 1], b"\0") for i in range(MAX_TENSORS)})
@@ -59,8 +59,8 @@ def tensors_of_a_header(folder: Path) -> Path:
 
 
 def layers_with_a_format(folder: Path) -> Path:
-    from wan_pack.wan.headers import MAX_TENSORS
-    from wan_pack.wan.quant_formats import MAX_TENSOR_BYTES
+    from wan_pack.wan.files.headers import MAX_TENSORS
+    from wan_pack.wan.files.quant_formats import MAX_TENSOR_BYTES
 
     path = folder / "formats.safetensors"
     says = json.dumps({"format": "float8_e4m3fn", "x": [0] * 50}, separators=(",", ":")).encode()
@@ -70,7 +70,7 @@ def layers_with_a_format(folder: Path) -> Path:
 
 
 def one_long_note(folder: Path) -> Path:
-    from wan_pack.wan.headers import MAX_HEADER_BYTES
+    from wan_pack.wan.files.headers import MAX_HEADER_BYTES
 
     path = folder / "note.safetensors"
     # One character beyond the first 65536 makes Python keep all in four bytes each.
@@ -79,7 +79,7 @@ def one_long_note(folder: Path) -> Path:
 
 
 def many_notes(folder: Path) -> Path:
-    from wan_pack.wan.headers import MAX_PARTS
+    from wan_pack.wan.files.headers import MAX_PARTS
 
     path = folder / "notes.safetensors"
     write_safetensors(path, {"a": ([1], b"\0")}, **{f"{i:06}": f"note {i:020}" for i in range(MAX_PARTS - 20)})
@@ -87,7 +87,7 @@ def many_notes(folder: Path) -> Path:
 
 
 def modules_of_a_lora(folder: Path) -> Path:
-    from wan_pack.wan.headers import MAX_TENSORS
+    from wan_pack.wan.files.headers import MAX_TENSORS
 
     path = folder / "lora.safetensors"
     pair = {"A": 1, "B": 4}
@@ -99,8 +99,8 @@ def modules_of_a_lora(folder: Path) -> Path:
 
 
 def shards(folder: Path) -> Path:
-    from wan_pack.wan.headers import MAX_TENSORS
-    from wan_pack.wan.model_folder import MAX_SHARDS
+    from wan_pack.wan.files.headers import MAX_TENSORS
+    from wan_pack.wan.files.model_folder import MAX_SHARDS
 
     each, weight_map = MAX_TENSORS // MAX_SHARDS, {}
     for shard in range(MAX_SHARDS):
@@ -112,7 +112,7 @@ def shards(folder: Path) -> Path:
 
 
 def config(folder: Path) -> Path:
-    from wan_pack.wan.headers import MAX_PARTS
+    from wan_pack.wan.files.headers import MAX_PARTS
 
     path = folder / "config.json"
     path.write_text(json.dumps({"x": [[f"{i:05}"] for i in range(MAX_PARTS // 2 - 2)]}, separators=(",", ":")))
@@ -120,8 +120,8 @@ def config(folder: Path) -> Path:
 
 
 def gguf_header(folder: Path) -> Path:
-    from wan_pack.wan.gguf_files import MAX_ITEMS
-    from wan_pack.wan.headers import MAX_TENSORS
+    from wan_pack.wan.files.gguf_files import MAX_ITEMS
+    from wan_pack.wan.files.headers import MAX_TENSORS
 
     path = folder / "header.gguf"
     strings = _list("strings", 8, MAX_ITEMS, b"".join(_string(f"{i:06}") for i in range(MAX_ITEMS)))
@@ -131,7 +131,7 @@ def gguf_header(folder: Path) -> Path:
 
 
 def gguf_tokenizer(folder: Path) -> Path:
-    from wan_pack.wan.tokenizer_bounds import MAX_SPIECE_BYTES
+    from wan_pack.wan.text.tokenizer_bounds import MAX_SPIECE_BYTES
 
     path = folder / "tokenizer.gguf"
     # A piece of six letters takes 17 bytes of the model that is made of it.
@@ -151,7 +151,7 @@ def gguf_tokenizer(folder: Path) -> Path:
 
 
 def pth_list(folder: Path) -> Path:
-    from wan_pack.wan.model_index import MAX_INDEX_BYTES, MAX_OPCODES
+    from wan_pack.wan.files.model_index import MAX_INDEX_BYTES, MAX_OPCODES
 
     path = folder / "list.pth"
     words = b"".join(b"X\x06\0\0\0%06d" % i for i in range(MAX_INDEX_BYTES // 11 - 10))
@@ -161,7 +161,7 @@ def pth_list(folder: Path) -> Path:
 
 
 def pth_directory(folder: Path) -> Path:
-    from wan_pack.wan.model_index import MAX_DIRECTORY_BYTES
+    from wan_pack.wan.files.model_index import MAX_DIRECTORY_BYTES
 
     path = folder / "directory.pth"
     _write_zip(path, {"a/data.pkl": b"\x80\x02N.", **{f"{i:05}": b"" for i in range(MAX_DIRECTORY_BYTES // 51 - 10)}})
@@ -175,7 +175,7 @@ def _write_zip(path: Path, entries: Mapping[str, bytes]) -> None:
 
 
 def tokenizer_json(folder: Path) -> Path:
-    from wan_pack.wan.tokenizer_bounds import MAX_STRING_BYTES
+    from wan_pack.wan.text.tokenizer_bounds import MAX_STRING_BYTES
 
     path = folder / "tokenizer.json"
     # Few share a beginning: each character is a place of its own in the library's tree.
@@ -188,7 +188,7 @@ def tokenizer_json(folder: Path) -> Path:
 
 
 def spiece_model(folder: Path) -> Path:
-    from wan_pack.wan.tokenizer_bounds import MAX_PIECES
+    from wan_pack.wan.text.tokenizer_bounds import MAX_PIECES
 
     path = folder / "spiece.model"
 
@@ -204,41 +204,41 @@ def spiece_model(folder: Path) -> Path:
 
 
 def open_model(path: Path) -> Any:
-    from wan_pack.wan.model_index import read_index
+    from wan_pack.wan.files.model_index import read_index
 
     return read_index([path], "a model")
 
 
 def open_shards(path: Path) -> Any:
-    from wan_pack.wan.model_folder import folder_files
-    from wan_pack.wan.model_index import read_index
+    from wan_pack.wan.files.model_folder import folder_files
+    from wan_pack.wan.files.model_index import read_index
 
     return read_index(folder_files(path, "a model"), "a model")
 
 
 def open_lora(path: Path) -> Any:
-    from wan_pack.wan.lora import Lora
+    from wan_pack.wan.lora.lora import Lora
 
     sizes = {f"blocks.{i}.{name}.weight": (4, 1) for i in range(40) for name in ("ffn.0", "self_attn.q")}
     return Lora(path, 1.0, sizes)
 
 
 def open_config(path: Path) -> Any:
-    from wan_pack.wan.model_folder import read_json_object
+    from wan_pack.wan.files.model_folder import read_json_object
 
     return read_json_object(path)
 
 
 def open_gguf_tokenizer(path: Path) -> Any:
-    from wan_pack.wan.gguf_files import GgufFile
-    from wan_pack.wan.tokenizer import Tokenizer
-    from wan_pack.wan.tokenizer_gguf import sentencepiece_model
+    from wan_pack.wan.files.gguf_files import GgufFile
+    from wan_pack.wan.text.gguf_tokenizer import sentencepiece_model
+    from wan_pack.wan.text.tokenizer import Tokenizer
 
     return Tokenizer(sentencepiece_model(GgufFile(path)), label=str(path))
 
 
 def open_tokenizer(path: Path) -> Any:
-    from wan_pack.wan.tokenizer import Tokenizer
+    from wan_pack.wan.text.tokenizer import Tokenizer
 
     return Tokenizer(path)
 
@@ -265,8 +265,8 @@ def measure(kind: str, path: Path) -> dict[str, float]:
     import gguf  # noqa: F401
     import sentencepiece  # noqa: F401
     import tokenizers  # noqa: F401
-    import wan_pack.wan.lora
-    import wan_pack.wan.tokenizer_gguf  # noqa: F401
+    import wan_pack.wan.lora.lora
+    import wan_pack.wan.text.gguf_tokenizer  # noqa: F401
 
     # The peak so far is that of the imports.
     Path("/proc/self/clear_refs").write_text("5")

@@ -27,8 +27,8 @@ from side_by_side import run_side_by_side
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from wan_pack.distributed.gpus import Gpu
-    from wan_pack.distributed.job import Job
+    from wan_pack.distributed.job.job import Job
+    from wan_pack.distributed.machine.gpus import Gpu
     from wan_pack.distributed.planning.plan import Plan
 
 GIB = 2**30
@@ -90,7 +90,7 @@ class Cap:
 
 def gpus_of(ids: list[str], case: Case) -> list[Gpu]:
     """As nvidia-smi has them now; made-up ones of the cap's size on a machine without a GPU."""
-    from wan_pack.distributed.gpus import Gpu, list_gpus
+    from wan_pack.distributed.machine.gpus import Gpu, list_gpus
 
     cap = int(case.cap * GIB)
     made_up = [Gpu(index=str(i), uuid=str(i), name="CPU", total_bytes=cap, free_bytes=cap) for i in range(case.gpus)]
@@ -99,10 +99,10 @@ def gpus_of(ids: list[str], case: Case) -> list[Gpu]:
 
 def plan_of(job: Job, gpus: list[Gpu], host_gib: float | None) -> Plan:
     """As a node would have it laid out. Raises ValueError if it does not fit."""
-    from wan_pack.distributed.host_memory import available_bytes
+    from wan_pack.distributed.machine.host_memory import available_bytes
+    from wan_pack.distributed.machine.topology import read_topology
     from wan_pack.distributed.planning.plan import make_plan
     from wan_pack.distributed.planning.policies import Request
-    from wan_pack.distributed.planning.topology import read_topology
     from wan_pack.distributed.planning.workload import workload_of
 
     base = dataclasses.replace(job.parallel, gpu_count=1, gpu_ids=(), use_fsdp=True)
@@ -142,7 +142,7 @@ class Measurement:
 
     def _measure(self, case: Case, ids: list[str], cap: Cap, line: dict[str, Any]) -> None:
         from safetensors.torch import save_file
-        from wan_pack.distributed.launcher import run_job
+        from wan_pack.distributed.launch.launcher import run_job
 
         shape, folder = case.shape, self.arguments.folder
         job = make_job(folder, shape, (), case.gpus, mixed_precision="bf16" if ids else "fp32")

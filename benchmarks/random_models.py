@@ -24,7 +24,7 @@ from pack import mount_pack
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from wan_pack.wan.config import WanConfig
+    from wan_pack.wan.model.config import WanConfig
 
 BLOCKS_PER_FILE = 4
 """Of an expert, 2.8 GB in T2V-A14B; one thread writes a file."""
@@ -41,8 +41,8 @@ Fill = Callable[[str, "Tensor"], None]
 
 
 def model_config(name: str) -> WanConfig:
-    """A name in wan/config.py; or tiny, tiny-i2v, tiny-5B for machines without a GPU."""
-    from wan_pack.wan.config import WAN_CONFIGS, WanConfig
+    """A name in wan/model/config.py; or tiny, tiny-i2v, tiny-5B for machines without a GPU."""
+    from wan_pack.wan.model.config import WAN_CONFIGS, WanConfig
 
     channels = {"tiny": (16, 16), "tiny-i2v": (36, 16), "tiny-5B": (48, 48)}
     if name in WAN_CONFIGS:
@@ -62,7 +62,7 @@ def write_model(folder: Path, name: str, threads: int = THREADS) -> Path:
     57 GB of weights take 29 GB of disk and of the system's file cache.
     """
     import torch
-    from wan_pack.wan.model import meta_model
+    from wan_pack.wan.model.transformer import meta_model
 
     config, target = model_config(name), folder / name
     shapes = {key: tuple(p.shape) for key, p in meta_model(config, torch.bfloat16).named_parameters()}
@@ -96,7 +96,7 @@ def write_model(folder: Path, name: str, threads: int = THREADS) -> Path:
 def write_text_encoder(folder: Path, text_dim: int) -> Path:
     """umT5 with a small tokenizer of its own in one file, as ComfyUI has it: 11 GB with 4096 channels."""
     from wan_pack.demo.tiny_model import train_tokenizer
-    from wan_pack.wan.t5_keys import module_names
+    from wan_pack.wan.text.t5_keys import module_names
 
     layers, heads, head_dim, ffn_dim, vocabulary = TEXT_SHAPES[text_dim]
     wide = (heads * head_dim, text_dim)
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=THREADS, help="that write at a time")
     parser.add_argument("--text", action="store_true", help="umT5 as well")
-    parser.add_argument("models", nargs="+", help="names in wan/config.py, or tiny, tiny-i2v, tiny-5B")
+    parser.add_argument("models", nargs="+", help="names in wan/model/config.py, or tiny, tiny-i2v, tiny-5B")
     arguments = parser.parse_args()
     mount_pack()
     start = time.perf_counter()

@@ -13,7 +13,7 @@ from random_models import EXPERTS, model_config, write_text_encoder
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from wan_pack.distributed.job import Job
+    from wan_pack.distributed.job.job import Job
 
 SIZES = {"480p": (832, 480), "720p": (1280, 720)}
 PICTURES = {"none": (), "start": ("start_image",), "start+end": ("start_image", "end_image")}
@@ -68,10 +68,10 @@ def make_job(folder: Path, shape: Shape, gpu_ids: tuple[str, ...], gpus: int, **
         gpu_ids: of this machine; empty: CPU processes.
         settings: of Job or Parallel, by name.
     """
-    from wan_pack.distributed.job import FileIdentity, Job, ModelFiles, Parallel, Sampling, Text
-    from wan_pack.distributed.launcher import new_job_id
-    from wan_pack.distributed.preflight import check_job
-    from wan_pack.wan.checkpoint import checkpoint_files
+    from wan_pack.distributed.job.job import FileIdentity, Job, ModelFiles, Parallel, Sampling, Text
+    from wan_pack.distributed.launch.launcher import new_job_id
+    from wan_pack.distributed.planning.preflight import check_job
+    from wan_pack.wan.checkpoint.checkpoint import checkpoint_files
 
     model = folder / shape.model
     experts = [
@@ -113,8 +113,8 @@ def make_inputs(shape: Shape, *, meta: bool = False) -> dict[str, Tensor]:
         meta: shapes only.
     """
     import torch
-    from wan_pack.distributed.inputs import CONTEXT, CONTEXT_NULL, SAMPLES
-    from wan_pack.wan.latents import denormalise, latents_shape
+    from wan_pack.distributed.job.input_tensors import CONTEXT, CONTEXT_NULL, SAMPLES
+    from wan_pack.wan.vae.latents import denormalise, latents_shape
 
     config = model_config(shape.model)
     width, height, frames = shape.pixels

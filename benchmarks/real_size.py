@@ -27,12 +27,12 @@ def write_job(folder: Path, arguments: argparse.Namespace, gpus: int) -> Path:
     """A job folder for `distributed run`."""
     import torch
     from safetensors.torch import save_file
-    from wan_pack.distributed.gpus import choose_gpus
-    from wan_pack.distributed.job import FileIdentity, Job, ModelFiles, Parallel, Sampling
-    from wan_pack.distributed.jobdir import JobDir
-    from wan_pack.distributed.launcher import new_job_id
-    from wan_pack.distributed.preflight import check_job
-    from wan_pack.wan.checkpoint import Checkpoint, checkpoint_files
+    from wan_pack.distributed.job.job import FileIdentity, Job, ModelFiles, Parallel, Sampling
+    from wan_pack.distributed.job.job_folder import JobDir
+    from wan_pack.distributed.launch.launcher import new_job_id
+    from wan_pack.distributed.machine.gpus import choose_gpus
+    from wan_pack.distributed.planning.preflight import check_job
+    from wan_pack.wan.checkpoint.checkpoint import Checkpoint, checkpoint_files
 
     count, ids = choose_gpus(gpus)
     experts = [
@@ -106,7 +106,7 @@ def latents_difference(folder: Path, first: int, second: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the random weights and the jobs go")
-    parser.add_argument("--model", default="t2v-A14B", help="a name in wan/config.py, or tiny")
+    parser.add_argument("--model", default="t2v-A14B", help="a name in wan/model/config.py, or tiny")
     parser.add_argument("--gpus", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--width", type=int, default=832)
     parser.add_argument("--height", type=int, default=480)

@@ -19,7 +19,7 @@ def run_side_by_side(
         gpus_of: how many GPUs a case takes.
         run: ids are nvidia-smi's indices, none on a machine without a GPU, where one case runs at a time.
     """
-    from wan_pack.distributed.gpus import list_gpus
+    from wan_pack.distributed.machine.gpus import list_gpus
 
     ids = [gpu.index for gpu in list_gpus()]
     by_count: dict[int, list[Case]] = {}

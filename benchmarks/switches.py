@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 def cases() -> list[Case]:
     """The two references first; then one for each switch, those that cannot run here included."""
-    from wan_pack.wan.attention import KERNELS
+    from wan_pack.wan.model.attention import KERNELS
 
     return [
         Case(PLAIN),
@@ -97,7 +97,7 @@ class Measurement:
 
     def _measure(self, case: Case, ids: list[str], line: dict[str, Any]) -> None:
         from safetensors.torch import save_file
-        from wan_pack.distributed.launcher import run_job
+        from wan_pack.distributed.launch.launcher import run_job
 
         folder = self.arguments.folder
         shape = Shape(self.arguments.model, self.arguments.size, self.arguments.steps, guided=case.guided)
@@ -158,7 +158,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the random weights and the jobs go")
-    parser.add_argument("--model", default="t2v-1.3B", help="a name in wan/config.py, or tiny")
+    parser.add_argument("--model", default="t2v-1.3B", help="a name in wan/model/config.py, or tiny")
     parser.add_argument("--size", default="832x480x33", help="480p, 720p or WIDTHxHEIGHTxFRAMES")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose names hold one of these")

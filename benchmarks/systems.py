@@ -79,13 +79,13 @@ class Ours(System):
 
     def __init__(self, config: Any, place: Place, option: str) -> None:
         super().__init__(config, place, option)
-        from wan_pack.distributed.parallelize import parallelize_wan
-        from wan_pack.distributed.sequence import SequenceShard
-        from wan_pack.wan.attention import KERNELS, choose_kernel
-        from wan_pack.wan.linear import E4M3, FP8_PRODUCTS, Fp8Weight, check_precision, quantise_rows
-        from wan_pack.wan.model import meta_model
-        from wan_pack.wan.ops import check_kernels
-        from wan_pack.wan.sparse import sparse_kernel
+        from wan_pack.distributed.parallel.parallelize import parallelize_wan
+        from wan_pack.distributed.parallel.sequence import SequenceShard
+        from wan_pack.wan.model.attention import KERNELS, choose_kernel
+        from wan_pack.wan.model.linear import E4M3, FP8_PRODUCTS, Fp8Weight, check_precision, quantise_rows
+        from wan_pack.wan.model.ops import check_kernels
+        from wan_pack.wan.model.sparse import sparse_kernel
+        from wan_pack.wan.model.transformer import meta_model
 
         options = set(option.split("+")) - {""}
         names = options & set(KERNELS)
@@ -129,12 +129,12 @@ class Ours(System):
             parameter.data.copy_(values)
 
     def prepare(self, latents: Tensor, text: Tensor) -> None:
-        from wan_pack.distributed.parallelize import set_shard
-        from wan_pack.distributed.sequence import SequenceShard
-        from wan_pack.wan.model import TextContext
-        from wan_pack.wan.patch import patchify, token_grid
-        from wan_pack.wan.rope import rope_table
-        from wan_pack.wan.sparse import block_order
+        from wan_pack.distributed.parallel.parallelize import set_shard
+        from wan_pack.distributed.parallel.sequence import SequenceShard
+        from wan_pack.wan.model.patch import patchify, token_grid
+        from wan_pack.wan.model.rope import rope_table
+        from wan_pack.wan.model.sparse import block_order
+        from wan_pack.wan.model.transformer import TextContext
 
         place = self.place
         self.grid = token_grid(tuple(latents.shape))
@@ -154,7 +154,7 @@ class Ours(System):
             return self.model(self.tokens, self.timestep, self.text, self.rope)
 
     def whole(self, output: Tensor) -> Tensor:
-        from wan_pack.wan.patch import unpatchify
+        from wan_pack.wan.model.patch import unpatchify
 
         group = None if self.place.mesh is None else self.place.mesh.ulysses_group
         return unpatchify(self.shard.gather(output.float(), group), self.grid)
@@ -166,7 +166,7 @@ class Diffusers(System):
     def __init__(self, config: Any, place: Place, option: str) -> None:
         super().__init__(config, place, option)
         from diffusers import ContextParallelConfig, WanTransformer3DModel
-        from wan_pack.wan.diffusers_keys import to_official
+        from wan_pack.wan.files.diffusers_keys import to_official
 
         with torch.device("meta"):
             model = WanTransformer3DModel(

@@ -34,7 +34,7 @@ X264 = (("faster", 16), ("veryfast", 16), ("veryfast", 14), ("superfast", 14))
 def run_rank(rank: int, world: int, arguments: argparse.Namespace, folder: Path) -> None:
     mount_pack()
     from vae_rank import VaeRank
-    from wan_pack.wan import vae_coder, video
+    from wan_pack.wan.vae import vae_coder, video
 
     bench = VaeRank(rank, world, arguments, folder)
     started = time.perf_counter()

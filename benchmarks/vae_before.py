@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from wan_pack.distributed.rows import RowShard
-from wan_pack.wan import video
-from wan_pack.wan.latents import denormalise, normalise
+from wan_pack.distributed.parallel.image_rows import RowShard
+from wan_pack.wan.vae import video
+from wan_pack.wan.vae.latents import denormalise, normalise
 
 
 def decode(vae: Any, latents: Tensor, rows: RowShard | None) -> Iterator[Tensor | None]:

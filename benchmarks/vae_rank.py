@@ -17,11 +17,11 @@ import torch.nn.functional as F
 import vae_before
 from moving_picture import moving_picture, quality
 from torch.profiler import ProfilerActivity, profile
-from wan_pack.distributed.rows import RowShard
-from wan_pack.distributed.vae import RankVae
-from wan_pack.wan import video
-from wan_pack.wan.vae import load_vae
-from wan_pack.wan.vae_ops import PLAIN, VAE_OPS, Sum
+from wan_pack.distributed.parallel.image_rows import RowShard
+from wan_pack.distributed.parallel.split_vae import RankVae
+from wan_pack.wan.vae import video
+from wan_pack.wan.vae.autoencoder import load_vae
+from wan_pack.wan.vae.vae_ops import PLAIN, VAE_OPS, Sum
 
 FPS = 16
 CHECKED_FRAMES = 17

@@ -74,8 +74,8 @@ class Runner:
     """Runs jobs on one number of GPUs in groups of one pool, and makes their lines."""
 
     def __init__(self, arguments: argparse.Namespace, gpus: int) -> None:
-        from wan_pack.distributed.gpus import choose_gpus
-        from wan_pack.distributed.pool import Pool
+        from wan_pack.distributed.launch.pool import Pool
+        from wan_pack.distributed.machine.gpus import choose_gpus
 
         self.arguments, self.pool = arguments, Pool()
         self.gpus, self.gpu_ids = choose_gpus(gpus)
@@ -83,7 +83,7 @@ class Runner:
 
     def run(self, shape: Shape, guidance: str) -> tuple[dict[str, Any], Any]:
         """The line of a job, and what it has changed of the latents."""
-        from wan_pack.distributed.launcher import run_job
+        from wan_pack.distributed.launch.launcher import run_job
 
         folder = self.arguments.folder
         job = make_job(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..wan.vae_keys import WAN21, WAN22, Z_DIMS, diffusers_to_official
+from ..wan.vae.vae_keys import WAN21, WAN22, Z_DIMS, diffusers_to_official
 
 BASE_DIM = 8
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "_wan_distributed_pack"
-ROLES = {"agent": "agent", "worker": "rank", "hosts": "hosts.launch", "host": "hosts.agent"}
+ROLES = {"agent": "group.agent", "worker": "rank.shell", "hosts": "hosts.launch", "host": "hosts.host_agent"}
 """Role that is given a group's folder -> module of this folder."""
 COMMANDS = {
-    "run": "standalone",
+    "run": "launch.standalone",
     "doctor": "doctor.examine",
     "exchange": "doctor.exchange",
     "libraries": "doctor.libraries",
@@ -40,7 +40,7 @@ def main() -> int:
         return role.main(sys.argv[2:])
     if sys.argv[1] in ("hosts", "host"):
         return role.main(importlib.import_module(f"{PACKAGE}.distributed.hosts.hostfile").HostsDir(sys.argv[2]))
-    return role.main(importlib.import_module(f"{PACKAGE}.distributed.groupdir").GroupDir(sys.argv[2]))
+    return role.main(importlib.import_module(f"{PACKAGE}.distributed.group.group_folder").GroupDir(sys.argv[2]))
 
 
 if __name__ == "__main__":

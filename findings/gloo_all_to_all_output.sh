@@ -4,7 +4,7 @@
 # filled in the order of its memory: right numbers in wrong places, no error. broadcast and all_reduce do handle
 # transposed tensors.
 # Costs: a sequence exchange that receives into a view, such as [heads, tokens] transposed, mixes heads and tokens.
-# Here: everything is received into fresh flat buffers (distributed/ulysses.py, distributed/rows.py).
+# Here: everything is received into fresh flat buffers (distributed/parallel/ulysses.py, distributed/parallel/image_rows.py).
 #
 # Output on 2026-11-28:
 #   torch 2.13.0+cpu

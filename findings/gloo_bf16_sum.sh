@@ -5,7 +5,7 @@
 # All ranks have the same bits.
 # Costs: a result that is reduced in bfloat16 depends on where in the tensor, so on how it was padded or split, a value
 # lies; "equal bits for another number of processes" cannot hold.
-# Here: nothing is summed over processes; sequences are gathered and exchanged as they are (distributed/ulysses.py).
+# Here: nothing is summed over processes; sequences are gathered and exchanged as they are (distributed/parallel/ulysses.py).
 #
 # Output on 2026-11-28:
 #   torch 2.13.0+cpu

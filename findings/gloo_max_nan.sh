@@ -5,7 +5,7 @@
 # maximum becomes 0.
 # Costs: a check "did anybody see a NaN" by MAX passes on a CPU though one rank has seen one, and a largest value is not
 # the largest.
-# Here: ranks gather latents and look at them themselves (distributed/worker.py); nothing is reduced by MAX or MIN.
+# Here: ranks gather latents and look at them themselves (distributed/rank/worker.py); nothing is reduced by MAX or MIN.
 #
 # Output on 2026-11-28:
 #   torch 2.13.0+cpu, MAX of 0, 1, 2 with NaN on rank 0: [nan, nan, nan, nan, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]

@@ -4,7 +4,7 @@
 # to 65 % off W: A and B stand beside a changed W, which is not in the file. peft gets it right by changing W again when
 # it loads. With pissa_niter_4 it cannot: the decomposition is random, and its own file is 38 % off after loading.
 # Costs: a LoRA merged by the usual formula ruins the model without an error; only adapter_config.json tells.
-# Here: was applied like any other; now refused by name, with what to do (wan/lora_alpha.py).
+# Here: was applied like any other; now refused by name, with what to do (wan/lora/alpha.py).
 #
 # Output on 2026-11-28:
 #   peft 0.21.2 torch 2.13.0+cpu

@@ -4,7 +4,7 @@
 # torch conjugates lazily, by a mark on the tensor; torch.save keeps it.
 # Costs: a table of rotary embeddings kept as complex numbers and conjugated (to turn keys back) is turned the other way
 # after saving and loading.
-# Here: the pack writes no complex tensors; rotary tables are computed, never stored (wan/rope.py).
+# Here: the pack writes no complex tensors; rotary tables are computed, never stored (wan/model/rope.py).
 #
 # Output on 2026-11-28:
 #   safetensors 0.8.0 torch 2.13.0+cpu

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from . import host, warm
-from .batch import WanVideoDistributedBatch
-from .config import WanVideoDistributedConfig
+from .batch.batch import WanVideoDistributedBatch
 from .doctor import WanVideoDistributedDoctor
-from .inference import WanVideoDistributedInference
-from .loaders import LoadWanVideoModel
-from .loras import WanVideoDistributedLora
+from .host import host, warm
+from .inference.inference import WanVideoDistributedInference
+from .models.loaders import LoadWanVideoModel
+from .models.loras import WanVideoDistributedLora
+from .settings.spread import WanVideoDistributedConfig
 from .text import LoadWanVideoT5TextEncoder, WanVideoTextEncode
 
 DISPLAY_NAMES = {

@@ -7,11 +7,11 @@ import os
 import sys
 from typing import Any, ClassVar
 
-from ..distributed.doctor.process import run_doctor
-from ..distributed.errors import JobCancelled
-from ..distributed.job import ModelFiles
-from . import host
-from .declared import as_declared, kind_of
+from ..distributed.doctor.library_process import run_doctor
+from ..distributed.job.errors import JobCancelled
+from ..distributed.job.job import ModelFiles
+from .host import host
+from .host.declared import as_declared, kind_of
 
 
 class WanVideoDistributedDoctor:

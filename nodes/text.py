@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..distributed.errors import check_text
-from ..distributed.job import MAX_PROMPT
-from . import catalogue, host
-from .declared import as_declared, kind_of
+from ..distributed.job.errors import check_text
+from ..distributed.job.job import MAX_PROMPT
+from .host import host
+from .host.declared import as_declared, kind_of
+from .models import catalogue
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -108,7 +109,7 @@ class WanVideoTextEncode:
             raise ValueError('positive_prompt has a "|", which splits it into segments of the video; take it out')
         import torch
 
-        from ..wan.text_encoder import DEFAULT_NEGATIVE_PROMPT, load_text_encoder
+        from ..wan.text.text_encoder import DEFAULT_NEGATIVE_PROMPT, load_text_encoder
 
         host.free_memory()
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[t5.precision]

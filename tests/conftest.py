@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-TESTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(TESTS))  # golden.py, ranks.py and the other helpers beside the tests
-
-from fault_report import FaultReport  # noqa: E402
-from mount import mount_pack  # noqa: E402
+from fault_report import FaultReport
+from mount import GOLDEN, mount_pack
 
 mount_pack()
 # Two cores, several processes: more threads each only get in each other's way.
@@ -28,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def golden_folder() -> Path:
     """Inputs and outputs of the official code."""
-    return TESTS / "data" / "golden"
+    return GOLDEN
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +86,7 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def gpu_locks_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where GPUs are locked, instead of the machine's own."""
-    from wan_pack.distributed import gpu_locks
+    from wan_pack.distributed.machine import gpu_locks
 
     folder = tmp_path / "locks"
     folder.mkdir()
@@ -102,7 +97,7 @@ def gpu_locks_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def pool(gpu_locks_folder: Path) -> Iterator[Any]:
     """Groups that wait end with the test."""
-    from wan_pack.distributed.pool import Pool
+    from wan_pack.distributed.launch.pool import Pool
 
     pool = Pool()
     yield pool

@@ -11,11 +11,18 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
+    from mount import mount_pack
+
+    mount_pack()
 
 from forks import fork_ranks
 
@@ -61,8 +68,8 @@ class GoldenRun:
     def __init__(self, ranks: Ranks) -> None:
         import torch
         from peer_files import FileMemory
-        from wan_pack.distributed import peer_memory
-        from wan_pack.distributed.mesh import Mesh, init_mesh
+        from wan_pack.distributed.parallel import peer_memory
+        from wan_pack.distributed.parallel.mesh import Mesh, init_mesh
 
         # These ranks have no GPUs, whose memory others could write to.
         peer_memory.SymmetricMemory = functools.partial(FileMemory, ranks.store.parent)
@@ -77,7 +84,7 @@ class GoldenRun:
             self.meshes[True] = Mesh.of("cpu", ranks.world, cfg=2)
 
     def use(self, layout: Layout) -> None:
-        from wan_pack.distributed.job import Parallel
+        from wan_pack.distributed.job.job import Parallel
 
         self.mesh = self.meshes[layout.cfg]
         self.parallel = Parallel(
@@ -93,7 +100,7 @@ class GoldenRun:
         return shard.gather(tokens, None if self.mesh is None else self.mesh.ulysses_group)
 
     def shard(self, grid: tuple[int, int, int]) -> Any:
-        from wan_pack.distributed.sequence import SequenceShard
+        from wan_pack.distributed.parallel.sequence import SequenceShard
 
         length = grid[0] * grid[1] * grid[2]
         if self.mesh is None:
@@ -101,8 +108,8 @@ class GoldenRun:
         return SequenceShard(length=length, rank=self.mesh.ulysses_rank, world=self.mesh.ulysses_size)
 
     def expert(self, folder: Path, shard: Any, loras: tuple[tuple[str, float], ...] = ()) -> Any:
-        from wan_pack.distributed.experts import load_expert
-        from wan_pack.wan.checkpoint import checkpoint_files
+        from wan_pack.distributed.rank.expert import load_expert
+        from wan_pack.wan.checkpoint.checkpoint import checkpoint_files
 
         files = [str(file) for file in checkpoint_files(folder)]
         return load_expert(files, loras, parallel=self.parallel, mesh=self.mesh, shard=shard, device=self.device)
@@ -110,9 +117,9 @@ class GoldenRun:
     def forward(self, folder: Path) -> float:
         """One evaluation of a transformer."""
         import torch
-        from wan_pack.wan.model import TextContext, pad_text
-        from wan_pack.wan.patch import patchify, token_grid, unpatchify
-        from wan_pack.wan.rope import rope_table
+        from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
+        from wan_pack.wan.model.rope import rope_table
+        from wan_pack.wan.model.transformer import TextContext, pad_text
 
         io = read(folder / "io.safetensors")
         grid = token_grid(tuple(io["x"].shape))
@@ -132,11 +139,11 @@ class GoldenRun:
     def generate(self, folder: Path) -> float:
         """A whole loop: noise from the seed, two experts, guidance, solver."""
         import torch
-        from wan_pack.distributed.experts import Experts
-        from wan_pack.wan.conditioning import first_frame_known
-        from wan_pack.wan.denoise import HIGH_NOISE, LOW_NOISE, Guidance, Known, denoise, draw_noise
-        from wan_pack.wan.patch import patchify, token_grid, unpatchify
-        from wan_pack.wan.schedule import make_solver
+        from wan_pack.distributed.rank.expert import Experts
+        from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
+        from wan_pack.wan.sampling.conditioning import first_frame_known
+        from wan_pack.wan.sampling.denoise import HIGH_NOISE, LOW_NOISE, Guidance, Known, denoise, draw_noise
+        from wan_pack.wan.sampling.schedule import make_solver
 
         case = json.loads((folder / "case.json").read_text())
         io = read(folder / "io.safetensors")
@@ -181,7 +188,7 @@ class GoldenRun:
     def vae(self, folder: Path) -> float:
         """Encoding and decoding as the job does it: split over the ranks, latent frame by latent frame."""
         import torch
-        from wan_pack.distributed.vae import RankVae
+        from wan_pack.distributed.parallel.split_vae import RankVae
 
         io = read(folder / "io.safetensors")
         vae = RankVae(sorted((folder / "vae").iterdir()), dtype=torch.float32, device=self.device, group=self.group)
@@ -193,9 +200,9 @@ class GoldenRun:
 
     def text_encoder(self, folder: Path) -> float:
         import torch
-        from wan_pack.wan.t5_keys import EXPECTED
-        from wan_pack.wan.tensor_files import TensorFiles
-        from wan_pack.wan.text_encoder import encode_ids, load_umt5
+        from wan_pack.wan.files.tensor_files import TensorFiles
+        from wan_pack.wan.text.t5_keys import EXPECTED
+        from wan_pack.wan.text.text_encoder import encode_ids, load_umt5
 
         io = read(folder / "io.safetensors")
         files = TensorFiles(sorted((folder / "text_encoder").iterdir()), expected=EXPECTED)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...distributed.job import Parallel
-from ...wan.attention import KERNELS, Attention, attention, quantise_heads
-from ...wan.linear import E4M3
+from ...distributed.job.job import Parallel
+from ...wan.model.attention import KERNELS, Attention, attention, quantise_heads
+from ...wan.model.linear import E4M3
 
 RANGE = 256.0
 """What FlashAttention-3 multiplies probabilities by before it rounds them, so that small ones keep their bits."""

@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...distributed.experts import Experts, load_expert
-from ...distributed.sequence import SequenceShard
-from ...wan.conditioning import image_channels
-from ...wan.denoise import HIGH_NOISE, LOW_NOISE, Guidance, denoise, draw_noise
-from ...wan.latents import latents_shape
-from ...wan.model import WanModel
-from ...wan.patch import patchify, token_grid, unpatchify
-from ...wan.schedule import make_solver
-from ...wan.text_encoder import DEFAULT_NEGATIVE_PROMPT, load_text_encoder
-from ...wan.vae import decode_frames, encode, load_vae
-from ...wan.video import VideoWriter
+from ...distributed.parallel.sequence import SequenceShard
+from ...distributed.rank.expert import Experts, load_expert
+from ...wan.model.patch import patchify, token_grid, unpatchify
+from ...wan.model.transformer import WanModel
+from ...wan.sampling.conditioning import image_channels
+from ...wan.sampling.denoise import HIGH_NOISE, LOW_NOISE, Guidance, denoise, draw_noise
+from ...wan.sampling.schedule import make_solver
+from ...wan.text.text_encoder import DEFAULT_NEGATIVE_PROMPT, load_text_encoder
+from ...wan.vae.autoencoder import decode_frames, encode, load_vae
+from ...wan.vae.latents import latents_shape
+from ...wan.vae.video import VideoWriter
 from ..train.checkpoint import NAMES, place
 from ..train.world import FRAMES, HEIGHT, WIDTH
 from .arithmetic import FULL, Arithmetic

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...distributed.gpus import choose_gpus, list_gpus
-from ...distributed.job import FileIdentity, Job, ModelFiles, Parallel, Sampling, Text
-from ...distributed.launcher import new_job_id, run_job
+from ...distributed.job.job import FileIdentity, Job, ModelFiles, Parallel, Sampling, Text
+from ...distributed.launch.launcher import new_job_id, run_job
+from ...distributed.machine.gpus import choose_gpus, list_gpus
 from ..train.checkpoint import NAMES, place
 from ..train.world import FRAMES, HEIGHT, WIDTH
 from .measure import psnr

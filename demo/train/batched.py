@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...wan.config import TEXT_LEN, WanConfig
-from ...wan.linear import LinearInput
-from ...wan.model import CrossAttention, TextContext, WanModel, local_attention
-from ...wan.ops import Ops, Rope
+from ...wan.model.config import TEXT_LEN, WanConfig
+from ...wan.model.linear import LinearInput
+from ...wan.model.ops import Ops, Rope
+from ...wan.model.transformer import CrossAttention, TextContext, WanModel, local_attention
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...wan.checkpoint import Checkpoint
+from ...wan.checkpoint.checkpoint import Checkpoint
 from ..example import TinyModel
 from .batched import BatchedModel
 

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...wan.denoise import Guidance
-from ...wan.ops import Rope
-from ...wan.rope import rope_table
-from ...wan.schedule import NUM_TRAIN_TIMESTEPS, make_solver
-from ...wan.tokenizer import Tokenizer
+from ...wan.model.ops import Rope
+from ...wan.model.rope import rope_table
+from ...wan.sampling.denoise import Guidance
+from ...wan.sampling.schedule import NUM_TRAIN_TIMESTEPS, make_solver
+from ...wan.text.tokenizer import Tokenizer
 from . import text
 from .batched import BatchedModel
 from .captions import draw_caption

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...wan.ops import Rope
-from ...wan.rope import rope_table
-from ...wan.schedule import NUM_TRAIN_TIMESTEPS
-from ...wan.vae import load_vae
+from ...wan.model.ops import Rope
+from ...wan.model.rope import rope_table
+from ...wan.sampling.schedule import NUM_TRAIN_TIMESTEPS
+from ...wan.vae.autoencoder import load_vae
 from . import text
 from .batched import BatchedModel, initialise
 from .checkpoint import NAMES, place, read_expert, write

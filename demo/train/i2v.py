@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...wan.vae import load_vae
+from ...wan.vae.autoencoder import load_vae
 from . import text
 from .batched import BatchedModel
 from .checkpoint import NAMES, place, read_expert, write

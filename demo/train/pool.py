@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...wan.patch import patchify
-from ...wan.tokenizer import Tokenizer
+from ...wan.model.patch import patchify
+from ...wan.text.tokenizer import Tokenizer
 from .captions import draw_caption
 from .loop import autocast, generator
 from .sizes import Sizes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ...wan.vae import decode_frames, encode, load_vae
+from ...wan.vae.autoencoder import decode_frames, encode, load_vae
 from ..meaning.pipeline import FOUR_STEPS, I2V, T2V, Pipeline, sheet
 from .captions import held_out_scenes, plain_caption
 from .checkpoint import NAMES, place

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...wan.config import WanConfig
+from ...wan.model.config import WanConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

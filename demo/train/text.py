@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...wan.text_encoder import DEFAULT_NEGATIVE_PROMPT, TextEncoder, load_text_encoder
-from ...wan.tokenizer import Tokenizer
+from ...wan.text.text_encoder import DEFAULT_NEGATIVE_PROMPT, TextEncoder, load_text_encoder
+from ...wan.text.tokenizer import Tokenizer
 from .captions import sentences
 from .checkpoint import NAMES, place, write
 from .sizes import Sizes

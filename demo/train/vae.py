@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ...wan.latents import denormalise, latent_statistics, normalise
-from ...wan.vae import decode_frames, load_vae
-from ...wan.vae import encode as encode_clip
-from ...wan.vae_keys import WAN21, diffusers_to_official
+from ...wan.vae.autoencoder import decode_frames, load_vae
+from ...wan.vae.autoencoder import encode as encode_clip
+from ...wan.vae.latents import denormalise, latent_statistics, normalise
+from ...wan.vae.vae_keys import WAN21, diffusers_to_official
 from .captions import held_out_scenes
 from .checkpoint import NAMES, place, write
 from .loop import Budget, autocast, fit, generator

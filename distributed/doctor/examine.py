@@ -20,11 +20,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..gpus import list_gpus
-from ..programs import END_SECONDS
+from ..machine.gpus import list_gpus
+from ..machine.programs import END_SECONDS
 from . import exchange
-from .gpus import driver_findings, exchange_findings, gpu_findings
-from .report import WRONG, Finding, Report, shortened
+from .findings import WRONG, Finding, Report, shortened
+from .gpu_findings import driver_findings, exchange_findings, gpu_findings
 from .system import disk_findings, ffmpeg_findings, memory_findings, variable_findings, version_findings
 
 LIBRARIES_TIMEOUT = 120.0

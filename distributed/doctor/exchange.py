@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..environment import child_environment
-from ..job import Parallel
-from ..memory_file import STORE_VARIABLE, MemoryFile
-from ..processes import AGENT_VARIABLE, die_with_parent, kill_all, members
+from ..group.environment import child_environment
+from ..job.job import Parallel
+from ..machine.memory_file import STORE_VARIABLE, MemoryFile
+from ..machine.processes import AGENT_VARIABLE, die_with_parent, kill_all, members
 
 DISTRIBUTED = Path(__file__).resolve().parent.parent
 RANKS = 2
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str]) -> int:
     import torch
     import torch.distributed as dist
 
-    from ..mesh import init_mesh
+    from ..parallel.mesh import init_mesh
 
     cuda = bool(os.environ["CUDA_VISIBLE_DEVICES"])
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")

@@ -10,8 +10,8 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .. import nvidia_smi
-from .report import NOTE, OK, WRONG, Finding
+from ..machine import nvidia_smi
+from .findings import NOTE, OK, WRONG, Finding
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -80,7 +80,7 @@ def _capabilities() -> list[tuple[int, int]]:
 
 def _kernel_findings(gpu: bool) -> Iterator[Finding]:
     """Each package that brings an attention kernel: imported, for most are built for one torch and fail with others."""
-    from ...wan.attention import KERNELS
+    from ...wan.model.attention import KERNELS
 
     yield Finding("attention", "torch's own kernels are always there")
     for package, module in {kernel.package: kernel.module for kernel in KERNELS.values() if kernel.module}.items():
@@ -114,8 +114,8 @@ def model_findings(model: Sequence[str]) -> Iterator[Finding]:
     Args:
         model: a transformer's file or shards, its folder, or a folder with a `transformer` in it.
     """
-    from ...wan.checkpoint import Checkpoint
-    from ...wan.model_folder import folder_files
+    from ...wan.checkpoint.checkpoint import Checkpoint
+    from ...wan.files.model_folder import folder_files
 
     folders = [path / "transformer" if (path / "transformer").is_dir() else path for path in map(Path, model)]
     try:

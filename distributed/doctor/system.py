@@ -10,11 +10,11 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from ..environment import ALLOCATOR
-from ..errors import JobError
-from ..host_memory import read_sizes
-from ..prerequisites import ffmpeg_problem, packages_problem, require_platform, torch_problem, writing_problem
-from .report import NOTE, OK, WRONG, Finding
+from ..group.environment import ALLOCATOR
+from ..job.errors import JobError
+from ..machine.host_memory import read_sizes
+from ..machine.prerequisites import ffmpeg_problem, packages_problem, require_platform, torch_problem, writing_problem
+from .findings import NOTE, OK, WRONG, Finding
 
 LITTLE_DISK = 2 << 30
 LITTLE_MEMORY = 16 << 30

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...wan.headers import brief
-from ..errors import JobError, listed
-from ..gpus import list_gpus
-from ..groupdir import GROUP_PREFIX, GroupDir
-from ..job import MAX_GPUS, Job, Parallel
-from ..json_files import read_bounded, read_json, replace_text, write_json
+from ...wan.files.headers import brief
+from ..group.group_folder import GROUP_PREFIX, GroupDir
+from ..job.errors import JobError, listed
+from ..job.job import MAX_GPUS, Job, Parallel
+from ..job.json_files import read_bounded, read_json, replace_text, write_json
+from ..machine.gpus import list_gpus
 
 MAX_HOSTFILE_BYTES = 64 << 10
 REMOVALS = 20

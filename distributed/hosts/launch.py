@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from ..agent import end_with_stdin
+from ..group.agent import end_with_stdin
 from .hostfile import HostsDir, check_path
 
 BEAT_SECONDS = 1.0

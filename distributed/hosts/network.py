@@ -10,8 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import JobError
-from ..json_files import read_json, write_json
+from ..job.errors import JobError
+from ..job.json_files import read_json, write_json
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore

@@ -1,1 +1,1 @@
-"""Chooses how a job runs, before it does. Standard library only, but for the files' headers."""
+"""[ComfyUI] What fits, what is fastest, and what is refused, before a process starts."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Protocol
 
-from ..gpus import Gpu
-from ..job import Parallel
-from .memory import GIB, Estimate, Workload, estimate, parked_bytes
+from ..job.job import Parallel
+from ..machine.gpus import Gpu
+from .gpu_memory import GIB, Estimate, Workload, estimate, parked_bytes
 from .policies import LINK_BYTES, Request, intrusion, policies, seconds
 
 MAX_SIDE = 8192

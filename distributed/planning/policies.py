@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from ..job import Parallel
-from .memory import Workload, compute_bytes, rank_tokens
+from ..job.job import Parallel
+from .gpu_memory import Workload, compute_bytes, rank_tokens
 
 COMPUTE = 4e14
 """Floating-point operations per second of one GPU."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 import math
 
-from ...wan.checkpoint import Checkpoint
-from ...wan.latents import SPATIAL_STRIDES
-from ...wan.t5_keys import check_text_encoder_files, module_shapes
-from ..experts import COMPUTE_DTYPES
-from ..job import Parallel
-from ..model_files import FileIdentity, ModelFiles
-from ..preflight import needs_negative
-from ..sampling import Sampling
-from ..weights import empty_model
-from .memory import Workload
+from ...wan.checkpoint.checkpoint import Checkpoint
+from ...wan.checkpoint.weights import empty_model
+from ...wan.text.t5_keys import check_text_encoder_files, module_shapes
+from ...wan.vae.latents import SPATIAL_STRIDES
+from ..job.job import Parallel
+from ..job.model_files import FileIdentity, ModelFiles
+from ..job.sampling import Sampling
+from ..rank.expert import COMPUTE_DTYPES
+from .gpu_memory import Workload
+from .preflight import needs_negative
 
 VAE_BYTES = {16: 254_000_000, 48: 1_410_000_000}
 """Latent channels -> bytes of the VAE's parameters in bf16."""

@@ -11,7 +11,7 @@ import pytest
 from mount import ROOT
 from serving import Comfy, at_first_step
 from wan_pack.demo.client import Run
-from wan_pack.distributed.processes import Process
+from wan_pack.distributed.machine.processes import Process
 
 
 def test_fault_37_cancel_ends_the_processes_of_a_busy_machine(comfy: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,8 +128,8 @@ def finished(comfy: Comfy) -> Finished:
 
 
 def test_samples_decoded_by_core_are_the_frames_of_our_video(comfy: Comfy, finished: Finished) -> None:
-    from wan_pack.wan.latents import normalise
-    from wan_pack.wan.vae import decode_frames, load_vae
+    from wan_pack.wan.vae.autoencoder import decode_frames, load_vae
+    from wan_pack.wan.vae.latents import normalise
 
     decoded = finished.decoded()
     assert decoded.shape[0] == FRAMES

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 from jobs import FILE, run_stub, stub_job, tiny_job
-from wan_pack.distributed import gpus
-from wan_pack.distributed.job import VERSION, Job, JobError, LoraFile, ModelFiles, Parallel, Sampling, Text
-from wan_pack.distributed.jobdir import JobDir
-from wan_pack.distributed.launcher import JobFailed, Result
-from wan_pack.distributed.preflight import check_job
+from wan_pack.distributed.job.job import VERSION, Job, JobError, LoraFile, ModelFiles, Parallel, Sampling, Text
+from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.launch.launcher import JobFailed, Result
+from wan_pack.distributed.machine import gpus
+from wan_pack.distributed.planning.preflight import check_job
 
 MODEL = ModelFiles(high_noise=(FILE,), low_noise=(FILE,), vae=(FILE,), text_encoder=(FILE,))
 PARALLEL = Parallel(gpu_count=2)
@@ -172,7 +172,7 @@ def test_fault_30_other_systems_are_refused_in_plain_words(
 
 def test_fault_30_a_torch_that_sees_no_gpu_is_named(monkeypatch: pytest.MonkeyPatch):
     import torch
-    from wan_pack.distributed.session import Session
+    from wan_pack.distributed.rank.session import Session
 
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)

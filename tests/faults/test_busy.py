@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 from jobs import Watch, run_stub, stub_job
-from wan_pack.distributed import gpus, nvidia_smi, prerequisites, processes
-from wan_pack.distributed.cancelling import cancelled_by
-from wan_pack.distributed.launcher import JobCancelled
-from wan_pack.distributed.processes import Process, kill_all
-from wan_pack.distributed.programs import ask_program
-from wan_pack.nodes import host
-from wan_pack.wan.text_encoder import load_text_encoder
+from wan_pack.distributed.launch.launcher import JobCancelled
+from wan_pack.distributed.machine import gpus, nvidia_smi, prerequisites, processes
+from wan_pack.distributed.machine.cancelling import cancelled_by
+from wan_pack.distributed.machine.processes import Process, kill_all
+from wan_pack.distributed.machine.programs import ask_program
+from wan_pack.nodes.host import host
+from wan_pack.wan.text.text_encoder import load_text_encoder
 
 LONG = 60
 """Seconds that a program takes which is not waited for."""

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from fault_report import ROWS, rows_of
-from jobs import TESTS
-from mount import ROOT
+from mount import ROOT, TESTS
 
 PACK = [ROOT / "__init__.py", *(path for part in ("distributed", "nodes", "wan", "demo", "benchmarks")
                                 for path in (ROOT / part).rglob("*.py"))]  # fmt: skip

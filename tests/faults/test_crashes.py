@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from jobs import Watch, rank_of, run_stub, run_tiny, tiny_job
-from wan_pack.distributed.failures import RankFailure, root_cause
-from wan_pack.distributed.launcher import JobFailed
+from wan_pack.distributed.group.failures import RankFailure, root_cause
+from wan_pack.distributed.launch.launcher import JobFailed
 
 OWN_WORDS = "rank 1: ValueError: the weights of layer 3 are bad"
 
@@ -116,7 +116,7 @@ def test_fault_21_a_file_that_changed_is_refused_by_the_ranks(tiny_models: Path,
 def test_fault_17_a_video_of_nan_is_not_a_result(tiny_models: Path, tmp_path: Path):
     import torch
     from safetensors.torch import save_file
-    from wan_pack.distributed.launcher import run_job
+    from wan_pack.distributed.launch.launcher import run_job
 
     def nan(path: Path) -> None:
         save_file({name: torch.full((3, 64), float("nan")) for name in ("context", "context_null")}, path)

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from jobs import TESTS, Watch, agent_of, gone_within, rank_of, run_stub
-from wan_pack.distributed import group
-from wan_pack.distributed.jobdir import JobDir
-from wan_pack.distributed.launcher import JobCancelled, JobFailed, Result
-from wan_pack.distributed.leftovers import remove_abandoned
-from wan_pack.distributed.processes import Process, descendants
+from jobs import Watch, agent_of, gone_within, rank_of, run_stub
+from mount import SUPPORT
+from wan_pack.distributed.group import worker_group
+from wan_pack.distributed.group.leftovers import remove_abandoned
+from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.launch.launcher import JobCancelled, JobFailed, Result
+from wan_pack.distributed.machine.processes import Process, descendants
 
 StubPack = Callable[..., None]
 
@@ -130,7 +131,7 @@ def test_fault_09_everything_ends_with_comfyui(stub_pack: StubPack, tmp_path: Pa
     # To a file: a pipe nobody reads could stop it.
     with (tmp_path / "parent.log").open("wb") as log:
         parent = subprocess.Popen(
-            [sys.executable, "-c", PARENT, str(TESTS), str(tmp_path), str(group.AGENT)], stderr=log
+            [sys.executable, "-c", PARENT, str(SUPPORT), str(tmp_path), str(worker_group.AGENT)], stderr=log
         )
     try:
         deadline = time.monotonic() + 60

@@ -12,14 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from jobs import TESTS, run_stub
-from wan_pack.distributed import launcher, prerequisites
-from wan_pack.distributed.job import JobError
-from wan_pack.distributed.jobdir import JobDir
-from wan_pack.distributed.json_files import read_json
-from wan_pack.distributed.launcher import JobFailed, Result
-from wan_pack.distributed.leftovers import claim, keep_failed, remove_abandoned
-from wan_pack.distributed.logs import clean_lines
+from jobs import run_stub
+from mount import SUPPORT
+from wan_pack.distributed.group.leftovers import claim, keep_failed, remove_abandoned
+from wan_pack.distributed.group.logs import clean_lines
+from wan_pack.distributed.job.job import JobError
+from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.job.json_files import read_json
+from wan_pack.distributed.launch import launcher
+from wan_pack.distributed.launch.launcher import JobFailed, Result
+from wan_pack.distributed.machine import prerequisites
 
 RunFake = Callable[..., Result]
 
@@ -104,7 +106,9 @@ write_json(path, {"is": "new"})
 
 def test_fault_15_a_writer_killed_in_the_middle_leaves_the_old_file(tmp_path: Path):
     path = tmp_path / "result.json"
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(TESTS), str(path)], stdout=subprocess.PIPE, text=True)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(SUPPORT), str(path)], stdout=subprocess.PIPE, text=True
+    )
     assert writer.stdout is not None
     with writer.stdout:
         assert writer.stdout.readline() == "writing\n"

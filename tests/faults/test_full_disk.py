@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from jobs import Watch, run_stub, run_tiny, tiny_job
-from wan_pack.distributed.failures import advice
-from wan_pack.distributed.job import JobError
-from wan_pack.distributed.jobdir import JobDir
-from wan_pack.distributed.launcher import JobFailed
+from wan_pack.distributed.group.failures import advice
+from wan_pack.distributed.job.job import JobError
+from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.launch.launcher import JobFailed
 
 DISK_MIB = 80
 """A little more than what a job asks for before it starts."""

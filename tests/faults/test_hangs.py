@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from jobs import Watch
-from wan_pack.distributed.launcher import JobFailed, Result
+from wan_pack.distributed.launch.launcher import JobFailed, Result
 
 
 def test_fault_05_a_rank_that_hangs_is_named_with_its_stack(faulty: Callable[..., JobFailed]):

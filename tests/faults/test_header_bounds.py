@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 from tiny import TINY, random_weights, write_official
-from wan_pack.wan.checkpoint import Checkpoint
-from wan_pack.wan.gguf_files import MAX_ITEMS, MAX_VALUES, GgufFile
-from wan_pack.wan.headers import MAX_HEADER_BYTES, MAX_PARTS, MAX_TENSORS, HeadersTogether, read_header
-from wan_pack.wan.json_text import MAX_DEPTH, check_json_size, parse_json
-from wan_pack.wan.model_folder import MAX_JSON_BYTES, MAX_SHARDS, folder_files, read_json_object
-from wan_pack.wan.model_index import MAX_DIRECTORY_BYTES, MAX_INDEX_BYTES, MAX_OPCODES, read_index, read_pth_names
-from wan_pack.wan.quant_formats import MAX_TENSOR_PARTS
-from wan_pack.wan.tokenizer import Tokenizer
-from wan_pack.wan.tokenizer_bounds import MAX_PIECES, MAX_SPIECE_BYTES, MAX_STRING_BYTES
-from wan_pack.wan.tokenizer_files import choose_tokenizer_file
+from wan_pack.wan.checkpoint.checkpoint import Checkpoint
+from wan_pack.wan.files.gguf_files import MAX_ITEMS, MAX_VALUES, GgufFile
+from wan_pack.wan.files.headers import MAX_HEADER_BYTES, MAX_PARTS, MAX_TENSORS, HeadersTogether, read_header
+from wan_pack.wan.files.json_text import MAX_DEPTH, check_json_size, parse_json
+from wan_pack.wan.files.model_folder import MAX_JSON_BYTES, MAX_SHARDS, folder_files, read_json_object
+from wan_pack.wan.files.model_index import MAX_DIRECTORY_BYTES, MAX_INDEX_BYTES, MAX_OPCODES, read_index, read_pth_names
+from wan_pack.wan.files.quant_formats import MAX_TENSOR_PARTS
+from wan_pack.wan.text.tokenizer import Tokenizer
+from wan_pack.wan.text.tokenizer_bounds import MAX_PIECES, MAX_SPIECE_BYTES, MAX_STRING_BYTES
+from wan_pack.wan.text.tokenizer_files import choose_tokenizer_file
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "headers.py"
 MAX_MIB = 150

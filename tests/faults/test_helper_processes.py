@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from wan_pack.distributed.launcher import JobFailed
-from wan_pack.distributed.programs import ask_program
+from wan_pack.distributed.launch.launcher import JobFailed
+from wan_pack.distributed.machine.programs import ask_program
 
 
 def test_fault_33_a_killed_ffmpeg_ends_the_job_at_once(faulty: Callable[..., JobFailed]):

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 from jobs import FAKE_AGENT, run_stub, stub_job
-from wan_pack.distributed import gpu_locks, gpus, group
-from wan_pack.distributed.gpu_locks import wait_for_gpus
-from wan_pack.distributed.job import Job, LoraFile, Text
-from wan_pack.distributed.jobdir import JobDir
+from wan_pack.distributed.group import worker_group
+from wan_pack.distributed.job.job import Job, LoraFile, Text
+from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.machine import gpu_locks, gpus
+from wan_pack.distributed.machine.gpu_locks import wait_for_gpus
 
 PAYLOADS = (
     "../x", "../../../../tmp/x", "/etc/passwd", "a\0b", "-rf", "--nproc-per-node=9", "$(id)", "${local_rank}", "`id`",
@@ -70,10 +71,10 @@ def test_fault_23_24_a_string_of_a_job_is_refused_or_stays_text(
     path: tuple[Any, ...], gpu_locks_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     """What is taken goes all the way to a process: its command line and every file's place stay the same."""
-    monkeypatch.setattr(group, "AGENT", FAKE_AGENT)
+    monkeypatch.setattr(worker_group, "AGENT", FAKE_AGENT)
     seen: list[Any] = []
-    popen = group.subprocess.Popen
-    monkeypatch.setattr(group.subprocess, "Popen", lambda argv, **kw: seen.append(argv) or popen(argv, **kw))
+    popen = worker_group.subprocess.Popen
+    monkeypatch.setattr(worker_group.subprocess, "Popen", lambda argv, **kw: seen.append(argv) or popen(argv, **kw))
     taken: Job | None = None
     for payload in PAYLOADS:
         try:

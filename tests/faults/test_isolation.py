@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 from jobs import FAKE_AGENT, ODD_NAME, Watch, agent_of, rank_of, run_stub, run_tiny, stub_job, tiny_job
-from wan_pack.distributed import group
-from wan_pack.distributed.environment import child_environment
-from wan_pack.distributed.job import JobError, Parallel, Text
-from wan_pack.distributed.jobdir import JobDir
-from wan_pack.distributed.launcher import JobCancelled, Result
-from wan_pack.distributed.processes import Process
+from wan_pack.distributed.group import worker_group
+from wan_pack.distributed.group.environment import child_environment
+from wan_pack.distributed.job.job import JobError, Parallel, Text
+from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.launch.launcher import JobCancelled, Result
+from wan_pack.distributed.machine.processes import Process
 
 RunFake = Callable[..., Result]
 
@@ -102,8 +102,8 @@ def test_fault_24_nothing_a_user_typed_is_on_the_command_line(
     run_fake: RunFake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     seen: list[list[str]] = []
-    popen = group.subprocess.Popen
-    monkeypatch.setattr(group.subprocess, "Popen", lambda argv, **kw: seen.append(argv) or popen(argv, **kw))
+    popen = worker_group.subprocess.Popen
+    monkeypatch.setattr(worker_group.subprocess, "Popen", lambda argv, **kw: seen.append(argv) or popen(argv, **kw))
     run_fake("good").remove()
     # What looks whether this machine can make videos, such as ffmpeg, is told nothing of the job.
     ((python, unbuffered, agent, role, folder),) = [argv for argv in seen if "agent" in argv]
@@ -170,4 +170,4 @@ def test_fault_25_secrets_and_hijacks_do_not_reach_a_rank(
     assert "secret" not in seen[0].values()
     assert not {"HF_TOKEN", "PET_NPROC_PER_NODE", "PYTHON_EXEC", "PYTHONPATH", "BASH_ENV"} & set(seen[0])
     assert (seen[0]["RANK"], seen[0]["WORLD_SIZE"]) == ("1", "2")
-    assert ODD_NAME in str(group.AGENT)
+    assert ODD_NAME in str(worker_group.AGENT)

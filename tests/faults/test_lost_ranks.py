@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 from jobs import Watch, agent_of, rank_of, stub_job
-from wan_pack.distributed import group
-from wan_pack.distributed.groupdir import GroupDir
-from wan_pack.distributed.hosts import agent as hosts_agent
-from wan_pack.distributed.hosts.agent import Tether
+from wan_pack.distributed.group import worker_group
+from wan_pack.distributed.group.group_folder import GroupDir
+from wan_pack.distributed.hosts import host_agent as hosts_agent
+from wan_pack.distributed.hosts.host_agent import Tether
 from wan_pack.distributed.hosts.hostfile import HostsDir
-from wan_pack.distributed.jobdir import JobDir
-from wan_pack.distributed.json_files import read_json
-from wan_pack.distributed.launcher import JobFailed
-from wan_pack.distributed.processes import Process
+from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.job.json_files import read_json
+from wan_pack.distributed.launch.launcher import JobFailed
+from wan_pack.distributed.machine.processes import Process
 
 
 def test_fault_01_10_a_killed_rank_is_named_though_the_agent_is_frozen(fails: Callable[..., JobFailed], tmp_path: Path):
@@ -58,7 +58,7 @@ def test_fault_10_an_agent_that_fails_says_why(
         folder.group.write_text("{")
         return folder
 
-    monkeypatch.setattr(group.GroupDir, "create", damaged)
+    monkeypatch.setattr(worker_group.GroupDir, "create", damaged)
     assert str(fails("good")).startswith("the agent failed: JobError: group.json cannot be read")
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 from jobs import stub_job
-from wan_pack.distributed.jobdir import JobDir
-from wan_pack.distributed.launcher import Result
-from wan_pack.distributed.leftovers import claim, remove_abandoned
-from wan_pack.nodes import draft, host, outcome
+from wan_pack.distributed.group.leftovers import claim, remove_abandoned
+from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.launch.launcher import Result
+from wan_pack.nodes.host import host
+from wan_pack.nodes.inference import draft, outcome
 
 VIDEO = b"a whole video" * 1000
 SYSTEM = ("posix", "_io", "fcntl")

@@ -1,0 +1,80 @@
+"""Job folders that outlive their job: failed ones are kept a while, abandoned ones removed. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import IO
+
+from ..job.job_folder import PREFIX, JobDir
+from .group_folder import GROUP_PREFIX, GroupDir
+
+KEPT = 5
+"""Failed jobs."""
+GRACE_SECONDS = 60
+"""Age below which a folder without an owner may just be being made."""
+
+
+def claim(folder: JobDir | GroupDir) -> None:
+    """Makes the folder this process's, until the process ends or removes it."""
+    # A lock, not a pid: the kernel lets go of it however its holder dies, and two containers that share this folder
+    # do not see each other's pids.
+    folder.lock = os.fdopen(os.open(folder.owner, os.O_WRONLY | os.O_CREAT, 0o600), "wb")
+    _try_lock(folder.lock)
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Removes the folders of jobs and groups whose launcher is gone: a ComfyUI that was killed cannot."""
+    for path in (*parent.glob(f"{PREFIX}*"), *parent.glob(f"{GROUP_PREFIX}*")):
+        with contextlib.suppress(OSError):
+            if not _owned(JobDir(path)):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def keep_failed(folder: JobDir, failed: Path) -> Path:
+    """Moves a failed job's folder to where a restart does not wipe it; only the newest stay. Returns its place."""
+    try:
+        failed.mkdir(parents=True, exist_ok=True)
+        kept = Path(shutil.move(folder.path, failed / f"{time.strftime('%Y%m%d-%H%M%S')}-{folder.path.name}"))
+        os.utime(kept)
+    except OSError:
+        # Where it is, but by a name that `remove_abandoned` leaves alone.
+        with contextlib.suppress(OSError):
+            return folder.path.rename(folder.path.with_name(f"kept-{folder.path.name}"))
+        return folder.path
+    finally:
+        if folder.lock is not None:
+            folder.lock.close()
+    older = sorted((path for path in failed.iterdir() if PREFIX in path.name), key=_age)
+    for path in older[KEPT:]:
+        shutil.rmtree(path, ignore_errors=True)
+    return kept
+
+
+def _owned(folder: JobDir) -> bool:
+    try:
+        with folder.owner.open("rb") as file:
+            return not _try_lock(file)
+    except FileNotFoundError:
+        return _age(folder.path) < GRACE_SECONDS
+
+
+def _try_lock(file: IO[bytes]) -> bool:
+    """False if somebody holds the lock, or the file system knows no locks."""
+    import fcntl  # Not on Windows, where ComfyUI must still be able to import this file.
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -1,0 +1,104 @@
+"""The tensors that travel with a job, in inputs.safetensors: their names, their shapes, and what fits which model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...wan.model.config import TEXT_LEN, WanConfig
+from ...wan.vae.latents import latents_shape
+from .job import Job
+
+Shape = tuple[int, ...]
+
+CONTEXT = "context"
+"""The prompt's rows [n, text_dim]; absent where the job encodes its prompt."""
+CONTEXT_NULL = "context_null"
+"""The same of the negative prompt."""
+START_IMAGE = "start_image"
+"""First frame [3, height, width] in -1 to 1."""
+END_IMAGE = "end_image"
+"""Last frame, the same."""
+IMAGE_CONDITIONING = "image_conditioning"
+"""An I2V model's further input channels [4 + C, T, h, w]: mask (1: given), then normalised latents."""
+SAMPLES = "samples"
+"""Latents to start from [C, T, h, w], un-normalised, as ComfyUI's LATENT."""
+NOISE_MASK = "noise_mask"
+"""[T, h, w]: 1 where latents are made, 0 where `samples` stays; TI2V-5B only."""
+
+
+def check_inputs(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> None:
+    """Raises ValueError naming the tensor that is missing, of another shape, or of no use to this model."""
+    _check_text(job, config, shapes)
+    _check_images(job, config, shapes)
+    _check_samples(job, config, shapes)
+
+
+def _check_text(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> None:
+    if job.text is not None:
+        return
+    if CONTEXT not in shapes:
+        raise ValueError("the job has neither a prompt to encode nor embeddings")
+    for name, words in ((CONTEXT, "text_embeds"), (CONTEXT_NULL, "negative_embeds")):
+        shape = shapes.get(name)
+        if shape is None:
+            continue
+        if len(shape) != 2 or not 1 <= shape[0] <= TEXT_LEN or shape[1] != config.text_dim:
+            raise ValueError(
+                f"{words} has shape {shape}; it must be [1 to {TEXT_LEN}, {config.text_dim}] for this transformer"
+            )
+
+
+def _check_images(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> None:
+    sampling = job.sampling
+    pictures = [name for name in (START_IMAGE, END_IMAGE) if name in shapes]
+    given = [*pictures, *(name for name in (IMAGE_CONDITIONING,) if name in shapes)]
+    if config.task == "i2v" and not given:
+        raise ValueError(
+            "the model makes videos from an image (I2V): connect start_image, end_image, or conditioning that holds one"
+        )
+    if config.task == "t2v" and given:
+        raise ValueError(f"{given[0]} is given, but the model makes videos from text only (T2V); choose an I2V model")
+    if config.task == "ti2v" and given not in ([], [START_IMAGE]):
+        raise ValueError(f"{given[-1]} is given; this model (TI2V) takes a start_image only")
+    if pictures and IMAGE_CONDITIONING in shapes:
+        raise ValueError(f"{pictures[0]} and image conditioning are both given; connect one of them")
+    for name in pictures:
+        _check_shape(name, shapes[name], (3, sampling.height, sampling.width))
+    if IMAGE_CONDITIONING in shapes:
+        expected = (config.in_dim - config.out_dim, *_latents(job, config)[1:])
+        _check_shape("image conditioning", shapes[IMAGE_CONDITIONING], expected)
+
+
+def _check_samples(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> None:
+    sampling = job.sampling
+    if SAMPLES not in shapes:
+        wrong = {
+            "strength": sampling.strength < 1,
+            "start_step": sampling.start_step > 0,
+            "add_noise": not sampling.add_noise,
+            NOISE_MASK: NOISE_MASK in shapes,
+        }
+        for name in (name for name, is_set in wrong.items() if is_set):
+            raise ValueError(
+                f"{name} is {getattr(sampling, name, 'given')}, but no latents to start from; connect samples"
+            )
+        return
+    _check_shape("samples", shapes[SAMPLES], _latents(job, config))
+    if NOISE_MASK in shapes:
+        if config.task != "ti2v":
+            raise ValueError("samples have a noise mask, which only the TI2V-5B model follows; remove the mask")
+        if START_IMAGE in shapes:
+            raise ValueError("samples with a noise mask and start_image are both given; connect one of them")
+        _check_shape("the noise mask", shapes[NOISE_MASK], _latents(job, config)[1:])
+
+
+def _latents(job: Job, config: WanConfig) -> Shape:
+    sampling = job.sampling
+    return latents_shape(sampling.width, sampling.height, sampling.num_frames, config.out_dim)
+
+
+def _check_shape(name: str, shape: Shape, expected: Shape) -> None:
+    if tuple(shape) != expected:
+        raise ValueError(
+            f"{name} has shape {list(shape)}; width, height, num_frames and the model call for {list(expected)}"
+        )

@@ -1,0 +1,55 @@
+"""A group of processes that one caller keeps to itself from job to job. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from ..group.worker_group import WorkerGroup
+from ..job.job import Job
+from .pool import Pool
+
+
+class HeldGroup:
+    """In the place of a pool for `run_job`: its first job takes a group from the pool, the next ones run on the same.
+
+    Its jobs must be of one kind, with `keep_warm_seconds` over 0: it tells their ranks to stay.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._group: WorkerGroup | None = None
+        self._last: Job | None = None
+
+    def take(
+        self, job: Job, parent: Path, *, cancelled: Callable[[], bool], on_wait: Callable[[str], None]
+    ) -> WorkerGroup:
+        """As Pool.take. A group that died while it waited is replaced."""
+        if self._group is not None and not self._group.usable:
+            self._group.end()
+            self.forget(self._group)
+        if self._group is None:
+            self._group = self._pool.take(job, parent, cancelled=cancelled, on_wait=on_wait)
+        return self._group
+
+    def give_back(self, group: WorkerGroup, job: Job) -> None:
+        """After a good job."""
+        assert group is self._group
+        self._last = job
+
+    def forget(self, group: WorkerGroup) -> None:
+        """After the group has ended."""
+        assert group is self._group
+        self._group = self._last = None
+        self._pool.forget(group)
+
+    def close(self, keep_warm_seconds: float) -> None:
+        """Lets the pool have the group: it waits for other jobs that long, or ends."""
+        if self._group is None:
+            return
+        group, job = self._group, self._last
+        assert job is not None, "run_job gives back or forgets what it took"
+        self._group = self._last = None
+        parallel = dataclasses.replace(job.parallel, keep_warm_seconds=keep_warm_seconds)
+        self._pool.give_back(group, dataclasses.replace(job, parallel=parallel))

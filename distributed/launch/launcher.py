@@ -1,0 +1,286 @@
+"""Runs a job from ComfyUI: gives it to a group of processes, follows it, says what went wrong. Standard library only.
+
+What is covered:
+- cancel, an exception in the caller, a crash or a stop of any rank or of the agent: every process of the job is gone
+  before `run_job` returns; ComfyUI's own death ends them too (agent.py);
+- a job that starts too slowly or stands still ends after its time-outs, with the stacks of its ranks;
+- success means exit code 0 and a result with the job's id and the promised files.
+
+What is not covered:
+- a process in uninterruptible sleep inside the driver cannot be killed; its pid is named;
+- a fork of ComfyUI without exec inherits the agent's pipe and keeps a job alive until it closes;
+- root, or the same user, can read the job folder and the processes' environment;
+- other systems than Linux.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ..group import worker_group
+from ..group.failures import RankFailure, advice, read_failures, root_cause
+from ..group.leftovers import claim, keep_failed, remove_abandoned
+from ..group.logs import LogFollower, log_tail
+from ..group.lost_ranks import LostRanks
+from ..group.signs_of_life import Problem, Seen, SignsOfLife, dump_stacks, find_suspect
+from ..job.errors import JobCancelled
+from ..job.job import Job, JobError
+from ..job.job_folder import JobDir
+from ..job.progress import Progress, place, read_progress
+from ..machine.cancelling import cancelled_by, check_cancelled
+from ..machine.prerequisites import check_prerequisites, space_problem, writing_problem
+from ..machine.usage import Usage, UsageMonitor, all_gpus, gpu_usage, in_words, process_usage
+from .changed_file import ChangedFile
+from .pool import Pool
+from .result import Result, checked_result
+
+POLL = 0.1
+MAX_LOG = 64 << 10
+MAX_PREVIEW = 4 << 20
+
+
+class JobFailed(JobError):
+    """The job ended without a result. The message starts with the failing rank's own words."""
+
+    def __init__(self, message: str, *, rank: int | None, out_of_memory: bool, folder: Path | None, log: str) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.out_of_memory = out_of_memory
+        self.folder = folder
+        """Where the job folder was kept."""
+        self.log = log
+
+
+class _GroupLost(JobError):
+    """A group that waited for the job had ended before it took it. Nothing of the job was done."""
+
+
+def run_job(
+    job: Job,
+    write_inputs: Callable[[Path], None],
+    *,
+    parent: Path,
+    failed: Path,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_log_line: Callable[[str], None] = lambda line: None,
+    cancelled: Callable[[], bool] = lambda: False,
+    pool: Pool | None = None,
+) -> Result:
+    """Runs a job to its end. Must be called on a thread that outlives the job.
+
+    Args:
+        pool: where a group of processes may wait for the next job; without one it ends with the job.
+        write_inputs: writes inputs.safetensors to the given path; does nothing if the job has none.
+        parent: where job folders live.
+        failed: where the folders of failed jobs are kept.
+        on_progress, on_log_line: called on this thread; what they raise ends the job and is passed on.
+        cancelled: asked every 0.1 s.
+    Raises:
+        JobCancelled, JobFailed; JobError if the job cannot start.
+    """
+    with cancelled_by(cancelled):
+        check_cancelled()
+        check_prerequisites(encodes=job.text is not None, decodes=job.decode)
+        check_cancelled()
+    if problem := writing_problem(parent):
+        raise JobError(problem)
+    remove_abandoned(parent)
+    if problem := space_problem(parent, job.sampling):
+        raise JobError(problem)
+    pool = Pool() if pool is None else pool
+    while True:
+        folder = JobDir.create(parent)
+        try:
+            claim(folder)
+            folder.write_job(job)
+            write_inputs(folder.inputs)
+            if folder.inputs.exists():
+                folder.inputs.chmod(0o600)
+            return _Run(job, folder, failed, on_progress, on_log_line, cancelled, pool).to_the_end()
+        except JobFailed:
+            raise
+        except _GroupLost as error:
+            # In a folder without that group's traces. This comes to an end: each time a group fewer waits.
+            folder.remove()
+            on_log_line(str(error))
+        except BaseException:
+            folder.remove()
+            raise
+
+
+class _Run:
+    """One running job."""
+
+    def __init__(
+        self,
+        job: Job,
+        folder: JobDir,
+        failed: Path,
+        on_progress: Callable[[Progress], None],
+        on_log_line: Callable[[str], None],
+        cancelled: Callable[[], bool],
+        pool: Pool,
+    ) -> None:
+        self._job, self._folder, self._failed = job, folder, failed
+        self._on_progress, self._on_log_line, self._cancelled = on_progress, on_log_line, cancelled
+        self._pool = pool
+        self._shown: Progress | None = None
+        self._waits = ""
+        self._log = LogFollower(folder.log(0))
+        self._preview = ChangedFile(folder.preview, MAX_PREVIEW)
+        self._usage = UsageMonitor(self._read_usage)
+
+    def to_the_end(self) -> Result:
+        self._group = self._pool.take(
+            self._job, self._folder.path.parent, cancelled=self._cancelled, on_wait=self._show_wait
+        )
+        # Not before: the time-outs are the ranks', and waiting for a GPU is not their fault.
+        self._signs = SignsOfLife(self._folder, self._job.parallel)
+        self._lost = LostRanks(self._folder)
+        lost = good = False
+        try:
+            self._group.submit(self._folder)
+            self._usage.start()
+            while self._group.exit_code is None and not self._signs.all_done():
+                if self._cancelled():
+                    raise JobCancelled("cancelled")
+                self._report()
+                self._report_wait()
+                if lost := self._lost.look(self._ranks()):
+                    break
+                if (problem := self._signs.problem()) is not None:
+                    raise self._stuck(problem)
+                time.sleep(POLL)
+            self._report()
+            if lost or self._group.exit_code:
+                self._end()
+                # Ranks begin a job together: without one of them, none has done anything yet.
+                if self._group.ranks and len(self._signs.ranks()) < self._job.parallel.gpu_count:
+                    why = self._lost.failures[0].headline if lost else self._group.end_text()
+                    raise _GroupLost(f"the job starts in new processes: before those that waited took it, {why}")
+                raise self._failure_of_ranks()
+            try:
+                info = checked_result(self._folder, self._job)
+            except (JobError, ValueError) as error:
+                self._end()
+                raise self._failure(f"the job ended without a valid result: {error}", None) from error
+            good = True
+        finally:
+            try:
+                if good and self._group.exit_code is None:
+                    self._group.ranks = [seen.process for seen in self._signs.ranks().values()]
+                    self._pool.give_back(self._group, self._job)
+                else:
+                    self._end()
+            finally:
+                # Last: what waits for a reading must not keep a GPU.
+                self._usage.stop()
+        return Result(self._folder, info, log_tail(self._folder.log(0), lines=10_000, limit=MAX_LOG))
+
+    def _end(self) -> None:
+        """Ends every process of the group. Raises JobFailed if one cannot be killed."""
+        if self._group.ended:
+            return
+        left = self._group.end()
+        # What explains a failure must not keep the GPUs: on a full disk it cannot be copied.
+        with contextlib.suppress(OSError):
+            self._group.hand_over(self._folder)
+        self._pool.forget(self._group)
+        if left:
+            pids = ", ".join(map(str, left))
+            raise self._failure(f"processes {pids} cannot be killed; they wait inside a driver", None)
+
+    def _ranks(self) -> dict[int, Seen]:
+        """Also those that waited for the job and have not taken it yet."""
+        waited = {rank: Seen.of(process, phase="start", step=0) for rank, process in enumerate(self._group.ranks)}
+        return waited | self._signs.ranks()
+
+    def _show_wait(self, reason: str) -> None:
+        self._on_progress(Progress(phase="start", message=reason))
+
+    def _report_wait(self) -> None:
+        """Of a job over several machines, whose agents wait for GPUs there."""
+        reason = self._group.waits()
+        if reason:
+            self._signs.restart()
+        if reason and reason != self._waits:
+            self._show_wait(reason)
+        self._waits = reason
+
+    def _report(self) -> None:
+        progress = read_progress(self._folder)
+        if progress is not None:
+            # Looked for second: a rank writes the picture of a step before it reports the step.
+            preview = self._preview.read()
+            progress = dataclasses.replace(progress, usage=in_words(self._usage.latest()))
+            if progress != self._shown or preview is not None:
+                self._shown = progress
+                self._on_progress(dataclasses.replace(progress, preview=preview))
+        for line in self._log.new_lines():
+            self._on_log_line(line)
+
+    def _read_usage(self) -> list[Usage]:
+        parallel = self._job.parallel
+        if parallel.hosts:
+            # Other machines' GPUs have the same numbers.
+            return []
+        if parallel.gpu_ids:
+            return gpu_usage(parallel.gpu_ids, all_gpus())
+        ranks = self._signs.ranks()
+        # Not of some of them: the others have only not been seen yet.
+        return process_usage(ranks[rank].process for rank in sorted(ranks)) if len(ranks) == parallel.gpu_count else []
+
+    def _stuck(self, problem: Problem) -> JobFailed:
+        """Has the ranks print their stacks, ends them and names the one that holds the others up."""
+        ranks = self._signs.ranks()
+        stacks = dump_stacks(self._folder, ranks, self._group.request_stacks)
+        suspect = find_suspect(ranks, stacks, self._job.parallel.gpu_count)
+        self._end()
+        mine = ranks.get(suspect)
+        what = "did not finish loading" if problem.setting == "start_timeout" else "made no progress"
+        where = f"in {mine.where}" if mine is not None else "before its first sign of life"
+        text = (
+            f"rank {suspect}{self._group.host_of(suspect)} {what} for {problem.seconds:g} s {where} "
+            f"({problem.setting} is {problem.seconds:g} s; raise it if that is too short)"
+        )
+        if mine is not None and mine.stopped:
+            text += "\nit is frozen: a signal (SIGSTOP) or a debugger stopped it"
+        text += "\nlast seen: " + ("; ".join(f"rank {r}: {s.where}" for r, s in sorted(ranks.items())) or "nothing")
+        if stacks.get(suspect):
+            text += f"\nits stack:\n{stacks[suspect]}"
+        return self._failure(text, RankFailure(rank=suspect))
+
+    def _failure_of_ranks(self) -> JobFailed:
+        count, lost = self._job.parallel.gpu_count, self._lost.failures
+        cause = root_cause(read_failures(self._folder, count, self._group.said, lost))
+        if cause is not None:
+            where = f"\nin {place(cause.phase, cause.step)}" if cause.phase else ""
+            return self._failure(cause.headline + self._group.host_of(cause.rank) + where, cause)
+        return self._failure(self._group.end_text(), None)
+
+    def _failure(self, text: str, cause: RankFailure | None) -> JobFailed:
+        path = self._folder.log(cause.rank if cause else 0)
+        tail = log_tail(path if path.exists() else self._folder.agent_log)
+        log = log_tail(self._folder.log(0), lines=10_000, limit=MAX_LOG)
+        kept = keep_failed(self._folder, self._failed)
+        out_of_memory = cause is not None and cause.out_of_memory
+        hint = advice(text, tail, out_of_memory=out_of_memory, killed=cause is not None and cause.signal == "SIGKILL")
+        command = shlex.join([sys.executable, str(worker_group.AGENT), "run", str(kept)])
+        does = "continues from its denoised latents" if JobDir(kept).latents.exists() else "repeats it"
+        again = f"the job is kept in {kept}; {command} {does}"
+        parts = [text, self._group.notes(), f"\nlast lines of its log:\n{tail}\n" if tail else "", again, hint]
+        return JobFailed(
+            "\n".join(part for part in parts if part),
+            rank=cause.rank if cause else None, out_of_memory=out_of_memory, folder=kept, log=log,
+        )  # fmt: skip
+
+
+def new_job_id() -> str:
+    return secrets.token_hex(16)

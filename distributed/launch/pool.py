@@ -1,0 +1,214 @@
+"""Groups of processes that stay warm: each waits a while for the next job of its kind. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..group.worker_group import WorkerGroup
+from ..hosts.hosts_group import HostsGroup
+from ..job.job import Job, ModelFiles, Parallel
+from ..job.job_folder import JobDir
+from ..machine.gpu_locks import GpuLocks, wait_for_gpus
+from ..machine.gpus import Gpu, list_gpus
+from ..machine.host_memory import available_bytes
+from ..machine.processes import Process
+
+
+@dataclass(slots=True)
+class _Member:
+    """A group that is alive, and what it is for."""
+
+    group: WorkerGroup
+    locks: GpuLocks
+    kind: Any
+    idle: bool = False
+    released: bool = False
+    """To end with its job."""
+    timer: threading.Timer | None = None
+    expires: float = 0.0
+    """By `time.monotonic()`; of an idle one."""
+    free_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Of its GPUs before it started, by index."""
+    host_bytes: int | None = None
+    """Of the host's memory that were available before it started."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupView:
+    """A group as the user is shown it."""
+
+    id: str
+    model: ModelFiles
+    parallel: Parallel
+    idle: bool
+    """It waits for a job."""
+    released: bool
+    """It ends with its job."""
+    seconds_left: float | None
+    """Until an idle one ends."""
+    job: JobDir | None
+    """Of its last job; gone once that is done."""
+    ranks: tuple[Process, ...]
+    """Empty during its first job."""
+
+
+def _kind(job: Job) -> tuple[Any, ...]:
+    """Jobs of equal kinds can use each other's processes: same files, same GPUs, same layout of the weights."""
+    parallel = dataclasses.replace(job.parallel, start_timeout=1.0, stall_timeout=1.0, keep_warm_seconds=0.0)
+    model = dataclasses.replace(job.model, high_noise_loras=(), low_noise_loras=())
+    return parallel, model
+
+
+class Pool:
+    """The groups of one process."""
+
+    def __init__(self) -> None:
+        self._members: list[_Member] = []
+        self._lock = threading.RLock()
+
+    def take(
+        self, job: Job, parent: Path, *, cancelled: Callable[[], bool], on_wait: Callable[[str], None]
+    ) -> WorkerGroup:
+        """A group for the job: the idle one of its kind, or a new one.
+
+        Idle groups of another kind that hold the job's GPUs (or memory, on a machine without one) are ended.
+
+        Args:
+            parent: where a new group's folder goes.
+            cancelled: asked while another program holds a GPU; then JobCancelled is raised.
+            on_wait: told what is waited for.
+        """
+        before: dict[str, int] = {}
+        host_bytes = self.host_bytes()
+        with self._lock:
+            for member in [member for member in self._members if member.idle]:
+                if member.kind == _kind(job) and member.group.usable:
+                    member.idle = False
+                    if member.timer is not None:
+                        member.timer.cancel()
+                    return member.group
+                if not member.group.usable or _overlap(member.kind[0].gpu_ids, job.parallel.gpu_ids):
+                    before |= member.free_bytes
+                    self._end(member)
+        # Over several machines each machine's agent waits for its own.
+        own_gpus = () if job.parallel.hosts else job.parallel.gpu_ids
+        locks = wait_for_gpus(own_gpus, cancelled=cancelled, on_wait=on_wait)
+        # The driver may need a moment to give back what an ended group held.
+        free = {gpu.index: max(gpu.free_bytes, before.get(gpu.index, 0)) for gpu in _gpus_of(own_gpus)}
+        try:
+            group = HostsGroup(job, parent) if job.parallel.hosts else WorkerGroup(job.parallel, parent)
+        except BaseException:
+            locks.release()
+            raise
+        with self._lock:
+            self._members.append(_Member(group, locks, _kind(job), free_bytes=free, host_bytes=host_bytes))
+        return group
+
+    def give_back(self, group: WorkerGroup, job: Job) -> None:
+        """After a good job: the group waits for the next one as long as the job says, or ends."""
+        with self._lock:
+            member = self._member(group)
+            seconds = job.parallel.keep_warm_seconds
+            if seconds > 0 and not member.released:
+                member.idle = True
+                member.expires = time.monotonic() + seconds
+                member.timer = threading.Timer(seconds, self._expire, [member])
+                member.timer.daemon = True
+                member.timer.start()
+                return
+        # Not under the lock: nobody else touches a group that is not idle, and those of a batch end side by side.
+        self._end(member)
+
+    def forget(self, group: WorkerGroup) -> None:
+        """After the group has ended: its GPUs are free for others."""
+        with self._lock:
+            member = self._member(group)
+            self._members.remove(member)
+            group.remove()
+            member.locks.release()
+
+    def release(self, group_id: str | None = None) -> int:
+        """Ends every idle group; GPU memory is free when this returns. Busy ones end with their job.
+
+        Args:
+            group_id: `GroupView.id` of the only one that is meant; one that has ended meanwhile is fine.
+        Returns:
+            how many ended now.
+        """
+        with self._lock:
+            meant = [member for member in self._members if group_id in (None, _id(member))]
+            idle = [member for member in meant if member.idle]
+            for member in meant:
+                member.released = True
+            for member in idle:
+                self._end(member)
+            return len(idle)
+
+    def without_idle(self, gpus: list[Gpu]) -> list[Gpu]:
+        """The GPUs with the free memory that they have once the idle groups on them have ended.
+
+        What others have taken since a group started is not seen.
+        """
+        with self._lock:
+            idle = [member for member in self._members if member.idle]
+            before = {index: free for member in idle for index, free in member.free_bytes.items()}
+        return [_with_free(gpu, before) for gpu in gpus]
+
+    def host_bytes(self) -> int | None:
+        """The host's memory that is available once the idle groups have ended; None if the system does not tell.
+
+        Those on GPUs that the next job leaves alone count as well.
+        """
+        with self._lock:
+            before = [member.host_bytes for member in self._members if member.idle]
+        return max((size for size in (available_bytes(), *before) if size is not None), default=None)
+
+    def view(self) -> list[GroupView]:
+        """The groups that are alive, in the order in which they started."""
+        now = time.monotonic()
+        with self._lock:
+            return [
+                GroupView(
+                    id=_id(member), parallel=member.kind[0], model=member.kind[1], idle=member.idle,
+                    released=member.released, seconds_left=max(0.0, member.expires - now) if member.idle else None,
+                    job=member.group.job, ranks=tuple(member.group.ranks),
+                )
+                for member in self._members
+            ]  # fmt: skip
+
+    def _member(self, group: WorkerGroup) -> _Member:
+        return next(member for member in self._members if member.group is group)
+
+    def _expire(self, member: _Member) -> None:
+        with self._lock:
+            # Taken in the moment in which its time ran out.
+            if member.idle and member in self._members:
+                self._end(member)
+
+    def _end(self, member: _Member) -> None:
+        if member.timer is not None:
+            member.timer.cancel()
+        member.group.end()
+        self.forget(member.group)
+
+
+def _with_free(gpu: Gpu, before: dict[str, int]) -> Gpu:
+    return dataclasses.replace(gpu, free_bytes=max(gpu.free_bytes, before.get(gpu.index, 0)))
+
+
+def _gpus_of(gpu_ids: tuple[str, ...]) -> list[Gpu]:
+    return [gpu for gpu in list_gpus() if gpu.index in gpu_ids] if gpu_ids else []
+
+
+def _id(member: _Member) -> str:
+    return member.group.folder.path.name
+
+
+def _overlap(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+    return not a or not b or bool(set(a) & set(b))

@@ -1,0 +1,37 @@
+"""What a job that went well has made, and whether it has. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ...wan.files.headers import read_header
+from ..job.job import VERSION, Job, JobError
+from ..job.job_folder import JobDir
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished job. Its folder is the caller's to remove."""
+
+    folder: JobDir
+    info: dict[str, Any]
+    """result.json."""
+    log: str
+    """Rank 0's log, its last 64 KiB."""
+
+    def remove(self) -> None:
+        self.folder.remove()
+
+
+def checked_result(folder: JobDir, job: Job) -> dict[str, Any]:
+    """result.json. Raises JobError or ValueError where it, or a file that it promises, is not what the job makes."""
+    info = folder.read_json(folder.result)
+    if info.get("id") != job.id or info.get("version") != VERSION:
+        raise JobError(f"result.json is of job {info.get('id')!r}, not of {job.id!r}")
+    samples = read_header(folder.latents).tensors.get("samples")
+    if samples is None or samples.dtype != "F32" or list(samples.shape) != info.get("latents", {}).get("shape"):
+        raise JobError("latents.safetensors is not what result.json promises")
+    if job.decode and (not folder.video.is_file() or folder.video.stat().st_size == 0):
+        raise JobError("video.mp4 is missing or empty")
+    return info

@@ -1,0 +1,1 @@
+"""The machine: its GPUs, their locks, memory and processes. Loads without torch."""

@@ -1,0 +1,127 @@
+"""What this machine must have before a job starts: asked once, before any process. Standard library only."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..job.errors import JobError
+from ..job.sampling import Sampling
+from .programs import ask_program
+
+MINIMUM_TORCH = (2, 6)
+"""The first with fully_shard in torch.distributed.fsdp and set_priority in sdpa_kernel."""
+PACKAGES = {
+    "torch": "torch",
+    "safetensors": "safetensors",
+    "diffusers": "diffusers",
+    "transformers": "transformers",
+    "sentencepiece": "sentencepiece",
+    "ftfy": "ftfy",
+    "imageio_ffmpeg": "imageio-ffmpeg",
+}
+"""Module that a job imports -> the name under which pip installs it."""
+ENCODER_ONLY = ("transformers", "sentencepiece", "ftfy")
+"""Of these, what only encoding a prompt needs."""
+FFMPEG_TIMEOUT = 30.0
+"""Seconds for a video of one frame."""
+MIN_FREE_BYTES = 64 << 20
+"""Beside latents and video: logs, small files."""
+
+
+def require_platform() -> None:
+    """Raises JobError where jobs cannot run."""
+    if sys.platform != "linux":
+        raise JobError(
+            f"this system is {sys.platform}; videos are made on Linux (or WSL2) only: NCCL and the way the processes "
+            "are tied to ComfyUI need it"
+        )
+
+
+def check_prerequisites(*, encodes: bool, decodes: bool) -> None:
+    """Raises JobError with what is missing and the command that installs it.
+
+    Args:
+        encodes: whether the job encodes prompts.
+        decodes: whether it writes a video.
+    """
+    require_platform()
+    unneeded = {*(() if encodes else ENCODER_ONLY), *(() if decodes else ("imageio_ffmpeg",))}
+    problems = [
+        packages_problem([module for module in PACKAGES if module not in unneeded]),
+        torch_problem(),
+        ffmpeg_problem() if decodes else "",
+    ]
+    for problem in problems:
+        if problem:
+            raise JobError(problem)
+
+
+def packages_problem(modules: Sequence[str] = tuple(PACKAGES)) -> str:
+    """What is not installed, with the command that does; empty if all is there."""
+    missing = [PACKAGES[module] for module in modules if importlib.util.find_spec(module) is None]
+    if not missing:
+        return ""
+    names = " ".join(missing)
+    return f"not installed in ComfyUI's Python: {', '.join(missing)}; run {sys.executable} -m pip install {names}"
+
+
+def torch_problem() -> str:
+    """Why torch's version does not do; empty if it does."""
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        # A build from source without metadata: packages_problem looks whether it is there at all.
+        return ""
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if numbers >= MINIMUM_TORCH:
+        return ""
+    return f"torch is {version}; it must be {'.'.join(map(str, MINIMUM_TORCH))} or newer"
+
+
+def ffmpeg_problem() -> str:
+    """Why no video can be written; empty if ffmpeg encodes one frame."""
+    remedy = "run pip install imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to an ffmpeg with libx264"
+    try:
+        import imageio_ffmpeg
+
+        # As VideoWriter feeds it, into nothing.
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "yuv420p"]
+        command += ["-s", "16x16", "-r", "1", "-i", "-", "-c:v", "libx264", "-f", "null", "-"]
+        ended = ask_program(command, given=bytes(16 * 16 * 3 // 2), timeout=FFMPEG_TIMEOUT)
+    # RuntimeError: imageio-ffmpeg found none.
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"ffmpeg is missing: {error}; {remedy}, or turn decode_video off"
+    except subprocess.TimeoutExpired:
+        return f"ffmpeg did not write one frame within {FFMPEG_TIMEOUT:g} s; {remedy}"
+    if ended.returncode:
+        words = ended.stderr.decode(errors="replace").strip()[-500:] or f"exit code {ended.returncode}"
+        return f"ffmpeg cannot write H.264 video: {words}; {remedy}"
+    return ""
+
+
+def writing_problem(folder: Path) -> str:
+    """Why no file can be made in a folder; empty if one can. Makes the folder if it is missing, leaves no file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return f"{folder} cannot be written to: {error.strerror}; correct its permissions, or choose another folder"
+
+
+def space_problem(folder: Path, sampling: Sampling) -> str:
+    """Why what a job makes would not fit on the disk of an existing folder; empty if it does."""
+    # Latents are 4 bytes x 16 channels per 8x8x4 pixels; a noisy mp4 stays under half a byte per pixel.
+    needed = MIN_FREE_BYTES + sampling.width * sampling.height * sampling.num_frames * 3 // 4
+    free = shutil.disk_usage(folder).free
+    if free >= needed:
+        return ""
+    return f"{folder} has {free / 2**20:.0f} MiB free; the job needs {needed / 2**20:.0f} MiB. Free some space there"

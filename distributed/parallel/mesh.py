@@ -1,0 +1,125 @@
+"""The process group of a job and how its ranks are laid out. Nothing else holds groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..hosts.network import open_store
+from ..machine.loopback import listen
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Ranks as a table of `cfg` rows and `ulysses` columns; neighbours in a row are neighbours in rank.
+
+    A row shares one sequence (Ulysses). With two rows, one computes what the prompt asks for and the other what the
+    negative prompt does (CFG parallel). All ranks together share one copy of the weights under FSDP. Ranks are numbered
+    machine by machine, so that of two machines each is a row, and only CFG's one exchange per step leaves it.
+    """
+
+    world: DeviceMesh
+    """All ranks, in one dimension."""
+    ulysses_group: dist.ProcessGroup
+    """This rank's row."""
+    cfg_group: dist.ProcessGroup | None
+    """This rank's column: the ranks that hold the same tokens for both prompts; None without CFG parallel."""
+
+    @classmethod
+    def of(cls, device_type: str, world: int, *, cfg: int = 1, timeout: timedelta | None = None) -> Mesh:
+        """Over the default process group, which `world` ranks have joined.
+
+        Args:
+            cfg: rows, 1 or a divisor of `world`.
+            timeout: of the rows' and columns' collectives, which do not take over the default group's; None for
+                torch's own.
+        """
+        assert world % cfg == 0, f"{cfg} rows do not divide {world} ranks"
+        line = init_device_mesh(device_type, (world,))
+        if cfg == 1:
+            return cls(line, line.get_group(), None)
+        rows = torch.arange(world).view(cfg, -1)
+        row, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)
+        column, _ = dist.new_subgroups_by_enumeration(rows.T.tolist(), timeout=timeout)
+        return cls(line, row, column)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """Of all ranks."""
+        return self.world.get_group()
+
+    @property
+    def ulysses_rank(self) -> int:
+        return self.ulysses_group.rank()
+
+    @property
+    def ulysses_size(self) -> int:
+        return self.ulysses_group.size()
+
+    @property
+    def cfg_rank(self) -> int:
+        """0 for the prompt, 1 for the negative prompt."""
+        return 0 if self.cfg_group is None else self.cfg_group.rank()
+
+
+def init_mesh(
+    *,
+    rank: int,
+    world: int,
+    cfg: int = 1,
+    device: torch.device,
+    store_file: Path | None,
+    master_port: int,
+    timeout: float,
+    published: Path | None = None,
+) -> Mesh | None:
+    """Joins the process group and lays the mesh over it. None for a single rank: there is nobody to talk to.
+
+    Args:
+        cfg: rows of the mesh, 1 or 2.
+        store_file: file for the rendezvous, in memory; not used over several machines or with `master_port`.
+        master_port: TCP port on 127.0.0.1 for the rendezvous instead.
+        timeout: seconds after which a collective that a peer never joined fails.
+        published: over several machines, the file in which rank 0 says where it listens for the others.
+    """
+    if world == 1:
+        return None
+    limit = timedelta(seconds=timeout)
+    if published is not None:
+        store: dist.Store = open_store(published, listens=rank == 0, world=world, timeout=timeout, port=master_port)
+    elif master_port:
+        store = _tcp_store(master_port, rank=rank, world=world, timeout=limit)
+    else:
+        assert store_file is not None, "the launcher gives the ranks one"
+        store = dist.FileStore(str(store_file), world)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=limit,
+        device_id=device if device.type == "cuda" else None,
+    )
+    return Mesh.of(device.type, world, cfg=cfg, timeout=limit)
+
+
+def _tcp_store(port: int, *, rank: int, world: int, timeout: timedelta) -> dist.TCPStore:
+    """torch's TCPStore, listening on 127.0.0.1 only: by itself it listens on every interface."""
+    if rank > 0:
+        return dist.TCPStore("127.0.0.1", port, world, is_master=False, timeout=timeout)
+    listener = listen(port)
+    # The store owns the descriptor from here on.
+    return dist.TCPStore(
+        "127.0.0.1",
+        port,
+        world,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )

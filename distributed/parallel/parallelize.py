@@ -1,0 +1,103 @@
+"""Applies sequence parallelism, compilation and sharding to the model, from outside."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from ...wan.model.attention import Attention
+from ...wan.model.ops import OPS
+from ...wan.model.transformer import WanModel, local_attention
+from ..job.job import FFN_CHUNK
+from .mesh import Mesh
+from .sequence import SequenceShard
+from .symmetric import SymmetricUlysses
+from .ulysses import DeepSpeedUlysses, Exchange, PackedUlysses
+
+
+class MakeExchange(Protocol):
+    def __call__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> Exchange:
+        """attention: the kernel, for this rank's heads of all tokens."""
+
+
+ENGINES: dict[str, MakeExchange] = {
+    "packed": PackedUlysses,
+    "symmetric": SymmetricUlysses,
+    "deepspeed": DeepSpeedUlysses,
+}
+"""The names are those of `Parallel.ulysses_engine`."""
+
+
+def set_shard(model: WanModel, shard: SequenceShard) -> None:
+    """Tells a parallelized model which tokens it gets from now on: another video has another length."""
+    # One engine serves all blocks; a kernel that knows nothing of ranks needs no telling.
+    engine = model.blocks[0].self_attn.attention
+    if hasattr(engine, "shard"):
+        engine.shard = shard
+
+
+def parallelize_wan(
+    model: WanModel,
+    mesh: Mesh | None,
+    *,
+    shard: SequenceShard,
+    attention: Attention,
+    use_fsdp: bool,
+    gather: str = "block",
+    ulysses_engine: str,
+    torch_compile: bool,
+    memory_optimization: bool,
+    ops: str = "plain",
+) -> None:
+    """Changes `model` (on the meta device or not) in place.
+
+    The order matters: attention is replaced first, so that what is compiled never holds a collective; compiled
+    segments come before `fully_shard`, so that its hooks gather a block's weights outside of the graph.
+
+    Args:
+        mesh: the ranks, or None for one.
+        shard: this rank's tokens; a world of 1 there means that every rank runs the whole sequence.
+        attention: the kernel of self-attention.
+        use_fsdp: shard each block's weights over the mesh.
+        gather: a name in `job.GATHERS`; with "expert" what is gathered stays until `release_gathered`.
+        ulysses_engine: a name in `ENGINES`.
+        ops: a name in `OPS`: the arithmetic around the matrix products.
+    """
+    arithmetic = OPS[ops]()
+    for block in model.blocks:
+        block.ops = arithmetic
+    token_attention = local_attention(attention)
+    if shard.world > 1:
+        token_attention = ENGINES[ulysses_engine](mesh.ulysses_group, shard, attention)
+    for block in model.blocks:
+        block.self_attn.attention = token_attention
+    if memory_optimization:
+        for block in model.blocks:
+            block.ffn_chunk = FFN_CHUNK
+    if torch_compile:
+        for block in model.blocks:
+            block.attention_inputs = torch.compile(block.attention_inputs)
+            block.self_attn.queries_keys_values = torch.compile(block.self_attn.queries_keys_values)
+            block.attention_outputs = torch.compile(block.attention_outputs)
+    if use_fsdp and mesh is not None:
+        # Here because it takes seconds to import.
+        from torch.distributed.fsdp import fully_shard
+
+        drop = gather == "block"
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh.world, reshard_after_forward=drop)
+        # By default the root keeps what it gathered, which offload would then leave on the device.
+        fully_shard(model, mesh=mesh.world, reshard_after_forward=drop)
+        # Asked for before a block begins, so that its all-to-alls do not queue before the next block's weights.
+        for block, following in pairwise(model.blocks):
+            block.set_modules_to_forward_prefetch([following])
+
+
+def release_gathered(model: WanModel) -> None:
+    """Drops what FSDP has gathered and kept; this rank's shards stay. Nothing happens to a model without FSDP."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()

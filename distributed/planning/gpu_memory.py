@@ -1,0 +1,208 @@
+"""How much GPU memory a job takes, before it runs. Standard library only.
+
+The terms follow what the code allocates; the tests hold their sum against the measured peaks of torch's allocator.
+In the formulas S = tokens of one rank, C = channels, R = rows of text.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ...wan.model.config import PATCH_SIZE, TEMPORAL_STRIDE, TEXT_LEN, WanConfig
+from ..job.job import FFN_CHUNK, Parallel
+
+GIB = 2**30
+GATHERED_BLOCKS = 3
+"""The one at work, the next, and the buffer that it arrives in."""
+STREAMED_BLOCKS = 2
+VAE_PIXEL_BYTES = 15_100
+"""Per pixel of a frame, decoding in bf16: 5.6 GiB were measured at 832x480."""
+CONTEXT_BYTES = int(0.6 * GIB)
+"""A process's CUDA context and library handles, which torch's peak leaves out."""
+NCCL_BYTES = int(0.7 * GIB)
+"""Of a process that talks to others."""
+FRAGMENTATION = 0.06
+"""Of what is allocated and freed at every step: the allocator's blocks are larger than what they hold."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """What has to be computed, whatever it runs on."""
+
+    config: WanConfig
+    stride: int
+    """Pixels per latent row and column."""
+    width: int
+    height: int
+    num_frames: int
+    steps: int
+    experts: tuple[int, ...]
+    """Bytes of each expert's parameters as they are kept on one GPU."""
+    block_bytes: int
+    """Of one transformer block."""
+    fp8: bool = False
+    """Weights stay fp8 and are unpacked for use."""
+    vae_bytes: int = 0
+    """Of the VAE's parameters in bf16."""
+    text_bytes: int = 0
+    """Of the text encoder, if the job runs it."""
+    guided: bool = False
+    """Steps evaluate the model for the negative prompt too."""
+    given_frames: bool = False
+    """Some tokens have a timestep of their own (`wan.denoise.Known`)."""
+    decode: bool = True
+
+    @property
+    def pixel_multiple(self) -> int:
+        """Of width and height."""
+        return self.stride * PATCH_SIZE[1]
+
+    @property
+    def tokens(self) -> int:
+        frames = (self.num_frames - 1) // TEMPORAL_STRIDE + 1
+        return frames * (self.height // self.pixel_multiple) * (self.width // self.pixel_multiple)
+
+    @property
+    def outside_bytes(self) -> int:
+        """Of an expert's parameters outside of its blocks."""
+        return max(self.experts) - self.config.num_layers * self.block_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes on each GPU at the worst moment of a job."""
+
+    weights: int
+    gathered: int
+    text: int
+    """Cached cross-attention keys and values, and the text encoder while it is loaded."""
+    activations: int
+    vae: int
+    process: int
+    """What torch does not count: context, NCCL, memory that other GPUs write to, fragmentation."""
+
+    @property
+    def torch_peak(self) -> int:
+        """As `torch.cuda.max_memory_allocated` has it."""
+        return self.total - self.process
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gathered + self.text + self.activations + self.vae + self.process
+
+
+def estimate(work: Workload, parallel: Parallel) -> Estimate:
+    """The largest of a job's phases: prompts encoded, video denoised, video decoded."""
+    warm = parallel.keep_warm_seconds > 0
+    rest = weights_at_rest(work, parallel)
+    phases = [
+        (rest, gathered_bytes(work, parallel), kept_text_bytes(work, parallel), activation_bytes(work, parallel),
+         work.vae_bytes),
+        (rest if warm else 0, 0, work.text_bytes, 0, 0),
+    ]  # fmt: skip
+    if work.decode:
+        phases.append((rest if warm else 0, 0, 0, 0, vae_decode_bytes(work, parallel)))
+    # Taken with the first step, and kept until the processes end.
+    peers = [peer_bytes(work, parallel) * held for held in (True, warm, True)]
+    return max(
+        (
+            Estimate(*phase, process_bytes(parallel, *phase[2:]) + shared)
+            for phase, shared in zip(phases, peers, strict=False)
+        ),
+        key=lambda e: e.total,
+    )
+
+
+def compute_bytes(parallel: Parallel) -> int:
+    """Per element of the matrix products."""
+    return 4 if parallel.mixed_precision == "fp32" else 2
+
+
+def rank_tokens(work: Workload, parallel: Parallel) -> int:
+    """S, padding included."""
+    return -(-work.tokens // parallel.ulysses_size) if parallel.use_ulysses else work.tokens
+
+
+def weights_at_rest(work: Workload, parallel: Parallel) -> int:
+    """Bytes that stay on each GPU between blocks."""
+    if parallel.stream_blocks:
+        return work.outside_bytes + STREAMED_BLOCKS * work.block_bytes
+    held = max(work.experts) if parallel.offload_model else sum(work.experts)
+    return held // (parallel.gpu_count if parallel.use_fsdp else 1)
+
+
+def parked_bytes(work: Workload, parallel: Parallel) -> int:
+    """Bytes of host memory of all ranks together for weights that wait there.
+
+    Where the processes end with the job, an expert is dropped when the other takes over.
+    """
+    if parallel.stream_blocks:
+        return (sum if parallel.keep_warm_seconds else max)(work.experts) * parallel.gpu_count
+    if not parallel.offload_model or not parallel.keep_warm_seconds or len(work.experts) < 2:
+        return 0
+    return max(work.experts) * (1 if parallel.use_fsdp else parallel.gpu_count)
+
+
+def gathered_bytes(work: Workload, parallel: Parallel) -> int:
+    """Bytes that FSDP gathers from the other ranks at a time."""
+    if not parallel.use_fsdp or parallel.gpu_count == 1:
+        return 0
+    if parallel.gather == "expert":
+        return max(work.experts) + work.block_bytes
+    return work.outside_bytes + GATHERED_BLOCKS * work.block_bytes
+
+
+def kept_text_bytes(work: Workload, parallel: Parallel) -> int:
+    """Bytes of the cross-attention's keys and values, 2 * L * R * C elements a prompt."""
+    if parallel.memory_optimization:
+        return 0
+    prompts = 2 if work.guided and not parallel.cfg_parallel else 1
+    config = work.config
+    return prompts * 2 * config.num_layers * TEXT_LEN * config.dim * compute_bytes(parallel)
+
+
+def activation_bytes(work: Workload, parallel: Parallel) -> int:
+    """Bytes at the fullest of a block's three moments, in units of S * C.
+
+    b is an element of the matrix products, 4 one of the fp32 residual. Eager PyTorch keeps every fp32 intermediate of
+    a normalisation or rotation; a compiled segment keeps what goes in and what comes out.
+    """
+    config, b, tokens = work.config, compute_bytes(parallel), rank_tokens(work, parallel)
+    # Before the attention: the residual, its modulated copy, q, and k on its way through norm and rotation.
+    inputs = 4 + 6 * b if parallel.torch_compile else 24 + 2 * b
+    # Around it: q, k, v three times where an all-to-all sends and receives them.
+    shared = parallel.use_ulysses and parallel.ulysses_size > 1
+    attention = 4 + (10 if shared else 4) * b
+    # Behind it: the residual before and after, q, k, v, the attention's result, then a norm or the feed-forward.
+    chunk = min(FFN_CHUNK / tokens, 1) if parallel.memory_optimization else 1
+    hidden = config.ffn_dim / config.dim * chunk * (1 if parallel.torch_compile else 2) * b
+    outputs = 8 + 5 * b + max(hidden + (2 * b if chunk < 1 else 0), 0 if parallel.torch_compile else 12 - b)
+    if work.given_frames:
+        # Modulation by token: six fp32 rows for each.
+        inputs, outputs = inputs + 24, outputs + 24
+    unpacked = config.ffn_dim * config.dim * b if work.fp8 else 0
+    rotary = tokens * config.head_dim * 4
+    return int(max(inputs, attention, outputs) * tokens * config.dim) + rotary + unpacked
+
+
+def peer_bytes(work: Workload, parallel: Parallel) -> int:
+    """Bytes that a symmetric exchange holds: q, k, v and the result as they arrive, and two of them on their way."""
+    if parallel.ulysses_engine != "symmetric" or not parallel.use_ulysses or parallel.ulysses_size == 1:
+        return 0
+    # Every rank has room for the heads of the one with most.
+    most = -(-work.config.num_heads // parallel.ulysses_size) * parallel.ulysses_size / work.config.num_heads
+    return int((3 * most + 3) * rank_tokens(work, parallel) * work.config.dim * compute_bytes(parallel))
+
+
+def vae_decode_bytes(work: Workload, parallel: Parallel) -> int:
+    """Bytes of the VAE and of one chunk of frames in it; rows are split over the ranks that there are rows for."""
+    width = 2 if parallel.mixed_precision == "bf16" else 4
+    rows = work.height // work.stride
+    split = parallel.gpu_count if rows >= parallel.gpu_count else 1
+    return (work.vae_bytes + work.width * math.ceil(rows / split) * work.stride * VAE_PIXEL_BYTES) * width // 2
+
+
+def process_bytes(parallel: Parallel, *changing: int) -> int:
+    """Bytes that nvidia-smi shows beyond torch's peak. changing: what is allocated and freed at every step."""
+    return CONTEXT_BYTES + (NCCL_BYTES if parallel.gpu_count > 1 else 0) + int(FRAGMENTATION * sum(changing))

@@ -1,0 +1,165 @@
+"""Checks a job against its files before any process starts. Reads headers only."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+
+from ...wan.checkpoint.checkpoint import Checkpoint
+from ...wan.files.identify import noise_side
+from ...wan.lora.lora import Lora
+from ...wan.model.config import WanConfig
+from ...wan.sampling.denoise import HIGH_NOISE, LOW_NOISE
+from ...wan.text.t5_keys import check_text_encoder_files
+from ...wan.vae.latents import SPATIAL_STRIDES, pixel_multiple
+from ...wan.vae.vae_keys import check_vae_file
+from ..job.input_tensors import Shape, check_inputs
+from ..job.job import Job, ModelFiles, Sampling
+
+SPARSE_HEAD_DIM = 128
+"""Of `attention` sol."""
+SIZE_MULTIPLE = pixel_multiple(16)
+"""Of width and height, for every model but TI2V-5B, whose tokens are twice as wide."""
+
+
+def check_size(name: str, value: int, multiple: int = SIZE_MULTIPLE) -> None:
+    """Raises ValueError naming the two nearest sizes unless `value` is a whole number of tokens."""
+    if value % multiple:
+        below = max(value // multiple, 1) * multiple
+        raise ValueError(
+            f"{name} is {value}; it must be a multiple of {multiple}. The nearest are {below} and {below + multiple}"
+        )
+
+
+def needs_negative(model: ModelFiles, sampling: Sampling) -> bool:
+    """Whether an unconditional pass runs at all."""
+    low = bool(model.low_noise) and sampling.guidance_low != 1
+    return low or (bool(model.high_noise) and sampling.guidance_high != 1)
+
+
+def always_guided(model: ModelFiles, sampling: Sampling) -> bool:
+    """Whether every step has an unconditional pass, as far as the experts that the model has go."""
+    guidance = [(model.low_noise, sampling.guidance_low), (model.high_noise, sampling.guidance_high)]
+    return all(scale != 1 for files, scale in guidance if files)
+
+
+def check_model(model: ModelFiles, on_report: Callable[[str], None] = lambda line: None) -> WanConfig:
+    """The transformer's sizes, once the headers show that all files are what they should be and belong together.
+
+    Args:
+        on_report: told of each LoRA that fits in part.
+    Raises:
+        ValueError: naming the file, what it is and what was expected.
+    """
+    experts = [Checkpoint([part.path for part in files]) for files in (model.high_noise, model.low_noise) if files]
+    config = experts[0].config
+    for other in experts[1:]:
+        if other.config != config:
+            raise ValueError(
+                f"the experts do not belong together: {experts[0].label} is {config}, {other.label} is {other.config}"
+            )
+    if config.out_dim not in SPATIAL_STRIDES:
+        raise ValueError(
+            f"{experts[0].label} makes latents of {config.out_dim} channels; the VAEs have {list(SPATIAL_STRIDES)}"
+        )
+    vae = model.vae[0].path
+    z_dim = check_vae_file(vae).z_dim
+    if z_dim is not None and z_dim != config.out_dim:
+        raise ValueError(f"{vae} decodes {z_dim} channels; the transformer makes {config.out_dim}")
+    for report in _lora_reports(model, experts):
+        on_report(report)
+    if model.text_encoder:
+        encoder = [part.path for part in model.text_encoder]
+        dim = check_text_encoder_files(encoder, [part.path for part in model.tokenizer]).dim
+        if dim is not None and dim != config.text_dim:
+            raise ValueError(f"{encoder[0]} makes rows of {dim} channels; the transformer takes {config.text_dim}")
+    return config
+
+
+def _lora_reports(model: ModelFiles, experts: list[Checkpoint]) -> Iterator[str]:
+    """A line for each LoRA of which something does not fit. Opening one refuses it if nothing does."""
+    slots = [(name, getattr(model, f"{name}_loras")) for name in (HIGH_NOISE, LOW_NOISE) if getattr(model, name)]
+    for expert, (name, loras) in zip(experts, slots, strict=True):
+        for lora in loras:
+            opened = Lora(lora.file.path, lora.strength, expert.shapes, expert=name)
+            if opened.skipped or not opened.applied:
+                yield opened.report()
+
+
+def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
+    """Everything that can be known to be wrong without running.
+
+    Args:
+        shapes: of the tensors that travel with the job, by name (inputs.py).
+    Returns:
+        warnings for the status.
+    Raises:
+        ValueError: naming the field or the file, its value and what is allowed.
+    """
+    sampling, parallel, model = job.sampling, job.parallel, job.model
+    warnings: list[str] = []
+    config = check_model(model, warnings.append)
+    for name in ("width", "height"):
+        check_size(name, getattr(sampling, name), pixel_multiple(config.out_dim))
+    check_inputs(job, config, shapes)
+    if job.text is None and "context_null" not in shapes and needs_negative(model, sampling):
+        raise ValueError(
+            f"guidance is {sampling.guidance_low} (low) and {sampling.guidance_high} (high), which needs "
+            "negative embeddings; connect them, or set both to 1"
+        )
+    if parallel.attention == "sol" and config.head_dim != SPARSE_HEAD_DIM:
+        raise ValueError(
+            f"attention is 'sol', which is for heads of {SPARSE_HEAD_DIM} channels; this model's have "
+            f"{config.head_dim}. Choose 'auto'"
+        )
+    if parallel.cfg_parallel and not needs_negative(model, sampling):
+        raise ValueError(
+            f"cfg_parallel is on, but guidance is {sampling.guidance_low:g} (low) and {sampling.guidance_high:g} "
+            "(high): there is no second pass for the other GPUs; turn it off"
+        )
+    warnings += _side_warnings(model, sampling)
+    if parallel.gpu_count == 1:
+        for name in ("use_fsdp", "master_port"):
+            if getattr(parallel, name):
+                warnings.append(f"{name} has no effect on one GPU")
+    elif parallel.use_ulysses:
+        warnings += _check_engine(job, config.num_heads)
+    return tuple(warnings)
+
+
+def _check_engine(job: Job, heads: int) -> list[str]:
+    parallel, ranks = job.parallel, job.parallel.ulysses_size
+    if parallel.ulysses_engine == "deepspeed":
+        if heads % ranks:
+            divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+            raise ValueError(
+                f"ulysses_engine is 'deepspeed' and {ranks} GPUs share a sequence, which does not divide the "
+                f"model's {heads} heads. Choose gpu_count {', '.join(divisors)}, or ulysses_engine 'packed'"
+            )
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ValueError("ulysses_engine is 'deepspeed', which is not installed; choose 'packed' or install it")
+    if heads % ranks:
+        most, least = -(-heads // ranks), heads // ranks
+        return [
+            f"{heads} heads do not divide by {ranks} GPUs: some compute {most}, some {least}; "
+            "attention runs at the pace of the fullest"
+        ]
+    return []
+
+
+def _side_warnings(model: ModelFiles, sampling: Sampling) -> Iterator[str]:
+    if not (model.high_noise and model.low_noise):
+        path = model.transformer[0].path
+        side, whole = noise_side(path), len(sampling.step_range) == sampling.schedule_steps
+        if side is not None and whole:
+            yield f"only one expert is given, which looks like the {side}-noise one, and it runs every step: {path}"
+        return
+    high, low = model.high_noise[0].path, model.low_noise[0].path
+    if model.high_noise == model.low_noise:
+        yield f"both experts are the same file, {high}"
+        return
+    sides = noise_side(high), noise_side(low)
+    if sides == ("low", "high"):
+        yield f"the experts look swapped: high_noise is {high}, low_noise is {low}"
+    elif sides[0] is not None and sides[0] == sides[1]:
+        yield f"both experts look like the {sides[0]}-noise one: {high} and {low}"

@@ -1,0 +1,1 @@
+"""[rank] One process per GPU: joins, loads, denoises, decodes, writes."""

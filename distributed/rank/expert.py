@@ -1,0 +1,235 @@
+"""The two experts of one job on one rank: loaded, parallelized, switched and asked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...wan.checkpoint.checkpoint import Checkpoint
+from ...wan.checkpoint.weights import empty_model, read_weights
+from ...wan.lora.lora import Lora, changes
+from ...wan.model.attention import Attention, attention
+from ...wan.model.config import PATCH_SIZE
+from ...wan.model.rope import rope_table
+from ...wan.model.transformer import TextContext, WanModel, pad_text
+from ..job.job import Parallel
+from ..parallel.mesh import Mesh
+from ..parallel.parallelize import parallelize_wan, release_gathered
+from ..parallel.sequence import SequenceShard
+from .offload import HostParking
+from .streaming import BlockStream
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""The names are those of `Parallel.mixed_precision`."""
+
+Weights = HostParking | BlockStream
+"""What holds an expert's weights, and takes them off the device and back."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One expert with its memory, whose weights are still to be read."""
+
+    model: WanModel
+    weights: Weights
+    read: Callable[..., None]
+    """Reads them; takes the callbacks of `read_weights`."""
+
+
+def build_expert(
+    files: Sequence[str],
+    loras: Sequence[tuple[str, float]] = (),
+    *,
+    parallel: Parallel,
+    mesh: Mesh | None,
+    shard: SequenceShard,
+    device: torch.device,
+    expert: str | None = None,
+    attention: Attention = attention,
+    ops: str = "plain",
+) -> Expert:
+    """One expert on `device`, parallelized over `mesh` as `parallel` says.
+
+    Args:
+        loras: (path, strength) of each LoRA to merge.
+        expert: HIGH_NOISE or LOW_NOISE, for a LoRA file that holds both experts' changes.
+    """
+    checkpoint = Checkpoint(files)
+    opened = [Lora(path, strength, checkpoint.shapes, expert=expert) for path, strength in loras]
+    for lora in opened:
+        log.info(lora.report())
+    log.info(checkpoint.describe())
+    model = empty_model(
+        checkpoint, COMPUTE_DTYPES[parallel.mixed_precision], opened, fp8_products=parallel.linear_precision == "fp8"
+    )
+    parallelize_wan(
+        model,
+        mesh,
+        shard=shard,
+        attention=attention,
+        use_fsdp=parallel.use_fsdp,
+        gather=parallel.gather,
+        ulysses_engine=parallel.ulysses_engine,
+        torch_compile=parallel.torch_compile,
+        memory_optimization=parallel.memory_optimization,
+        ops=ops,
+    )
+    if parallel.stream_blocks:
+        weights: Weights = BlockStream(model, device)
+    else:
+        model.to_empty(device=device)
+        weights = HostParking(model)
+
+    def read(**how: Any) -> None:
+        with weights.writable():
+            read_weights(model, checkpoint, device=device, loras=opened, **how)
+
+    return Expert(model, weights, read)
+
+
+def load_expert(
+    files: Sequence[str],
+    loras: Sequence[tuple[str, float]] = (),
+    *,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    meanwhile: Callable[[], None] = lambda: None,
+    on_weights: Callable[[Weights], None] = lambda weights: None,
+    **settings: Any,
+) -> WanModel:
+    """What `build_expert` makes with the same `settings`, its weights read.
+
+    Args:
+        meanwhile: called on this thread while others read the weights.
+        on_weights: given what holds the weights.
+    """
+    built = build_expert(files, loras, **settings)
+    built.read(on_tensor=on_tensor, meanwhile=meanwhile)
+    on_weights(built.weights)
+    return built.model
+
+
+def relora_expert(
+    model: WanModel,
+    files: Sequence[str],
+    before: Sequence[str],
+    loras: Sequence[tuple[str, float]],
+    *,
+    device: torch.device,
+    expert: str | None = None,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+) -> bool:
+    """Makes a loaded expert what `load_expert` with other LoRAs would give; reads only weights that a LoRA changes.
+
+    Args:
+        model: from `load_expert` with the LoRA files `before`.
+    Returns:
+        False, with `model` as it was, if its parameters would be of other kinds: an fp8 weight that a LoRA changes has
+        a scale for each row.
+    """
+    checkpoint = Checkpoint(files)
+    opened = [Lora(path, strength, checkpoint.shapes, expert=expert) for path, strength in loras]
+    old = [Lora(path, 1.0, checkpoint.shapes, expert=expert) for path in before]
+    touched = {name for name in checkpoint.shapes if changes(opened, name) or changes(old, name)}
+    if any(changes(opened, name) != changes(old, name) for name in checkpoint.fp8):
+        return False
+    for lora in opened:
+        log.info(lora.report())
+    # A weight that no LoRA changes any more gets its own scale back.
+    names = [name for name, _ in model.named_parameters() if name.removesuffix("_scale") in touched]
+    read_weights(model, checkpoint, names, device=device, loras=opened, on_tensor=on_tensor)
+    return True
+
+
+class Experts:
+    """What the sampling loop asks for velocities (`wan.denoise.Predict`).
+
+    Args:
+        models: expert name -> model; only those that the schedule runs, and one of them from the start.
+        texts: conditional? -> text rows [n, text_dim].
+        grid: tokens per axis.
+        keep_text: keep each expert's cross-attention keys and values between steps.
+        parkings: expert name -> its host parking, where the idle expert is offloaded.
+        image: this rank's tokens of an I2V model's further input channels, [S, 4 * (in_dim - out_dim)].
+        mesh: the ranks; with CFG parallel each computes one of the two passes of a guided step.
+        timestep_rows: [S], 0 for tokens that are given (`wan.denoise.Known`), 1 for the others; None: none is given.
+        arrive: called with an expert's name before its first evaluation, and whenever it takes over from the other;
+            `models` and `parkings` must have it afterwards.
+    """
+
+    def __init__(
+        self,
+        models: dict[str, WanModel],
+        texts: dict[bool, Tensor],
+        *,
+        grid: tuple[int, int, int],
+        shard: SequenceShard,
+        device: torch.device,
+        keep_text: bool,
+        parkings: dict[str, Weights],
+        image: Tensor | None = None,
+        timestep_rows: Tensor | None = None,
+        mesh: Mesh | None = None,
+        arrive: Callable[[str], None] = lambda expert: None,
+    ) -> None:
+        self._models = models
+        self._rows = {conditional: pad_text(rows).to(device) for conditional, rows in texts.items()}
+        self._keep_text = keep_text
+        self._parkings = parkings
+        self._device = device
+        self._image = None if image is None else image.unflatten(1, (PATCH_SIZE[1] * PATCH_SIZE[2], -1))
+        self._timestep_rows = timestep_rows
+        self._mesh = mesh
+        self._arrive = arrive
+        self._active: str | None = None
+        self._contexts: dict[bool, TextContext] = {}
+        config = next(iter(models.values())).config
+        self._rope = rope_table(
+            grid, config.head_dim, start=shard.start, stop=shard.stop, device=device, order=shard.order
+        )
+
+    def predict(self, expert: str, tokens: Tensor, timestep: float, passes: tuple[bool, ...]) -> list[Tensor]:
+        """tokens: this rank's [S, 4 * out_dim] -> for each pass the velocity, the same shape, float32."""
+        if expert != self._active:
+            self._activate(expert)
+        if len(passes) == 2 and self._mesh is not None and self._mesh.cfg_group is not None:
+            mine = self._evaluate(expert, tokens, timestep, passes[self._mesh.cfg_rank])
+            both = mine.new_empty(2 * mine.shape[0], mine.shape[1])
+            dist.all_gather_into_tensor(both, mine.contiguous(), group=self._mesh.cfg_group)
+            return list(both.chunk(2))
+        return [self._evaluate(expert, tokens, timestep, conditional) for conditional in passes]
+
+    def _evaluate(self, expert: str, tokens: Tensor, timestep: float, conditional: bool) -> Tensor:
+        rows = self._timestep_rows
+        t = torch.tensor([timestep] if rows is None else [0.0, timestep], dtype=torch.float32, device=self._device)
+        if self._image is not None:
+            # Channels are fastest within a token: the image's go behind the latent's at each of its positions.
+            tokens = torch.cat((tokens.unflatten(1, (self._image.shape[1], -1)), self._image), dim=2).flatten(1)
+        return self._models[expert](tokens, t, self._contexts[conditional], self._rope, rows)
+
+    def release(self) -> None:
+        """After the last step: what FSDP has gathered and kept is let go."""
+        for model in self._models.values():
+            release_gathered(model)
+
+    def _activate(self, expert: str) -> None:
+        self.release()
+        self._arrive(expert)
+        for name, parking in self._parkings.items():
+            if name != expert:
+                parking.park()
+        if expert in self._parkings:
+            self._parkings[expert].fetch()
+        resident = sum(parking.resident_bytes for parking in self._parkings.values())
+        if self._parkings:
+            other = ", the other in host memory" if len(self._parkings) > 1 else ""
+            log.info("offload: %s expert on the device (%.2f GiB)%s", expert, resident / 2**30, other)
+        self._contexts = {c: TextContext(rows, keep=self._keep_text) for c, rows in self._rows.items()}
+        self._active = expert

@@ -1,0 +1,221 @@
+"""The experts that a rank holds, from job to job."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from ...wan.model.attention import Attention
+from ...wan.model.transformer import WanModel
+from ...wan.sampling.denoise import HIGH_NOISE, LOW_NOISE
+from ..job.job import FileIdentity, Job, LoraFile
+from ..machine.host_memory import available_bytes
+from ..parallel.mesh import Mesh
+from ..parallel.parallelize import set_shard
+from ..parallel.sequence import SequenceShard
+from .expert import Weights, build_expert, load_expert, relora_expert
+from .prefetch import OnRead, Prefetch, read_ahead
+
+log = logging.getLogger(__name__)
+
+EXPERTS = (HIGH_NOISE, LOW_NOISE)
+OnTensor = Callable[[str, int, int], None]
+"""(message, tensors read, tensors in all), called while weights are loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What an expert was made from."""
+
+    files: tuple[FileIdentity, ...]
+    loras: tuple[LoraFile, ...]
+
+    @classmethod
+    def of(cls, job: Job, name: str) -> _Loaded:
+        return cls(getattr(job.model, name), getattr(job.model, f"{name}_loras"))
+
+    @property
+    def paths(self) -> list[str]:
+        return [file.path for file in self.files]
+
+    @property
+    def strengths(self) -> list[tuple[str, float]]:
+        """(path, strength) of each LoRA."""
+        return [(lora.file.path, lora.strength) for lora in self.loras]
+
+
+@dataclass(frozen=True, slots=True)
+class _Coming:
+    """An expert whose files are read during the steps of the other."""
+
+    made_of: _Loaded
+    reading: Prefetch
+    finish: Callable[[OnRead], None]
+    """Afterwards it is loaded."""
+
+
+class RankExperts:
+    """Loads the experts of one job after another, and keeps what the next one can use.
+
+    While the first expert runs, the system reads the files of the second into its memory; the weights are loaded from
+    there when it takes over.
+
+    Attributes:
+        models: expert name -> model.
+        weights: expert name -> its weights, which can be parked in host memory.
+    """
+
+    def __init__(self, rank: int, device: torch.device, attention: Attention, ops: str) -> None:
+        self._rank, self._device, self._attention, self._ops = rank, device, attention, ops
+        self.models: dict[str, WanModel] = {}
+        self.weights: dict[str, Weights] = {}
+        self._loaded: dict[str, _Loaded] = {}
+        self._coming: dict[str, _Coming] = {}
+
+    def load(
+        self, names: Sequence[str], job: Job, mesh: Mesh | None, shard: SequenceShard, on_tensor: OnTensor
+    ) -> None:  # fmt: skip
+        """Loads the expert that runs first and begins to read the other's files; what a job before has loaded stays.
+
+        Files that are not the job's are let go first. With other LoRAs or strengths only the weights that they change
+        are read again: adding a difference to rounded weights would not give what a fresh start gives.
+
+        Args:
+            names: of the experts that the schedule runs, in its order.
+        """
+        wanted = {name: _Loaded.of(job, name) for name in EXPERTS}
+        settings = {
+            "parallel": job.parallel, "mesh": mesh, "shard": shard, "device": self._device,
+            "attention": self._attention, "ops": self._ops,
+        }  # fmt: skip
+        for name in [name for name, loaded in self._loaded.items() if loaded.files != wanted[name].files]:
+            self._drop(name)
+        stale = [name for name in names if self._loaded.get(name) != wanted[name]]
+        later = [name for name in stale if name != names[0] and name not in self.models]
+        now = [name for name in stale if name not in later]
+        # One core per rank, or a video that is not decoded, would only wait for it.
+        meanwhile = _import_diffusers if job.decode and self._device.type == "cuda" else _nothing
+        # The one that runs first is read last, so that it is the one on the device.
+        for index, name in enumerate(reversed(now)):
+
+            def report(done: int, total: int, name: str = name, index: int = index) -> None:
+                on_tensor(f"{name} expert", index * total + done, total * len(now))
+
+            if job.parallel.parks_experts:
+                for other in set(self.weights) - {name}:
+                    self.weights[other].park()
+            self._load(name, wanted[name], settings, report, meanwhile)
+        for name in names:
+            known = "loaded now" if name in now else "read during the steps" if name in later else "kept"
+            log.debug("%s expert: %s", name, known)
+            if name in later:
+                self._coming[name] = self._read_ahead(name, wanted[name], job, settings)
+            else:
+                set_shard(self.models[name], shard)
+
+    def check_coming(self) -> None:
+        """Raises what has gone wrong with an expert that is still being read."""
+        for coming in self._coming.values():
+            coming.reading.check()
+
+    def arrive(self, name: str, on_tensor: OnTensor) -> None:
+        """Must be called before an expert takes over: loads its weights, unless they are there.
+
+        Raises:
+            JobError: a file changed while it was read.
+            OSError, ValueError: a file is damaged.
+        """
+        coming = self._coming.get(name)
+        if coming is None:
+            return
+        start = time.perf_counter()
+        # What it has not read yet is not read faster by two.
+        coming.reading.stop()
+        coming.reading.check()
+        coming.finish(lambda done, total: on_tensor(f"{name} expert", done, total))
+        for file in (*coming.made_of.files, *(lora.file for lora in coming.made_of.loras)):
+            file.check_unchanged()
+        log.info("the steps waited %.2f s for the %s expert", time.perf_counter() - start, name)
+        self._loaded[name] = coming.made_of
+        del self._coming[name]
+
+    def stop_reading(self) -> None:
+        """Ends what is read during the steps: the job has failed."""
+        for coming in self._coming.values():
+            coming.reading.stop(wait=1.0)
+
+    def drop(self) -> None:
+        """Frees all memory."""
+        for name in list(self.models):
+            self._drop(name)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _load(
+        self, name: str, wanted: _Loaded, settings: dict[str, Any], report: OnRead, meanwhile: Callable[[], None]
+    ) -> None:
+        if name in self.models:
+            before = [lora.file.path for lora in self._loaded.pop(name).loras]
+            with self.weights[name].writable():
+                changed = relora_expert(
+                    self.models[name], wanted.paths, before, wanted.strengths,
+                    device=self._device, expert=name, on_tensor=report,
+                )  # fmt: skip
+            if not changed:
+                self._drop(name)
+        if name not in self.models:
+            self.models[name] = load_expert(
+                wanted.paths, wanted.strengths, expert=name, **settings,
+                on_tensor=report, meanwhile=meanwhile, on_weights=partial(self.weights.__setitem__, name),
+            )  # fmt: skip
+        self._loaded[name] = wanted
+
+    def _read_ahead(self, name: str, wanted: _Loaded, job: Job, settings: dict[str, Any]) -> _Coming:
+        paths, available = wanted.paths, available_bytes()
+        if available is not None and available < sum(file.size for file in wanted.files):
+            log.info("the %s expert is not read ahead: host memory does not hold its files", name)
+            paths = []
+        ranks = job.parallel.gpus_per_host
+        read = partial(read_ahead, paths, part=self._rank % ranks, parts=ranks)
+        if job.parallel.parks_experts:
+            return _Coming(wanted, Prefetch(read), partial(self._take_the_place, name, wanted, job, settings))
+        # Its memory is taken now: a device that is too small is to be noticed before the first step.
+        built = build_expert(wanted.paths, wanted.strengths, expert=name, **settings)
+        self.models[name], self.weights[name] = built.model, built.weights
+        return _Coming(wanted, Prefetch(read), lambda on_read: built.read(on_tensor=on_read))
+
+    def _take_the_place(
+        self, name: str, wanted: _Loaded, job: Job, settings: dict[str, Any], on_read: OnRead
+    ) -> None:  # fmt: skip
+        """Loads an expert after the other one has left the device."""
+        for other in list(self.weights):
+            if job.parallel.keep_warm_seconds:
+                self.weights[other].park()
+            else:
+                # Nobody asks for it again.
+                self._drop(other)
+        self._load(name, wanted, settings, on_read, _nothing)
+
+    def _drop(self, name: str) -> None:
+        # Not left to the garbage collector: FSDP's hooks and the model refer to each other.
+        self.weights.pop(name).drop()
+        del self.models[name]
+        self._loaded.pop(name, None)
+
+
+def _nothing() -> None: ...
+
+
+def _import_diffusers() -> None:
+    """Seconds of imports for the solver and the VAE, which the reading of the weights leaves time for.
+
+    On the main thread: Python cannot import modules that need each other on two threads at once.
+    """
+    importlib.import_module("diffusers.models.autoencoders.autoencoder_kl_wan")

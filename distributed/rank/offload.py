@@ -1,0 +1,109 @@
+"""Parks an idle model's parameters in host memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+
+from ...wan.checkpoint.weights import local_rows
+
+
+class HostParking:
+    """Moves the storage of a model's parameters (this rank's shards) to host memory and back.
+
+    Storages are emptied and refilled in place, so that everything that points at them stays valid: views, shards,
+    what FSDP keeps. The host copy is one buffer, page-locked for a GPU: torch's own pinned allocator would round every
+    tensor up to a power of two, which is tens of GB too much for a 14B expert.
+
+    Args:
+        without: parts of `model` to leave alone.
+    """
+
+    def __init__(self, model: nn.Module, *, without: Iterable[nn.Module] = ()) -> None:
+        storages = {}
+        others = {id(parameter) for part in without for parameter in part.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) in others:
+                continue
+            storage = local_rows(parameter)[0].untyped_storage()
+            storages[storage._cdata] = storage
+        self._storages = list(storages.values())
+        self._host: Tensor | None = None
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes on the device now."""
+        return sum(storage.nbytes() for storage in self._storages)
+
+    def park(self) -> None:
+        """Device -> host. The model must not run until `fetch`."""
+        if self._host is not None:
+            return
+        self._sizes = [storage.nbytes() for storage in self._storages]
+        self._host = torch.empty(sum(self._sizes), dtype=torch.uint8)
+        if self._on_cuda:
+            lock_pages(self._host)
+        for storage, copy in zip(self._storages, self._host.split(self._sizes), strict=True):
+            copy.copy_(_bytes_of(storage))
+            storage.resize_(0)
+
+    def fetch(self) -> None:
+        """Host -> device."""
+        if self._host is None:
+            return
+        for storage, copy in zip(self._storages, self._host.split(self._sizes), strict=True):
+            storage.resize_(copy.numel())
+            _bytes_of(storage).copy_(copy, non_blocking=True)
+        if self._on_cuda:
+            torch.cuda.current_stream().synchronize()
+        self._free_host()
+
+    @contextmanager
+    def writable(self) -> Iterator[None]:
+        """Inside, the model's parameters can be written."""
+        self.fetch()
+        yield
+
+    def drop(self) -> None:
+        """Frees both: the model is not needed any more."""
+        for storage in self._storages:
+            storage.resize_(0)
+        self._free_host()
+
+    @property
+    def _on_cuda(self) -> bool:
+        return any(storage.device.type == "cuda" for storage in self._storages)
+
+    def _free_host(self) -> None:
+        if self._on_cuda and self._host is not None:
+            unlock_pages(self._host)
+        self._host = None
+
+
+def lock_pages(host: Tensor) -> None:
+    """Page-locks a CPU tensor, so that copies to and from a GPU run by themselves."""
+    if int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)) != 0:
+        _forget_error()
+        # A container may forbid locked memory; the copy is then slower, not wrong.
+        logging.getLogger(__name__).warning("host memory could not be page-locked; copies to the GPU are slower")
+
+
+def unlock_pages(host: Tensor) -> None:
+    """Undoes `lock_pages`, before the tensor's memory is freed."""
+    if int(torch.cuda.cudart().cudaHostUnregister(host.data_ptr())) != 0:
+        # It was never locked.
+        _forget_error()
+
+
+def _forget_error() -> None:
+    """CUDA keeps a failed call's error until it is asked for, and torch asks after each of its kernels."""
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

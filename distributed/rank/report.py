@@ -1,0 +1,123 @@
+"""What a finished job says of itself: result.json."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..job.job import VERSION, Job, ModelFiles, Parallel
+from ..parallel.peer_memory import refusal
+from .session import Session
+
+Peaks = list[list[int]]
+"""[[peak GPU bytes, peak host bytes]] of every rank, in rank order."""
+
+
+def gather_peaks(session: Session) -> Peaks:
+    """Up to now; every rank must call it."""
+    device = session.device
+    gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    mine = torch.tensor([gpu, host], device=device)
+    if session.mesh is None:
+        return [mine.tolist()]
+    everyone = mine.new_empty(session.world * 2)
+    dist.all_gather_into_tensor(everyone, mine, group=session.group)
+    return everyone.view(session.world, 2).tolist()
+
+
+def result_of(
+    job: Job,
+    session: Session,
+    *,
+    frames: int,
+    latents_shape: list[int],
+    phases: dict[str, float],
+    step_seconds: list[float],
+    peaks: Peaks,
+) -> dict[str, Any]:
+    """The object for result.json.
+
+    Args:
+        frames: of the video; 0 if none was made.
+        phases: name -> seconds.
+    """
+    sampling = job.sampling
+    video = {"width": sampling.width, "height": sampling.height, "frames": frames, "fps": sampling.fps}
+    return {
+        "id": job.id,
+        "version": VERSION,
+        "latents": {"shape": latents_shape, "dtype": "float32"},
+        "video": video if frames else None,
+        "phases": phases,
+        "step_seconds": step_seconds,
+        "peak_gpu_bytes": [gpu for gpu, _ in peaks],
+        "peak_rss_bytes": [host for _, host in peaks],
+        "settings": settings_of(job, session),
+        "warnings": list(job.warnings),
+    }
+
+
+def _sequence(job: Job, session: Session) -> str:
+    parallel = job.parallel
+    if not parallel.use_ulysses or parallel.ulysses_size == 1:
+        return "off"
+    reason = refusal(session.mesh.ulysses_group)
+    engine = f"packed ({parallel.ulysses_engine}: {reason})" if reason else parallel.ulysses_engine
+    return f"Ulysses over {parallel.ulysses_size} GPUs, {engine}"
+
+
+def _sparse(job: Job, session: Session) -> str:
+    if session.sparse is None:
+        return ""
+    return f", tau {job.parallel.sparse_tau:g}, in {len(session.sparse.steps)} of {len(job.sampling.step_range)} steps"
+
+
+def _linears(parallel: Parallel) -> str:
+    return "" if parallel.linear_precision == "full" else f", large matrix products {parallel.linear_precision}"
+
+
+def _loras(model: ModelFiles) -> str:
+    """ "high lightning 1, style 0.5; low lightning 1", by file name and strength."""
+    sides = {"high": model.high_noise_loras, "low": model.low_noise_loras}
+    texts = [
+        f"{side} " + ", ".join(f"{Path(lora.file.path).stem} {lora.strength:g}" for lora in loras)
+        for side, loras in sides.items()
+        if loras
+    ]
+    return "; ".join(texts) or "none"
+
+
+def settings_of(job: Job, session: Session) -> dict[str, str | int | float | bool]:
+    """What was in effect, for the status."""
+    parallel, sampling, device = job.parallel, job.sampling, session.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    vae_dtype = str(session.vae_dtype(job)).removeprefix("torch.")
+    steps = sampling.step_range
+    part = (
+        ""
+        if len(steps) == sampling.schedule_steps
+        else f" ({steps.start} to {steps.stop} of {sampling.schedule_steps})"
+    )
+    return {
+        "device": f"{session.world} x {name}",
+        "sequence parallel": _sequence(job, session),
+        "cfg parallel": parallel.cfg_parallel,
+        "fsdp": f"gathers one {parallel.gather}" if parallel.use_fsdp and session.world > 1 else False,
+        "offload": parallel.offload_model,
+        "streamed blocks": parallel.stream_blocks,
+        "memory optimization": parallel.memory_optimization,
+        "compiled": parallel.torch_compile,
+        "precision": f"{parallel.mixed_precision}{_linears(parallel)}, VAE {vae_dtype}",
+        "kernels": session.ops,
+        "attention": f"{session.kernel.name} ({session.kernel.reason}){_sparse(job, session)}",
+        "LoRAs": _loras(job.model),
+        "solver": f"{sampling.solver}, {sampling.steps} steps{part}, shift {sampling.shift:g}",
+        "guidance": f"{sampling.guidance_high:g} high, {sampling.guidance_low:g} low",
+        "keep warm": f"{parallel.keep_warm_seconds:g} s" if parallel.keep_warm_seconds else "off",
+        "torch": torch.__version__,
+    }

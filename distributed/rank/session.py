@@ -1,0 +1,179 @@
+"""What a rank holds while it runs: its device, its place among the ranks, and the models it has loaded."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ...wan.model.attention import AttentionKernel, choose_kernel
+from ...wan.model.linear import check_precision
+from ...wan.model.ops import choose_ops
+from ...wan.model.sparse import SparseAttention, block_order, sparse_kernel, sparse_steps
+from ...wan.vae.autoencoder import load_vae
+from ...wan.vae.preview import PreviewMap, preview_of_vae
+from ..group.group_folder import GroupDir
+from ..hosts.hostfile import HostsDir
+from ..job.job import Job, JobError
+from ..machine.memory_file import STORE_VARIABLE
+from ..parallel.mesh import Mesh, init_mesh
+from ..parallel.sequence import SequenceShard
+from ..parallel.split_vae import RankVae
+from .expert import COMPUTE_DTYPES
+from .experts import RankExperts
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Session:
+    """One rank's side of a group of processes.
+
+    Args:
+        rank, world: from torchrun's RANK and WORLD_SIZE.
+        device: chosen by LOCAL_RANK among the GPUs that the job may use, or the CPU.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    kernel: AttentionKernel
+    ops: str
+    """A name in `wan.ops.OPS`."""
+    vae_ops: str
+    """A name in `wan.vae_ops.VAE_OPS`."""
+    mesh: Mesh | None = None
+    experts: RankExperts = field(init=False)
+    _joined: bool = False
+    _vae: RankVae | None = None
+    _preview_map: PreviewMap | None = None
+
+    def __post_init__(self) -> None:
+        self.experts = RankExperts(self.rank, self.device, self.kernel.run, self.ops)
+
+    @classmethod
+    def of(cls, job: Job) -> Session:
+        """For this process. Raises JobError if it is not one of the job's ranks, or sees no such GPU."""
+        world = int(os.environ["WORLD_SIZE"])
+        if world != job.parallel.gpu_count:
+            raise JobError(f"WORLD_SIZE is {world}; the job was written for {job.parallel.gpu_count}")
+        device = _device(job)
+        parallel = job.parallel
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        try:
+            dtype = COMPUTE_DTYPES[parallel.mixed_precision]
+            kernel = choose_kernel(capability, dtype, parallel.attention)
+            if kernel.sparse:
+                kernel = sparse_kernel(kernel, choose_kernel(capability, dtype), parallel.sparse_tau)
+            check_precision(capability, parallel.linear_precision)
+            ops, reason = choose_ops(capability, parallel.kernels, compiled=parallel.torch_compile)
+            vae_ops, _ = choose_ops(capability, parallel.kernels)
+        except ValueError as error:
+            raise JobError(str(error)) from error
+        log.info("attention kernel %s: %s", kernel.name, kernel.reason)
+        log.info("%s kernels between the matrix products: %s", ops, reason)
+        rank = int(os.environ["RANK"])
+        return cls(rank=rank, world=world, device=device, kernel=kernel, ops=ops, vae_ops=vae_ops)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Of all ranks."""
+        return None if self.mesh is None else self.mesh.group
+
+    @property
+    def sparse(self) -> SparseAttention | None:
+        """The attention kernel, where it is sparse in some steps."""
+        return self.kernel.run if isinstance(self.kernel.run, SparseAttention) else None
+
+    def shard(self, job: Job, grid: tuple[int, int, int]) -> SequenceShard:
+        """This rank's part of the job's tokens, `grid` of them, before its first step."""
+        length, order, steps = math.prod(grid), None, job.sampling.step_range
+        if self.sparse is not None:
+            self.sparse.steps = sparse_steps(steps, job.sampling.schedule_steps, length)
+            self.sparse.enter(steps.start)
+            order = block_order(grid) if self.sparse.steps else None
+        if self.mesh is None or not job.parallel.use_ulysses:
+            return SequenceShard(length=length, order=order)
+        return SequenceShard(length=length, rank=self.mesh.ulysses_rank, world=self.mesh.ulysses_size, order=order)
+
+    def begin(self, job: Job, group: GroupDir) -> None:
+        """Before each job. The first time it meets the other ranks."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        if self._joined:
+            return
+        self._joined = True
+        self.mesh = init_mesh(
+            rank=self.rank,
+            world=self.world,
+            cfg=job.parallel.cfg_size,
+            device=self.device,
+            store_file=Path(os.environ[STORE_VARIABLE]) if STORE_VARIABLE in os.environ else None,
+            master_port=job.parallel.master_port,
+            published=HostsDir(group.path).store if job.parallel.hosts else None,
+            # Behind the launcher's own time-outs: it sees all ranks, and so which of them the others wait for.
+            timeout=max(job.parallel.start_timeout, job.parallel.stall_timeout) + 60,
+        )
+
+    def memory(self) -> str:
+        """For a line of the log: what is in use on the GPU now, and at most so far."""
+        if self.device.type != "cuda":
+            return ""
+        now, most = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        return f", GPU memory {now / 2**30:.2f} GiB, peak {most / 2**30:.2f} GiB"
+
+    def leave(self) -> None:
+        """A gloo process that exits inside its group may abort."""
+        self.experts.stop_reading()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def rest(self) -> None:
+        """After each job: gives back what only that job needed."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def vae(self, job: Job) -> RankVae:
+        """The VAE, loaded on first use and split over the ranks."""
+        if self._vae is None:
+            files = [file.path for file in job.model.vae]
+            dtype = self.vae_dtype(job)
+            self._vae = RankVae(files, dtype=dtype, device=self.device, group=self.group, ops=self.vae_ops)
+        return self._vae
+
+    def preview_map(self, job: Job) -> PreviewMap:
+        """How latents look, fitted on first use. Not collective: for the rank that shows them."""
+        if self._preview_map is None:
+            # A VAE of its own, dropped at once: the calls of the split one are collective, and it would stay.
+            files = [file.path for file in job.model.vae]
+            self._preview_map = preview_of_vae(load_vae(files, dtype=self.vae_dtype(job), device=self.device))
+        return self._preview_map
+
+    def vae_dtype(self, job: Job) -> torch.dtype:
+        """bfloat16 decodes three times as fast on a GPU; fp16 and fp32 jobs, and CPUs, decode as the official code."""
+        fast = self.device.type == "cuda" and job.parallel.mixed_precision == "bf16"
+        return torch.bfloat16 if fast else torch.float32
+
+
+def _device(job: Job) -> torch.device:
+    if not job.parallel.gpu_ids:
+        return torch.device("cpu")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if not torch.cuda.is_available() or torch.cuda.device_count() <= local_rank:
+        slices = [gpu for gpu in job.parallel.gpu_ids if gpu.startswith("MIG-")]
+        reason = "the driver may be too old for this torch"
+        if len(slices) > 1 and torch.cuda.is_available():
+            reason = "CUDA shows a process one MIG slice only, so a job can have one: set gpu_count to 1"
+        raise JobError(
+            f"GPUs {', '.join(job.parallel.gpu_ids)} were chosen, but torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()}; {reason}"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,80 @@
+"""What a rank tells the launcher: sign of life, progress, its own exception. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+from typing import NoReturn
+
+from ..group.last_words import leave_words
+from ..job.job_folder import JobDir
+from ..machine.processes import Process
+
+MAX_TRACEBACK = 8 << 10
+MAX_MESSAGE = 16 << 10
+MIN_INTERVAL = 0.2
+"""Seconds between two writes while loading, which reports thousands of tensors."""
+
+
+class RankFiles:
+    """The files of one rank."""
+
+    def __init__(self, folder: JobDir, rank: int) -> None:
+        self._folder = folder
+        self._rank = rank
+        self._process = Process.of(os.getpid())
+        self.phase = "start"
+        self.step = 0
+        self._written = 0.0
+        self._failed = False
+
+    def progress(
+        self, phase: str, step: int, total: int, *, seconds_per_step: float | None = None, message: str = ""
+    ) -> None:
+        """Where this rank is; a sign of life. Rank 0's is what the user sees.
+
+        Args:
+            phase: start, encode, load, denoise, decode, write or done.
+            total: steps of the phase, 0 if unknown.
+        """
+        now, same_phase = time.monotonic(), phase == self.phase
+        self.phase, self.step = phase, step
+        if same_phase and phase == "load" and step not in (0, total) and now - self._written < MIN_INTERVAL:
+            return
+        self._written = now
+        assert self._process is not None
+        alive = {"pid": self._process.pid, "started": self._process.started, "phase": phase, "step": step}
+        self._folder.write_json(self._folder.alive(self._rank), alive)
+        if self._rank == 0:
+            progress = {"phase": phase, "step": step, "total": total}
+            progress |= {"seconds_per_step": seconds_per_step, "message": message}
+            self._folder.write_json(self._folder.progress, progress)
+
+    def error(self, error: BaseException) -> None:
+        """Keeps the exception, in the rank's own words. The first one: later ones are its consequences."""
+        if self._failed:
+            return
+        self._failed = True
+        kind = type(error)
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        text = "".join(traceback.format_exception(error))
+        record = {
+            "rank": self._rank,
+            "type": name,
+            "message": str(error)[:MAX_MESSAGE],
+            "phase": self.phase,
+            "step": self.step,
+            "traceback": text[-MAX_TRACEBACK:],
+            "time_ns": time.time_ns(),
+        }
+        leave_words(self._folder.error(self._rank), record)
+
+    def end_process(self, error: BaseException) -> NoReturn:
+        """Keeps the exception and ends this process, whatever its other threads do."""
+        self.error(error)
+        with contextlib.suppress(OSError):
+            print(error, file=sys.stderr, flush=True)
+        os._exit(1)

@@ -1,0 +1,261 @@
+"""The node that makes several videos: prompts x seeds -> jobs -> groups of GPUs side by side -> files, logs, status."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, ClassVar
+
+from ...distributed.job.job import Job, JobError
+from ...distributed.launch.launcher import MAX_LOG, JobFailed, Result, new_job_id
+from ..host import host, warm
+from ..host.status import Status
+from ..inference import saved_video
+from ..inference.inference import LAYOUT, build_job, chosen_config, model_of
+from ..inference.inference_inputs import HIDDEN
+from ..inference.outcome import Outcome, keep
+from ..inference.planning import SIDE_BY_SIDE
+from ..inference.video_node import VideoNode
+from ..settings.spread import AS_SET, DistributedConfig
+from . import batch_inputs
+from .requests import Request, requests_of
+from .run import STAY, BatchProgress, BatchRun
+from .split import splits
+
+
+class WanVideoDistributedBatch(VideoNode):
+    DESCRIPTION = (
+        "Makes several videos with Wan2.2, of a list of prompts, seeds or both. The GPUs are shared out in groups that "
+        "each make one video at a time, side by side, and load the model once. Every video is the one that Wan Video "
+        "Distributed Inference makes with the same seed. Cancel ends all processes at once."
+    )
+    RETURN_TYPES = ("VIDEO", "STRING", "STRING", "STRING", "LATENT")
+    RETURN_NAMES = ("videos", "video_paths", "log_output", "status", "samples")
+    OUTPUT_IS_LIST = (True, True, False, False, True)
+    OUTPUT_TOOLTIPS = (
+        "The videos in the order of the prompts, as a list: nodes behind it run once for each.",
+        "Paths of the mp4 files in ComfyUI's output folder, as a list; empty where there is none.",
+        "The logs of the jobs' first processes one after another, 64 KiB in all.",
+        "One block for each video, in order: its seed and prompt, success or error, settings, times and warnings.",
+        "The latents (un-normalised, as ComfyUI's own), as a list.",
+    )
+    SEARCH_ALIASES: ClassVar[list[str]] = ["wan2.2", "batch", "queue", "prompts", "seeds", "multi gpu", "list"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:
+        return {"required": batch_inputs.required(), "optional": batch_inputs.optional(), "hidden": dict(HIDDEN)}
+
+    def _run(
+        self,
+        *,
+        prompts: str,
+        batch_count: int,
+        gpus_per_video: int,
+        on_error: str = "raise",
+        filename_prefix: str = "video/wan",
+        unique_id: str | None = None,
+        workflow_prompt: dict[str, Any] | None = None,
+        extra_pnginfo: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        connected = settings.get("text_embeds") is not None
+        requests = requests_of(prompts, settings.get("seed", 0), batch_count, embeds_connected=connected)
+        batch = _Batch(requests, settings, gpus_per_video)
+        if connected and prompts.strip():
+            batch.note("text_embeds is connected: prompts of this node had no effect")
+        first = batch.jobs[0][0].sampling
+        saved_video.check_prefix(filename_prefix, first.width, first.height)
+        host.free_memory()
+        report = host.ProgressReport(unique_id)
+        workflow = {"prompt": workflow_prompt, **(extra_pnginfo or {})}
+        batch.run(report, filename_prefix, workflow)
+        report.text(batch.line)
+        made = [batch.made.get(index) for index in range(len(requests))]
+        saved = [one.saved for one in made if one is not None and one.saved is not None]
+        self.made.remember(unique_id, [video.path for video in saved])
+        if batch.failures and on_error == "raise":
+            raise batch.failure()
+        return {
+            "ui": saved_video.shown(saved) if saved else {},
+            "result": (
+                [host.blocked_output() if one is None else one.video() for one in made],
+                ["" if one is None else str(one.path or "") for one in made],
+                batch.log(),
+                batch.status(),
+                [host.blocked_output() if one is None else {"samples": one.samples} for one in made],
+            ),
+        }
+
+    def _failed(self, log: str, status: str) -> tuple[Any, ...]:
+        return [host.blocked_output()], [""], log, status, [host.blocked_output()]
+
+
+class _Batch:
+    """The videos of one run of the node."""
+
+    def __init__(self, requests: list[Request], settings: dict[str, Any], gpus_per_video: int) -> None:
+        """Builds and checks every job, before anything starts."""
+        self._requests = requests
+        self._statuses: list[Status] = []
+        """One per group: what is to be said of its jobs."""
+        built = self._first_jobs(settings, gpus_per_video)
+        chosen = chosen_config(settings, Status())
+        keep_warm = float(chosen.keep_warm_seconds)
+        self._as_set = chosen.plan == AS_SET
+        self.groups = [dataclasses.replace(job.parallel, keep_warm_seconds=keep_warm) for job, _ in built]
+        first, tensors = built[0]
+        # Nothing else differs between the videos.
+        self.jobs = [
+            (
+                dataclasses.replace(
+                    first,
+                    id=new_job_id(),
+                    sampling=dataclasses.replace(first.sampling, seed=request.seed),
+                    text=None if first.text is None else dataclasses.replace(first.text, prompt=request.prompt),
+                ),
+                tensors,
+            )
+            for request in requests
+        ]
+        self.made: dict[int, Outcome] = {}
+        self.failures: dict[int, Exception] = {}
+        self._group_of: dict[int, int] = {}
+
+    def _first_jobs(self, settings: dict[str, Any], gpus_per_video: int) -> list[tuple[Job, dict[str, Any]]]:
+        """The first video's job on each group, of the most groups that have the memory for it."""
+        from ...distributed.planning.plan import DoesNotFit
+
+        common, model, refused = Status(), model_of(settings, Status()), None
+        chosen = chosen_config(settings, common)
+        visible = host.visible_gpus()
+        ways = splits(chosen, len(self._requests), gpus_per_video, model=model, visible=visible, status=common)
+        for configs in ways:
+            try:
+                return self._build(settings, configs, common)
+            except DoesNotFit as error:
+                refused = error
+        assert refused is not None, "there is always a way: one group of all GPUs"
+        raise refused
+
+    def _build(
+        self, settings: dict[str, Any], configs: list[DistributedConfig], common: Status
+    ) -> list[tuple[Job, dict[str, Any]]]:
+        self._statuses = [Status() for _ in configs]
+        if len(self._requests) > len(configs):
+            # Planned as what they are: groups that have the weights on their GPUs while they decode, too.
+            configs = [
+                dataclasses.replace(config, keep_warm_seconds=max(config.keep_warm_seconds, int(STAY)))
+                for config in configs
+            ]
+        built = []
+        for config, status in zip(configs, self._statuses, strict=True):
+            status.note(*common.warnings)
+            built.append(
+                build_job({**_inputs_of(self._requests[0], settings, config), SIDE_BY_SIDE: len(configs)}, status)
+            )
+        sizes = {(job.sampling.width, job.sampling.height) for job, _ in built}
+        if len(sizes) == 1:
+            return built
+        # dynamic_resolution, on GPUs of which some have less memory: all videos get the size that fits everywhere.
+        width, height = min(sizes, key=lambda size: size[0] * size[1])
+        common.note(f"batch: all videos are {width}x{height}, which fits every group of GPUs")
+        return self._build({**settings, "width": width, "height": height}, configs, common)
+
+    def note(self, line: str) -> None:
+        for status in self._statuses:
+            status.note(line)
+
+    def run(self, report: host.ProgressReport, filename_prefix: str, workflow: dict[str, Any]) -> None:
+        """Makes the videos; `made` and `failures` hold what came of each."""
+
+        def save(index: int, group: int, result: Result) -> None:
+            self._group_of[index] = group
+            try:
+                made = keep(self.jobs[index][0], result, filename_prefix, workflow)
+            except JobError as error:
+                self.failures[index] = error
+                return
+            if run.groups_stay:
+                made.info["settings"]["keep warm"] = "until the batch is done"
+            self.made[index] = made
+
+        def show(progress: BatchProgress) -> None:
+            report.show(progress.fraction, progress.text)
+            if progress.previews:
+                report.pictures(progress.previews)
+
+        run = BatchRun(
+            self.jobs,
+            self.groups,
+            warm.pool(),
+            on_result=save,
+            on_failure=self.failures.__setitem__,
+            on_progress=show,
+            cancelled=host.interrupted,
+        )
+        run.run()
+
+    @property
+    def line(self) -> str:
+        """One line for the node."""
+        return f"{len(self.made)} of {len(self._requests)} done"
+
+    def status(self) -> str:
+        """One block per video."""
+        where = "; ".join(",".join(group.gpu_ids) or f"{group.gpu_count} processes" for group in self.groups)
+        lines = [
+            "success" if not self.failures else f"error: {len(self.failures)} of {len(self._requests)} videos failed",
+            f"- {len(self._requests)} videos, {len(self.groups)} at a time, on: {where}",
+            *(f"- {line}" for line in self._advice()),
+        ]
+        for index in range(len(self._requests)):
+            made = self.made.get(index)
+            block = f"error: {self.failures[index]}" if made is None else self._block(index, made)
+            lines += ["", self._title(index), block]
+        return "\n".join(lines)
+
+    def _block(self, index: int, made: Outcome) -> str:
+        status = copy.deepcopy(self._statuses[self._group_of[index]])
+        status.note(*made.info["warnings"])
+        return status.block(made.path, made.info)
+
+    def log(self) -> str:
+        """All logs, each cut to an equal part of what one job's may have."""
+        share = MAX_LOG // len(self._requests)
+        logs = {index: made.log for index, made in self.made.items()}
+        logs |= {index: error.log for index, error in self.failures.items() if isinstance(error, JobFailed)}
+        return "\n".join(f"{self._title(index)}\n{log[-share:]}" for index, log in sorted(logs.items()))
+
+    def failure(self) -> JobFailed:
+        """What the node raises: each failure in its own words, and where the videos that are done lie."""
+        first, *others = sorted(self.failures)
+        lines = [f"{self._title(first)} failed: {self.failures[first]}"]
+        lines += [f"{self._title(index)} failed: {str(self.failures[index]).splitlines()[0]}" for index in others]
+        for index, made in sorted(self.made.items()):
+            where = made.path or "latents only, which on_error return hands on"
+            lines.append(f"{self._title(index)} is done: {where}")
+        text = "\n".join([*lines, *self._advice()])
+        return JobFailed(text, rank=None, out_of_memory=self._out_of_memory, folder=None, log=self.log())
+
+    @property
+    def _out_of_memory(self) -> bool:
+        return any(isinstance(error, JobFailed) and error.out_of_memory for error in self.failures.values())
+
+    def _advice(self) -> list[str]:
+        """What a job's own error cannot say: alone, it would have let the model go before it decoded."""
+        if not (self._as_set and self._out_of_memory and len(self._requests) > len(self.groups)):
+            return []
+        return [
+            "the model stays on the GPUs for the next video while one is decoded; plan auto sees to it that both fit, "
+            "plan 'as set' does not"
+        ]
+
+    def _title(self, index: int) -> str:
+        return f"video {index + 1} of {len(self._requests)} ({self._requests[index]})"
+
+
+def _inputs_of(request: Request, settings: dict[str, Any], config: DistributedConfig) -> dict[str, Any]:
+    """The inference node's inputs for one video on one group's GPUs."""
+    layout = {name: getattr(config, name) for name in LAYOUT}
+    own = {"config": config, "prompt": request.prompt, "seed": request.seed}
+    return {**settings, **layout, **own}

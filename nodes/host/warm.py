@@ -1,0 +1,39 @@
+"""The groups of processes that this ComfyUI keeps warm, and what makes it let them go."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from ...distributed.launch.pool import Pool
+from . import groups, host
+
+
+@functools.cache
+def pool() -> Pool:
+    """One for the whole ComfyUI."""
+    return Pool()
+
+
+def release(group_id: str | None = None) -> int:
+    """Ends the groups that wait, or the one of this id; those at work end with their job. Returns how many ended."""
+    return pool().release(group_id)
+
+
+def register() -> None:
+    """Lets go of the GPUs on ComfyUI's "Free memory" (POST /free) and on POST /wan_distributed/release, {"group": id}
+    for one group, with the header X-Wan-Distributed; GET /wan_distributed/groups lists them.
+    """
+
+    # In threads: ending processes takes up to a second, nvidia-smi longer, in which the server must go on serving.
+    async def released(sent: Mapping[str, Any]) -> dict[str, int]:
+        return {"released": await asyncio.to_thread(release, sent.get("group"))}
+
+    async def listed(_: Mapping[str, Any]) -> dict[str, Any]:
+        return {"groups": await asyncio.to_thread(lambda: groups.shown(pool().view()))}
+
+    host.add_route("POST", "/wan_distributed/release", released)
+    host.add_route("GET", "/wan_distributed/groups", listed)
+    host.on_free_memory(lambda: asyncio.to_thread(release))

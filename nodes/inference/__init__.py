@@ -1,0 +1,1 @@
+"""One video: the node, its inputs, its plan, and what it leaves."""

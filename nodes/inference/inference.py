@@ -1,0 +1,205 @@
+"""The node that makes the video: inputs -> job -> launcher -> file, log, status."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from ...distributed.job.job import Job, ModelFiles, Parallel, Sampling
+from ...distributed.launch.launcher import new_job_id, run_job
+from ..host import host, warm
+from ..host.declared import kind_of
+from ..host.status import Status
+from ..models import catalogue
+from ..models.loras import distilled_warnings, refreshed
+from ..settings.hostfiles import parallel_over
+from ..settings.presets import with_preset
+from ..settings.spread import DistributedConfig
+from ..sockets import embeds, wrapper_model
+from ..sockets.images import image_tensors
+from ..sockets.latent_input import latent_tensors
+from ..sockets.wrapper_model import AUTO
+from . import saved_video
+from .inference_inputs import HIDDEN, optional, required
+from .outcome import inputs_writer, keep
+from .planning import literal_values, planned
+from .video_node import VideoNode
+
+LAYOUT = ("gpu_count", "use_ulysses", "use_fsdp", "offload_model", "plan")
+"""Inputs that a connected config has too."""
+
+
+class WanVideoDistributedInference(VideoNode):
+    DESCRIPTION = (
+        "Makes a video with Wan2.2, from text, images or latents, on several GPUs: one process per GPU, started by "
+        "torchrun, with Ulysses sequence parallelism and FSDP weight sharding. Shows progress while it runs and plays "
+        "the video when it is done. Cancel ends all processes at once."
+    )
+    RETURN_TYPES = ("STRING", "STRING", "STRING", "VIDEO", "LATENT")
+    RETURN_NAMES = ("video_path", "log_output", "status", "video", "samples")
+    OUTPUT_TOOLTIPS = (
+        "Path of the mp4 in ComfyUI's output folder; empty if decode_video is off.",
+        "The log of the job's first process, its last 64 KiB.",
+        "Success, the settings that were in effect, times and warnings, as text.",
+        "The video, for Save Video and other video nodes.",
+        "The latents (un-normalised, as ComfyUI's own), for VAE Decode or another of these nodes.",
+    )
+    SEARCH_ALIASES: ClassVar[list[str]] = ["wan2.2", "text to video", "image to video", "i2v", "multi gpu", "torchrun"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:
+        return {"required": required(), "optional": optional(), "hidden": dict(HIDDEN)}
+
+    def _run(
+        self,
+        *,
+        filename_prefix: str = "video/wan",
+        unique_id: str | None = None,
+        workflow_prompt: dict[str, Any] | None = None,
+        extra_pnginfo: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> dict[str, Any]:
+        status = Status()
+        job, tensors = build_job(settings, status)
+        saved_video.check_prefix(filename_prefix, job.sampling.width, job.sampling.height)
+        host.free_memory()
+        report = host.ProgressReport(unique_id)
+        result = run_job(
+            job,
+            inputs_writer(tensors),
+            parent=host.jobs_folder(),
+            failed=host.failed_folder(),
+            on_progress=report,
+            on_log_line=host.log,
+            cancelled=host.interrupted,
+            pool=warm.pool(),
+        )
+        made = keep(job, result, filename_prefix, {"prompt": workflow_prompt, **(extra_pnginfo or {})})
+        status.note(*made.info["warnings"])
+        report.text(status.line(made.info))
+        self.made.remember(unique_id, () if made.path is None else (made.path,))
+        return {
+            "ui": {} if made.saved is None else saved_video.shown([made.saved]),
+            "result": (
+                str(made.path or ""),
+                made.log,
+                status.block(made.path, made.info),
+                made.video(),
+                {"samples": made.samples},
+            ),
+        }
+
+    def _failed(self, log: str, status: str) -> tuple[Any, ...]:
+        return "", log, status, host.blocked_output(), host.blocked_output()
+
+
+def build_job(settings: dict[str, Any], status: Status) -> tuple[Job, dict[str, Any]]:
+    """The job that the inputs ask for, checked, and the tensors that travel with it."""
+    from ...distributed.planning.preflight import check_job, check_model
+
+    model = model_of(settings, status)
+    config = check_model(model)
+    settings = with_preset(settings, config.task, status)
+    sampling = _sampling(settings, status)
+    text, tensors = embeds.text_inputs(settings, model, sampling, status)
+    parallel, sampling = planned(
+        settings,
+        chosen_config(settings, status),
+        lambda: _parallel(settings, model, sampling, status),
+        model,
+        sampling,
+        task=config.task,
+        encodes_text=text is not None,
+        status=status,
+    )
+    images = image_tensors(settings, sampling, config, status)
+    samples = settings.get("samples")
+    latents = {} if samples is None else latent_tensors(samples, sampling, config, status)
+    if "samples" in images and latents:
+        raise ValueError("samples is connected, and image_embeds carries extra_latents; take one of them out")
+    tensors = {**tensors, **images, **latents}
+    job = Job(
+        id=new_job_id(),
+        model=model,
+        parallel=parallel,
+        sampling=sampling,
+        text=text,
+        decode=settings.get("decode_video", True),
+        preview=settings.get("preview", True),
+        verbose=host.verbose(),
+    )
+    status.note(*distilled_warnings(model, sampling))
+    status.note(*check_job(job, {name: tuple(tensor.shape) for name, tensor in tensors.items()}))
+    return dataclasses.replace(job, warnings=tuple(status.warnings)), tensors
+
+
+def model_of(settings: dict[str, Any], status: Status) -> ModelFiles:
+    """The files that the inputs name, as they are now."""
+    model, low_noise_model, vae = settings["model"], settings.get("low_noise_model"), settings.get("vae", AUTO)
+    if not isinstance(model, ModelFiles):
+        return wrapper_model.files_of(model, low_noise_model, vae, status)
+    if low_noise_model is not None:
+        raise ValueError(
+            "low_noise_model is connected, but model is from Load Wan Video Model, which names both experts; "
+            "disconnect low_noise_model"
+        )
+    if vae != AUTO:
+        model = dataclasses.replace(model, vae=catalogue.identities(catalogue.vae_files(vae)))
+        status.note(f"vae is {vae}, instead of the one that Load Wan Video Model names")
+    return refreshed(model)
+
+
+def chosen_config(settings: dict[str, Any], status: Status) -> DistributedConfig:
+    """The config that is connected, or this node's own values."""
+    chosen = settings.get("config")
+    own = {key: settings[key] for key in LAYOUT if key in settings}
+    if chosen is None:
+        return DistributedConfig(**own)
+    if not isinstance(chosen, DistributedConfig):
+        raise ValueError(f"config is {kind_of(chosen)}; connect Wan Video Distributed Config to it")
+    differing = [key for key, value in own.items() if value != getattr(chosen, key)]
+    if differing:
+        status.note(f"config is connected: its {', '.join(differing)} won over this node's own values")
+    return chosen
+
+
+def _parallel(settings: dict[str, Any], model: ModelFiles, sampling: Sampling, status: Status) -> Parallel:
+    from ...distributed.machine.gpus import choose_gpus
+    from ...distributed.planning.preflight import always_guided
+
+    chosen = chosen_config(settings, status)
+    if chosen.hosts:
+        base = Parallel(**{**literal_values(chosen), "gpu_count": 1, "gpu_ids": (), "cfg_parallel": False})
+        return parallel_over(chosen, base, guided=always_guided(model, sampling), status=status)
+    gpu_count, gpu_ids = choose_gpus(chosen.gpu_count, chosen.gpu_ids, host.visible_gpus())
+    cfg_parallel = chosen.cfg_parallel == "on"
+    if chosen.cfg_parallel == "auto":
+        # With both ways of sharing work off the user is asked what is meant, not served with a third.
+        shares = chosen.use_ulysses or chosen.use_fsdp
+        cfg_parallel = shares and gpu_count % 2 == 0 and always_guided(model, sampling)
+    own = {"gpu_count": gpu_count, "gpu_ids": gpu_ids, "cfg_parallel": cfg_parallel}
+    return Parallel(**{**literal_values(chosen), **own})
+
+
+def _sampling(settings: dict[str, Any], status: Status) -> Sampling:
+    frames = settings["num_frames"]
+    fitting = frames + (1 - frames) % 4
+    if fitting != frames:
+        status.note(f"num_frames was raised from {frames} to {fitting}: the model makes 4n + 1 frames")
+    return Sampling(
+        width=settings["width"],
+        height=settings["height"],
+        num_frames=fitting,
+        steps=settings["sample_steps"],
+        seed=settings.get("seed", 0),
+        solver=settings.get("scheduler", "unipc"),
+        shift=float(settings.get("shift", 12.0)),
+        guidance_low=float(settings.get("guidance_low", 3.0)),
+        guidance_high=float(settings.get("guidance_high", 4.0)),
+        boundary=float(settings.get("boundary", 0.875)),
+        fps=float(settings.get("fps", 16.0)),
+        strength=float(settings.get("strength", 1.0)),
+        start_step=settings.get("start_step", 0),
+        end_step=settings.get("end_step", 0),
+        add_noise=settings.get("add_noise", True),
+    )

@@ -1,0 +1,72 @@
+"""What a finished job leaves in ComfyUI: its video in the output folder, its latents, its log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...distributed.group.leftovers import keep_failed
+from ...distributed.job.job import Job, JobError
+from ...distributed.launch.launcher import Result
+from ..host import host
+from . import saved_video
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One finished job, its folder gone."""
+
+    saved: saved_video.SavedVideo | None
+    """None if the job made latents only."""
+    samples: Any
+    """[1, C, T, h, w] float32, un-normalised."""
+    info: dict[str, Any]
+    """result.json."""
+    log: str
+
+    @property
+    def path(self) -> Path | None:
+        return None if self.saved is None else self.saved.path
+
+    def video(self) -> Any:
+        """For the VIDEO output."""
+        return host.blocked_output() if self.saved is None else self.saved.video()
+
+
+def keep(job: Job, result: Result, filename_prefix: str, workflow: Mapping[str, Any]) -> Outcome:
+    """Saves the video, reads the latents, and removes the job's folder.
+
+    Raises:
+        JobError: that failed, such as on a full disk; the folder is kept.
+    """
+    saved = None
+    try:
+        if job.decode:
+            size = {"width": job.sampling.width, "height": job.sampling.height}
+            saved = saved_video.save_video(result.folder.video, filename_prefix, **size, workflow=workflow)
+        outcome = Outcome(saved, _read_latents(result.folder.latents), result.info, result.log)
+    # Whatever it is: the video may have taken hours to make.
+    except Exception as error:
+        kept = keep_failed(result.folder, host.failed_folder())
+        raise JobError(f"the job is done, but its result cannot be saved: {error}; it is kept in {kept}") from error
+    result.remove()
+    return outcome
+
+
+def inputs_writer(tensors: dict[str, Any]) -> Callable[[Path], None]:
+    """Writes the tensors that travel with a job, for run_job."""
+
+    def write(path: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file(tensors, str(path))
+
+    return write
+
+
+def _read_latents(path: Path) -> Any:
+    from safetensors.torch import load_file
+
+    return load_file(str(path))["samples"]

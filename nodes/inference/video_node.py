@@ -1,0 +1,92 @@
+"""What the nodes that make videos have in common: their checks before a run, and how a run may end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...distributed.job.job import JobError
+from ...distributed.launch.launcher import JobCancelled, JobFailed
+from ...distributed.machine.cancelling import cancelled_by
+from ..host import host
+from ..host.declared import problem_of, taken
+from ..models import catalogue
+from ..sockets.wrapper_model import AUTO
+from .inference_inputs import required
+
+
+class MadeVideos:
+    """Which videos each node made last, to notice that one was deleted."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Path, ...]] = {}
+        self._deleted: dict[str, int] = {}
+
+    def remember(self, node_id: str | None, videos: Iterable[Path]) -> None:
+        self._made[str(node_id)] = tuple(videos)
+
+    def deletions(self, node_id: str | None) -> int:
+        """How often one of the node's last videos was found deleted."""
+        key = str(node_id)
+        if not all(video.is_file() for video in self._made.get(key, ())):
+            del self._made[key]
+            self._deleted[key] = self._deleted.get(key, 0) + 1
+        return self._deleted.get(key, 0)
+
+
+class VideoNode(ABC):
+    """A node that runs jobs."""
+
+    CATEGORY = "WanVideoDistributed"
+    FUNCTION = "run"
+    OUTPUT_NODE = True
+
+    # ComfyUI asks a class, not an instance, whether a node must run again, hence kept on the class.
+    made: ClassVar[MadeVideos] = MadeVideos()
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, width: Any = None, height: Any = None) -> bool | str:
+        from ...distributed.planning.preflight import check_size
+
+        for name, value in (("width", width), ("height", height)):
+            if value is None:
+                continue
+            # Naming an input here switches ComfyUI's own range check off for it, and its refusal of a type is late.
+            if problem := problem_of(name, required()[name], value):
+                return problem
+            try:
+                check_size(name, value)
+            except ValueError as error:
+                return str(error)
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, unique_id: str | None = None, vae: str | None = AUTO, **_: Any) -> str:
+        """Changes when a video of the node's last run was deleted, whose path a cached run would hand out, or when
+        `vae` was replaced; the files of links are looked at by the nodes that they come from."""
+        files = () if vae in (None, AUTO) else catalogue.vae_files(vae)
+        return f"{cls.made.deletions(unique_id)} {catalogue.fingerprint(files)}"
+
+    def run(self, /, **inputs: Any) -> dict[str, Any]:
+        try:
+            with cancelled_by(host.interrupted):
+                return self._run(**taken(type(self), inputs))
+        except JobCancelled as error:
+            raise host.interruption() from error
+        except (ValueError, JobError) as error:
+            if inputs.get("on_error", "raise") == "return":
+                log = error.log if isinstance(error, JobFailed) else ""
+                return {"result": self._failed(log, f"error: {error}")}
+            if isinstance(error, JobFailed) and error.out_of_memory:
+                raise host.out_of_memory(str(error)) from error
+            raise
+
+    @abstractmethod
+    def _run(self, **inputs: Any) -> dict[str, Any]:
+        """What ComfyUI is given of a run that went well."""
+
+    @abstractmethod
+    def _failed(self, log: str, status: str) -> tuple[Any, ...]:
+        """The outputs of a run that failed, for on_error=return."""

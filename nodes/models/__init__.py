@@ -1,0 +1,1 @@
+"""Model files: those that there are, and the nodes that choose them."""

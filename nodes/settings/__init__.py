@@ -1,0 +1,1 @@
+"""How a run is spread over GPUs and machines, and sampling settings that belong together."""

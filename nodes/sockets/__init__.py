@@ -1,0 +1,1 @@
+"""What other nodes hand on, core's and other packs', -> what a job takes."""

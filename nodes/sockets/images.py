@@ -1,0 +1,212 @@
+"""Images that a video starts or ends with, in every form that other nodes hand on -> the tensors of a job.
+
+IMAGE [B, H, W, C] in 0 to 1. Core CONDITIONING (WanImageToVideo, WanFirstLastFrameToVideo) holds concat_latent_image
+[1, 16, T, h, w], un-normalised, and concat_mask [1, 1 or 4, T, h, w], 0 where known. WANVIDIMAGE_EMBEDS of
+ComfyUI-WanVideoWrapper holds image_embeds, normalised, and mask, 1 where known: the other way round in both.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ...distributed.job.errors import check, listed
+from ..host.declared import is_set, kind_of
+from ..host.status import Status
+from ..host.tensors import tensor_of
+from .embeds import conditioning_entry
+from .latent_input import check_video_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...distributed.job.job import Sampling
+    from ...wan.model.config import WanConfig
+
+CHANNELS, MASK_CHANNELS, STRIDE = 16, 4, 8
+"""Of the latents that I2V models take, and pixels per latent row and column."""
+EMBEDS_KEYS = frozenset(
+    {
+        *("image_embeds", "mask", "clip_context", "negative_clip_context", "max_seq_len", "num_frames", "lat_h"),
+        *("lat_w", "end_image", "fun_or_fl2v_model", "target_shape", "extra_latents"),
+    }
+)
+"""What this pack understands of WANVIDIMAGE_EMBEDS; every other key asks for a model that it does not run."""
+
+
+def image_tensors(settings: dict[str, Any], sampling: Sampling, config: WanConfig, status: Status) -> dict[str, Tensor]:
+    """What the node's image inputs and the conditioning hold, by the names that a job knows.
+
+    Args:
+        settings: the node's inputs by name.
+    Raises:
+        ValueError: in the user's words, if an image cannot be used or comes twice.
+    """
+    from ...wan.sampling.picture import fit_image
+
+    found = {}
+    for name in ("start_image", "end_image"):
+        if settings.get(name) is not None:
+            picture = _picture(settings[name], name, sampling, status)
+            found[name] = fit_image(picture, sampling.width, sampling.height, config.task)
+    conditioning = _from_texts(settings, sampling, status)
+    image_embeds = settings.get("image_embeds")
+    if image_embeds is not None:
+        if conditioning is not None:
+            raise ValueError("an image comes twice: with image_embeds and with text_embeds; take one of them out")
+        found |= _from_embeds(image_embeds, sampling, config, status)
+    return found if conditioning is None else {**found, "image_conditioning": conditioning}
+
+
+def _picture(value: Any, name: str, sampling: Sampling, status: Status) -> Tensor:
+    """[H, W, 3] of an IMAGE."""
+    allowed = "an IMAGE [1, H, W, 3]"
+    value = tensor_of(value, name, allowed)
+    if value.ndim != 4 or value.shape[-1] not in (3, 4) or 0 in value.shape:
+        raise ValueError(f"{name} is {list(value.shape)}; it must be {allowed}")
+    count, rows, cols, channels = value.shape
+    if count > 1:
+        status.note(f"{name} holds {count} images; the first one is used")
+    if channels == 4:
+        status.note(f"{name} has an alpha channel, which is not used")
+    if (cols, rows) != (sampling.width, sampling.height):
+        size = f"{sampling.width}x{sampling.height}"
+        status.note(f"{name} is {cols}x{rows}; it was scaled to cover {size} and cut to it")
+    return value[0, :, :, :3].float()
+
+
+def _from_texts(settings: dict[str, Any], sampling: Sampling, status: Status) -> Tensor | None:
+    """The image that comes with the prompt; a negative prompt from the same node carries it as well."""
+    positive, negative = (_entry(settings.get(name), name) for name in ("text_embeds", "negative_embeds"))
+    latents, mask = (positive.get(key) for key in ("concat_latent_image", "concat_mask"))
+    if negative.get("concat_latent_image") is not None and negative["concat_latent_image"] is not latents:
+        if latents is None:
+            raise ValueError(
+                "negative_embeds carries an image and text_embeds does not; "
+                "connect both outputs of the node that adds it"
+            )
+        status.note("negative_embeds carries another image than text_embeds; that of text_embeds is used")
+    if latents is None and mask is None:
+        return None
+    return _from_core(latents, mask, sampling)
+
+
+def _entry(value: Any, name: str) -> dict[str, Any]:
+    """What the first entry of a CONDITIONING carries beside the prompt; nothing for other kinds of embeddings."""
+    return {} if value is None or isinstance(value, dict) else conditioning_entry(value, name)[1]
+
+
+def _from_core(latents: Any, mask: Any, sampling: Sampling) -> Tensor:
+    """[20, T, h, w]: mask, then normalised latents."""
+    import torch
+
+    from ...wan.vae.latents import normalise
+
+    if latents is None or mask is None:
+        here, missing = ("concat_mask", "concat_latent_image")[:: 1 if latents is None else -1]
+        raise ValueError(f"text_embeds carries {here} without {missing}; both are needed, as WanImageToVideo adds them")
+    name = "concat_latent_image of text_embeds"
+    latents = tensor_of(latents, name, f"a tensor [1, {CHANNELS}, T, h, w]")
+    if latents.ndim != 5 or tuple(latents.shape[:2]) != (1, CHANNELS):
+        raise ValueError(f"{name} has shape {list(latents.shape)}; Wan2.2 I2V takes [1, {CHANNELS}, T, h, w]")
+    size = tuple(latents.shape[2:])
+    check_video_size(name, size, STRIDE, sampling)
+    mask = tensor_of(mask, "concat_mask of text_embeds", f"a tensor {[1, MASK_CHANNELS, *size]}")
+    if mask.ndim != 5 or mask.shape[0] != 1 or mask.shape[1] not in (1, MASK_CHANNELS) or tuple(mask.shape[2:]) != size:
+        raise ValueError(
+            f"concat_mask of text_embeds has shape {list(mask.shape)}; "
+            f"it must be {[1, 1, *size]} or {[1, MASK_CHANNELS, *size]}"
+        )
+    known = 1 - mask[0].float().expand(MASK_CHANNELS, *size)
+    return torch.cat([known, normalise(latents[0], CHANNELS)]).contiguous()
+
+
+def _from_embeds(value: Any, sampling: Sampling, config: WanConfig, status: Status) -> dict[str, Tensor]:
+    """image_conditioning of I2V embeds; samples and noise_mask of empty ones with a first frame; else nothing."""
+    if not isinstance(value, dict):
+        raise ValueError(f"image_embeds is {kind_of(value)}; it must be WANVIDIMAGE_EMBEDS")
+    other = [key for key, held in value.items() if key not in EMBEDS_KEYS and held is not None and held is not False]
+    if other:
+        raise ValueError(
+            f"image_embeds carries {listed(sorted(other, key=str))}, which this node does not support; "
+            "it takes the embeds of WanVideoImageToVideoEncode and WanVideoEmptyEmbeds without controls"
+        )
+    if any(value.get(key) is not None for key in ("clip_context", "negative_clip_context")):
+        status.note("image_embeds carries CLIP vision embeddings, which Wan2.2 models do not use")
+    if value.get("image_embeds") is not None:
+        return {"image_conditioning": _i2v_embeds(value, sampling)}
+    shape = value.get("target_shape")
+    if shape is None:
+        raise ValueError("image_embeds holds neither image_embeds nor target_shape")
+    whole = isinstance(shape, list | tuple) and all(isinstance(size, int) for size in shape)
+    check(whole and len(shape) == 4, "target_shape of image_embeds", shape, "four sizes, C, T, h and w")
+    check_video_size("image_embeds", shape[1:], STRIDE, sampling)
+    if not is_set(value.get("extra_latents")):
+        return {}
+    return _known_frames(value["extra_latents"], sampling, config)
+
+
+def _i2v_embeds(value: dict[str, Any], sampling: Sampling) -> Tensor:
+    """[20, T, h, w]: mask, then normalised latents."""
+    import torch
+
+    parts = [
+        tensor_of(value[key], f"{key} of image_embeds", "a tensor [C, T, h, w]").float()
+        for key in ("mask", "image_embeds")
+        if value.get(key) is not None
+    ]
+    shapes = [tuple(part.shape) for part in parts]
+    if [len(shape) for shape in shapes] != [4] * len(parts) or len({shape[1:] for shape in shapes}) != 1:
+        raise ValueError(f"image_embeds hold tensors of the shapes {shapes}; they must be [C, T, h, w] of one size")
+    together = torch.cat(parts)
+    if together.shape[0] != MASK_CHANNELS + CHANNELS:
+        raise ValueError(
+            f"image_embeds and their mask have {together.shape[0]} channels; they must have {MASK_CHANNELS + CHANNELS}"
+        )
+    if value.get("end_image") is not None and not is_set(value.get("fun_or_fl2v_model")):
+        raise ValueError(
+            "image_embeds were made for an end image outside the video; "
+            "turn on fun_or_fl2v_model in WanVideoImageToVideoEncode"
+        )
+    check_video_size("image_embeds", together.shape[1:], STRIDE, sampling)
+    return together.contiguous()
+
+
+def _known_frames(extra_latents: Any, sampling: Sampling, config: WanConfig) -> dict[str, Tensor]:
+    """Latent frames that a TI2V-5B video holds from the start, [1, 48, n, h, w] each, normalised."""
+    import torch
+
+    from ...wan.vae.latents import denormalise, latents_shape
+
+    if config.task != "ti2v":
+        raise ValueError("image_embeds carries extra_latents, which only the TI2V-5B model follows")
+    shape = latents_shape(sampling.width, sampling.height, sampling.num_frames, config.out_dim)
+    if not isinstance(extra_latents, list) or len(extra_latents) > shape[1]:
+        found = f"{len(extra_latents)} entries" if isinstance(extra_latents, list) else kind_of(extra_latents)
+        raise ValueError(
+            f"extra_latents of image_embeds are {found}; they must be a list of at most {shape[1]}, the latent frames"
+        )
+    samples, mask = torch.zeros(shape), torch.ones(shape[1:])
+    for entry in extra_latents:
+        frames, index = _given_frames(entry)
+        expected = (1, shape[0], frames.shape[2] if frames.ndim == 5 else 1, *shape[2:])
+        if tuple(frames.shape) != expected or not 1 <= frames.shape[2] <= shape[1]:
+            raise ValueError(
+                f"extra_latents of image_embeds have the shape {list(frames.shape)}; it must be "
+                f"[1, {shape[0]}, at most {shape[1]}, {shape[2]}, {shape[3]}]"
+            )
+        # Counted from the end where negative; moved so that all frames are inside.
+        count = frames.shape[2]
+        first = max(0, min(index + shape[1] if index < 0 else index, shape[1] - count))
+        samples[:, first : first + count] = frames[0]
+        mask[first : first + count] = 0
+    return {"samples": denormalise(samples, shape[0]), "noise_mask": mask}
+
+
+def _given_frames(entry: Any) -> tuple[Tensor, int]:
+    """The latents of one of extra_latents, and the latent frame at which they are."""
+    name = "an entry of extra_latents of image_embeds"
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} is {kind_of(entry)}; it must be an object with samples and index")
+    index = entry.get("index")
+    check(isinstance(index, int) and not isinstance(index, bool), f"index of {name}", index, "a whole number")
+    return tensor_of(entry.get("samples"), f"samples of {name}", "a tensor [1, C, T, h, w]").float(), index

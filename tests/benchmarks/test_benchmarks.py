@@ -1,0 +1,152 @@
+"""The benchmark of forwards on a CPU: variants, what is said of each, and the table and plot of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from mount import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+
+def test_variants_are_compared_with_the_first_and_rendered(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """What cannot run here is left out, with the reason."""
+    import forward
+    import table
+
+    results = tmp_path / "results.jsonl"
+    systems = ["ours", "ours:fp8", "ours:triton", "ours:symmetric", "ours:fa3", "ours:turbo"]
+    forward.run_rank(
+        argparse.Namespace(model="tiny", systems=systems, sizes=["64x48x5"], repeats=1, latents=True, results=results)
+    )
+    out = capsys.readouterr().out
+    assert "ours:triton is left out: kernels is 'triton', which needs a GPU" in out
+    assert "ours:symmetric is left out: one GPU has nothing to send" in out
+    assert "ours:fa3 is left out: attention is 'fa3', which needs a GPU" in out
+    assert "ours:turbo is left out: option 'turbo'" in out
+    plain, fp8 = (json.loads(line) for line in results.read_text().splitlines())
+    assert [plain["precision"], fp8["precision"]] == ["full", "fp8"]
+    assert float(plain["difference"]) == float(plain["latents_difference"]) == 0
+    assert 1e-4 < float(fp8["difference"]) < 0.2
+    assert 1e-5 < float(fp8["latents_difference"]) < 0.2
+    assert plain["block_ms"]["gemm"] > 0
+    lines = table.read_lines(results)
+    text = table.table(lines)
+    assert [row.count("|") for row in text.splitlines()[2:]] == [16] * 4
+    assert "ours:fp8" in text
+    bars = ElementTree.fromstring(table.plot(lines)).iter("{http://www.w3.org/2000/svg}rect")
+    assert sum(float(bar.get("height", "0").strip("%")) == table.ROW - 6 for bar in bars) == 2 * len(table.COLUMNS)
+    once = table.replace_marked("# Title\n", text)
+    assert table.replace_marked(once, text) == once
+    assert once.startswith("# Title\n")
+
+
+def test_a_system_that_fails_leaves_the_others_their_turn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    import forward
+    import systems
+
+    def broken(config: object, place: object, option: str) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setitem(systems.SYSTEMS, "diffusers", broken)
+    results = tmp_path / "results.jsonl"
+    forward.run_rank(
+        argparse.Namespace(
+            model="tiny", systems=["diffusers", "ours"], sizes=["64x48x5"], repeats=1, latents=False, results=results
+        )
+    )
+    said = capsys.readouterr()
+    assert "diffusers is left out: it failed with RuntimeError" in said.out
+    assert "no kernel image" in said.err
+    assert [json.loads(line)["system"] for line in results.read_text().splitlines()] == ["ours"]
+
+
+def test_floor_is_that_of_the_measured_kernels():
+    """2.39 s for one A14B forward at 832x480x81 on one H200, half of it on two, less in 8 bits."""
+    from breakdown import floor_seconds, work
+    from wan_pack.wan.model.config import WAN_CONFIGS
+
+    config = WAN_CONFIGS["t2v-A14B"]
+    linear, attention = work(config, 32760)
+    assert linear / 1e12 == pytest.approx(783, abs=1)
+    assert attention / 1e12 == pytest.approx(893, abs=1)
+    exact = floor_seconds(config, 32760, 1, attention="fa3", precision="full")
+    assert exact == pytest.approx(2.39, abs=0.01)
+    assert floor_seconds(config, 32760, 2, attention="cudnn", precision="full") == exact / 2
+    assert floor_seconds(config, 32760, 1, attention="fa3-fp8", precision="fp8") == pytest.approx(1.55, abs=0.01)
+
+
+def test_kernels_are_sorted_by_kind_and_idling_is_what_none_covers():
+    from breakdown import busy, kind_of
+
+    kinds = {
+        "void cutlass::device_kernel<flash::FlashAttnFwdSm90>": "attention",
+        "cudnn_generated_fort_native_sdpa_sm90": "attention",
+        "nvjet_hsh_128x256": "gemm",
+        "void cutlass::device_kernel<at::cuda::detail::f8f8bf16_rowwise>": "gemm",
+        "ncclDevKernel_SendRecv": "communication",
+        "triton_red_fused_add_addmm_native_layer_norm_0": "elementwise",
+        "_norm_kernel": "elementwise",
+    }
+    assert {name: kind_of(name) for name in kinds} == kinds
+    assert busy([(5, 7), (0, 2), (1, 3), (6, 6.5)]) == 5
+
+
+def test_scaling_is_bounded_by_the_floor_and_by_what_was_measured():
+    """The prediction passes through the two measured points, and never promises more than the work divided."""
+    import scaling
+
+    measured = scaling.read_scaling(BENCHMARKS / "results.jsonl")
+    assert measured.predict(1) == (measured.one, measured.one) == (2.545, 2.545)
+    assert measured.predict(2) == (measured.two, measured.two) == (1.434, 1.434)
+    known = measured.one / 2 + measured.exchange(2) + measured.rest
+    assert known == pytest.approx(measured.two)
+    for gpus in (4, 8):
+        low, high = measured.predict(gpus)
+        assert measured.floor / gpus < measured.one / gpus < low < high < measured.two
+    # 4 * 32,760 * 5120 elements of two bytes in 40 layers: half on each of two ranks, half of that sent.
+    assert measured.exchange(2) == pytest.approx(4 * 32760 * 5120 * 2 * 40 / 4 / 257e9)
+    text = scaling.table(measured)
+    assert text.count("\n") == 1 + len(scaling.GPUS)
+    assert f"{(BENCHMARKS / 'README.md').read_text()}".count(text) == 1, "scaling.py was not run after a change"
+    ElementTree.fromstring(scaling.plot(measured))
+
+
+def test_scaling_needs_both_measurements(tmp_path: Path):
+    import scaling
+
+    line = {"benchmark": "real_size", "model": "t2v-A14B", "size": "832x480x81", "gpus": 1, "seconds_per_step": 2.5}
+    (tmp_path / "results.jsonl").write_text(json.dumps({**line, "settings": {"fsdp": False}}) + "\n")
+    with pytest.raises(ValueError, match=r"holds runs on \[1\] GPUs; one and two are needed"):
+        scaling.read_scaling(tmp_path / "results.jsonl")
+
+
+def test_vae_before_and_after_are_compared_in_one_run():
+    """As on a GPU, without its kernels: every part ran, and what is timed is near diffusers' in float32."""
+    command = [sys.executable, str(BENCHMARKS / "vae.py"), "--sizes", "32x32x5", "--base-dim", "4", "--repeats", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    table = run.stdout.partition("table\n")[2].splitlines()
+    assert run.returncode == 0 and "failed" not in run.stdout, run.stdout + run.stderr
+    for part in ("decode, before", "decode, after", "encode, before", "encode, after", "mp4, before", "mp4, after"):
+        assert sum(f"| {part} | 1 GPUs |" in line for line in table) == 1, part
+    errors = [re.findall(r"[\d.]+e[-+]\d+", line) for line in table if "decode's error" in line]
+    assert len(errors) == 3 and all(0 <= float(error) < 1e-4 for line in errors for error in line)
+    assert float(errors[1][0]) > 0, "another forward rounds otherwise"

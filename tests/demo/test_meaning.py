@@ -1,0 +1,94 @@
+"""What the trained demo model paints, seen in mp4s. `python demo/meaning demo/model` measures all of its captions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from wan_pack.demo.meaning.arithmetic import attention_of_codes, eight_bits
+from wan_pack.demo.meaning.measure import agreement, measure, psnr
+from wan_pack.demo.meaning.pipeline import FOUR_STEPS, I2V, T2V, Pipeline, as_video, bounded, guided
+from wan_pack.demo.meaning.ranks import same_on_ranks
+from wan_pack.demo.meaning.run import KEPT, SAME
+from wan_pack.demo.run import CAPTION, TRAINED
+from wan_pack.demo.train.captions import held_out_scenes, plain_caption
+from wan_pack.demo.train.checkpoint import MAX_ALL, MAX_FILE, trained
+from wan_pack.demo.train.distill import FILES
+from wan_pack.demo.train.dit import T2V as T2V_TASK
+from wan_pack.demo.train.i2v import I2V as I2V_TASK
+from wan_pack.demo.train.loop import generator
+from wan_pack.demo.train.world import render
+from wan_pack.wan.model.attention import attention
+
+SCENES = held_out_scenes(8)
+SHORT = replace(T2V, steps=4)
+"""Enough to see that a setting acts."""
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    return Pipeline(TRAINED, T2V_TASK.files)
+
+
+@pytest.mark.parametrize("index", [0, 2, 5])
+def test_a_clip_shows_what_its_caption_says(pipeline: Pipeline, index: int):
+    clip = pipeline.clip(plain_caption(SCENES[index]), T2V, seed=index)
+    assert agreement(SCENES[index], measure(as_video(clip)))["all"], measure(as_video(clip))
+
+
+def test_four_steps_are_enough_with_the_lora_and_not_without(pipeline: Pipeline):
+    caption = plain_caption(SCENES[0])
+    fast = Pipeline(TRAINED, T2V_TASK.files, FILES).clip(caption, FOUR_STEPS, seed=0)
+    assert agreement(SCENES[0], measure(as_video(fast)))["all"]
+    slow = pipeline.clip(caption, T2V, seed=0)
+    assert psnr(fast, slow) > psnr(pipeline.clip(caption, FOUR_STEPS, seed=0), slow), "the LoRA goes the teacher's way"
+
+
+def test_a_given_picture_is_the_first_frame():
+    scene = SCENES[1]
+    picture = render([scene])[0, :, 0]
+    settings = replace(I2V, steps=8)
+    clip = Pipeline(TRAINED, I2V_TASK.files).clip(plain_caption(scene), settings, seed=1, picture=picture)
+    assert psnr(as_video(clip)[:, 0], picture) > KEPT
+    assert measure(clip).things[0].motion == scene.things[0].kind.motion
+
+
+def test_every_setting_changes_the_picture(pipeline: Pipeline):
+    caption = "a circle moves right on a black background"
+    clip = pipeline.clip(caption, SHORT, seed=1)
+    torch.testing.assert_close(pipeline.clip(caption, SHORT, seed=1), clip)
+    others = {
+        "seed": pipeline.clip(caption, SHORT, seed=2),
+        "prompt": pipeline.clip(CAPTION, SHORT, seed=1),
+        "negative prompt": pipeline.clip(caption, SHORT, seed=1, negative="a red circle"),
+        "guidance": pipeline.clip(caption, guided(SHORT, 1.0), seed=1),
+        "boundary": pipeline.clip(caption, bounded(SHORT, 0.0), seed=1),
+    }
+    assert {name: (other - clip).abs().mean().item() for name, other in others.items() if psnr(other, clip) > 40} == {}
+
+
+def test_jobs_on_one_and_two_ranks_make_the_same_video():
+    assert same_on_ranks(TRAINED, CAPTION, steps=2, ranks=(1, 2))[2] > SAME
+
+
+def test_the_model_fits_the_repository():
+    sizes = {path.name: path.stat().st_size for path in trained(TRAINED)}
+    assert len(sizes) == 8
+    assert max(sizes.values()) <= MAX_FILE and sum(sizes.values()) <= MAX_ALL
+
+
+def test_attention_of_codes_is_attention_but_for_what_eight_bits_lose() -> None:
+    q, k, v = (torch.randn(37, 3, 16, generator=generator(torch.device("cpu"), i)) * 10 ** (i - 1) for i in range(3))
+    exact, rounded = attention(q, k, v), attention_of_codes(q, k, v)
+    error = ((rounded - exact).norm() / exact.norm()).item()
+    assert 1e-3 < error < 0.06
+    # A scale per head: what one head holds does not cost another its bits.
+    louder = torch.cat((v[:, :2], 1000 * v[:, 2:]), dim=1)
+    torch.testing.assert_close(attention_of_codes(q, k, louder)[:, :2], rounded[:, :2])
+
+
+def test_the_measured_arithmetics_are_a_jobs_own() -> None:
+    arithmetics = eight_bits(torch.device("cpu"))
+    assert [each.parallel.linear_precision for each in arithmetics.values()] == ["full", "fp8", "fp8"]
+    assert all(each.parallel.mixed_precision == "bf16" for each in arithmetics.values())

@@ -1,0 +1,307 @@
+"""Hostfiles, what a machine must have, and how ranks lie over machines; no process is started."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from jobs import FAKE_AGENT, run_stub, stub_job
+from torch.testing._internal.distributed import fake_pg
+from wan_pack.distributed.group import worker_group
+from wan_pack.distributed.hosts import host_agent as hosts_agent
+from wan_pack.distributed.hosts import host_check as hosts_check
+from wan_pack.distributed.hosts import hostfile as hosts
+from wan_pack.distributed.hosts import network as hosts_network
+from wan_pack.distributed.hosts.host_agent import Tether
+from wan_pack.distributed.hosts.host_check import check_host, versions
+from wan_pack.distributed.hosts.hostfile import Hosts, HostsDir, host_warnings, over_hosts, read_hostfile
+from wan_pack.distributed.hosts.network import address_toward, interface_of, open_store
+from wan_pack.distributed.job.errors import JobError
+from wan_pack.distributed.job.job import FileIdentity, Job, Parallel
+from wan_pack.distributed.launch.launcher import JobFailed
+from wan_pack.distributed.machine.gpu_locks import GpuLocks
+from wan_pack.distributed.machine.gpus import Gpu
+from wan_pack.distributed.parallel.mesh import Mesh
+from wan_pack.nodes.host import host
+from wan_pack.nodes.host.status import Status
+from wan_pack.nodes.settings.hostfiles import hostfile_names, parallel_over
+from wan_pack.nodes.settings.spread import DistributedConfig
+
+TWO = Hosts(("a", "b"), 2)
+GPU = Gpu(index="0", uuid="GPU-0", name="H100", total_bytes=80 << 30, free_bytes=80 << 30)
+
+
+def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path):
+    file = tmp_path / "hostfile"
+    file.write_text("# ours\n\nnode-1.lan slots=8\n10.0.0.2   slots=8  # the second\n")
+    assert read_hostfile(file) == Hosts(("node-1.lan", "10.0.0.2"), 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "names no machine"),
+        ("a slots=2\na slots=2\n", "names 'a' twice"),
+        ("a slots=2\nb slots=4\n", r"different slots \(a 2, b 4\)"),
+        ("a\n", "the line 'a'; it must be NAME slots=N"),
+        ("a slots=2; reboot\n", "it must be NAME slots=N"),
+        ("x" * 70_000, "over 65536 bytes"),
+    ],
+)
+def test_a_hostfile_that_is_wrong_is_refused_with_its_name_and_line(tmp_path: Path, text: str, says: str):
+    (tmp_path / "cluster").write_text(text)
+    with pytest.raises(ValueError, match=says) as caught:
+        read_hostfile(tmp_path / "cluster")
+    assert "cluster" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["-oProxyCommand=id", "a,b", "root@a", "a b", "$(id)", "[1-9]", ""])
+def test_a_host_that_a_shell_or_ssh_would_take_apart_is_refused(name: str):
+    with pytest.raises(ValueError, match="names or IPv4 addresses"):
+        Parallel(gpu_count=2, hosts=("a", name))
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"gpu_count": 3}, "multiple of the 2 hosts"),
+        ({"hosts": ("a", "a")}, "without repeats"),
+        ({"keep_warm_seconds": 5.0}, "keep_warm_seconds is 5.0"),
+        ({"gpu_ids": ("0", "1", "2", "3")}, r"one per GPU of a machine \(2\)"),
+    ],
+)
+def test_values_that_cannot_be_over_two_machines_are_refused(values: dict[str, Any], says: str):
+    with pytest.raises(ValueError, match=says):
+        Parallel(**{"gpu_count": 4, "hosts": ("a", "b"), **values})
+
+
+def test_hosts_survive_the_job_file():
+    job = stub_job(gpu_count=4, hosts=("a", "b"), gpu_ids=("0", "1"))
+    assert Job.from_json(job.to_json()) == job
+
+
+def test_cfg_goes_over_the_machines_first(monkeypatch: pytest.MonkeyPatch):
+    """Ranks are numbered machine by machine: of two machines, each is a row that shares a sequence."""
+    monkeypatch.setattr(hosts, "list_gpus", lambda: [GPU])
+    parallel = over_hosts(Parallel(gpu_count=1, keep_warm_seconds=9.0), TWO, guided=True)
+    assert (parallel.gpu_count, parallel.gpu_ids, parallel.cfg_parallel) == (4, ("0", "1"), True)
+    assert host_warnings(parallel) == []
+    assert fake_pg, "its import registers the backend"
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=4)
+    try:
+        mesh = Mesh.of("cpu", 4, cfg=parallel.cfg_size)
+        row, column = map(dist.get_process_group_ranks, (mesh.ulysses_group, mesh.cfg_group))
+    finally:
+        dist.destroy_process_group()
+    assert [rank // parallel.gpus_per_host for rank in row] == [0, 0]
+    assert [rank // parallel.gpus_per_host for rank in column] == [0, 1]
+
+
+def test_a_layout_that_splits_sequences_or_weights_over_the_network_is_warned_of():
+    base = Parallel(gpu_count=1, use_fsdp=True)
+    assert [w.split(" ")[0] for w in host_warnings(over_hosts(base, TWO, guided=False))] == ["the", "use_fsdp"]
+    three = over_hosts(base, Hosts(("a", "b", "c"), 2), guided=True)
+    assert "3 machines" in host_warnings(three)[0]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Over two machines, of one file."""
+    (tmp_path / "w.safetensors").write_bytes(b"weights")
+    file = FileIdentity.of(tmp_path / "w.safetensors")
+    job = stub_job(hosts=("a", "b"))
+    return dataclasses.replace(
+        job, model=dataclasses.replace(job.model, high_noise=(file,), low_noise=(file,), vae=(file,))
+    )
+
+
+def test_a_machine_like_the_first_passes(job: Job, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hosts_check, "list_gpus", list)
+    check_host(job, versions())
+
+
+@pytest.mark.parametrize("name", ["this pack", "Python", "torch"])
+def test_a_machine_with_another_version_is_refused(job: Job, name: str):
+    with pytest.raises(JobError, match=f"^{name} is .*, but 0.0 on the machine that starts the job"):
+        check_host(job, {**versions(), name: "0.0"})
+
+
+def test_every_file_of_the_pack_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hosts_check, "PACK", tmp_path)
+    seen = {versions()["this pack"]}
+    for name in ("distributed/rank/worker.py", "distributed/hosts/host_agent.py", "wan/model/kernels/norm.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+        seen.add(versions()["this pack"])
+    assert len(seen) == 4
+
+
+def test_a_machine_with_other_files_is_refused(job: Job, tmp_path: Path):
+    path = tmp_path / "w.safetensors"
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(JobError, match=r"changed at another time.* rsync -a"):
+        check_host(job, versions())
+    path.write_bytes(b"short")
+    with pytest.raises(JobError, match="has 5 bytes, but 7 on the machine"):
+        check_host(job, versions())
+    path.unlink()
+    with pytest.raises(JobError, match=r"w\.safetensors cannot be read: No such file"):
+        check_host(job, versions())
+
+
+def test_a_machine_with_other_gpus_is_refused(job: Job, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hosts_check, "list_gpus", lambda: [GPU])
+    with pytest.raises(JobError, match="there are 1 GPUs, but the machine that starts the job has none"):
+        check_host(job, versions())
+    wants = dataclasses.replace(job, parallel=dataclasses.replace(job.parallel, gpu_ids=("1",)))
+    with pytest.raises(JobError, match="GPU 1 is missing; the GPUs are: 0 H100"):
+        check_host(wants, versions())
+
+
+def test_a_folder_that_a_remote_shell_would_take_apart_is_refused(tmp_path: Path):
+    (tmp_path / "a $(id)").mkdir()
+    with pytest.raises(JobError, match="a remote shell may take apart"):
+        HostsDir.create_for(tmp_path / "a $(id)", stub_job(hosts=("a",)), {})
+    assert not list((tmp_path / "a $(id)").iterdir())
+
+
+def test_a_folder_that_an_agent_writes_into_meanwhile_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = HostsDir.create_for(tmp_path, stub_job(hosts=("a",)), {})
+    real, late = shutil.rmtree, [folder.ready(0), folder.ended(0)]
+
+    def remove(path: Path, **options: Any) -> None:
+        """Finds the folder not empty when all that it listed is gone."""
+        if late:
+            late.pop().touch()
+        else:
+            real(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    folder.remove()
+    assert not folder.path.exists()
+
+
+def test_a_folder_that_is_not_shared_is_named(tmp_path: Path):
+    with pytest.raises(JobError, match="it must be on a file system that all machines share"):
+        HostsDir(tmp_path / "elsewhere").read_job()
+
+
+def test_the_store_listens_on_one_address_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert address_toward(("alone",), 0) == hosts_network.LOOPBACK == address_toward(("127.0.0.1", "127.0.0.1"), 1)
+    assert interface_of("127.0.0.1") == "lo"
+    monkeypatch.setenv(hosts_network.ADDRESS_VARIABLE, "127.0.0.1")
+    first = open_store(tmp_path / "store.json", listens=True, world=2, timeout=5)
+    second = open_store(tmp_path / "store.json", listens=False, world=2, timeout=5)
+    first.set("word", "given")
+    assert second.get("word") == b"given"
+    listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    assert [line[1] for line in listening if line[3] == "0A" and line[1].endswith(f":{first.port:04X}")] == [
+        f"0100007F:{first.port:04X}"
+    ]
+
+
+@pytest.mark.parametrize("how", ["silence", "folder gone"])
+def test_an_agent_ends_when_the_launching_machine_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str):
+    """Over a link that is cut nothing closes."""
+    ended: list[float] = []
+    monkeypatch.setattr(hosts_agent, "_end", lambda folder, node: ended.append(time.monotonic()))
+    folder = HostsDir.create_for(tmp_path, stub_job(hosts=("a",)), {})
+    Tether(folder, 0, Parallel(gpu_count=1, stall_timeout=1.0)).start()
+    beat = time.monotonic()
+    for number in range(8):
+        folder.heartbeat.write_text(str(number))
+        beat = time.monotonic()
+        time.sleep(0.2)
+    assert not ended
+    if how == "folder gone":
+        folder.remove()
+    while not ended and time.monotonic() - beat < 10:
+        time.sleep(0.02)
+    assert ended
+    assert (ended[0] - beat >= 0.75) == (how == "silence")
+    folder.remove()
+
+
+def test_machines_take_their_gpus_one_after_the_other_and_begin_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In the order of their names, whatever the hostfile's: else two jobs could each hold what the other waits for."""
+    names, reason = ("b", "a"), "waiting for GPU 0, in use by process 7"
+    folder = HostsDir.create_for(tmp_path, stub_job(hosts=names), {})
+    asked, returned, free = [], [], [threading.Event(), threading.Event()]
+
+    def wait(gpu_ids: Any, *, on_wait: Callable[[str], None], **_: Any) -> GpuLocks:
+        asked.append(threading.current_thread().name)
+        on_wait(reason)
+        assert free[int(asked[-1])].wait(10)
+        return GpuLocks([])
+
+    def take(node: int) -> None:
+        hosts_agent.take_gpus(folder, stub_job(hosts=names), node)
+        returned.append(node)
+
+    monkeypatch.setattr(hosts_agent, "wait_for_gpus", wait)
+    threads = [threading.Thread(target=take, args=(node,), name=str(node), daemon=True) for node in range(2)]
+    for thread in threads:
+        thread.start()
+    assert until(lambda: folder.waiting(names) == f"host a: {reason}")
+    assert asked == ["1"]
+    free[1].set()
+    assert until(lambda: folder.waiting(names) == f"host b: {reason}")
+    assert asked == ["1", "0"] and returned == []
+    free[0].set()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(returned) == [0, 1] and folder.waiting(names) == ""
+    folder.remove()
+
+
+def until(holds: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 10
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return holds()
+
+
+def test_a_wait_for_gpus_elsewhere_is_shown_and_no_time_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The agent never starts a rank: the time-out is exceeded, but counts from the end of the wait."""
+    monkeypatch.setattr(worker_group, "AGENT", FAKE_AGENT)
+    begin, shown, reason = time.monotonic(), [], "host b: waiting for GPU 0, in use by process 7"
+    monkeypatch.setattr(
+        worker_group.WorkerGroup, "waits", lambda self: reason if time.monotonic() - begin < 1.5 else ""
+    )
+    with pytest.raises(JobFailed, match=r"did not finish loading for 1 s"):
+        run_stub(
+            tmp_path,
+            stub_job(start_timeout=1.0),
+            lambda path: path.write_text("sleep"),
+            on_progress=lambda progress: shown.append(progress.text),
+        )
+    assert time.monotonic() - begin >= 1.5, "not while it waited"
+    assert shown == [f"starting processes - {reason}"]
+
+
+def test_a_workflow_picks_a_hostfile_that_is_there_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(host, "hostfiles_folder", lambda: tmp_path / "hostfiles")
+    assert hostfile_names() == []
+    (tmp_path / "hostfiles").mkdir()
+    (tmp_path / "hostfiles" / "cluster").write_text("a slots=2\nb slots=2\n")
+    (tmp_path / "secret").write_text("c slots=2\n")
+    monkeypatch.setattr(hosts, "list_gpus", list)
+    chosen = DistributedConfig(gpu_count=0, use_ulysses=True, use_fsdp=False, offload_model=False, hostfile="cluster")
+    status = Status()
+    base = Parallel(gpu_count=1, keep_warm_seconds=60.0)
+    parallel = parallel_over(chosen, base, guided=True, status=status)
+    assert (parallel.hosts, parallel.gpu_count, parallel.keep_warm_seconds) == (("a", "b"), 4, 0)
+    assert any("keep_warm_seconds has no effect" in line for line in status.warnings)
+    for name in ("../secret", str(tmp_path / "secret"), "gone"):
+        with pytest.raises(ValueError, match="hostfile is"):
+            parallel_over(dataclasses.replace(chosen, hostfile=name), base, guided=True, status=status)

@@ -1,0 +1,90 @@
+"""A job as it is written and read back. What it refuses is in faults/test_bad_input.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wan_pack.distributed.job.job import FileIdentity, Job, JobError, LoraFile, ModelFiles, Parallel, Sampling, Text
+from wan_pack.distributed.job.job_folder import JobDir
+
+FILE = FileIdentity(path="/models/high.safetensors", size=10, mtime_ns=1)
+MODEL = ModelFiles(high_noise=(FILE,), low_noise=(FILE,), vae=(FILE,), text_encoder=(FILE,))
+PARALLEL = Parallel(gpu_count=2)
+SAMPLING = Sampling(width=832, height=480, num_frames=81, steps=20, seed=1)
+JOB = Job(id="0f", model=MODEL, parallel=PARALLEL, sampling=SAMPLING, text=Text(prompt='a "cat" ${local_rank} $(id)'))
+
+
+def test_round_trip():
+    assert Job.from_json(JOB.to_json()) == JOB
+    bare = dataclasses.replace(JOB, text=None)
+    assert Job.from_json(bare.to_json()) == bare
+
+
+@pytest.mark.parametrize(
+    ("of", "field", "value", "words"),
+    [
+        (FILE, "path", "relative", "absolute"),
+        (FILE, "path", "/a\0b", "absolute"),
+        (FILE, "path", "/\udcff", "UTF-8"),
+        (JOB.text, "prompt", "a \ud800 cat", "valid Unicode"),
+        (JOB.text, "prompt", "x" * 100_001, "100001 characters"),
+    ],
+)
+def test_text_that_no_file_takes_is_refused(of: Any, field: str, value: str, words: str):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(of, **{field: value})
+
+
+def test_a_prompt_needs_a_text_encoder():
+    with pytest.raises(ValueError, match="text_encoder"):
+        dataclasses.replace(JOB, model=dataclasses.replace(MODEL, text_encoder=()))
+
+
+def test_a_model_has_one_expert_or_two():
+    for name in ("high_noise", "low_noise"):
+        one = dataclasses.replace(MODEL, **{name: ()})
+        assert one.transformer == (FILE,)
+        assert Job.from_json(dataclasses.replace(JOB, model=one).to_json()).model == one
+        with pytest.raises(ValueError, match=f"{name}_loras is given"):
+            dataclasses.replace(one, **{f"{name}_loras": (LoraFile(file=FILE, strength=1.0),)})
+    with pytest.raises(ValueError, match="both empty"):
+        dataclasses.replace(MODEL, high_noise=(), low_noise=())
+
+
+def test_the_part_of_the_schedule_that_runs():
+    def steps(**settings: Any) -> tuple[int, range]:
+        sampling = dataclasses.replace(SAMPLING, **settings)
+        return sampling.schedule_steps, sampling.step_range
+
+    assert steps() == (20, range(20))
+    assert steps(start_step=5, end_step=12) == (20, range(5, 12))
+    assert steps(start_step=19) == (20, range(19, 20))
+    # Half of the noise: the last 20 steps of 40.
+    assert steps(strength=0.5) == (40, range(20, 40))
+    with pytest.raises(ValueError, match="one or the other"):
+        steps(strength=0.5, start_step=2)
+
+
+def test_a_changed_file_is_named(tmp_path: Path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(b"1234")
+    identity = FileIdentity.of(path)
+    identity.check_unchanged()
+    path.write_bytes(b"12345")
+    with pytest.raises(JobError, match=r"w\.safetensors changed since the job was written: 4 bytes then, 5 bytes now"):
+        identity.check_unchanged()
+    path.unlink()
+    with pytest.raises(JobError, match=r"w\.safetensors cannot be read"):
+        identity.check_unchanged()
+
+
+def test_job_folder_is_private(tmp_path: Path):
+    folder = JobDir.create(tmp_path)
+    folder.write_job(JOB)
+    assert folder.path.stat().st_mode & 0o777 == 0o700
+    assert folder.job.stat().st_mode & 0o777 == 0o600
+    assert folder.read_job() == JOB
+    folder.remove()

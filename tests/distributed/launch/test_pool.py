@@ -1,0 +1,275 @@
+"""Groups that wait for the next job: who gets them, and how they end. Real agents over ranks without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import FAKE_AGENT, STUB_WORKER, Watch, agent_of, gone_within, pack_with, rank_of, run_stub, stub_job
+from mount import SUPPORT
+from wan_pack.distributed.group import worker_group
+from wan_pack.distributed.group.leftovers import remove_abandoned
+from wan_pack.distributed.job.job import FileIdentity, Job
+from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.launch.launcher import JobFailed
+from wan_pack.distributed.launch.pool import Pool
+from wan_pack.distributed.machine.gpu_locks import wait_for_gpus
+from wan_pack.distributed.machine.processes import Process, descendants
+from wan_pack.nodes.host import groups
+
+Run = Callable[..., list[Process]]
+WARM = {"keep_warm_seconds": 60.0}
+
+
+@pytest.fixture
+def run(pool: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs a good job in the pool. Returns the agent and the ranks that did it."""
+    monkeypatch.setattr(worker_group, "AGENT", pack_with(STUB_WORKER, tmp_path, action="good", seconds=0.3))
+
+    def start(job: Job | None = None, **settings: Any) -> list[Process]:
+        job = stub_job(**{**WARM, **settings}) if job is None else job
+        processes: list[Process] = []
+
+        def look(folder: JobDir) -> None:
+            ranks = [rank_of(folder, rank) for rank in range(job.parallel.gpu_count)]
+            agent = Process.of(int(Path(f"/proc/{ranks[0].pid}/stat").read_text().rpartition(")")[2].split()[1]))
+            assert agent is not None
+            processes.extend([agent, *ranks])
+
+        run_stub(tmp_path, job, on_progress=Watch(tmp_path, look), pool=pool).remove()
+        return processes
+
+    return start
+
+
+def alive(processes: list[Process]) -> bool:
+    return all(process.alive() for process in processes)
+
+
+def test_a_group_waits_until_it_is_released(run: Run, pool: Pool, tmp_path: Path):
+    first = run()
+    assert len(first) == 3
+    assert alive(first)
+    assert run(seed=5, start_timeout=30.0) == first
+    started = time.monotonic()
+    assert pool.release() == 1
+    assert time.monotonic() - started < 1
+    assert not any(process.alive() for process in first)
+    assert not list((tmp_path / "jobs").iterdir())
+    assert pool.release() == 0
+
+
+def test_a_group_ends_when_nobody_comes(run: Run, tmp_path: Path):
+    processes = run(keep_warm_seconds=1.5)
+    assert alive(processes)
+    time.sleep(0.3)
+    assert alive(processes)
+    assert gone_within(10, *processes)
+    deadline = time.monotonic() + 5
+    while list((tmp_path / "jobs").iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not list((tmp_path / "jobs").iterdir())
+
+
+def test_the_panel_is_told_of_groups_at_work_and_waiting_and_can_release_one(run: Run, pool: Pool, tmp_path: Path):
+    assert groups.shown(pool.view()) == []
+    processes, seen = run(), []
+    look = {"on_progress": lambda _: seen.extend(groups.shown(pool.view()))}
+    run_stub(tmp_path, stub_job(**WARM), **look, pool=pool).remove()
+    working = next(worker_group for worker_group in seen if worker_group["text"] == "sampling 2/4")
+    assert (working["state"], working["seconds_left"], working["ends_with_job"]) == ("running", None, False)
+    assert 0 < working["fraction"] < 1
+    (waiting,) = groups.shown(pool.view())
+    assert (waiting["id"], waiting["state"], waiting["fraction"]) == (working["id"], "warm", None)
+    assert waiting["place"] == "2 CPU processes"
+    assert 50 < waiting["seconds_left"] <= 60
+    assert [usage["name"] for usage in waiting["usage"]] == ["rank 0", "rank 1"]
+    assert all(usage["used"] > 1 << 20 for usage in waiting["usage"])
+    assert pool.release("another") == 0
+    assert alive(processes)
+    assert pool.release(waiting["id"]) == 1
+    assert not any(process.alive() for process in processes)
+    assert pool.view() == []
+
+
+def other_checkpoint(job: Job) -> Job:
+    """The same files by name, of which one was replaced on disk."""
+    newer = FileIdentity(path=job.model.vae[0].path, size=1, mtime_ns=2)
+    return dataclasses.replace(job, model=dataclasses.replace(job.model, low_noise=(newer,)))
+
+
+def swapped(job: Job) -> Job:
+    model = dataclasses.replace(job.model, high_noise=job.model.low_noise, low_noise=job.model.high_noise)
+    return dataclasses.replace(job, model=model)
+
+
+def test_another_kind_of_job_replaces_the_group(run: Run):
+    """Another checkpoint, the experts swapped, another precision, another number of ranks: the old processes go."""
+    first = stub_job(**WARM)
+    # Experts of two files, so that they can be swapped.
+    high = FileIdentity(path="/models/high.safetensors", size=1, mtime_ns=1)
+    first = dataclasses.replace(first, model=dataclasses.replace(first.model, high_noise=(high,)))
+    precise = dataclasses.replace(first, parallel=dataclasses.replace(first.parallel, mixed_precision="fp32"))
+    before = run(first)
+    for job in (swapped(first), other_checkpoint(first), precise):
+        after = run(job)
+        assert alive(after)
+        assert not any(process.alive() for process in before)
+        before = after
+
+
+def test_groups_on_other_gpus_stay(run: Run, pool: Pool):
+    """A crash ends the group that it happened in, and a job on some of another's GPUs replaces that one only."""
+    left, right = run(gpu_ids=("0", "1")), run(gpu_ids=("2", "3"))
+    assert alive([*left, *right])
+    right[2].kill()
+    assert gone_within(5, right[2])
+    again = run(gpu_ids=("2", "3"))
+    assert not set(again) & set(right)
+    assert run(gpu_ids=("0", "1")) == left
+    overlapping = run(gpu_ids=("1", "4"))
+    assert not any(process.alive() for process in left)
+    assert alive([*again, *overlapping])
+    assert pool.release() == 2
+
+
+@pytest.mark.parametrize("who", [0, 2], ids=["agent", "rank"])
+def test_a_group_that_died_while_it_waited_is_replaced_silently(run: Run, who: int):
+    before = run()
+    before[who].kill()
+    # And at once: torchrun needs a second to notice.
+    assert gone_within(5, before[who])
+    after = run()
+    assert not set(before) & set(after)
+    assert not any(process.alive() for process in before)
+
+
+@pytest.mark.parametrize("who", [0, 2], ids=["agent", "rank"])
+def test_a_group_that_dies_before_it_takes_the_job_is_replaced(
+    run: Run, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: int
+):
+    before, submit = run(), worker_group.WorkerGroup.submit
+    lines: list[str] = []
+
+    def kill_first(self: worker_group.WorkerGroup, job: JobDir) -> None:
+        before[who].kill()
+        assert gone_within(5, before[who])
+        submit(self, job)
+
+    monkeypatch.setattr(worker_group.WorkerGroup, "submit", kill_first)
+    run_stub(tmp_path, stub_job(**WARM), on_log_line=lines.append, pool=pool).remove()
+    assert any("in new processes: before those that waited took it, the agent" in line for line in lines), lines
+    assert not any(process.alive() for process in before)
+    assert pool.release() == 1
+
+
+def test_groups_that_end_with_their_jobs_end_side_by_side(
+    run: Run, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Letting go of a GPU's memory takes a driver seconds."""
+    both, end = threading.Barrier(2), worker_group.WorkerGroup.end
+
+    def end_together(self: worker_group.WorkerGroup) -> list[int]:
+        both.wait(20)
+        return end(self)
+
+    monkeypatch.setattr(worker_group.WorkerGroup, "end", end_together)
+    (tmp_path / "jobs").mkdir()
+    jobs = [stub_job(gpu_ids=ids, keep_warm_seconds=60.0) for ids in (("0", "1"), ("2", "3"))]
+    taken = [pool.take(job, tmp_path / "jobs", cancelled=lambda: False, on_wait=print) for job in jobs]
+    over = dataclasses.replace(jobs[0], parallel=dataclasses.replace(jobs[0].parallel, keep_warm_seconds=0.0))
+    threads = [threading.Thread(target=pool.give_back, args=(one, over)) for one in taken]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not both.broken
+    assert pool.view() == []
+
+
+def test_a_crash_ends_the_group_and_the_next_job_gets_a_new_one(run: Run, pool: Pool, tmp_path: Path):
+    before = run()
+    with pytest.raises(JobFailed, match=r"^rank 1 was killed by SIGKILL"):
+        run_stub(
+            tmp_path, stub_job(**WARM), pool=pool, on_progress=Watch(tmp_path, lambda folder: rank_of(folder, 1).kill())
+        )
+    assert not any(process.alive() for process in before)
+    assert pool.release() == 0
+    assert not set(run()) & set(before)
+
+
+def test_a_group_whose_words_cannot_be_kept_still_lets_its_gpus_go(
+    run: Run, pool: Pool, gpu_locks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The disk that a job has filled is full for its logs, too."""
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(worker_group.WorkerGroup, "hand_over", full)
+    job = stub_job(gpu_ids=("0", "1"), **WARM)
+    kill = Watch(tmp_path, lambda folder: rank_of(folder, 1).kill())
+    with pytest.raises(JobFailed):
+        run_stub(tmp_path, job, pool=pool, on_progress=kill)
+    assert pool.view() == []
+    wait_for_gpus(job.parallel.gpu_ids, cancelled=lambda: True, on_wait=print, folder=gpu_locks_folder).release()
+
+
+PARENT = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from mount import mount_pack
+mount_pack()
+from pathlib import Path
+import jobs
+from wan_pack.distributed import group
+from wan_pack.distributed.pool import Pool
+group.AGENT = Path(sys.argv[3])
+pool = Pool()
+jobs.run_stub(Path(sys.argv[2]), jobs.stub_job(keep_warm_seconds=600.0), pool=pool).remove()
+print("idle", flush=True)
+time.sleep(600)
+"""
+
+
+def test_an_idle_group_ends_with_comfyui(tmp_path: Path):
+    agent = pack_with(STUB_WORKER, tmp_path, action="good")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(SUPPORT), str(tmp_path), str(agent)], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    try:
+        with parent.stdout:
+            assert parent.stdout.readline() == "idle\n"
+        process = agent_of(JobDir(tmp_path / "jobs" / "any"))
+        ranks = descendants(process.pid)
+        assert len(ranks) == 2
+    finally:
+        parent.kill()
+        parent.wait()
+    assert gone_within(1, process, *ranks)
+    assert len(list((tmp_path / "jobs").glob("wan-group-*"))) == 1
+    remove_abandoned(tmp_path / "jobs")
+
+
+def test_waiting_for_a_gpu_is_not_part_of_the_start(
+    gpu_locks_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Another program may compute for an hour; start_timeout is about this job's own processes."""
+    monkeypatch.setattr(worker_group, "AGENT", FAKE_AGENT)
+    other = wait_for_gpus(["0"], cancelled=lambda: False, on_wait=lambda text: None)
+    threading.Timer(2.5, other.release).start()
+    told: list[str] = []
+    job = stub_job(gpu_count=1, gpu_ids=("0",), start_timeout=2.0)
+    result = run_stub(
+        tmp_path, job, lambda path: path.write_text("good"), on_progress=lambda progress: told.append(progress.text)
+    )
+    assert any("waiting for GPU 0, in use by process" in text for text in told)
+    result.remove()

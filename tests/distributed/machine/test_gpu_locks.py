@@ -1,0 +1,130 @@
+"""One lock per GPU, between processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mount import SUPPORT
+from wan_pack.distributed.job.errors import JobCancelled, JobError
+from wan_pack.distributed.machine import gpu_locks
+from wan_pack.distributed.machine.gpu_locks import GpuLocks, wait_for_gpus
+
+HOLDER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from mount import mount_pack
+mount_pack()
+from pathlib import Path
+from wan_pack.distributed.gpu_locks import wait_for_gpus
+locks = wait_for_gpus(sys.argv[3:], cancelled=lambda: False, on_wait=print, folder=Path(sys.argv[2]))
+print("held", flush=True)
+time.sleep(600)
+"""
+Hold = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Iterator[Hold]:
+    """Has another process take GPUs, and returns it when it has them."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*gpus: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(SUPPORT), str(tmp_path), *gpus], stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def take(folder: Path, *gpus: str, told: list[str] | None = None, seconds: float = 0.0) -> GpuLocks:
+    """Waits at most this long."""
+    deadline = time.monotonic() + seconds
+    tell = (lambda text: None) if told is None else told.append
+    return wait_for_gpus(gpus, cancelled=lambda: time.monotonic() >= deadline, on_wait=tell, folder=folder)
+
+
+def test_other_gpus_are_free(hold: Hold, tmp_path: Path):
+    hold("0", "1")
+    told: list[str] = []
+    take(tmp_path, "2", "3", told=told).release()
+    assert told == []
+
+
+def test_one_waits_for_whoever_has_its_gpu_and_says_for_whom(hold: Hold, tmp_path: Path):
+    holder = hold("0", "1")
+    told: list[str] = []
+    started = time.monotonic()
+    with pytest.raises(JobCancelled, match="cancelled while waiting for a GPU"):
+        take(tmp_path, "1", "2", told=told, seconds=0.5)
+    assert 0.5 <= time.monotonic() - started < 10
+    assert told == [f"waiting for GPU 1, in use by process {holder.pid}"], "once, not at every look"
+    # It waits with empty hands: what it did get of its GPUs is free for others.
+    take(tmp_path, "2").release()
+
+
+def test_a_holder_that_is_killed_lets_go(hold: Hold, tmp_path: Path):
+    holder = hold("GPU-0a1b")
+    with pytest.raises(JobCancelled):
+        take(tmp_path, "GPU-0a1b")
+    holder.kill()
+    holder.wait()
+    take(tmp_path, "GPU-0a1b", seconds=1).release()
+
+
+def test_two_jobs_of_one_process_wait_for_each_other(tmp_path: Path):
+    first = take(tmp_path, "0")
+    told: list[str] = []
+    with pytest.raises(JobCancelled):
+        take(tmp_path, "0", told=told)
+    assert told == [f"waiting for GPU 0, in use by process {os.getpid()}"]
+    first.release()
+    take(tmp_path, "0").release()
+
+
+def test_the_order_of_the_ids_does_not_matter(hold: Hold, tmp_path: Path):
+    """Else two programs could each hold what the other waits for."""
+    opened: list[str] = []
+    real = gpu_locks._open
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_locks, "_open", lambda path: opened.append(path.name) or real(path))
+        take(tmp_path, "1", "0").release()
+        take(tmp_path, "0", "1").release()
+    assert opened == ["gpu-0.lock", "gpu-1.lock"] * 2
+
+
+def test_without_a_gpu_nothing_is_locked(tmp_path: Path):
+    wait_for_gpus([], cancelled=lambda: True, on_wait=lambda text: None).release()
+    take(tmp_path).release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_next_holder_may_be_another_user(tmp_path: Path):
+    """Whatever this user's umask was when the file was made."""
+    before = os.umask(0o077)
+    try:
+        take(tmp_path, "0").release()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "gpu-0.lock").stat().st_mode & 0o777 == 0o666
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: os.mkfifo(path)], ids=["folder", "fifo"])
+def test_what_is_not_a_file_is_refused(make: Callable[[Path], None], tmp_path: Path):
+    make(tmp_path / "gpu-0.lock")
+    with pytest.raises(JobError, match=r"the GPU's lock .*gpu-0\.lock .*remove it"):
+        take(tmp_path, "0")

@@ -1,0 +1,85 @@
+"""What the user is told of GPU memory and time, and that asking for it holds nothing up."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+
+import pytest
+from wan_pack.distributed.machine import nvidia_smi, usage
+from wan_pack.distributed.machine.processes import Process
+from wan_pack.distributed.machine.usage import Usage, UsageMonitor, all_gpus, gpu_usage, in_words, process_usage
+
+LISTING = "\n".join(f"{i}, GPU-{i}{i}, {60000 + 1024 * i}, 81559, {97 + i}" for i in range(3)) + (
+    "\n3, GPU-33, 100, 81559, [N/A]\n4, GPU-44, [N/A], [N/A], 3\nan error"
+)
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, listing: str | Exception) -> None:
+    """nvidia-smi prints this, or fails like this."""
+
+    def smi(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        if isinstance(listing, Exception):
+            raise listing
+        return subprocess.CompletedProcess(command, 0, listing.encode(), b"")
+
+    monkeypatch.setattr(nvidia_smi, "ask_program", smi)
+
+
+def test_gpus_are_found_by_index_and_uuid(monkeypatch: pytest.MonkeyPatch):
+    machine(monkeypatch, LISTING)
+    first, last = gpu_usage(["GPU-11", "7", "4", "3"], all_gpus())
+    assert first == Usage(name="GPU 1", used_bytes=61024 << 20, total_bytes=81559 << 20, percent=98)
+    assert (last.name, last.percent) == ("GPU 3", None)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("nvidia-smi"), subprocess.TimeoutExpired("nvidia-smi", 5)])
+def test_without_an_answer_there_is_nothing_to_say(monkeypatch: pytest.MonkeyPatch, error: Exception):
+    machine(monkeypatch, error)
+    assert all_gpus() == {}
+    assert in_words([]) == ""
+
+
+def test_words_stay_one_short_line(monkeypatch: pytest.MonkeyPatch):
+    machine(monkeypatch, LISTING)
+    gpus = all_gpus()
+    assert in_words(gpu_usage("012", gpus)) == "3 GPUs: 58.6-60.6 of 80 GiB, 97-99 % busy"
+    assert in_words(gpu_usage("0", gpus)) == "GPU 0: 58.6 of 80 GiB, 97 % busy"
+    assert in_words(gpu_usage("3", gpus)) == "GPU 3: 0.1 of 80 GiB"
+    assert in_words([Usage(name=f"rank {i}", used_bytes=1 << 30) for i in range(2)]) == "2 processes: 1.0 GiB"
+
+
+def test_a_process_is_measured_until_it_is_gone():
+    me = Process.of(os.getpid())
+    assert me is not None
+    (mine,) = process_usage([me, Process(2**22 + 1, 1)])
+    assert mine.name == "rank 0"
+    assert 1 << 20 < mine.used_bytes < 1 << 40
+    assert mine.total_bytes is None
+
+
+def test_a_reading_that_hangs_holds_nothing_up_and_is_forgotten(monkeypatch: pytest.MonkeyPatch):
+    reading, hung = [Usage(name="GPU 0", used_bytes=1)], threading.Event()
+    answers = iter([reading])
+    blocked = threading.Event()
+
+    def read() -> list[Usage]:
+        for answer in answers:
+            return answer
+        blocked.set()
+        hung.wait(20)
+        return []
+
+    monitor = UsageMonitor(read, interval=0.01)
+    assert monitor.latest() == []
+    monitor.start()
+    assert blocked.wait(10)
+    assert monitor.latest() == reading
+    monkeypatch.setattr(usage, "STALE", 0.0)
+    assert monitor.latest() == []
+    since = time.monotonic()
+    monitor.stop()
+    assert time.monotonic() - since < 10
+    hung.set()

@@ -1,0 +1,120 @@
+"""What runs on several ranks equals what runs on one."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from tiny import TINY, random_weights, write_official
+from wan_pack.distributed.parallel.sequence import SequenceShard, split_evenly
+from wan_pack.wan.model.config import WanConfig
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_official(tmp_path_factory.mktemp("tiny"), random_weights()))
+
+
+def test_packed_attention_for_every_gpu_count_and_head_count():
+    """1 to 8 ranks with 40, 24 and 12 heads, fewer heads than ranks, and lengths that do not divide."""
+    run_ranks(
+        "attention_equals_plain", 8, engine="packed", sizes=list(range(1, 9)), heads=[40, 24, 12, 3], lengths=[16, 45]
+    )
+
+
+def test_heads_that_a_kernel_writes_into_the_message_equal_packing():
+    """Heads that divide or not, and ranks without one; videos of two lengths through one exchange."""
+    run_ranks("written_message_equals_packing", 3, sizes=[2, 3], heads=[12, 5, 2], lengths=[16, 45])
+
+
+def test_a_hidden_exchange_gives_the_bits_of_the_packed_one(tmp_path: Path):
+    """Between processes; test_symmetric.py has every way and number of heads."""
+    sizes, heads, lengths, ways = [2, 3], [5, 2], [16, 45], [[0, 2, "k"], [2, 2, ""]]
+    results = run_ranks(
+        "hidden_exchange_equals_packed", 3, folder=str(tmp_path), sizes=sizes, heads=heads, lengths=lengths, ways=ways
+    )
+    assert [result["compared"] for result in results] == [2 * 32, 2 * 32, 32]
+
+
+def test_deepspeed_attention_where_heads_divide():
+    run_ranks("attention_equals_plain", 4, engine="deepspeed", sizes=[4], heads=[4, 40], lengths=[16, 45])
+
+
+def test_rows_and_columns_of_ranks_have_the_jobs_time_limit():
+    run_ranks("a_missing_peer_is_noticed_in_time", 4)
+
+
+def test_every_option_alone_and_combined(checkpoint: str):
+    """Ulysses, FSDP and memory optimization in every mix that is allowed."""
+    settings = [
+        {"use_ulysses": ulysses, "use_fsdp": fsdp, "memory_optimization": memory}
+        for ulysses, fsdp, memory in product([True, False], repeat=3)
+        if ulysses or fsdp
+    ]
+    # Between processes without a GPU it is the packed one.
+    settings.append({"use_ulysses": True, "ulysses_engine": "symmetric"})
+    for result in run_ranks("options_equal_plain", 2, folder=checkpoint, settings=settings):
+        # Of 45 tokens: half with Ulysses, all without.
+        assert result["tokens"] == [23 if options["use_ulysses"] else 45 for options in settings]
+        assert result["graphs"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "backend"),
+    [
+        ({}, "inductor"),
+        # What is captured is the same without the code generator, which takes half a minute.
+        ({"use_fsdp": False, "memory_optimization": True}, "eager"),
+    ],
+)
+def test_torch_compile_with_ulysses_and_fsdp(checkpoint: str, settings: dict[str, bool], backend: str):
+    """Three graphs, shared by all blocks, and no collective in them: that would break a graph."""
+    settings = {"torch_compile": True, **settings}
+    for result in run_ranks("options_equal_plain", 2, folder=checkpoint, settings=[settings], backend=backend):
+        assert (result["graphs"], result["breaks"]) == (3, 0)
+
+
+def test_fsdp_shards_hold_the_files_rows(checkpoint: str):
+    results = run_ranks("fsdp_keeps_only_its_rows", 3, folder=checkpoint)
+    assert sum(result["kept"] for result in results) == results[0]["whole"]
+    assert max(result["kept"] for result in results) < 0.45 * results[0]["whole"]
+
+
+def test_offload_frees_the_device_and_restores(checkpoint: str):
+    for result in run_ranks("offload_round_trip", 2, folder=checkpoint):
+        assert result["resident"] > 0
+        assert result["parked"] == 0
+
+
+def test_host_memory_of_loading_is_the_share_plus_a_constant(tmp_path: Path):
+    """Not one whole copy per rank, which is what fills a host's memory with eight ranks."""
+    config = WanConfig(
+        dim=1024, ffn_dim=4096, num_heads=8, num_layers=24, in_dim=16, out_dim=16, text_dim=256, freq_dim=256
+    )
+    weights = {name: tensor.bfloat16() for name, tensor in random_weights(config).items()}
+    folder = write_official(tmp_path / "large", weights, config, shards=3)
+    del weights
+    results = run_ranks("peak_memory_of_loading", 2, folder=str(folder))
+    size = results[0]["checkpoint"]
+    assert size > 700 << 20
+    for result in results:
+        assert result["growth"] < size / 2 + (160 << 20), result
+
+
+@pytest.mark.parametrize(("length", "world"), [(63, 2), (7, 4), (8, 8), (5, 8), (1, 3)])
+def test_shards_cover_the_sequence_once(length: int, world: int):
+    import torch
+
+    tokens = torch.arange(length, dtype=torch.float32)[:, None] + 1
+    parts = [SequenceShard(length=length, rank=r, world=world).split(tokens) for r in range(world)]
+    assert len({part.shape for part in parts}) == 1
+    assert torch.equal(torch.cat(parts)[:length], tokens)
+    assert not torch.cat(parts)[length:].any()
+
+
+def test_heads_are_split_as_evenly_as_they_go():
+    assert split_evenly(40, 3) == [14, 13, 13]
+    assert split_evenly(2, 4) == [1, 1, 0, 0]
+    assert TINY.num_heads == sum(split_evenly(TINY.num_heads, 3))

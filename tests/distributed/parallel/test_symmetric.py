@@ -1,0 +1,161 @@
+"""The hidden exchange, its ranks threads of this process that share their memory as GPUs do."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from jobs import stub_job
+from layers import WRITING, attention_on_codes, random_layer
+from torch import Tensor
+from wan_pack.distributed.parallel import peer_memory, symmetric
+from wan_pack.distributed.parallel.sequence import SequenceShard, split_evenly
+from wan_pack.distributed.parallel.symmetric import SymmetricUlysses, parts_of
+from wan_pack.distributed.rank import report
+from wan_pack.wan.model.attention import Attention, attention
+from wan_pack.wan.model.codes import HeadCodes
+from wan_pack.wan.model.ops import PLAIN, Ops
+from wan_pack.wan.model.rope import rope_table
+from wan_pack.wan.model.transformer import SelfAttention
+
+
+class ThreadMemory:
+    """`PeerMemory` of threads."""
+
+    def __init__(self, world: int) -> None:
+        self._barrier = threading.Barrier(world, timeout=20)
+        self.world = world
+        self.buffers: list[Tensor] = []
+
+    def of(self, group: Any, nbytes: int, device: torch.device) -> ThreadMemory:
+        """For `symmetric.peer_memory`: the same for all threads, NaN at first."""
+        if self._barrier.wait() == 0:
+            self.buffers = [torch.full((nbytes,), 255, dtype=torch.uint8) for _ in range(self.world)]
+        self._barrier.wait()
+        return self
+
+    def barrier(self) -> None:
+        self._barrier.wait()
+
+
+def exchange(
+    monkeypatch: pytest.MonkeyPatch,
+    world: int,
+    layer: SelfAttention,
+    inputs: list[Tensor],
+    ops: Ops,
+    kernel: Attention,
+    **how: Any,
+) -> list[Tensor]:
+    """x [length, C] of some videos, one after another -> what all ranks together make of each, [length, H, D]."""
+    monkeypatch.setattr(symmetric, "peer_memory", ThreadMemory(world).of)
+
+    @torch.no_grad()
+    def run(rank: int) -> list[Tensor]:
+        engine = SymmetricUlysses(None, SequenceShard(length=1, rank=rank, world=world), kernel, **how)
+        results = []
+        for x in inputs:
+            engine.shard = shard = SequenceShard(length=len(x), rank=rank, world=world)
+            rope = rope_table((1, 1, len(x)), layer.head_dim, start=shard.start, stop=shard.stop)
+            results.append(engine(layer, shard.split(x), rope, ops))
+        return results
+
+    with ThreadPoolExecutor(world) as pool:
+        ranks = list(pool.map(run, range(world)))
+    return [torch.cat(parts)[: len(x)] for x, parts in zip(inputs, zip(*ranks, strict=True), strict=True)]
+
+
+@torch.no_grad()
+def expected(world: int, layer: SelfAttention, x: Tensor, kernel: Attention) -> Tensor:
+    """The same products and the same attention, without an exchange."""
+    rows = []
+    for rank in range(world):
+        shard = SequenceShard(length=len(x), rank=rank, world=world)
+        rope = rope_table((1, 1, len(x)), layer.head_dim, start=shard.start, stop=shard.stop)
+        q, k, v = layer.queries_keys_values(shard.split(x), rope, PLAIN, codes=kernel is attention_on_codes)
+        if kernel is attention_on_codes:
+            # The scales are the norm's, and so the same on every rank.
+            (q, q_scale), (k, k_scale) = q, k
+        rows.append((q, k, v))
+    q, k, v = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    if kernel is attention_on_codes:
+        k, v = k[: len(x)], v[: len(x)]
+        return kernel(HeadCodes(q, q_scale), HeadCodes(k, k_scale), PLAIN.quantise_heads(v))[: len(x)]
+    heads = split_evenly(layer.num_heads, world)
+    parts = [
+        attention(*qkv) for qkv in zip(*(y.split(heads, dim=1) for y in (q, k[: len(x)], v[: len(x)])), strict=True)
+    ]
+    return torch.cat(parts, dim=1)[: len(x)]
+
+
+@pytest.mark.parametrize("kernel", [attention, attention_on_codes], ids=["full", "codes"])
+@pytest.mark.parametrize("ops", [PLAIN, WRITING], ids=["tensors", "kernel"])
+@pytest.mark.parametrize(("first", "last", "direct"), [(0, 2, "k"), (2, 2, ""), (0, 0, "vqk"), (1, 1, "v")])
+def test_it_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch, first: int, last: int, direct: str, ops: Ops, kernel: Attention
+):
+    """Heads that ranks divide or not, ranks with one or none; videos one after another, also of the same length."""
+    for world, heads in product((2, 3), (12, 5, 2)):
+        layer = random_layer(heads=heads, channels=8)
+        inputs = [
+            torch.randn(n, heads * 8, generator=torch.Generator().manual_seed(i)) for i, n in enumerate((16, 16, 45))
+        ]
+        found = exchange(monkeypatch, world, layer, inputs, ops, kernel, first=first, last=last, direct=direct)
+        for x, out in zip(inputs, found, strict=True):
+            assert torch.equal(out, expected(world, layer, x, kernel)), (world, heads, len(x))
+
+
+@pytest.mark.parametrize(
+    ("heads", "first", "last", "parts"),
+    [(10, 0, 2, [0, 8, 2]), (10, 2, 2, [2, 6, 2]), (5, 2, 2, [1, 2, 2]), (1, 0, 2, [0, 1, 0]), (0, 2, 2, [0, 0, 0])],
+)
+def test_parts_of_the_heads(heads: int, first: int, last: int, parts: list[int]):
+    assert parts_of(heads, first, last) == parts
+
+
+def test_ranks_that_cannot_reach_each_other_exchange_as_packed(monkeypatch: pytest.MonkeyPatch):
+    """One that could is told so too."""
+    asked = []
+    monkeypatch.setattr(symmetric, "peer_memory", lambda *_: asked.append(1))
+    monkeypatch.setattr(symmetric.PackedUlysses, "__call__", lambda self, *_: "packed")
+    engine = SymmetricUlysses(None, SequenceShard(length=16, world=2), attention)
+    layer = random_layer(heads=2, channels=8)
+    assert [engine(layer, torch.zeros(8, 16), (), PLAIN) for _ in range(2)] == ["packed"] * 2
+    # It is found out once.
+    assert asked == [1]
+
+
+@pytest.mark.parametrize(
+    ("places", "variables", "found"),
+    [
+        ([[7, 0], [7, 1]], {}, ""),
+        ([[7, 0], [7, 2]], {}, "GPU 0 has no peer access to 2"),
+        ([[7, 0], [8, 1]], {}, "the ranks are on several machines"),
+        ([[7, 0], [7, 1]], {"NCCL_P2P_DISABLE": "1"}, "NCCL_P2P_DISABLE is set"),
+        ([[7, -1], [7, -1]], {}, "no GPU"),
+    ],
+)
+def test_what_keeps_ranks_from_each_others_memory(
+    monkeypatch: pytest.MonkeyPatch, places: list[list[int]], variables: dict[str, str], found: str
+):
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda one, other: {one, other} == {0, 1})
+    assert peer_memory.obstacle(places, 0) == found
+
+
+@pytest.mark.parametrize(
+    ("refused", "status"),
+    [({}, "symmetric"), ({"row": "no GPU"}, "packed (symmetric: no GPU)"), ({"another": "no GPU"}, "symmetric")],
+)
+def test_the_status_says_which_exchange_ran(monkeypatch: pytest.MonkeyPatch, refused: dict[str, Any], status: str):
+    monkeypatch.setattr(peer_memory, "_opened", refused)
+    session: Any = SimpleNamespace(mesh=SimpleNamespace(ulysses_group=SimpleNamespace(group_name="row")))
+    job = stub_job(gpu_count=2, ulysses_engine="symmetric")
+    assert report._sequence(job, session) == f"Ulysses over 2 GPUs, {status}"

@@ -1,0 +1,53 @@
+"""What was compiled is kept: on disk for the next job, and for other sizes."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TINY, random_weights
+from torch._dynamo.utils import counters
+from wan_pack.distributed.group.environment import child_environment
+from wan_pack.distributed.job.job import Parallel
+from wan_pack.distributed.parallel.parallelize import parallelize_wan
+from wan_pack.distributed.parallel.sequence import SequenceShard
+from wan_pack.wan.model.attention import attention
+from wan_pack.wan.model.rope import rope_table
+from wan_pack.wan.model.transformer import meta_model
+
+
+def test_cache_is_in_the_users_cache_folder(tmp_path: Path):
+    name = "TORCHINDUCTOR_CACHE_DIR"
+
+    def of(**source: str) -> str | None:
+        return child_environment(Parallel(gpu_count=1), tmp_path, source).get(name)
+
+    assert of(HOME="/home/a") == "/home/a/.cache/wan-distributed/inductor"
+    assert of(HOME="/home/a", XDG_CACHE_HOME="/fast") == "/fast/wan-distributed/inductor"
+    assert of(HOME="/home/a", TORCHINDUCTOR_CACHE_DIR="/mine") == "/mine"
+    assert of() is None
+
+
+def test_a_segment_compiles_for_its_first_size_and_then_once_for_all_others(monkeypatch: pytest.MonkeyPatch):
+    """All blocks share a graph; no later video size waits for the compiler."""
+    # What makes graphs is counted; making kernels of them takes a minute here.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = meta_model(TINY, torch.float32)
+    model.load_state_dict(random_weights(), assign=True)
+    parallelize_wan(
+        model, None, shard=SequenceShard(length=6), attention=attention, use_fsdp=False, ulysses_engine="packed",
+        torch_compile=True, memory_optimization=False,
+    )  # fmt: skip
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+    for tokens in (6, 9, 14, 11):
+        for block in model.blocks:
+            normed = block.attention_inputs(torch.randn(tokens, TINY.dim), torch.randn(1, 6, TINY.dim), None)
+            block.self_attn.queries_keys_values(normed, rope_table((1, 1, tokens), 8), block.ops)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [2, 4, 4, 4]
+    assert not counters["graph_break"]
+    torch._dynamo.reset()

@@ -1,0 +1,227 @@
+"""The second expert is read while the first one runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import read_latents, tiny_job, write_embeddings
+from wan_pack.distributed.group.group_folder import GroupDir
+from wan_pack.distributed.job.job import FileIdentity, Job, JobError
+from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.rank import experts, prefetch
+from wan_pack.distributed.rank.prefetch import Prefetch, read_ahead
+from wan_pack.distributed.rank.signs import RankFiles
+from wan_pack.distributed.rank.worker import Worker
+from wan_pack.distributed.rank.worker import main as run_worker
+from wan_pack.wan.checkpoint.checkpoint import Checkpoint
+
+SECONDS = 20.0
+"""More than anything here takes: what never comes fails, and does not hang."""
+
+
+def test_an_error_is_raised_as_soon_as_somebody_looks() -> None:
+    def read(on_read: Callable[[int, int], None]) -> None:
+        raise OSError("x.safetensors ended at byte 7")
+
+    reading = Prefetch(read)
+    reading.stop()
+    with pytest.raises(OSError, match="ended at byte 7"):
+        reading.check()
+
+
+def test_reading_that_nobody_needs_any_more_ends() -> None:
+    begun, calls = threading.Event(), []
+
+    def read(on_read: Callable[[int, int], None]) -> None:
+        while True:
+            calls.append(begun.set())
+            on_read(1, 2)
+
+    reading = Prefetch(read)
+    assert begun.wait(SECONDS)
+    reading.stop()
+    count = len(calls)
+    reading.check()
+    assert len(calls) == count
+
+
+def test_processes_of_a_machine_read_every_byte_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "PIECE_BYTES", 8)
+    monkeypatch.setattr(prefetch, "BUFFER_BYTES", 4)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path, size in zip(paths, (50, 8), strict=True):
+        path.write_bytes(bytes(size))
+    names = {path.stat().st_ino: path.name for path in paths}
+    seen: list[tuple[str, int]] = []
+    preadv = os.preadv
+
+    def watch(fd: int, buffers: list[Any], offset: int) -> int:
+        count = preadv(fd, buffers, offset)
+        seen.extend((names[os.fstat(fd).st_ino], offset + i) for i in range(count))
+        return count
+
+    monkeypatch.setattr(os, "preadv", watch)
+    told: list[tuple[int, int]] = []
+    for part in range(3):
+        read_ahead([str(path) for path in paths], lambda done, total: told.append((done, total)), part=part, parts=3)
+    assert sorted(seen) == [("a", i) for i in range(50)] + [("b", i) for i in range(8)]
+    assert all(0 < done <= total == 58 for done, total in told)
+    with pytest.raises(FileNotFoundError, match="none"):
+        read_ahead([str(tmp_path / "none")], lambda done, total: None)
+
+
+class Rank:
+    """The only rank of its jobs, in this process: latents, no video."""
+
+    def __init__(self, models: Path, folder: Path) -> None:
+        self.models, self.folder = models, folder
+        self.session: Any = None
+        self.messages: list[str] = []
+
+    def job(self, **settings: Any) -> Job:
+        # The second expert has the last of the four steps.
+        settings = {"gpu_count": 1, "boundary": 0.9, "guidance_low": 1.0, "guidance_high": 1.0, **settings}
+        return dataclasses.replace(tiny_job(self.models, **settings), decode=False)
+
+    def run(self, job: Job) -> torch.Tensor:
+        folder = JobDir.create(self.folder)
+        folder.write_job(job)
+        write_embeddings(folder.inputs)
+        files, progress = RankFiles(folder, 0), RankFiles.progress
+
+        def watch(phase: str, step: int, total: int, **more: Any) -> None:
+            self.messages.append(f"{phase} {step}/{total} {more.get('message', '')}".rstrip())
+            progress(files, phase, step, total, **more)
+
+        files.progress = watch  # type: ignore[method-assign]
+        try:
+            self.session = run_worker(GroupDir(folder.path), folder, files, self.session)
+            return read_latents(folder)
+        finally:
+            folder.remove()
+
+
+@pytest.fixture
+def rank(tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rank:
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    return Rank(tiny_models, tmp_path)
+
+
+@pytest.fixture
+def read_late(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
+    """Has something done before each tensor of the low-noise expert is read."""
+
+    def put(before: Callable[[], None]) -> None:
+        read_into = Checkpoint.read_into
+
+        def late(checkpoint: Checkpoint, name: str, *rest: Any, **more: Any) -> None:
+            if "low" in checkpoint.label:
+                before()
+            read_into(checkpoint, name, *rest, **more)
+
+        monkeypatch.setattr(Checkpoint, "read_into", late)
+
+    return put
+
+
+def test_steps_begin_before_the_other_expert_is_read(
+    rank: Rank, read_late: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And end in the latents of a job whose experts were both there."""
+    stepped, on_step = threading.Event(), Worker.on_step
+
+    def watch(worker: Worker, done: int) -> None:
+        on_step(worker, done)
+        if done == 3:
+            stepped.set()
+
+    def wait() -> None:
+        assert stepped.wait(SECONDS), "the steps wait for the second expert"
+        # Thirty tensors, so that it is seen how far they are.
+        time.sleep(0.002)
+
+    monkeypatch.setattr(Worker, "on_step", watch)
+    monkeypatch.setattr("wan_pack.distributed.rank.worker.MIN_INTERVAL", 0.0)
+    read_late(wait)
+    cold = rank.run(rank.job(keep_warm_seconds=300.0))
+    loading = [message.startswith("denoise 3/4 loading the low_noise expert") for message in rank.messages]
+    assert any(loading)
+    assert rank.messages[len(loading) - loading[::-1].index(True)] == "denoise 3/4", "it no longer loads"
+    warm = rank.run(rank.job(keep_warm_seconds=300.0))
+    assert torch.equal(cold, warm)
+
+
+@pytest.mark.parametrize("waits", ["offload_model", "stream_blocks"])
+@pytest.mark.parametrize("keep_warm_seconds", [0.0, 300.0])
+def test_an_expert_that_waits_its_turn_takes_the_place_of_the_other(
+    rank: Rank, waits: str, keep_warm_seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, load = [], experts.RankExperts._load
+
+    def watch(experts: experts.RankExperts, *rest: Any) -> None:
+        held.append({name: weights.resident_bytes for name, weights in experts.weights.items()})
+        load(experts, *rest)
+
+    monkeypatch.setattr(experts.RankExperts, "_load", watch)
+    job = rank.job(keep_warm_seconds=keep_warm_seconds, **{waits: True})
+    latents = rank.run(job)
+    # Nothing of the first expert is on the device while the second is loaded; nobody keeps what nobody asks for again.
+    assert held == [{}, {"high_noise": 0} if keep_warm_seconds else {}]
+    rank.session = None
+    assert torch.equal(latents, rank.run(rank.job()))
+
+
+def test_an_expert_that_cannot_be_read_ends_the_job_at_the_next_step(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    def fail(paths: list[str], on_read: Callable[[int, int], None], **share: int) -> None:
+        raise OSError("low.safetensors ended at byte 7, 1 bytes early")
+
+    monkeypatch.setattr(experts, "read_ahead", fail)
+    # Of twenty steps the first fifteen are the other expert's.
+    with pytest.raises(OSError, match="ended at byte 7"):
+        rank.run(rank.job(steps=20, boundary=0.5))
+    assert not any(message.startswith("denoise 15/") for message in rank.messages)
+
+
+@pytest.mark.parametrize("offload_model", [False, True])
+def test_a_file_that_changes_while_it_waits_is_refused(
+    rank: Rank, offload_model: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = rank.job(offload_model=offload_model)
+    path = tmp_path / "low.safetensors"
+    path.write_bytes(Path(job.model.low_noise[0].path).read_bytes())
+    model = dataclasses.replace(job.model, low_noise=(FileIdentity.of(path),))
+    on_step = Worker.on_step
+
+    def touch(worker: Worker, done: int) -> None:
+        on_step(worker, done)
+        os.utime(path, ns=(1, 1))
+
+    monkeypatch.setattr(Worker, "on_step", touch)
+    with pytest.raises(JobError, match=r"low.safetensors changed since the job was written"):
+        rank.run(dataclasses.replace(job, model=model))
+
+
+def test_little_host_memory_is_not_filled_with_files(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read: list[list[str]] = []
+    monkeypatch.setattr(experts, "read_ahead", lambda paths, on_read, **share: read.append(paths))
+    job = rank.job(offload_model=True)
+    rank.run(job)
+    caplog.set_level("INFO")
+    monkeypatch.setattr(experts, "available_bytes", lambda: job.model.low_noise[0].size - 1)
+    rank.session = None
+    rank.run(job)
+    assert read == [[job.model.low_noise[0].path], []]
+    assert "the low_noise expert is not read ahead" in caplog.text

@@ -1,0 +1,172 @@
+"""Where the weights wait makes no difference to what is computed."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import TINY, random_weights, write_official
+from wan_pack.distributed.job.job import Parallel
+from wan_pack.distributed.parallel.sequence import SequenceShard
+from wan_pack.distributed.rank.expert import Weights, load_expert, relora_expert
+from wan_pack.distributed.rank.offload import lock_pages, unlock_pages
+from wan_pack.distributed.rank.streaming import BlockStream
+from wan_pack.wan.model.config import WanConfig
+from wan_pack.wan.model.rope import rope_table
+from wan_pack.wan.model.transformer import TextContext, WanModel, pad_text
+
+CPU = torch.device("cpu")
+
+
+def config(layers: int) -> WanConfig:
+    return WanConfig(**{**{name: getattr(TINY, name) for name in TINY.__slots__}, "num_layers": layers})
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    """Number of blocks -> checkpoint: even and odd numbers take the two buffers in other ways."""
+    folder = tmp_path_factory.mktemp("stream")
+    return {n: str(write_official(folder / str(n), random_weights(config(n)), config(n))) for n in (1, 4, 5)}
+
+
+def load(folder: str, **settings: bool) -> tuple[WanModel, Weights]:
+    files = [str(path) for path in Path(folder).glob("*.safetensors")]
+    parallel = Parallel(gpu_count=1, mixed_precision="fp32", **settings)
+    held: list[Weights] = []
+    model = load_expert(
+        files, parallel=parallel, mesh=None, shard=SequenceShard(length=45), device=CPU, on_weights=held.append
+    )
+    return model, held[0]
+
+
+def velocity(model: WanModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randn(45, 4 * model.config.in_dim, generator=generator)
+    text = TextContext(pad_text(torch.randn(9, model.config.text_dim, generator=generator)))
+    rope = rope_table((3, 3, 5), model.config.head_dim, start=0, stop=45)
+    first, second = (model(tokens, torch.tensor([700.0]), text, rope) for _ in range(2))
+    assert torch.equal(first, second)
+    return first
+
+
+@pytest.mark.parametrize("layers", [1, 4, 5])
+def test_streamed_blocks_give_the_same_video(checkpoints: dict[int, str], layers: int):
+    expected = velocity(load(checkpoints[layers])[0])
+    model, stream = load(checkpoints[layers], stream_blocks=True)
+    assert torch.equal(velocity(model), expected)
+    stream.park()
+    assert stream.resident_bytes == 0
+    stream.fetch()
+    assert torch.equal(velocity(model), expected)
+
+
+def test_only_two_blocks_are_on_the_device(checkpoints: dict[int, str]):
+    """At every block of a forward, not only before it."""
+    model, stream = load(checkpoints[5], stream_blocks=True)
+    assert isinstance(stream, BlockStream)
+    whole = load(checkpoints[5])[1].resident_bytes
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: seen.append(stream.resident_bytes))
+    velocity(model)
+    block_bytes = stream.waiting_bytes // 5
+    assert len(seen) == 10 and len(set(seen)) == 1
+    assert seen[0] < whole - 2 * block_bytes
+    # Each of the two forwards copies every block; a block that is still there is not copied again.
+    assert stream.copied == 10
+    stream.drop()
+    assert stream.resident_bytes == 0
+
+
+def test_the_next_block_is_copied_while_one_computes(checkpoints: dict[int, str]):
+    model, stream = load(checkpoints[4], stream_blocks=True)
+    assert isinstance(stream, BlockStream)
+    copied = []
+    for block in model.blocks:
+        attention = block.self_attn.attention
+        block.self_attn.attention = lambda *qkv, run=attention: (copied.append(stream.copied), run(*qkv))[1]
+    velocity(model)
+    # Behind the last of an even number of blocks comes the first one of the next forward.
+    assert copied == [2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_weights_of_a_streamed_model_can_be_replaced(checkpoints: dict[int, str], tmp_path: Path):
+    """As other LoRAs do in a warm group: what is written reaches the blocks that compute."""
+    model, stream = load(checkpoints[4], stream_blocks=True)
+    before = velocity(model)
+    files = [str(path) for path in Path(checkpoints[4]).glob("*.safetensors")]
+    with stream.writable():
+        for parameter in model.blocks[3].parameters():
+            parameter.mul_(1.5)
+    changed = velocity(model)
+    assert not torch.equal(changed, before)
+    with stream.writable():
+        assert relora_expert(model, files, (), (), device=CPU)
+    assert torch.equal(velocity(model), changed)
+
+
+def test_weights_outside_of_the_blocks_can_be_replaced_while_the_model_is_parked(checkpoints: dict[int, str]):
+    """As a LoRA does that changes them, of the expert that waits."""
+    model, stream = load(checkpoints[4], stream_blocks=True)
+    before = velocity(model)
+    stream.park()
+    with stream.writable():
+        assert stream.resident_bytes > 0
+        model.head.head.weight.mul_(2)
+        model.head.head.bias.mul_(2)
+    torch.testing.assert_close(velocity(model), 2 * before)
+
+
+def test_memory_that_cannot_be_locked_leaves_no_error_for_the_next_kernel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """CUDA reports a failed call once more, at the next check: something must take it before a forward does."""
+    pending: list[str] = []
+
+    class Cudart:
+        def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
+            pending.append("cudaErrorNotPermitted")
+            return 800
+
+        def cudaHostUnregister(self, pointer: int) -> int:
+            pending.append("cudaErrorHostMemoryNotRegistered")
+            return 713
+
+    def ones(*shape: int, device: str) -> None:
+        if pending:
+            raise RuntimeError(f"CUDA error: {pending.pop()}")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Cudart)
+    host = torch.empty(8)
+    monkeypatch.setattr(torch, "ones", ones)
+    lock_pages(host)
+    assert not pending
+    assert "could not be page-locked" in caplog.text
+    unlock_pages(host)
+    assert not pending
+
+
+def test_compiled_segments_read_the_buffers(checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch):
+    """They hold no weights of their own, which would be those of another block."""
+    # What is captured, and when it is captured again, is the same without the code generator, which takes a minute.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    expected = velocity(load(checkpoints[4])[0])
+    model, _ = load(checkpoints[4], stream_blocks=True, torch_compile=True)
+    torch.testing.assert_close(velocity(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_expert_gathered_once_gives_the_same_video(checkpoints: dict[int, str]):
+    """On two ranks: nothing is gathered again in the second forward, and nothing is left after the release."""
+    for result in run_ranks("gathered_expert", 2, folder=checkpoints[4]):
+        assert result["gathers"] == {"block": [5, 5], "expert": [5, 0]}
+        assert result["kept"] == {"block": False, "expert": True}
+
+
+def test_streaming_and_sharding_exclude_each_other():
+    with pytest.raises(ValueError, match="stream_blocks is True; it must be off with use_fsdp"):
+        Parallel(gpu_count=2, use_fsdp=True, stream_blocks=True)
+    with pytest.raises(ValueError, match="gather is 'all'; it must be one of block, expert"):
+        Parallel(gpu_count=2, gather="all")

@@ -1,0 +1,294 @@
+"""How the inference node makes a job of its inputs, and how a run ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from node_inputs import BOTH, model_files, rows, settings, tiny_files, use_model_folders
+from safetensors.torch import save_file
+from wan_pack.distributed.job.job import JobError, ModelFiles
+from wan_pack.distributed.launch.launcher import JobCancelled, JobFailed
+from wan_pack.nodes.host import host
+from wan_pack.nodes.host.status import Status
+from wan_pack.nodes.inference import inference as inference_module
+from wan_pack.nodes.inference import saved_video
+from wan_pack.nodes.inference.inference import WanVideoDistributedInference
+from wan_pack.nodes.inference.video_node import MadeVideos
+from wan_pack.nodes.settings.spread import DistributedConfig, WanVideoDistributedConfig
+from wan_pack.nodes.sockets import embeds
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """ComfyUI's model folders, in `tmp_path`."""
+    use_model_folders(tmp_path, monkeypatch)
+    return tmp_path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> ModelFiles:
+    return model_files(tmp_path)
+
+
+@pytest.mark.parametrize(("asked", "made"), [(1, 1), (2, 5), (80, 81), (81, 81), (84, 85), (121, 121)])
+def test_frames_are_raised_to_the_next_possible_number(asked: int, made: int) -> None:
+    status = Status()
+    assert inference_module._sampling(settings(num_frames=asked), status).num_frames == made
+    assert bool(status.warnings) == (asked != made)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"width": 832, "height": 480}, True),
+        ({"width": None, "height": 480}, True),
+        ({"width": 830, "height": 480}, "width is 830; it must be a multiple of 16. The nearest are 816 and 832"),
+        ({"width": 832, "height": 9000}, "height is 9000; it must be 16 to 8192"),
+    ],
+)
+def test_sizes_are_checked_before_a_run(size: dict[str, int], message: bool | str) -> None:
+    assert WanVideoDistributedInference.VALIDATE_INPUTS(**size) == message
+
+
+def test_config_wins_and_the_status_says_so(model: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "visible_gpus", lambda: "")
+    status = Status()
+    (config,) = WanVideoDistributedConfig().build(
+        gpu_count=2, use_ulysses=True, use_fsdp=False, offload_model=True, mixed_precision="fp32"
+    )
+    assert isinstance(config, DistributedConfig)
+    given = settings(gpu_count=1, config=config)
+    parallel = inference_module._parallel(given, model, inference_module._sampling(given, Status()), status)
+    assert (parallel.gpu_count, parallel.use_fsdp, parallel.offload_model) == (2, False, True)
+    assert parallel.mixed_precision == "fp32"
+    assert status.warnings == [
+        "config is connected: its gpu_count, use_fsdp, offload_model won over this node's own values"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "guidance", "gpus", "expected"),
+    [
+        ("auto", 4.0, 2, True),
+        ("auto", 4.0, 3, False),
+        ("auto", 1.0, 2, False),
+        ("off", 4.0, 2, False),
+        ("on", 1.0, 2, True),  # refused when the job is checked
+    ],
+)
+def test_two_groups_of_gpus_for_two_prompts(
+    model: ModelFiles, monkeypatch: pytest.MonkeyPatch, chosen: str, guidance: float, gpus: int, expected: bool
+) -> None:
+    monkeypatch.setattr(host, "visible_gpus", lambda: "")
+    config = DistributedConfig(
+        gpu_count=gpus, use_ulysses=True, use_fsdp=True, offload_model=False, cfg_parallel=chosen
+    )
+    given = settings(config=config, guidance_low=guidance, guidance_high=4.0)
+    parallel = inference_module._parallel(given, model, inference_module._sampling(given, Status()), Status())
+    assert parallel.cfg_parallel is expected
+    assert parallel.ulysses_size == (gpus // 2 if expected else gpus)
+
+
+def text_of(model: ModelFiles, status: Status, **values: Any) -> Any:
+    given = settings(**values)
+    return embeds.text_inputs(given, model, inference_module._sampling(given, Status()), status)
+
+
+def test_connected_embeddings_win_over_the_prompt(model: ModelFiles) -> None:
+    status = Status()
+    both = {"prompt_embeds": [rows(3)], "negative_prompt_embeds": [rows(4)]}
+    text, tensors = text_of(model, status, text_embeds=both, prompt="a fox")
+    assert text is None
+    assert {name: len(tensor) for name, tensor in tensors.items()} == {"context": 3, "context_null": 4}
+    assert status.warnings == ["text_embeds is connected: prompt of this node had no effect"]
+
+
+def test_negative_embeds_win_over_the_ones_that_travel_along(model: ModelFiles) -> None:
+    both = {"prompt_embeds": [rows(3)], "negative_prompt_embeds": [rows(4)]}
+    _, tensors = text_of(model, Status(), text_embeds=both, negative_embeds=[[rows(6)[None], {}]])
+    assert len(tensors["context_null"]) == 6
+
+
+def test_no_guidance_needs_no_negative(model: ModelFiles) -> None:
+    both = {"prompt_embeds": [rows(3)], "negative_prompt_embeds": [rows(4)]}
+    _, tensors = text_of(model, Status(), text_embeds=both, guidance_low=1.0, guidance_high=1.0)
+    assert list(tensors) == ["context"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prompt": "a fox"}, "the model has no text encoder: connect WanVideo TextEncode"),
+        ({"prompt": " "}, "prompt is empty and text_embeds is not connected"),
+        ({"prompt": "a fox", "negative_embeds": [[rows(3)[None], {}]]}, "connect both or neither"),
+    ],
+)
+def test_text_that_cannot_work_is_explained(model: ModelFiles, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        text_of(model, Status(), **values)
+
+
+def test_replaced_vae_makes_the_node_run_once_more(folders: Path) -> None:
+    node = WanVideoDistributedInference
+    vae = folders / "vae" / "other.safetensors"
+    vae.parent.mkdir()
+    vae.touch()
+    before = node.IS_CHANGED(unique_id="test", vae="other.safetensors")
+    assert node.IS_CHANGED(unique_id="test", vae="other.safetensors") == before
+    vae.write_bytes(b"new")
+    assert node.IS_CHANGED(unique_id="test", vae="other.safetensors") != before
+    for nothing_chosen in ("auto", None):
+        assert node.IS_CHANGED(unique_id="test", vae=nothing_chosen) == node.IS_CHANGED(unique_id="test")
+
+
+def test_deleted_video_makes_the_node_run_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = WanVideoDistributedInference
+    video = tmp_path / "video.mp4"
+    video.touch()
+    monkeypatch.setattr(node, "made", MadeVideos())
+    node.made.remember("test", [video])
+    before = node.IS_CHANGED(unique_id="test")
+    assert node.IS_CHANGED(unique_id="test") == before
+    video.unlink()
+    after = node.IS_CHANGED(unique_id="test")
+    assert after != before
+    assert node.IS_CHANGED(unique_id="test") == after
+
+
+def test_status_tells_what_was_done(tmp_path: Path) -> None:
+    info = {
+        "video": {"width": 832, "height": 480, "frames": 81, "fps": 16.0},
+        "phases": {"load": 10.0, "denoise": 40.0},
+        "step_seconds": [2.0, 2.0],
+        "peak_gpu_bytes": [2**30, 2**31],
+        "peak_rss_bytes": [0, 0],
+        "settings": {"precision": "bf16"},
+    }
+    status = Status()
+    status.note("a warning", "a warning")
+    text = status.block(tmp_path / "v.mp4", info)
+    assert text.splitlines()[0] == "success"
+    assert f"video: {tmp_path / 'v.mp4'}" in text
+    assert "time: 50.0 s (load 10.0, denoise 40.0)" in text
+    assert "step: 2.00 s, mean of 2" in text
+    assert "peak GPU memory per process: 1.00 GiB, 2.00 GiB" in text
+    assert "host memory" not in text
+    assert "  - precision: bf16" in text
+    assert text.count("a warning") == 1
+    assert status.line(info) == "done in 50 s: 81 frames, 16 fps"
+
+
+def test_status_tells_that_no_video_was_made() -> None:
+    info = {
+        "video": None,
+        "latents": {"shape": [1, 16, 2, 6, 8], "dtype": "float32"},
+        "phases": {"load": 10.0, "denoise": 40.0},
+        "step_seconds": [],
+        "peak_gpu_bytes": [0],
+        "peak_rss_bytes": [0],
+        "settings": {},
+    }
+    lines = Status().block(None, info).splitlines()
+    assert lines[:2] == ["success", "- latents: [1, 16, 2, 6, 8], no video (decode_video is off)"]
+    assert Status().line(info) == "done in 50 s: latents, no video"
+
+
+# How a run ends
+
+
+class Interrupted(Exception):
+    """Stands for ComfyUI's."""
+
+
+class OutOfMemory(Exception):
+    """Stands for ComfyUI's."""
+
+
+@pytest.fixture(scope="module")
+def t2v(tiny_models: Path) -> ModelFiles:
+    return tiny_files(tiny_models)
+
+
+@pytest.fixture
+def failing_node(t2v: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the node on the tiny model with a launcher that raises the given error; None: with the one that is there."""
+    for name, result in {
+        "visible_gpus": "",
+        "free_memory": None,
+        "ProgressReport": lambda progress: None,
+        "jobs_folder": tmp_path,
+        "failed_folder": tmp_path,
+        "interruption": Interrupted(),
+        "blocked_output": "blocked",
+    }.items():
+        monkeypatch.setattr(host, name, lambda *_, result=result: result)
+    monkeypatch.setattr(saved_video, "check_prefix", lambda *_: None)
+    monkeypatch.setattr(host, "out_of_memory", OutOfMemory)
+
+    def run(error: Exception | None, **values: Any) -> Any:
+        def run_job(job: Any, write_inputs: Any, **_: Any) -> None:
+            write_inputs(tmp_path / "inputs.safetensors")
+            raise error
+
+        if error is not None:
+            monkeypatch.setattr(inference_module, "run_job", run_job)
+        given = settings(model=t2v, text_embeds=BOTH, gpu_count=1, **values)
+        return WanVideoDistributedInference().run(**given, unique_id="1", workflow_prompt=None, extra_pnginfo=None)
+
+    return run
+
+
+def failed(out_of_memory: bool = False) -> JobFailed:
+    return JobFailed("rank 1: ValueError: no", rank=1, out_of_memory=out_of_memory, folder=None, log="the log")
+
+
+def test_failure_is_raised_in_the_ranks_own_words(failing_node: Any) -> None:
+    with pytest.raises(JobFailed, match=r"^rank 1: ValueError: no$"):
+        failing_node(failed())
+
+
+@pytest.mark.parametrize("on_error", ["raise", "return"])
+def test_cancel_is_comfyuis_own_exception(failing_node: Any, on_error: str) -> None:
+    with pytest.raises(Interrupted):
+        failing_node(JobCancelled("cancelled"), on_error=on_error)
+
+
+def test_out_of_memory_is_comfyuis_own_exception(failing_node: Any) -> None:
+    with pytest.raises(OutOfMemory, match="rank 1"):
+        failing_node(failed(out_of_memory=True))
+
+
+@pytest.mark.parametrize(
+    ("error", "log"), [(failed(), "the log"), (failed(out_of_memory=True), "the log"), (JobError("port taken"), "")]
+)
+def test_failure_can_be_returned_instead(failing_node: Any, error: Exception, log: str) -> None:
+    assert failing_node(error, on_error="return") == {"result": ("", log, f"error: {error}", "blocked", "blocked")}
+
+
+# Without a video
+
+
+def test_latents_without_a_video_are_handed_on(
+    failing_node: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = SimpleNamespace(latents=tmp_path / "latents.safetensors")
+    save_file({"samples": torch.ones(1, 16, 2, 6, 8)}, folder.latents)
+    info: dict[str, Any] = {"video": None, "latents": {"shape": [1, 16, 2, 6, 8]}, "phases": {}, "step_seconds": []}
+    info |= {"peak_gpu_bytes": [], "peak_rss_bytes": [], "settings": {}, "warnings": []}
+    result = SimpleNamespace(folder=folder, info=info, log="the log", remove=folder.latents.unlink)
+    monkeypatch.setattr(host, "ProgressReport", lambda node_id: SimpleNamespace(text=lambda line: None))
+    monkeypatch.setattr(inference_module, "run_job", lambda job, write, **_: result)
+    # Of an earlier run, deleted since: this run has none that could be missed.
+    monkeypatch.setattr(WanVideoDistributedInference, "made", MadeVideos())
+    WanVideoDistributedInference.made.remember("1", [tmp_path / "older.mp4"])
+    made = failing_node(None, decode_video=False)
+    path, log, status, video, samples = made["result"]
+    assert (made["ui"], path, log, video) == ({}, "", "the log", "blocked")
+    assert status.startswith("success\n- latents: [1, 16, 2, 6, 8]")
+    assert samples["samples"].shape == (1, 16, 2, 6, 8)
+    assert not folder.latents.exists()
+    assert WanVideoDistributedInference.made.deletions("1") == 0

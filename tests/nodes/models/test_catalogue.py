@@ -1,0 +1,130 @@
+"""Which files the loader lists, whatever their format, and what it hands on for each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from node_inputs import inputs_of, use_model_folders
+from wan_pack.nodes.models import catalogue
+from wan_pack.nodes.models.loaders import NONE, LoadWanVideoModel
+
+TRANSFORMER = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """ComfyUI's model folders, in `tmp_path`."""
+    use_model_folders(tmp_path, monkeypatch)
+    return tmp_path
+
+
+def make(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def write_config(folder: Path, kind: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"_class_name": kind}))
+
+
+def write_diffusers(top: Path) -> None:
+    for name in ("transformer", "transformer_2"):
+        make(top, f"{name}/{TRANSFORMER}")
+        write_config(top / name, "WanTransformer3DModel")
+    make(top, f"vae/{TRANSFORMER}", "text_encoder/model.safetensors", "tokenizer/spiece.model")
+    write_config(top / "vae", "AutoencoderKLWan")
+
+
+def test_single_files_of_both_formats_are_listed(folders: Path) -> None:
+    make(folders / "diffusion_models", "a.safetensors", "sub/b-HighNoise-Q4_K_M.gguf", "notes.txt")
+    assert catalogue.expert_names() == ["a.safetensors", "sub/b-HighNoise-Q4_K_M.gguf"]
+    assert catalogue._file("diffusion_models", "sub/b-HighNoise-Q4_K_M.gguf") == (
+        folders / "diffusion_models" / "sub" / "b-HighNoise-Q4_K_M.gguf"
+    )
+
+
+def test_all_in_one_checkpoint_is_listed_everywhere(folders: Path) -> None:
+    make(folders / "checkpoints", "rapid.safetensors", "old.ckpt")
+    name = "checkpoints/rapid.safetensors"
+    assert catalogue.expert_names() == catalogue.vae_names() == catalogue.text_encoder_names() == [name]
+    file = folders / "checkpoints" / "rapid.safetensors"
+    assert catalogue.expert_files(name) == catalogue.vae_files(name) == (file,)
+    assert catalogue.text_encoder_files(name) == ((file,), ())
+
+
+def test_a_subfolder_called_checkpoints_keeps_its_own_files(folders: Path) -> None:
+    make(folders, "checkpoints/x.safetensors", "diffusion_models/checkpoints/x.safetensors")
+    assert catalogue.expert_names() == ["checkpoints/x.safetensors"]
+    assert catalogue.expert_files("checkpoints/x.safetensors") == (
+        folders / "diffusion_models" / "checkpoints" / "x.safetensors",
+    )
+
+
+@pytest.mark.parametrize("key", catalogue.FOLDER_KEYS)
+def test_diffusers_folder_gives_transformers_vae_and_text_encoder(folders: Path, key: str) -> None:
+    top = folders / key / "Wan2.2-T2V-A14B-Diffusers"
+    write_diffusers(top)
+    name = top.name
+    assert catalogue.expert_names() == [f"{name}/transformer", f"{name}/transformer_2"]
+    assert f"{name}/vae" in catalogue.vae_names()
+    assert f"{name}/text_encoder" in catalogue.text_encoder_names()
+    assert catalogue.expert_files(f"{name}/transformer_2") == (top / "transformer_2" / TRANSFORMER,)
+    assert catalogue.vae_files(f"{name}/vae") == (top / "vae" / TRANSFORMER,)
+    files, tokenizer = catalogue.text_encoder_files(f"{name}/text_encoder")
+    assert files == (top / "text_encoder" / "model.safetensors",)
+    assert tokenizer == (top / "tokenizer" / "spiece.model",)
+
+
+def test_official_5b_folder_is_one_transformer_with_its_vae(folders: Path) -> None:
+    top = folders / "wan" / "Wan2.2-TI2V-5B"
+    make(top, TRANSFORMER, "Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/spiece.model")
+    write_config(top, "WanModel")
+    assert catalogue.expert_names() == ["Wan2.2-TI2V-5B"]
+    assert catalogue.expert_files("Wan2.2-TI2V-5B") == (top / TRANSFORMER,)
+    assert catalogue.vae_files("Wan2.2-TI2V-5B/Wan2.2_VAE.pth") == (top / "Wan2.2_VAE.pth",)
+    _, tokenizer = catalogue.text_encoder_files("Wan2.2-TI2V-5B/models_t5_umt5-xxl-enc-bf16.pth")
+    assert tokenizer == (top / "google" / "umt5-xxl" / "spiece.model",)
+
+
+def test_folders_of_other_models_are_not_listed(folders: Path) -> None:
+    make(folders / "diffusers", f"Flux/transformer/{TRANSFORMER}", f"damaged/transformer/{TRANSFORMER}")
+    write_config(folders / "diffusers" / "Flux" / "transformer", "FluxTransformer2DModel")
+    (folders / "diffusers" / "damaged" / "transformer" / "config.json").write_text("[" * 100_000)
+    assert catalogue.expert_names() == []
+
+
+@pytest.mark.parametrize(
+    ("files", "high", "low"),
+    [
+        (["wan2.2_t2v_high_noise_14B.safetensors", "wan2.2_t2v_low_noise_14B.safetensors"], 0, 1),
+        (["Wan2_2-T2V-A14B-LOW_fp8.safetensors", "Wan2_2-T2V-A14B_HIGH_fp8.safetensors"], 1, 0),
+        (["wan2.2_ti2v_5B_fp16.safetensors"], 0, None),
+    ],
+)
+def test_each_slot_prefers_the_expert_of_its_name(folders: Path, files: list[str], high: int, low: int | None) -> None:
+    make(folders / "diffusion_models", *files)
+    names = sorted(files)
+    inputs = inputs_of(LoadWanVideoModel)
+    assert inputs["high_noise"][0] == inputs["low_noise"][0] == [*names, NONE]
+    assert inputs["high_noise"][1]["default"] == files[high]
+    assert inputs["low_noise"][1]["default"] == (NONE if low is None else files[low])
+
+
+def test_loader_runs_again_when_a_file_was_replaced(folders: Path) -> None:
+    make(folders, "diffusion_models/a.safetensors", "vae/v.safetensors")
+    names = {"high_noise": "a.safetensors", "low_noise": NONE, "vae": "v.safetensors", "text_encoder": NONE}
+    before = LoadWanVideoModel.IS_CHANGED(**names)
+    assert LoadWanVideoModel.IS_CHANGED(**names, high_noise_lora=None) == before != ""
+    (folders / "vae" / "v.safetensors").write_bytes(b"new")
+    assert LoadWanVideoModel.IS_CHANGED(**names) != before
+    assert LoadWanVideoModel.IS_CHANGED(**{**names, "vae": None}) == ""
+
+
+def test_a_model_without_a_transformer_is_refused(folders: Path) -> None:
+    make(folders, "vae/v.safetensors")
+    with pytest.raises(ValueError, match="high_noise and low_noise are both none"):
+        LoadWanVideoModel().load(NONE, NONE, "v.safetensors")

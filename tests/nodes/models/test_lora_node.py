@@ -1,0 +1,135 @@
+"""LoRA lists as our node and ComfyUI-WanVideoWrapper's nodes make them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from node_inputs import identity, model_files, sampling, use_model_folders
+from wan_pack.distributed.job.job import LoraFile
+from wan_pack.nodes.models.loras import WanVideoDistributedLora, distilled_warnings, lora_files, refreshed
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """ComfyUI's model folders, in `tmp_path`, with two LoRAs."""
+    use_model_folders(tmp_path, monkeypatch)
+    for name in ("fox.safetensors", "wan/snow.safetensors"):
+        identity(tmp_path / "loras" / name)
+    return tmp_path
+
+
+def entry(folders: Path, **values: Any) -> dict[str, Any]:
+    """As WanVideoLoraSelect makes it."""
+    return {
+        "path": str(folders / "loras" / "fox.safetensors"),
+        "strength": 0.5,
+        "name": "fox",
+        "blocks": {},
+        "layer_filter": "",
+        "low_mem_load": False,
+        "merge_loras": True,
+        **values,
+    }
+
+
+def test_node_makes_the_list_that_the_wrapper_makes(folders: Path) -> None:
+    (first,) = WanVideoDistributedLora().add("fox.safetensors", 0.5)
+    assert first == [entry(folders)]
+    (both,) = WanVideoDistributedLora().add("wan/snow.safetensors", -1.0, prev_lora=first)
+    assert both == [
+        *first,
+        entry(folders, path=str(folders / "loras/wan/snow.safetensors"), strength=-1.0) | {"name": "wan/snow"},
+    ]
+    assert [Path(lora.file.path).name for lora in lora_files(both, "lora")] == ["fox.safetensors", "snow.safetensors"]
+    assert len(first) == 1, "the list that came in is the other node's"
+
+
+def test_node_runs_again_when_its_file_was_replaced(folders: Path) -> None:
+    before = WanVideoDistributedLora.IS_CHANGED("fox.safetensors", strength=1.0)
+    (folders / "loras" / "fox.safetensors").write_bytes(b"new")
+    assert WanVideoDistributedLora.IS_CHANGED("fox.safetensors", strength=1.0) != before
+    assert WanVideoDistributedLora.IS_CHANGED(None) == ""
+
+
+def test_nothing_and_strength_0_are_no_lora(folders: Path) -> None:
+    assert lora_files(None, "lora") == lora_files([], "lora") == ()
+    assert lora_files([entry(folders, strength=0.0)], "lora") == ()
+
+
+@pytest.mark.parametrize("path", ["fox.safetensors", "fox", "wan/snow"])
+def test_bare_name_is_looked_up(folders: Path, path: str) -> None:
+    (found,) = lora_files([entry(folders, path=path)], "lora")
+    assert Path(found.file.path).is_absolute() and Path(path).stem in found.file.path
+
+
+@pytest.mark.parametrize(
+    "values", [{"layer_filter": []}, {"low_mem_load": True, "merge_loras": False}, {"strength": 1}]
+)
+def test_what_makes_no_difference_is_taken(folders: Path, values: dict[str, Any]) -> None:
+    assert len(lora_files([entry(folders, **values)], "lora")) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"strength": [1.0, 0.5]}, "high_noise_lora: fox has a strength for each step.*give it one number"),
+        ({"strength": "1"}, "strength of high_noise_lora: fox is '1'; it must be a number, -100 to 100"),
+        ({"strength": True}, "is True; it must be a number, -100 to 100"),
+        ({"strength": 10**5000}, "strength of high_noise_lora: fox is int .*; it must be -100 to 100"),
+        ({"strength": float("nan")}, "is nan; it must be -100 to 100"),
+        ({"strength": 1e9}, "is 1000000000.0; it must be -100 to 100"),
+        ({"blocks": {"blocks.0.": True}}, "fox is limited to selected blocks"),
+        ({"layer_filter": "attn"}, "fox is limited to a layer filter"),
+        (
+            {"path": "missing"},
+            "path of high_noise_lora: fox is 'missing'; it must be a file that ComfyUI .*loras",
+        ),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(folders: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lora_files([entry(folders, **values)], "high_noise_lora")
+
+
+@pytest.mark.parametrize("value", ["fox", [{"strength": 1.0}], [("fox", 1.0)]])
+def test_what_is_no_lora_list_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="must be from Wan Video Distributed Lora"):
+        lora_files(value, "high_noise_lora")
+
+
+def test_lora_that_was_replaced_is_taken_as_it_is_now(folders: Path) -> None:
+    path = folders / "loras" / "fox.safetensors"
+    loras = (LoraFile(file=identity(path), strength=0.5),)
+    model = dataclasses.replace(model_files(folders), low_noise_loras=loras)
+    path.write_bytes(b"new")
+    os.utime(path, ns=(1, 1))
+    now = refreshed(model)
+    now.low_noise_loras[0].file.check_unchanged()
+    assert now.low_noise_loras[0].strength == 0.5
+    assert dataclasses.replace(now, low_noise_loras=loras) == model
+
+
+@pytest.mark.parametrize(
+    ("file", "guidance", "warns"),
+    [
+        ("wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors", 3.0, True),
+        ("Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1/high_noise_model.safetensors", 3.0, True),
+        ("lightx2v_T2V_14B_cfg_step_distill_v2.safetensors", 3.0, True),
+        ("Wan21_CausVid_14B.safetensors", 3.0, True),
+        ("Wan21_AccVid_T2V.safetensors", 3.0, True),
+        ("wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors", 1.0, False),
+        ("fox.safetensors", 3.0, False),
+        ("fox_14steps.safetensors", 3.0, False),
+    ],
+)
+def test_guidance_with_a_distilled_lora_is_warned_of(folders: Path, file: str, guidance: float, warns: bool) -> None:
+    lora = LoraFile(file=identity(folders / "loras" / file), strength=1.0)
+    model = dataclasses.replace(model_files(folders / "models"), high_noise_loras=(lora,))
+    found = list(distilled_warnings(model, sampling(guidance_high=guidance, guidance_low=9.0)))
+    assert len(found) == warns
+    if warns:
+        assert found[0].startswith(f"guidance_high is 3, but {Path(file).name} looks distilled")

@@ -1,0 +1,74 @@
+"""Text embeddings of every form that other nodes hand on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from node_inputs import rows
+from wan_pack.nodes.sockets import embeds
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"prompt_embeds": [rows(5)]},
+        {"prompt_embeds": [rows(5, 507)], "negative_prompt_embeds": None, "echoshot": False},
+        {"prompt_embeds": rows(5, 507)[None]},
+        {"prompt_embeds": rows(5)},
+        [[rows(5, 507)[None], {"pooled_output": None}]],
+        [(rows(5, 507)[None], {})],
+    ],
+    ids=["list", "padded list", "batch", "matrix", "conditioning", "conditioning tuple"],
+)
+def test_every_form_of_embedding_is_read(value: Any) -> None:
+    found = embeds.prompt_of(value, "text_embeds")
+    assert torch.equal(found.tokens, rows(5))
+    assert found.notes == ()
+
+
+def test_an_embedding_of_nothing_keeps_one_row() -> None:
+    assert embeds.prompt_of([[torch.zeros(1, 512, 8), {}]], "text_embeds").tokens.shape == (1, 8)
+
+
+def test_long_embedding_is_cut_and_the_user_told() -> None:
+    found = embeds.prompt_of([[rows(600)[None], {}]], "text_embeds")
+    assert found.tokens.shape == (512, 8)
+    assert found.notes == ("text_embeds has 600 tokens; it was cut to 512, which is what the model takes",)
+
+
+def test_more_than_one_conditioning_entry_is_said() -> None:
+    found = embeds.prompt_of([[rows(3)[None], {}], [rows(4)[None], {}]], "text_embeds")
+    assert len(found.tokens) == 3
+    assert found.notes == ("text_embeds has 2 conditioning entries; the first one is used",)
+
+
+def test_what_has_no_effect_is_said() -> None:
+    extras = {"pooled_output": rows(1), "guidance": 3.5, "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    found = embeds.prompt_of([[rows(3)[None], extras]], "text_embeds")
+    assert found.notes == ("text_embeds carries guidance, which has no effect here",)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"prompt_embeds": [rows(3), rows(4)]}, 'holds 2 prompts; this node takes one. A "|"'),
+        ({"prompt_embeds": []}, "holds 0 prompts"),
+        ({"negative_prompt_embeds": [rows(3)]}, "holds no prompt embedding"),
+        ({"prompt_embeds": [torch.ones(3)]}, r"has the shape \[3\]"),
+        ([], "it must be WANVIDEOTEXTEMBEDS or CONDITIONING"),
+        ("a prompt", "text_embeds is str"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        embeds.prompt_of(value, "text_embeds")
+
+
+def test_negative_comes_from_the_wrapper_dict_only() -> None:
+    both = {"prompt_embeds": [rows(3)], "negative_prompt_embeds": [rows(4)]}
+    found = embeds.negative_of(both, "text_embeds")
+    assert found is not None and len(found.tokens) == 4
+    assert embeds.negative_of({"prompt_embeds": [rows(3)]}, "text_embeds") is None
+    assert embeds.negative_of([[rows(3)[None], {}]], "text_embeds") is None

@@ -1,0 +1,141 @@
+"""The nodes without ComfyUI: what they declare, and the files beside the code."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mount import ROOT
+from node_inputs import inputs_of, use_model_folders, widgets
+from wan_pack.nodes import DISPLAY_NAMES, NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, node_classes
+from wan_pack.nodes.batch.batch import WanVideoDistributedBatch
+from wan_pack.nodes.inference.inference import WanVideoDistributedInference
+
+TEXT_NODES = {"LoadWanVideoT5TextEncoder", "WanVideoTextEncode"}
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """ComfyUI's model folders, in `tmp_path`."""
+    use_model_folders(tmp_path, monkeypatch)
+    return tmp_path
+
+
+def help_page(node: Any) -> str:
+    return (ROOT / "web" / "docs" / f"{node.__name__}.md").read_text()
+
+
+@pytest.mark.parametrize("node", NODE_CLASS_MAPPINGS.values(), ids=lambda node: node.__name__)
+def test_node_declares_everything_a_user_reads(node: Any) -> None:
+    assert node.DESCRIPTION.endswith(".")
+    assert len(node.RETURN_TYPES) == len(node.RETURN_NAMES) == len(node.OUTPUT_TOOLTIPS)
+    assert all(node.OUTPUT_TOOLTIPS)
+    for name, (_, options) in inputs_of(node).items():
+        assert options.get("tooltip"), f"{node.__name__}.{name} has no tooltip"
+    page = help_page(node)
+    if node is WanVideoDistributedBatch:
+        # It says that the rest is there.
+        page += help_page(WanVideoDistributedInference)
+    for name in inputs_of(node):
+        assert re.search(rf"\b{name}\b", page), f"{node.__name__}.{name} is not in its help page"
+    assert NODE_DISPLAY_NAME_MAPPINGS[node.__name__] == DISPLAY_NAMES[node.__name__]
+
+
+@pytest.mark.parametrize("node", NODE_CLASS_MAPPINGS.values(), ids=lambda node: node.__name__)
+def test_node_function_takes_its_inputs(node: Any) -> None:
+    names = [*inputs_of(node), *node.INPUT_TYPES().get("hidden", {})]
+    inspect.signature(getattr(node, node.FUNCTION)).bind(None, **dict.fromkeys(names))
+
+
+@pytest.mark.parametrize("node", NODE_CLASS_MAPPINGS.values(), ids=lambda node: node.__name__)
+def test_lists_are_lists_that_the_server_checks(node: Any) -> None:
+    for name, (kind, options) in inputs_of(node).items():
+        assert kind != "COMBO", f"{name}: the server does not check a COMBO"
+        if kind in ("INT", "FLOAT"):
+            assert options["min"] <= options["default"] <= options["max"], name
+
+
+def test_text_nodes_come_as_a_pair_or_not_at_all() -> None:
+    assert set(node_classes(frozenset())) >= TEXT_NODES
+    for taken in TEXT_NODES:
+        assert not TEXT_NODES & set(node_classes(frozenset({taken})))
+        assert "WanVideoDistributedInference" in node_classes(frozenset({taken}))
+
+
+def test_text_nodes_have_the_sockets_of_the_pack_they_replace() -> None:
+    loader, encode = (NODE_CLASS_MAPPINGS[name] for name in ("LoadWanVideoT5TextEncoder", "WanVideoTextEncode"))
+    assert list(loader.INPUT_TYPES()["required"]) == ["model_name", "precision"]
+    assert loader.INPUT_TYPES()["required"]["precision"][0] == ["fp32", "bf16"]
+    assert (loader.RETURN_TYPES, loader.RETURN_NAMES) == (("WANTEXTENCODER",), ("wan_t5_model",))
+    assert list(encode.INPUT_TYPES()["required"]) == ["positive_prompt", "negative_prompt"]
+    assert encode.INPUT_TYPES()["optional"]["t5"][0] == "WANTEXTENCODER"
+    assert (encode.RETURN_TYPES, encode.RETURN_NAMES) == (("WANVIDEOTEXTEMBEDS",), ("text_embeds",))
+
+
+def test_inputs_keep_their_order() -> None:
+    # Saved workflows hold values by position: a new input may only come at the end.
+    assert list(inputs_of(WanVideoDistributedInference)) == [
+        *("model", "prompt", "width", "height", "num_frames", "sample_steps"),
+        *("gpu_count", "use_ulysses", "use_fsdp", "offload_model"),
+        *("text_embeds", "config", "negative_embeds", "negative_prompt", "seed", "scheduler", "shift"),
+        *("guidance_low", "guidance_high", "boundary", "fps", "filename_prefix", "on_error"),
+        *("start_image", "end_image", "image_embeds", "samples", "strength", "start_step", "end_step", "add_noise"),
+        *("decode_video", "preset", "low_noise_model", "vae", "preview", "plan", "dynamic_resolution"),
+    ]
+    assert WanVideoDistributedInference.RETURN_NAMES == ("video_path", "log_output", "status", "video", "samples")
+    loader = ["high_noise", "low_noise", "vae", "text_encoder", "high_noise_lora", "low_noise_lora"]
+    assert list(inputs_of(NODE_CLASS_MAPPINGS["LoadWanVideoModel"])) == loader
+
+
+def test_import_is_light_and_has_no_side_effects(tmp_path: Path) -> None:
+    script = (
+        "import importlib.util, json, sys\n"
+        f"root = {str(ROOT)!r}\n"
+        "before = list(sys.path)\n"
+        "spec = importlib.util.spec_from_file_location('p', root + '/__init__.py', submodule_search_locations=[root])\n"
+        "sys.modules['p'] = module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "assert sys.path == before\n"
+        "print(json.dumps([n for n in ('torch', 'diffusers', 'transformers', 'deepspeed') if n in sys.modules]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert json.loads(done.stdout) == []
+    assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+# The files beside the code
+
+
+def test_dependencies_are_the_same_in_both_files_and_leave_torch_alone() -> None:
+    wanted = [line.replace('"', "'") for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip()]
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = project[project.index("\ndependencies = [") + 1 : project.index("]\noptional-dependencies")]
+    assert [line.strip().strip(",").strip('"') for line in listed.splitlines()[1:] if line.strip()] == wanted
+    assert "torch" in wanted
+
+
+def test_example_workflow_holds_a_value_for_every_widget() -> None:
+    workflow = json.loads((ROOT / "example_workflows" / "distributed_inference_workflow.json").read_text())
+    for node in workflow["nodes"]:
+        kind = NODE_CLASS_MAPPINGS.get(node["type"])
+        if kind is WanVideoDistributedInference:
+            names = []
+            for name, (_, options) in widgets().items():
+                names += [name, "control"] if options.get("control_after_generate") else [name]
+            assert len(node["widgets_values"]) == len(names)
+            values = dict(zip(names, node["widgets_values"], strict=True))
+            assert (values["width"], values["height"], values["num_frames"]) == (832, 480, 81)
+            assert values["on_error"] == "raise"
+            defaults = {name: options["default"] for name, (_, options) in widgets().items()}
+            later = ("strength", "start_step", "end_step", "add_noise", "decode_video", "preset", "vae", "preview")
+            assert {name: values[name] for name in later} == {name: defaults[name] for name in later}
+    assert (ROOT / "example_workflows" / "distributed_inference_workflow.jpg").is_file()

@@ -1,0 +1,94 @@
+"""What tests of exchanges run on every rank (`ranks.run_ranks`)."""
+
+from __future__ import annotations
+
+import functools
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from layers import WRITING, Projected, random_layer
+from peer_files import FileMemory
+from wan_pack.distributed.parallel import peer_memory
+from wan_pack.distributed.parallel.parallelize import ENGINES
+from wan_pack.distributed.parallel.sequence import SequenceShard
+from wan_pack.wan.model.attention import attention
+from wan_pack.wan.model.ops import PLAIN
+from wan_pack.wan.model.rope import rope_table
+
+
+def attention_equals_plain(
+    rank: int, world: int, *, engine: str, sizes: list[int], heads: list[int], lengths: list[int]
+) -> None:
+    """Sequence-parallel attention == attention in one process, for every group size, head count and length."""
+    for size in sizes:
+        group = dist.new_group(list(range(size)))
+        if rank >= size:
+            continue
+        for h in heads:
+            for length in lengths:
+                generator = torch.Generator().manual_seed(h * 1000 + length)
+                q, k, v = torch.randn(3, length, h, 4, generator=generator).unbind(0)
+                shard = SequenceShard(length=length, rank=rank, world=size)
+                local = [shard.split(x.flatten(1)).unflatten(1, (h, 4)) for x in (q, k, v)]
+                y = ENGINES[engine](group, shard, attention)(Projected(*local), local[0], (), PLAIN)
+                assert y.shape == (shard.size, h, 4)
+                whole = shard.gather(y.flatten(1), group).unflatten(1, (h, 4))
+                message = f"{engine}: {size} ranks, {h} heads, {length} tokens"
+                torch.testing.assert_close(whole, attention(q, k, v), msg=lambda m, s=message: f"{s}: {m}")
+
+
+def written_message_equals_packing(
+    rank: int, world: int, *, sizes: list[int], heads: list[int], lengths: list[int]
+) -> None:
+    """A message into which heads are written one by one == one that is packed from tensors, in every bit."""
+    for size in sizes:
+        group = dist.new_group(list(range(size)))
+        if rank >= size:
+            continue
+        for h in heads:
+            engine = ENGINES["packed"](group, SequenceShard(length=1, rank=rank, world=size), attention)
+            layer = random_layer(heads=h, channels=4)
+            for length in lengths:
+                engine.shard = shard = SequenceShard(length=length, rank=rank, world=size)
+                x = shard.split(torch.randn(length, h * 4, generator=torch.Generator().manual_seed(length)))
+                rope = rope_table((1, 1, length), 4, start=shard.start, stop=shard.stop)
+                packed, written = (engine(layer, x, rope, ops) for ops in (PLAIN, WRITING))
+                assert torch.equal(written, packed), f"{size} ranks, {h} heads, {length} tokens"
+
+
+def hidden_exchange_equals_packed(
+    rank: int, world: int, *, folder: str, sizes: list[int], heads: list[int], lengths: list[int], ways: list[list[Any]]
+) -> dict[str, int]:
+    """In every bit, from tensors and from a kernel, in every number of parts, one video after another.
+
+    Args:
+        ways: (first, last, direct) of `SymmetricUlysses`.
+    Returns:
+        what was compared.
+    """
+    peer_memory.SymmetricMemory = functools.partial(FileMemory, Path(folder))
+    peer_memory._obstacle = lambda group, device: ""
+    compared = 0
+    for size in sizes:
+        group = dist.new_group(list(range(size)))
+        if rank >= size:
+            continue
+        for h, (first, last, direct) in product(heads, ways):
+            shard = SequenceShard(length=1, rank=rank, world=size)
+            packed = ENGINES["packed"](group, shard, attention)
+            hidden = ENGINES["symmetric"](group, shard, attention, first=first, last=last, direct=direct)
+            layers = random_layer(heads=h, channels=8), random_layer(heads=h, channels=8, seed=1)
+            for length, layer, ops in product(lengths, layers, (PLAIN, WRITING)):
+                packed.shard = hidden.shard = shard = SequenceShard(length=length, rank=rank, world=size)
+                x = shard.split(torch.randn(length, h * 8, generator=torch.Generator().manual_seed(length)))
+                rope = rope_table((1, 1, length), 8, start=shard.start, stop=shard.stop)
+                out = hidden(layer, x, rope, ops)
+                # Nothing of it may be taken for the next. Before the other one, which no rank leaves before all enter.
+                hidden._layout._memory.buffers[rank].fill_(255)
+                expected = packed(layer, x, rope, ops)
+                assert torch.equal(out, expected), f"{size} ranks, {h} heads, {length} tokens, {first} {last} {direct}"
+                compared += 1
+    return {"compared": compared}

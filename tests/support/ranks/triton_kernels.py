@@ -1,0 +1,180 @@
+"""Compares the Triton kernels with their plain forms: on a GPU or, where TRITON_INTERPRET=1 is set, on the CPU.
+
+Prints one line per comparison that was made. tests/test_kernels.py runs it in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from itertools import product
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from mount import mount_pack
+
+mount_pack()
+from layers import WRITING  # noqa: E402
+from tiny import TINY, random_weights  # noqa: E402
+from wan_pack.wan.model.kernels.fused import triton_ops  # noqa: E402
+from wan_pack.wan.model.linear import E4M3, FP8_PRODUCTS, Fp8Rows, Fp8Weight, quantise_rows  # noqa: E402
+from wan_pack.wan.model.ops import PLAIN, HeadPlaces  # noqa: E402
+from wan_pack.wan.model.rope import rope_table  # noqa: E402
+from wan_pack.wan.model.transformer import TextContext, WanModel, meta_model, pad_text, parameter_dtype  # noqa: E402
+from wan_pack.wan.vae.vae_ops import VAE_OPS, Sum  # noqa: E402
+
+TOKENS, COLUMNS, HEAD = 3, 48, 8
+"""Of 6 heads; 48 columns do not fill a block of 64."""
+BF16 = torch.bfloat16
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+TRITON = triton_ops()
+
+
+def near(name: str, out: object, expected: object) -> None:
+    """Equal in float32; in other types up to one code, as the interpreter cuts off where a GPU rounds."""
+    pairs = zip(out, expected, strict=True) if isinstance(expected, tuple) else [(out, expected)]
+    for got, want in pairs:
+        if isinstance(want, Fp8Rows):
+            near(name, got, tuple(want))
+            continue
+        assert got.dtype == want.dtype and got.shape == want.shape, (name, got.dtype, got.shape, want.shape)
+        relative, least = {BF16: (2**-7, 2e-6), E4M3: (2**-3, 2**-9)}.get(want.dtype, (1e-5, 1e-5))
+        got, want = got.float(), want.float()
+        if relative == 2**-3:
+            # Rounding up to a power of two, the interpreter loses the carry: half of it comes out.
+            got = torch.where((want.abs().frexp().mantissa == 0.5) & (2 * got == want), want, got)
+        torch.testing.assert_close(got, want, rtol=relative, atol=least, msg=lambda m: f"{name}: {m}")
+    print(name)
+
+
+def compare(values: torch.Generator) -> None:
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=values).to(DEVICE)
+
+    x, y = draw(TOKENS, COLUMNS), draw(TOKENS, COLUMNS).to(BF16)
+    affine = draw(COLUMNS), draw(COLUMNS)
+    shared, own = (draw(1, COLUMNS), draw(1, COLUMNS)), (draw(TOKENS, COLUMNS), draw(TOKENS, COLUMNS))
+    pairs = {"affine": affine, "shared": shared, "own": own}
+    for (kind, pair), dtype in product(pairs.items(), (torch.float32, BF16, E4M3)):
+        near(f"norm {kind} {dtype}", TRITON.norm(x, *pair, dtype), PLAIN.norm(x, *pair, dtype))
+        for gate in (None, shared[0], own[0]):
+            out, expected = (ops.add_norm(x, y, gate, *pair, dtype) for ops in (TRITON, PLAIN))
+            near(f"add_norm {kind} {dtype}", out, expected)
+    for gate in (shared[0], own[0]):
+        near("add", TRITON.add(x, y, gate), PLAIN.add(x, y, gate))
+    zeros = torch.zeros(TOKENS, COLUMNS, dtype=BF16, device=DEVICE)
+    for rows in (y, zeros):
+        near("cast", TRITON.cast(rows, E4M3), PLAIN.cast(rows, E4M3))
+    layer = torch.nn.Identity()
+    wide = (3 * draw(TOKENS, 80)).to(BF16)
+    near("gelu", TRITON.gelu_linear(layer, wide, E4M3), PLAIN.gelu_linear(layer, wide, E4M3))
+    weights = draw(COLUMNS), draw(COLUMNS)
+    near("rms_norm", TRITON.rms_norm(x, weights[0]), PLAIN.rms_norm(x, weights[0]))
+    rope = rope_table((1, 1, TOKENS), HEAD, device=DEVICE)
+    for rows in (x, y):
+        near("rotate", TRITON.rotate(rows, weights[0], rope, HEAD), PLAIN.rotate(rows, weights[0], rope, HEAD))
+    for size, loud in product((16, 32), (1.0, 50.0)):
+        # Enough heads for the matrix units; 320 columns do not fill a block of 512. The interpreter multiplies the bits
+        # of bfloat16 as if they were integers.
+        rows, weight = (draw(TOKENS, 320) * 3).to(torch.float32 if DEVICE == "cpu" else BF16), draw(320)
+        weight[::7] *= loud
+        spread = rope_table((1, 1, TOKENS), size, device=DEVICE)
+        codes, expected = (ops.rotate_codes(rows, weight, spread, size) for ops in (TRITON, PLAIN))
+        near("rotate_codes", codes, tuple(expected))
+        out, expected = (torch.zeros(100, size, device=DEVICE).to(E4M3) for _ in range(2))
+        places = torch.tensor([[i * TOKENS * size for i in range(320 // size)], [size] * (320 // size)], device=DEVICE)
+        scales = [
+            ops.write_heads(rows, weight, spread, size, into.view(-1), HeadPlaces(places))
+            for ops, into in ((TRITON, out), (WRITING, expected))
+        ]
+        near("write_heads", (out, scales[0]), (expected, scales[1]))
+    qkv = draw(150, 3, 5, 16).to(BF16) * torch.tensor([1.0, 0.01, 100.0, 0.0, 1.0], device=DEVICE)[:, None].to(BF16)
+    for heads in (qkv[:, 2], qkv[:140, 1, 1:4], qkv[:, 0, :0]):
+        near("quantise_heads", TRITON.quantise_heads(heads), tuple(PLAIN.quantise_heads(heads)))
+    # Heads in any order and at any distance, as ranks' parts of a message are; what lies between is left alone.
+    table = torch.tensor([[16, 0, 640, 320, 24, 8], [32, 32, 8, 40, 32, 32]], device=DEVICE)
+    for rows, weight in product((x, y), (weights[0], None)):
+        out, expected = (torch.full((100, HEAD), 7.0, dtype=rows.dtype, device=DEVICE) for _ in range(2))
+        for ops, into in ((TRITON, out), (WRITING, expected)):
+            ops.write_heads(rows, weight, None if weight is None else rope, HEAD, into, HeadPlaces(table))
+        near("write_heads", out, expected)
+
+
+def compare_vae(values: torch.Generator) -> None:
+    """What lies between convolutions, with and without what is to be added; 24 channels do not fill a block of 32.
+
+    The plain forms work on the same values in float32: the kernels round once.
+    """
+    frames, height, width, channels = 4, 3, 5, 24
+    fused, plain = VAE_OPS["triton"](), VAE_OPS["plain"]()
+    shape = (frames, height, width, channels)
+    for dtype in (torch.float32, BF16):
+        x, bias, residual, weight = (
+            torch.randn(size, generator=values).to(DEVICE, dtype) for size in (shape, channels, shape, channels)
+        )
+
+        def room(ops: object, *size: int, dtype: torch.dtype = dtype) -> tuple[torch.Tensor, torch.Tensor]:
+            """A tensor with something around its rows, and all of it."""
+            padded = [size[0] + 2, size[1] + 2, *size[2:]]
+            whole = torch.full(padded, 7.0, device=DEVICE, dtype=torch.float32 if ops is plain else dtype)
+            return whole[2:, 1:-1], whole
+
+        sums = [Sum(x, *rest) for rest in product((None, bias), (None, residual))] + [Sum(torch.zeros_like(x))]
+        for total in sums:
+            wide = Sum(*(None if y is None else y.float() for y in total))
+            pairs = ((fused, total), (plain, wide))
+            near("vae_add", *(ops.add(y, None).to(dtype) for ops, y in pairs))
+            for silu in (False, True):
+                outs = []
+                for ops, y in pairs:
+                    inside, whole = room(ops, *shape)
+                    y = y._replace(x=y.x.clone())
+                    kept = ops.norm(y, weight.to(y.x.dtype), inside, silu, True)
+                    outs.append((kept.to(dtype), whole.to(dtype)))
+                near("vae_norm", *outs)
+            for of in (1, 2):
+                outs = []
+                for ops, y in pairs:
+                    inside, whole = room(ops, of * frames, 2 * height, 2 * width, channels // of)
+                    ops.upsample(y, of, inside)
+                    outs.append(whole.to(dtype))
+                near("vae_upsample", *outs)
+
+
+def compare_models() -> None:
+    """A whole forward, with full and with fp8 products."""
+    names = (f"blocks.{i}.{layer}.weight" for i, layer in product(range(TINY.num_layers), FP8_PRODUCTS))
+    fp8 = dict.fromkeys(names, Fp8Weight(E4M3, scaled=True))
+    tokens = torch.randn(6, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    for products in (False, True):
+        model = meta_model(TINY, torch.float32, fp8 if products else None, fp8_products=products)
+        weights = {name: t.to(parameter_dtype(name, torch.float32)) for name, t in random_weights().items()}
+        for name in fp8 if products else ():
+            weights[name], weights[f"{name}_scale"] = quantise_rows(weights[name], E4M3)
+        model.load_state_dict(weights, assign=True)
+        model.to(DEVICE)
+        out = []
+        for ops in (PLAIN, TRITON):
+            out.append(_forward(model, ops, tokens))
+        error = ((out[1] - out[0]).norm() / out[0].norm()).item()
+        # On a GPU cuBLAS computes GELU's tanh, faster and with fewer digits.
+        exact = 1e-5 if DEVICE == "cpu" else 1e-3
+        assert error < (2e-2 if products else exact), f"fp8 {products}: {error}"
+        print("model, fp8", products)
+
+
+def _forward(model: WanModel, ops: object, tokens: torch.Tensor) -> torch.Tensor:
+    for block in model.blocks:
+        block.ops = ops
+    text = TextContext(pad_text(torch.ones(2, TINY.text_dim, device=DEVICE)))
+    rope = rope_table((1, 2, 3), TINY.head_dim, device=DEVICE)
+    return model(tokens, torch.tensor([700.0], device=DEVICE), text, rope)
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        compare(torch.Generator().manual_seed(0))
+        compare_vae(torch.Generator().manual_seed(1))
+        compare_models()

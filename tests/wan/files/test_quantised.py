@@ -1,0 +1,229 @@
+"""fp8 weights: kept as they are, unpacked at use, sharded, merged with LoRAs. Formats that cannot be read: named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_formats import (
+    Weights,
+    comfy_quant,
+    is_quantised,
+    quantised_layers,
+    write_plain_fp8,
+    write_scaled,
+)
+from ranks import run_ranks
+from safetensors.torch import save_file
+from tiny import random_weights, write_official
+from wan_pack.distributed.rank.offload import HostParking
+from wan_pack.wan.checkpoint.checkpoint import Checkpoint
+from wan_pack.wan.checkpoint.weights import empty_model, read_weights
+from wan_pack.wan.lora.lora import Lora
+from wan_pack.wan.model.config import WanConfig
+from wan_pack.wan.model.linear import FP8_DTYPES, Linear, quantise_rows
+from wan_pack.wan.model.rope import rope_table
+from wan_pack.wan.model.transformer import TextContext, WanModel, meta_model, pad_text
+
+CONFIG = WanConfig(dim=128, ffn_dim=80, num_heads=1, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32)
+E4M3, E5M2 = FP8_DTYPES
+CPU = torch.device("cpu")
+Q = "blocks.0.self_attn.q.weight"
+
+
+def load(path: Path, compute: torch.dtype, loras: tuple[Lora, ...] = ()) -> WanModel:
+    checkpoint = Checkpoint([path])
+    model = empty_model(checkpoint, compute, loras).to_empty(device=CPU)
+    read_weights(model, checkpoint, device=CPU, loras=loras)
+    return model
+
+
+def plain_model(values: Weights, compute: torch.dtype) -> WanModel:
+    model = meta_model(CONFIG, compute)
+    model.load_state_dict({name: values[name].to(p.dtype) for name, p in model.named_parameters()}, assign=True)
+    return model
+
+
+def evaluate(model: WanModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    tokens, rows = torch.randn(45, 64, generator=generator), torch.randn(9, 48, generator=generator)
+    return model(tokens, torch.tensor([700.0]), TextContext(pad_text(rows)), rope_table((3, 3, 5), 128))
+
+
+def write(path: Path, kind: str, dtype: torch.dtype) -> Weights:
+    weights = random_weights(CONFIG)
+    if kind == "plain":
+        return write_plain_fp8(path, weights, dtype)
+    scale, _, by = kind.partition(" by ")
+    return write_scaled(path, weights, dtype, scale=scale, per_row=by == "row")
+
+
+@pytest.mark.parametrize("dtype", FP8_DTYPES)
+@pytest.mark.parametrize("kind", ["plain", "scale_weight by tensor", "weight_scale by row"])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
+def test_fp8_is_kept_and_computes_as_its_values_do(tmp_path: Path, dtype: torch.dtype, kind: str, compute: torch.dtype):
+    values = write(tmp_path / "m.safetensors", kind, dtype)
+    model, plain = load(tmp_path / "m.safetensors", compute), plain_model(values, compute)
+    for name, parameter in model.named_parameters():
+        if name in values and is_quantised(name, values[name]):
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            assert (parameter.dtype, layer.compute_dtype) == (dtype, compute)
+            assert torch.equal(layer.unpacked_weight(), values[name].to(compute)), name
+    assert torch.equal(evaluate(model), evaluate(plain))
+
+
+def test_blocks_take_half_the_memory_of_bf16(tmp_path: Path):
+    values = write(tmp_path / "m.safetensors", "weight_scale by row", E4M3)
+    fp8, bf16 = load(tmp_path / "m.safetensors", torch.bfloat16), plain_model(values, torch.bfloat16)
+    resident = [HostParking(model.blocks).resident_bytes for model in (fp8, bf16)]
+    assert 0.5 < resident[0] / resident[1] < 0.58  # of rows of 80 and 128, scales and biases are a few percent
+
+
+def test_matrices_of_the_float32_parts_are_unpacked(tmp_path: Path):
+    """Files that cast every matrix: the time path and the head stay float32, as under bf16."""
+    weights = {n: t.to(E4M3) if t.dim() >= 2 else t for n, t in random_weights(CONFIG).items()}
+    save_file(weights, tmp_path / "m.safetensors")
+    dtypes = {name: p.dtype for name, p in load(tmp_path / "m.safetensors", torch.bfloat16).named_parameters()}
+    assert dtypes["time_projection.1.weight"] == dtypes["head.head.weight"] == torch.float32
+    assert dtypes["blocks.0.modulation"] == torch.float32
+    assert dtypes["patch_embedding.weight"] == torch.bfloat16
+    assert dtypes["text_embedding.0.weight"] == E4M3
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+def test_int8_is_unpacked_while_it_is_read(tmp_path: Path, per_row: bool):
+    path = tmp_path / "m.safetensors"
+    values = write_scaled(path, random_weights(CONFIG), torch.int8, scale="weight_scale", per_row=per_row)
+    for compute in (torch.float32, torch.bfloat16):
+        model, plain = load(path, compute).state_dict(), plain_model(values, compute).state_dict()
+        assert model.keys() == plain.keys()
+        for name, tensor in model.items():
+            assert tensor.dtype == plain[name].dtype and torch.equal(tensor, plain[name]), name
+    assert "I8" in Checkpoint([path]).describe() and "unpacked while they are read" in Checkpoint([path]).describe()
+
+
+def write_lora(path: Path, targets: list[str], weights: Weights) -> Weights:
+    """A LoRA of rank 4 on `targets`. Returns its whole changes."""
+    generator, tensors, changes = torch.Generator().manual_seed(9), {}, {}
+    for name in targets:
+        out, width = weights[name].shape
+        up, down = (torch.randn(shape, generator=generator) * 0.1 for shape in ((out, 4), (4, width)))
+        module = name.removesuffix(".weight")
+        tensors |= {f"{module}.lora_up.weight": up, f"{module}.lora_down.weight": down}
+        changes[name] = up @ down
+    save_file(tensors, path)
+    return changes
+
+
+@pytest.mark.parametrize("dtype", FP8_DTYPES)
+@pytest.mark.parametrize("kind", ["plain", "scale_weight by tensor", "weight_scale by row"])
+def test_lora_on_fp8_is_requantised_with_fresh_scales(tmp_path: Path, dtype: torch.dtype, kind: str):
+    values = write(tmp_path / "m.safetensors", kind, dtype)
+    changed = ["blocks.1.ffn.2.weight", Q]
+    changes = write_lora(tmp_path / "l.safetensors", changed, values)
+    lora = Lora(tmp_path / "l.safetensors", 0.5, {name: tuple(t.shape) for name, t in values.items()})
+    model = load(tmp_path / "m.safetensors", torch.float32, (lora,))
+    for name, value in values.items():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(layer, Linear) or not name.endswith("weight"):
+            continue
+        if name not in changed:
+            assert torch.equal(layer.unpacked_weight(), value), name
+            assert (layer.weight_scale is None) == (kind == "plain" or not is_quantised(name, value)), name
+            continue
+        exact = value + 0.5 * changes[name]
+        assert layer.weight.dtype == dtype
+        assert torch.equal(layer.weight.float().abs().amax(dim=1), torch.full((len(value),), torch.finfo(dtype).max))
+        # Half a step of the type's mantissa (3 and 2 bits).
+        bound = exact.abs() * (2**-4 if dtype == E4M3 else 2**-3) + exact.abs().amax(dim=1, keepdim=True) * 1e-5
+        assert ((layer.unpacked_weight() - exact).abs() <= bound).all(), name
+
+
+def test_lora_on_other_formats_is_rounded_once(tmp_path: Path):
+    path = tmp_path / "m.safetensors"
+    values = write_scaled(path, random_weights(CONFIG), torch.int8, scale="weight_scale", per_row=True)
+    changes = write_lora(tmp_path / "l.safetensors", [Q], values)
+    lora = Lora(tmp_path / "l.safetensors", 1.0, {name: tuple(t.shape) for name, t in values.items()})
+    merged = load(path, torch.bfloat16, (lora,)).get_parameter(Q)
+    torch.testing.assert_close(merged.float(), values[Q] + changes[Q], rtol=2**-8, atol=1e-7)
+
+
+def test_quantise_rows_keeps_every_row_in_range():
+    values = torch.stack([torch.zeros(8), torch.full((8,), 1e-30), torch.full((8,), 3e5), torch.linspace(-1, 1, 8)])
+    for dtype in FP8_DTYPES:
+        codes, scale = quantise_rows(values, dtype)
+        assert codes.float().isfinite().all() and (scale > 0).all()
+        torch.testing.assert_close(codes.float() * scale, values, rtol=0.13, atol=0)
+
+
+def test_fp8_stays_fp8_under_fsdp_offload_and_lora(tmp_path: Path):
+    """Two ranks: half of bf16's bytes, the same velocity as the values in bf16, and shards of one merged weight."""
+    config = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32)
+    for name in ("fp8", "bf16"):
+        (tmp_path / name).mkdir()
+    weights = random_weights(config)
+    file = tmp_path / "fp8" / "m.safetensors"
+    values = write_scaled(file, weights, E4M3, scale="scale_weight", per_row=False)
+    rounded = {name: value.bfloat16() if is_quantised(name, value) else value for name, value in values.items()}
+    write_official(tmp_path / "bf16", rounded, config)
+    write_lora(tmp_path / "l.safetensors", [Q, "blocks.1.ffn.0.weight"], values)
+    arguments = {"fp8": str(tmp_path / "fp8"), "bf16": str(tmp_path / "bf16"), "lora": str(tmp_path / "l.safetensors")}
+    for result in run_ranks("fp8_under_fsdp", 2, **arguments):
+        assert result["fp8"] < 0.54 * result["bf16"]
+
+
+def test_a_scale_that_is_not_a_number_is_an_error(tmp_path: Path):
+    path = tmp_path / "m.safetensors"
+    weights = random_weights(CONFIG)
+    weights[Q] = torch.full_like(weights[Q], torch.nan)
+    write_scaled(path, weights, E4M3, scale="scale_weight", per_row=False)
+    with pytest.raises(ValueError, match=r"m\.safetensors is damaged: a weight's scale"):
+        load(path, torch.float32)
+
+
+ODD_SCALES = {
+    "blocks": ({"weight_scale": torch.ones(128, 8)}, r"q\.weight has shape \(128, 8\); expected one number"),
+    "of uint8": ({"weight_scale": torch.ones(128, 4, dtype=torch.uint8)}, "quantised as mxfp8"),
+    "of fp8": ({"weight_scale": torch.ones(128, 8).to(E4M3)}, "quantised as nvfp4"),
+    "two levels": ({"weight_scale": torch.ones(()), "weight_scale_2": torch.ones(())}, "quantised as nvfp4"),
+    "inverse": ({"weight_scale_inv": torch.ones(1, 1)}, "quantised as fp8 scaled by blocks"),
+    "twice": ({"weight_scale": torch.ones(()), "scale_weight": torch.ones(())}, "has two scales"),
+    "nunchaku": ({"wscales": torch.ones(2, 128)}, r"quantised as Nunchaku"),
+    "nf4": ({"weight.absmax": torch.ones(8)}, r"quantised as bitsandbytes \(4 bit\)"),
+    "nvfp4": ({"comfy_quant": comfy_quant(format="nvfp4")}, "quantised as nvfp4"),
+    "convrot": ({"comfy_quant": comfy_quant(format="int8_tensorwise", convrot=True)}, "int8_tensorwise convrot"),
+    "awq": ({"comfy_quant": comfy_quant(format="awq_w4a16")}, "quantised as awq_w4a16"),
+    "broken": ({"comfy_quant": torch.zeros(9, dtype=torch.uint8)}, "describes its quantisation in an unknown way"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_SCALES)
+def test_formats_that_cannot_be_read_are_named(tmp_path: Path, case: str):
+    extra, words = ODD_SCALES[case]
+    path = tmp_path / "m.safetensors"
+    weights = random_weights(CONFIG)
+    weights[Q] = weights[Q].to(E4M3)
+    save_file(weights | {f"{Q.removesuffix('.weight')}.{name}": tensor for name, tensor in extra.items()}, path)
+    with pytest.raises(ValueError, match=words) as caught:
+        Checkpoint([path])
+    assert str(path) in str(caught.value)
+
+
+def test_packed_weights_are_named(tmp_path: Path):
+    path = tmp_path / "m.safetensors"
+    for tensor, words in (
+        (torch.zeros(128, 64, dtype=torch.uint8), "a packed format"),
+        (torch.zeros(128, 128, dtype=torch.int8), "int8 without a scale"),
+        (torch.zeros(128, 128, dtype=torch.int64), "I64"),
+        (torch.zeros(128, 128).to(torch.float8_e4m3fnuz), "F8_E4M3FNUZ"),
+    ):
+        save_file(random_weights(CONFIG) | {Q: tensor}, path)
+        with pytest.raises(ValueError, match=words):
+            Checkpoint([path])
+    layers = {layer: {"format": "mxfp8"} for layer in quantised_layers(random_weights(CONFIG))}
+    says = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    save_file(random_weights(CONFIG), path, metadata=says)
+    with pytest.raises(ValueError, match="quantised as mxfp8"):
+        Checkpoint([path])

@@ -1,0 +1,147 @@
+"""Pictures and latents that a video starts from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from wan_pack.wan.model.patch import patchify
+from wan_pack.wan.sampling.conditioning import build_conditioning, image_frames, image_mask, start_latents
+from wan_pack.wan.sampling.denoise import Known, denoise, noised
+from wan_pack.wan.sampling.picture import fit_image
+from wan_pack.wan.sampling.schedule import SOLVERS, make_solver
+from wan_pack.wan.vae.latents import denormalise
+
+NOISE = torch.randn(16, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+
+
+def build(inputs: dict[str, torch.Tensor], **settings: object):
+    arguments = {"task": "t2v", "num_frames": 9, "sigma": 1.0, "add_noise": True, "encode": encode} | settings
+    return build_conditioning(inputs, arguments.pop("noise", NOISE), **arguments)
+
+
+def encode(video: torch.Tensor) -> torch.Tensor:
+    """Stands for a VAE: what it was given can be read off what it returns."""
+    frames = (video.shape[2] - 1) // 4 + 1
+    return video.mean() * torch.ones(1, 16, frames, video.shape[3] // 8, video.shape[4] // 8)
+
+
+@pytest.mark.parametrize(
+    ("size", "frame"), [((50, 80), (32, 32)), ((80, 50), (32, 32)), ((20, 20), (64, 32)), ((32, 64), (64, 32))]
+)
+@pytest.mark.parametrize("task", ["i2v", "ti2v"])
+def test_a_picture_covers_the_frame_and_keeps_its_middle(size: tuple[int, int], frame: tuple[int, int], task: str):
+    picture = torch.zeros(*size, 3)
+    picture[size[0] // 2 - 3 : size[0] // 2 + 3, size[1] // 2 - 3 : size[1] // 2 + 3] = 1.0
+    fitted = fit_image(picture, *frame, task)
+    assert fitted.shape == (3, frame[1], frame[0])
+    bright = (fitted[0] > 0).nonzero().float().mean(0)
+    assert (bright - torch.tensor([frame[1] / 2 - 0.5, frame[0] / 2 - 0.5])).abs().max() < 1.5
+    assert fitted[0, 0, 0] < -0.9
+
+
+def test_a_picture_of_the_frames_size_is_not_resampled():
+    picture = torch.rand(32, 64, 3)
+    assert torch.equal(fit_image(picture, 64, 32, "i2v"), (picture * 2 - 1).permute(2, 0, 1))
+
+
+def test_the_mask_marks_the_frames_that_are_given():
+    start = image_mask((3, 2, 2), start=True, end=False)
+    assert start[:, 0].all()
+    assert not start[:, 1:].any()
+    both = image_mask((3, 2, 2), start=True, end=True)
+    # The last frame is the last of the four that the last latent frame stands for.
+    assert both[3, 2].all()
+    assert not both[:3, 2].any()
+    assert not both[:, 1].any()
+
+
+def test_frames_that_are_not_given_are_grey():
+    start, end = torch.full((3, 8, 8), 0.5), torch.full((3, 8, 8), -0.25)
+    frames = image_frames(start, end, 9)
+    assert [frames[0, 0, i, 0, 0].item() for i in range(9)] == [0.5, 0, 0, 0, 0, 0, 0, 0, -0.25]
+    assert image_frames(None, end, 5)[0, 0, 0].abs().max() == 0
+
+
+def test_an_i2v_model_gets_mask_then_latents():
+    picture = torch.full((3, 32, 48), 0.9)
+    image = build({"start_image": picture}, task="i2v").image
+    assert image.shape == (20, 3, 4, 6)
+    assert torch.equal(image[:4], image_mask((3, 4, 6), start=True, end=False))
+    torch.testing.assert_close(image[4:], torch.full((16, 3, 4, 6), 0.1))
+    given = torch.randn(20, 3, 4, 6)
+    assert build({"image_conditioning": given}, task="i2v").image is given
+
+
+def test_latents_start_at_the_noise_level_of_the_first_step():
+    samples = torch.randn(16, 3, 4, 6)
+    raw = denormalise(samples, 16)
+    torch.testing.assert_close(build({"samples": raw}, sigma=0.25).latents, 0.75 * samples + 0.25 * NOISE)
+    torch.testing.assert_close(build({"samples": raw}, add_noise=False).latents, samples)
+    assert torch.equal(build({}).latents, NOISE)
+    assert torch.equal(start_latents(NOISE, samples, sigma=1.0, add_noise=True), NOISE)
+
+
+def test_a_first_frame_stays_and_has_timestep_zero():
+    noise = torch.randn(48, 3, 2, 4)
+    built = build({"start_image": torch.full((3, 32, 64), 0.6)}, task="ti2v", noise=noise, encode=encode_48)
+    assert built.known_mask[0].all()
+    assert not built.known_mask[1:].any()
+    known = Known(patchify(built.known), patchify(built.known_mask.expand_as(built.known)))
+    assert known.timestep_rows.tolist() == [0, 0] + [1] * 4
+    tokens = denoise(
+        patchify(noise), solver=make_solver("euler", 3, 5.0), guidance=Always(), known=known,
+        predict=lambda expert, tokens, timestep, passes: [tokens],
+    )  # fmt: skip
+    torch.testing.assert_close(tokens[:2], torch.full((2, 192), 0.6))
+    assert not torch.equal(tokens[2:], patchify(noise)[2:])
+
+
+def test_a_noise_mask_keeps_what_it_covers():
+    samples, mask = torch.randn(48, 3, 2, 4), torch.ones(3, 2, 4)
+    mask[0] = 0
+    noise = torch.randn(48, 3, 2, 4)
+    built = build({"samples": denormalise(samples, 48), "noise_mask": mask}, task="ti2v", noise=noise)
+    assert torch.equal(built.known_mask, mask == 0)
+    torch.testing.assert_close(built.known, samples, rtol=1e-4, atol=1e-5)
+    assert torch.equal(built.latents, noise)
+
+
+def encode_48(video: torch.Tensor) -> torch.Tensor:
+    return video.mean() * torch.ones(1, 48, 1, video.shape[3] // 16, video.shape[4] // 16)
+
+
+class Always:
+    """Guidance of 1 by one expert."""
+
+    def expert(self, timestep: float) -> str:
+        return "low_noise"
+
+    def scale(self, expert: str) -> float:
+        return 1.0
+
+
+def velocity(expert: str, tokens: torch.Tensor, timestep: float, passes: tuple[bool, ...]) -> list[torch.Tensor]:
+    return [torch.tanh(tokens) * timestep / 1000]
+
+
+@pytest.mark.parametrize("name", ["euler"])
+def test_two_runs_of_a_part_each_equal_one_run(name: str):
+    """Without a history, stopping and going on changes nothing."""
+    start = torch.randn(5, 64)
+    arguments = {"guidance": Always(), "predict": velocity}
+    whole = denoise(start, solver=make_solver(name, 4, 5.0), **arguments)
+    half = denoise(start, solver=make_solver(name, 4, 5.0), steps=range(2), **arguments)
+    rest = denoise(half, solver=make_solver(name, 4, 5.0, 2), steps=range(2, 4), **arguments)
+    assert not torch.equal(half, whole)
+    torch.testing.assert_close(rest, whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("first", [1, 3])
+def test_every_solver_arrives_from_the_middle_of_its_schedule(name: str, first: int):
+    solver = make_solver(name, 6, 5.0, first)
+    noise, video = torch.randn(2, 6, 4).unbind(0)
+    sample = noised(video, noise, solver.sigmas[first])
+    for index in range(first, 6):
+        sample = solver.step(noise - video, index, sample)
+    torch.testing.assert_close(sample, video, rtol=1e-4, atol=1e-4)

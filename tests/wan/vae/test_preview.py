@@ -1,0 +1,134 @@
+"""The picture of a video that is being sampled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from wan_pack.distributed.launch.changed_file import ChangedFile
+from wan_pack.distributed.parallel.sequence import SequenceShard
+from wan_pack.distributed.rank.live_preview import PreviewWriter
+from wan_pack.wan.model.patch import patchify, token_grid
+from wan_pack.wan.sampling.denoise import Guidance, Known, denoise
+from wan_pack.wan.sampling.schedule import make_solver
+from wan_pack.wan.vae.autoencoder import load_vae
+from wan_pack.wan.vae.latents import SPATIAL_STRIDES
+from wan_pack.wan.vae.preview import PreviewMap, fit_preview, is_due, preview_of_vae
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def linear_decoder(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight [3 * n * n, C] and bias of a decoder that a linear map can copy; n preview pixels per latent and axis."""
+    n = SPATIAL_STRIDES[channels] // 4
+    return 0.5 * noise(3 * n * n, channels, seed=1) / channels**0.5, 0.1 * noise(3 * n * n, seed=2)
+
+
+def decoded(latents: torch.Tensor, decoder: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """[C, T, h, w] -> [3, T, H, W]."""
+    weight, bias = decoder
+    cells = torch.einsum("kc,cthw->tkhw", weight, latents) + bias.view(1, -1, 1, 1)
+    small = F.pixel_shuffle(cells, SPATIAL_STRIDES[len(latents)] // 4)
+    return F.interpolate(small, scale_factor=4, mode="nearest").transpose(0, 1)
+
+
+@pytest.mark.parametrize("channels", [16, 48])
+def test_a_linear_vae_is_recovered(channels: int):
+    decoder, stride = linear_decoder(channels), SPATIAL_STRIDES[channels]
+    latents = noise(channels, 2, 16, 16)
+    preview = fit_preview(latents, decoded(latents, decoder), stride)
+    other = noise(channels, 1, 6, 10, seed=3)
+    picture = preview.picture(other[:, 0])
+    whole = decoded(other, decoder)[:, 0].clamp(-1, 1)
+    assert picture.shape == (6 * stride // 4, 10 * stride // 4, 3)
+    expected = (F.avg_pool2d(whole, 4).permute(1, 2, 0) + 1) * 127.5
+    assert (picture.float() - expected).abs().max() <= 1.5, "levels of 255: rounding, and the wish for a small map"
+
+
+@pytest.mark.parametrize("name", ["vae_wan21", "vae_wan22"])
+def test_the_map_of_a_vae_is_of_its_size(golden_folder: Path, name: str):
+    vae = load_vae(sorted((golden_folder / name / "vae").iterdir()), dtype=torch.float32, device=torch.device("cpu"))
+    picture = preview_of_vae(vae).picture(noise(vae.config.z_dim, 6, 10))
+    n = SPATIAL_STRIDES[vae.config.z_dim] // 4
+    assert picture.shape == (6 * n, 10 * n, 3)
+
+
+def test_a_vae_at_rest_gives_grey_and_what_is_not_finite_a_picture():
+    latents = torch.zeros(16, 2, 16, 16)
+    preview = fit_preview(latents, torch.zeros(3, 2, 128, 128), 8)
+    assert preview.picture(100 * noise(16, 4, 4)).float().sub(127.5).abs().max() <= 0.5
+    assert preview.picture(torch.full((16, 4, 4), float("nan"))).shape == (8, 8, 3)
+
+
+def test_previews_come_with_the_first_the_last_and_some_ten_steps():
+    for total in (1, 2, 4, 8, 20, 30, 50, 1000):
+        due = [done for done in range(1, total + 1) if is_due(done, total)]
+        assert {1, total} <= set(due)
+        assert min(total, 10) <= len(due) <= 21
+    assert [done for done in range(1, 5) if is_due(done, 4)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("solver", ["dpm++", "euler", "unipc"])
+def test_the_estimates_change_nothing_and_are_the_video_of_a_straight_flow(solver: str):
+    """A velocity that leads straight to `video` from everywhere: every estimate is that video."""
+    video, start = noise(6, 64), noise(6, 64, seed=1)
+    mask = torch.zeros(6, 64, dtype=torch.bool)
+    mask[0] = True
+    known = Known(7 * torch.ones(6, 64), mask)
+    expected = known.impose(video)
+    guidance = Guidance(low=1.0, high=1.0, boundary=0.9)
+
+    def run(**callbacks) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        steps = make_solver(solver, 4, 5.0)
+        level = dict(zip(steps.timesteps, steps.sigmas, strict=False))
+        return denoise(
+            start, solver=steps, guidance=guidance, known=known,
+            predict=lambda expert, tokens, t, passes: [(tokens - expected) / level[t]], **callbacks,
+        )  # fmt: skip
+
+    seen: list[torch.Tensor] = []
+    shown = run(on_estimate=lambda done, estimate: seen.append(estimate.clone()))
+    assert torch.equal(shown, run())
+    assert len(seen) == 4
+    for estimate in seen:
+        torch.testing.assert_close(estimate, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_middle_frame_is_written_when_it_is_due(tmp_path: Path):
+    latents = torch.zeros(16, 3, 4, 6)
+    latents[0, 1] = 1
+    weight = torch.zeros(17, 12)
+    weight[0] = 0.5
+    path = tmp_path / "preview.jpg"
+    file = ChangedFile(path, 1 << 20)
+    writer = PreviewWriter(
+        path, preview_map=PreviewMap(weight), grid=token_grid(tuple(latents.shape)), shard=SequenceShard(length=18),
+        group=None, steps=40,
+    )  # fmt: skip
+    tokens = patchify(latents)
+    assert file.read() is None
+    writer(1, tokens)
+    first = file.read()
+    assert first is not None and first.startswith(b"\xff\xd8")
+    writer(2, tokens)
+    assert file.read() is None, "not due"
+    writer(4, 2 * tokens)
+    assert file.read() not in (None, first)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["preview.jpg"]
+
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        assert picture.size == (12, 8)
+        assert min(picture.convert("L").tobytes()) >= 253, "2 * 0.5 is white, and only in the middle frame"
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert ChangedFile(path, 4).read() is None
+    assert ChangedFile(path, 5).read() == b"12345"

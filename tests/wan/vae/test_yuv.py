@@ -1,0 +1,58 @@
+"""Frames on their way to H.264 have the colours that ffmpeg would give them."""
+
+from __future__ import annotations
+
+import subprocess
+
+import imageio_ffmpeg
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from wan_pack.wan.vae.yuv import frames_to_yuv
+
+HEIGHT, WIDTH = 98, 130
+"""Not multiples of 4: rows and columns of chroma are odd in number."""
+
+
+def _by_ffmpeg(frames: Tensor) -> Tensor:
+    """8-bit RGB, converted by swscale with exact rounding."""
+    levels = ((frames.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+    scale = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command += ["-s", f"{WIDTH}x{HEIGHT}", "-i", "-", "-vf", scale, "-pix_fmt", "yuv420p", "-f", "rawvideo", "-"]
+    made = subprocess.run(command, input=levels.numpy().tobytes(), capture_output=True, check=True).stdout
+    return torch.frombuffer(bytearray(made), dtype=torch.uint8).view(-1, HEIGHT * 3 // 2, WIDTH)
+
+
+@pytest.mark.parametrize("kind", ["noise", "corners", "smooth", "beyond", "greys"])
+def test_has_the_colours_that_ffmpeg_gives(kind: str) -> None:
+    """At most one level apart, and on average not at all, in each of the three planes."""
+    noise = torch.rand(3, 2, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    frames = {
+        "noise": noise,
+        "corners": noise.sign(),
+        "smooth": F.interpolate(noise[..., :6, :8], size=(HEIGHT, WIDTH), mode="bilinear").bfloat16(),
+        "beyond": 3 * noise,
+        "greys": torch.linspace(-1, 1, 256).view(1, 256, 1, 1).expand(3, 256, HEIGHT, WIDTH),
+    }[kind]
+    apart = frames_to_yuv(frames).flatten(1).int() - _by_ffmpeg(frames).flatten(1).int()
+    pixels = HEIGHT * WIDTH
+    for plane in apart.split([pixels, pixels // 4, pixels // 4], dim=1):
+        assert plane.abs().max() <= 1
+        assert plane.float().mean().abs() < 0.03
+
+
+def test_greys_are_rounded_exactly() -> None:
+    greys = torch.arange(256.0)
+    frames = (greys / 127.5 - 1).view(1, 256, 1, 1).expand(3, 256, 2, 2)
+    yuv = frames_to_yuv(frames)
+    assert yuv.shape == (256, 3, 2) and yuv.is_contiguous()
+    assert torch.equal(yuv[:, 0, 0].double(), (16 + 219 * greys.double() / 255).round())
+    assert (yuv[:, 2] == 128).all()
+
+
+def test_shapes_are_checked() -> None:
+    for shape in ((5, 3, 2, 2), (3, 1, 3, 2), (3, 1, 2, 3), (3, 2, 2)):
+        with pytest.raises(ValueError, match=r"\[3, n, H, W\] with even H and W"):
+            frames_to_yuv(torch.zeros(shape))

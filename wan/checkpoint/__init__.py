@@ -1,0 +1,1 @@
+"""The transformer's files -> official tensor names -> a model with its weights."""

@@ -1,0 +1,144 @@
+"""Builds a checkpoint's model and fills its parameters, each rank only the rows that it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from threading import local
+
+import torch
+from torch import Tensor, nn
+
+from ..lora.lora import Lora, changes, merge
+from ..model.linear import E4M3, FP8_DTYPES, FP8_PRODUCTS, Fp8Weight, quantise_rows
+from ..model.transformer import WanModel, meta_model
+from .checkpoint import STAGING_BYTES, Checkpoint
+
+CUDA_READERS = 4
+"""Threads that read and copy at the same time: one cannot keep both the disk and the bus busy."""
+MERGED_ELEMENTS = 16 << 20
+"""Of a weight, in float32 at once, while LoRAs are merged into it."""
+
+
+def empty_model(
+    checkpoint: Checkpoint, compute: torch.dtype, loras: Sequence[Lora] = (), *, fp8_products: bool = False
+) -> WanModel:
+    """The model of `checkpoint` on the meta device, each parameter in the dtype that it will be kept in.
+
+    Args:
+        compute: dtype of the matrix products.
+        loras: those that `read_weights` will merge; an fp8 weight that they change gets a scale for each row.
+        fp8_products: the large layers multiply e4m3 codes: the file's where it has them, or made of its values.
+    """
+    fp8 = {
+        name: replace(weight, scaled=weight.scaled or changes(loras, name)) for name, weight in checkpoint.fp8.items()
+    }
+    if fp8_products:
+        for i, layer in product(range(checkpoint.config.num_layers), FP8_PRODUCTS):
+            name = f"blocks.{i}.{layer}.weight"
+            if name not in fp8 or fp8[name].dtype != E4M3:
+                fp8[name] = Fp8Weight(E4M3, scaled=True)
+    return meta_model(checkpoint.config, compute, fp8, fp8_products=fp8_products)
+
+
+def read_weights(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    names: Sequence[str] | None = None,
+    *,
+    device: torch.device,
+    loras: Sequence[Lora] = (),
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
+    """Reads parameters of a model that has its memory.
+
+    Host memory stays at the rows kept (on a CPU) plus one staging buffer per reader. If `on_tensor` or `meanwhile`
+    raises, the rest is not read.
+
+    Args:
+        model: from `empty_model` with the same LoRAs, sharded over rows or not.
+        names: of the parameters; None for all.
+        loras: merged into the rows as they arrive, in float32.
+        on_tensor: called with (tensors read, tensors in all).
+        meanwhile: called on this thread while others read.
+    """
+    parameters = dict(model.named_parameters())
+    names = list(parameters) if names is None else names
+    buffers = local()
+
+    def made_here(name: str) -> bool:
+        """Whether the weight's values are not just the file's, or not in the file's codes."""
+        dtype, stored = parameters[name].dtype, checkpoint.fp8.get(name)
+        recoded = dtype in FP8_DTYPES and (stored is None or stored.dtype != dtype)
+        return recoded or changes(loras, name)
+
+    def read(name: str) -> None:
+        rows, start = local_rows(parameters[name])
+        if rows.numel() == 0:
+            return
+        if not hasattr(buffers, "staging"):
+            buffers.staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        weight = name.removesuffix("_scale")
+        if weight == name and made_here(name):
+            scale = parameters.get(f"{name}_scale")
+            scales = None if scale is None else local_rows(scale)[0]
+            _read_merged(checkpoint, loras, name, rows, start, scales, buffers.staging, device)
+        # The scale of such a weight is a new one, written with the weight.
+        elif weight == name or not made_here(weight):
+            checkpoint.read_into(name, rows, start=start, staging=buffers.staging)
+
+    on_cuda = device.type == "cuda"
+    # A thread starts on GPU 0; page-locking a buffer there would cost every rank a context on it.
+    enter = partial(torch.cuda.set_device, device) if on_cuda else None
+    with torch.no_grad(), ThreadPoolExecutor(CUDA_READERS if on_cuda else 1, initializer=enter) as readers:
+        results = readers.map(read, names)
+        try:
+            meanwhile()
+            for done, _ in enumerate(results, start=1):
+                on_tensor(done, len(names))
+        except BaseException:
+            readers.shutdown(cancel_futures=True)
+            raise
+
+
+def _read_merged(
+    checkpoint: Checkpoint,
+    loras: Sequence[Lora],
+    name: str,
+    rows: Tensor,
+    start: int,
+    scales: Tensor | None,
+    staging: Tensor,
+    device: torch.device,
+) -> None:
+    """Reads rows in float32, adds what `loras` change, and rounds once: to the dtype of `rows`, or to fp8 `scales`.
+
+    Computes on `device`, also for rows that wait in host memory.
+    """
+    per_row = rows.numel() // rows.shape[0]
+    count = max(MERGED_ELEMENTS // per_row, 1)
+    for first in range(0, rows.shape[0], count):
+        part = rows[first : first + count]
+        values = torch.empty(part.shape, dtype=torch.float32, device=device)
+        checkpoint.read_into(name, values, start=start + first * per_row, staging=staging)
+        merge(loras, name, values, start // per_row + first)
+        if scales is not None:
+            values, scales[first : first + count] = quantise_rows(values, rows.dtype)
+        part.copy_(values)
+
+
+def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """This rank's part of a parameter, and the flat index of its first element in the whole."""
+    # A DTensor, known by its placements: naming the class would import it, two seconds that only FSDP needs.
+    placements = getattr(parameter, "placements", None)
+    if placements is None:
+        return parameter.data, 0
+    (placement,) = placements
+    assert placement.is_shard(0), f"parameters are sharded over dimension 0, not {placement}"
+    per_rank = -(-parameter.shape[0] // parameter.device_mesh.size())
+    row = min(parameter.device_mesh.get_local_rank() * per_rank, parameter.shape[0])
+    return parameter.to_local(), row * (parameter.numel() // parameter.shape[0])

@@ -1,0 +1,154 @@
+"""Tensors where they lie in a file, read range by range into the tensor that keeps them.
+
+Bytes are read with `pread` (or into a small staging buffer when the dtype or device differs): a memory map would leave
+every page it touched in the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..model.linear import FP8_DTYPES
+from .gguf_files import GgufFile
+from .regular_files import regular
+
+FLOAT_PIECE = 1 << 22
+"""Elements that exist in float32 at once while a quantised tensor is unpacked."""
+
+
+class StoredTensor(Protocol):
+    """One tensor in a file."""
+
+    shape: tuple[int, ...]
+    nbytes: int
+    """In the file."""
+
+    def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
+        """Reads the values of the elements from flat index `start` on, until `out` is full.
+
+        Args:
+            out: contiguous, any device and float dtype; values are cast. Of the file's own fp8 dtype: the codes, to
+                which a scale is still to be applied.
+            staging: uint8 buffer on the CPU, page-locked for a copy to a GPU; needed unless `out` is on the CPU with
+                the file's own dtype.
+        Raises:
+            OSError: the file ended early or cannot be read.
+            ValueError: a scale is not a finite number.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class PlainTensor:
+    """Elements of one dtype, one after the other; the values are these times `scale`."""
+
+    path: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """Absolute offset of the first byte in the file."""
+    scale: RowScale | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
+        flat = out.view(-1)
+        codes = out.dtype == self.dtype and out.dtype in FP8_DTYPES
+        scale = None if codes else self.scale
+        with open(self.path, "rb", buffering=0, opener=regular) as file:
+            if flat.device.type == "cpu" and flat.dtype == self.dtype and scale is None:
+                self._pread(file.fileno(), flat.view(torch.uint8), start)
+                return
+            assert staging is not None, "casting or copying to a device needs a staging buffer"
+            row = math.prod(self.shape[1:])
+            per_read = staging.numel() // self.dtype.itemsize
+            if scale is not None:
+                assert start % row == 0 and row <= per_read, "scaled tensors are read in whole rows"
+                per_read = max(min(per_read, FLOAT_PIECE) // row, 1) * row
+            for begin, piece in _pieces(flat, per_read):
+                raw = staging[: piece.numel() * self.dtype.itemsize]
+                self._pread(file.fileno(), raw, start + begin)
+                # Cast where the parameter is: a GPU does it in no time, a CPU at a few GB/s.
+                values = raw.view(self.dtype).to(piece.device, non_blocking=True)
+                if scale is not None:
+                    factors = scale.rows((start + begin) // row, piece.numel() // row).to(piece.device)
+                    values = values.float().view(-1, row).mul_(factors).view(-1)
+                piece.copy_(values)
+                if piece.device.type == "cuda":
+                    # The next read overwrites the buffer that this copy reads from.
+                    torch.cuda.current_stream(piece.device).synchronize()
+
+    def _pread(self, fd: int, out: Tensor, start: int) -> None:
+        """Fills `out` (uint8, CPU) from element `start` on."""
+        offset = self.offset + start * self.dtype.itemsize
+        # Not out.numpy(): torch would never again let that storage be resized, which offloading does.
+        view = memoryview((ctypes.c_ubyte * out.numel()).from_address(out.data_ptr())).cast("B")
+        done = 0
+        while done < len(view):
+            count = os.preadv(fd, [view[done:]], offset + done)
+            if count == 0:
+                raise OSError(f"{self.path} ended at byte {offset + done}, {len(view) - done} bytes early")
+            done += count
+
+
+@dataclass(frozen=True, slots=True)
+class RowScale:
+    """What each row of a quantised weight is multiplied by, from one number for all rows or one per row."""
+
+    stored: PlainTensor
+    num_rows: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.num_rows, 1)
+
+    @property
+    def nbytes(self) -> int:
+        return self.stored.nbytes
+
+    def rows(self, first: int, count: int) -> Tensor:
+        """[count, 1] float32."""
+        one_for_all = math.prod(self.stored.shape) == 1
+        values = torch.empty(1 if one_for_all else count, dtype=self.stored.dtype)
+        self.stored.read_into(values, start=0 if one_for_all else first)
+        if not values.isfinite().all():
+            raise ValueError(f"{self.stored.path} is damaged: a weight's scale is not a finite number")
+        return values.float().view(-1, 1).expand(count, 1)
+
+    def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
+        out.view(-1, 1).copy_(self.rows(start, out.numel()))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTensor:
+    """A tensor of a GGUF file; unpacked on the CPU while it is read."""
+
+    file: GgufFile
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.file.tensors[self.name].shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.file.tensors[self.name].nbytes
+
+    def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
+        for begin, piece in _pieces(out.view(-1), FLOAT_PIECE):
+            piece.copy_(self.file.read_flat(self.name, start + begin, piece.numel()))
+
+
+def _pieces(flat: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    """(first index, part) of a flat tensor, in parts of at most `size` elements."""
+    for begin in range(0, flat.numel(), size):
+        yield begin, flat[begin : begin + size]

@@ -1,0 +1,1 @@
+"""LoRA files -> updates by official parameter name, merged row by row."""

@@ -1,0 +1,248 @@
+"""LoRA files -> updates by official parameter name, merged row by row.
+
+    W += strength * (alpha / rank * up @ down + diff)      (Hu et al., 2021, arXiv 2106.09685)
+
+A rank that keeps rows [a, b) of W reads rows [a, b) of `up` and `diff` only, and the product is added chunk by chunk:
+neither a whole update nor a whole file is ever in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ..files.headers import TensorInfo, read_header
+from ..files.identify import describe_tensors
+from ..sampling.denoise import HIGH_NOISE, LOW_NOISE
+from .alpha import AdapterConfig, read_adapter_config
+from .module_names import LoraModule, ModuleNames, Role, lora_modules, skip_reason
+from .origin import describe_origin
+from .updates import DTYPES, Difference, LowRank, read_elements
+
+CHUNK_BYTES = 32 << 20
+"""Of the float32 rows that are summed at a time."""
+
+_DIFFERENCES = {Role.DIFF: "weight", Role.DIFF_BIAS: "bias", Role.DIFF_MODULATION: "modulation"}
+_NO_PARAMETER = "of parameters that the model does not have"
+
+Shape = tuple[int, ...]
+
+
+class Lora:
+    """One LoRA file, for one transformer. Opening reads the header and the alphas; weights are read by `merge`.
+
+    Args:
+        path: a .safetensors file, of any trainer's naming (lora_keys.py).
+        strength: factor of the whole change; 0: none, and the file is not opened.
+        targets: the transformer's parameters, official name -> shape.
+        expert: "high_noise" or "low_noise"; needed for a file that holds both experts' LoRAs.
+    Raises:
+        ValueError: the file is damaged, of an unsupported kind, or made for another model.
+    """
+
+    def __init__(
+        self, path: str | Path, strength: float, targets: Mapping[str, Shape], *, expert: str | None = None
+    ) -> None:
+        assert expert in (None, HIGH_NOISE, LOW_NOISE), expert
+        self.path = str(path)
+        self.strength = strength
+        self.updates: dict[str, list[LowRank | Difference]] = {}
+        """By official parameter name."""
+        self.skipped: dict[str, list[str]] = {}
+        """Reason -> modules of the file that are left out."""
+        self.applied = 0
+        """Changes in the file that are used; a module may have several."""
+        self._notes: list[str] = []
+        self._without_alpha = 0
+        self._alpha_sources: set[str] = set()
+        if strength == 0:
+            return
+        self._tensors, self._metadata = (header := read_header(path)).tensors, header.metadata
+        self._targets = targets
+        try:
+            modules, unknown = lora_modules(self._tensors)
+            if not modules:
+                raise ValueError(f"it is {describe_tensors(self._tensors)}; expected a LoRA")
+            if unknown:
+                self.skipped["tensors that are no part of a LoRA"] = unknown
+            self._plan(self._of_expert(modules, expert))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} cannot be used as a LoRA: {error}") from error
+
+    def report(self) -> str:
+        """One line for the log and the status."""
+        if self.strength == 0:
+            return f"LoRA {self.path}: strength 0, nothing applied"
+        parts = [
+            f"{len(names)} {reason} ({names[0]}{', ...' if len(names) > 1 else ''})"
+            for reason, names in self.skipped.items()
+        ]
+        count = sum(map(len, self.skipped.values()))
+        skipped = f", skipped {count}: {', '.join(parts)}" if parts else ""
+        notes = "".join(f"; {note}" for note in self._notes)
+        return f"LoRA {self.path}, strength {self.strength:g}: applied {self.applied}{skipped}{notes}"
+
+    def _of_expert(self, modules: list[LoraModule], expert: str | None) -> list[LoraModule]:
+        """Leaves out the other expert's half of a file that holds two."""
+        if len({module.second for module in modules}) == 1:
+            return modules
+        if expert is None:
+            second = next(module.spelled for module in modules if module.second)
+            raise ValueError(
+                f"it holds LoRAs of both experts (such as {second}), and which one is meant is not known; "
+                "split it into one file per expert"
+            )
+        keep = [module for module in modules if module.second == (expert == LOW_NOISE)]
+        self.skipped["of the other expert"] = [m.spelled for m in modules if m.second != (expert == LOW_NOISE)]
+        return keep
+
+    def _plan(self, modules: list[LoraModule]) -> None:
+        names = ModuleNames(self._targets)
+        experts = {module.second for module in modules}
+        configs = {second: read_adapter_config(Path(self.path), self._metadata, second=second) for second in experts}
+        changed: dict[tuple[str, Role], str] = {}
+        for module in modules:
+            official = names.find(module.path)
+            if official is None:
+                self._skip(skip_reason(module), module.spelled)
+                continue
+            for role in module.tensors:
+                if changed.setdefault((official, role), module.spelled) != module.spelled:
+                    raise ValueError(f"{changed[official, role]} and {module.spelled} both change {official}")
+            if Role.DOWN in module.tensors or Role.UP in module.tensors:
+                self._add_low_rank(module, official, configs[module.second])
+            for role, parameter in _DIFFERENCES.items():
+                if role in module.tensors:
+                    self._add_difference(module, official, role, parameter, self.strength)
+        if not self.applied:
+            raise ValueError(
+                f"nothing in it fits this model, {describe_origin(self._targets)}; it looks made for "
+                f"{self._origin()} (it changes {modules[0].spelled}, ...)"
+            )
+        if self._without_alpha:
+            self._notes.append(f"{self._without_alpha} without alpha, taken as the rank")
+        self._notes += [f"alpha from {source}" for source in sorted(self._alpha_sources)]
+
+    def _add_low_rank(self, module: LoraModule, official: str, config: AdapterConfig) -> None:
+        for role, other in ((Role.DOWN, Role.UP), (Role.UP, Role.DOWN)):
+            if role not in module.tensors:
+                raise ValueError(f"{module.spelled} has {module.tensors[other]} but no {role.value}")
+        down, up = self._tensor(module, Role.DOWN), self._tensor(module, Role.UP)
+        rank = down.shape[0] if down.shape else 0
+        if len(down.shape) < 2 or len(up.shape) < 2 or rank == 0 or math.prod(up.shape[1:]) != rank:
+            raise ValueError(
+                f"{module.spelled} is {list(up.shape)} times {list(down.shape)}, which are not factors of a matrix"
+            )
+        target, found = f"{official}.weight", (up.shape[0], math.prod(down.shape[1:]))
+        if target not in self._targets:
+            self._skip(_NO_PARAMETER, module.spelled)
+        elif found != _matrix(self._targets[target]):
+            self._wrong_size(module, official, found, _matrix(self._targets[target]))
+        else:
+            scale = self._scale(module, config, rank)
+            self._use(target, LowRank(self.path, down, up, scale))
+            if Role.UP_BIAS in module.tensors:
+                self._add_difference(module, official, Role.UP_BIAS, "bias", scale)
+
+    def _scale(self, module: LoraModule, config: AdapterConfig, rank: int) -> float:
+        if Role.ALPHA in module.tensors:
+            return self.strength * self._alpha(module) / rank
+        alpha = config.module_alpha(module.path)
+        if alpha is None:
+            self._without_alpha += 1
+            alpha = rank
+        else:
+            self._alpha_sources.add(config.source)
+        return self.strength * alpha / (math.sqrt(rank) if config.rank_stabilised else rank)
+
+    def _alpha(self, module: LoraModule) -> float:
+        info, name = self._tensor(module, Role.ALPHA), module.tensors[Role.ALPHA]
+        if math.prod(info.shape) != 1:
+            raise ValueError(f"{name} has shape {list(info.shape)}; it must be one number")
+        alpha = read_elements(self.path, info, 0, 1).item()
+        if not math.isfinite(alpha):
+            raise ValueError(f"{name} is {alpha}; it must be a finite number")
+        return alpha
+
+    def _add_difference(self, module: LoraModule, official: str, role: Role, parameter: str, scale: float) -> None:
+        diff = self._tensor(module, role)
+        target = f"{official}.{parameter}"
+        if role == Role.DIFF and target not in self._targets:
+            target = official
+        if target not in self._targets:
+            self._skip(_NO_PARAMETER, f"{module.spelled}.{role.value}")
+            return
+        shape = self._targets[target]
+        # Some write a convolution as its matrix, or leave out sizes of 1; the order of the elements is the same.
+        if diff.shape != shape and _matrix(diff.shape) != _matrix(shape) and _wide(diff.shape) != _wide(shape):
+            self._wrong_size(module, official, diff.shape, shape)
+            return
+        self._use(target, Difference(self.path, diff, scale))
+
+    def _use(self, target: str, update: LowRank | Difference) -> None:
+        self.updates.setdefault(target, []).append(update)
+        self.applied += 1
+
+    def _skip(self, reason: str, name: str) -> None:
+        self.skipped.setdefault(reason, []).append(name)
+
+    def _wrong_size(self, module: LoraModule, official: str, found: Sequence[int], expected: Sequence[int]) -> None:
+        """The patch embedding alone differs between T2V and I2V, whose LoRAs are used for each other."""
+        if official == "patch_embedding":
+            self._skip("of a patch embedding with other input channels", module.spelled)
+            return
+        raise ValueError(
+            f"{module.spelled} changes a parameter of {' x '.join(map(str, found))}; the model's is "
+            f"{' x '.join(map(str, expected))}. It looks made for {self._origin()}; "
+            f"this model is {describe_origin(self._targets)}"
+        )
+
+    def _origin(self) -> str:
+        return describe_origin({name: info.shape for name, info in self._tensors.items()})
+
+    def _tensor(self, module: LoraModule, role: Role) -> TensorInfo:
+        info = self._tensors[module.tensors[role]]
+        if info.dtype not in DTYPES:
+            raise ValueError(f"{module.tensors[role]} is {info.dtype}; it must be one of {', '.join(DTYPES)}")
+        return info
+
+
+def changes(loras: Iterable[Lora], name: str) -> bool:
+    """Whether any of `loras` changes parameter `name`."""
+    return any(name in lora.updates for lora in loras)
+
+
+def merge(loras: Iterable[Lora], name: str, rows: Tensor, first_row: int) -> None:
+    """Adds in place what `loras` change in rows [first_row, ...) of parameter `name`.
+
+    Summed in float32 and rounded once, however many there are.
+
+    Args:
+        rows: [n, ...], contiguous, of any device and a float dtype that torch can round to.
+    Raises:
+        OSError: a file cannot be read any more, or ended early.
+    """
+    updates = [update for lora in loras for update in lora.updates.get(name, ())]
+    if not updates or rows.numel() == 0:
+        return
+    flat = rows.view(rows.shape[0], -1)
+    adders = [update.adder(first_row, flat.shape[0], flat.device) for update in updates]
+    step = max(CHUNK_BYTES // (4 * flat.shape[1]), 1)
+    for start in range(0, flat.shape[0], step):
+        piece = flat[start : start + step]
+        total = piece.float()
+        for add in adders:
+            add(total, start)
+        piece.copy_(total)
+
+
+def _matrix(shape: Shape) -> tuple[int, int]:
+    """Rows, and everything else: a convolution [out, in, t, h, w] is a matrix [out, in * t * h * w]."""
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+def _wide(shape: Shape) -> Shape:
+    return tuple(size for size in shape if size != 1)

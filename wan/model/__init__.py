@@ -1,0 +1,1 @@
+"""The transformer: its parts, kernels and sizes. One process, no files."""

@@ -1,0 +1,1 @@
+"""Noise schedules, solvers, conditioning and the loop over both experts."""

@@ -1,0 +1,1 @@
+"""Prompts -> text embeddings: umT5 and its tokenizer, from any file."""

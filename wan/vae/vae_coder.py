@@ -1,0 +1,183 @@
+"""The encoder and decoder of Wan's video VAEs, with diffusers' weights and result, in parts that fit the memory.
+
+Shapes: z = latent channels, T = latent frames, F = frames, rows = those of the picture that are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..model.config import TEMPORAL_STRIDE
+from .vae_layers import Attention, CausalConv, Downsample, ResidualBlock, Tools, Upsample, pointwise
+from .vae_ops import Sum
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+FRAMES_AT_ONCE = 6
+"""At the resolution of the video; coarser stages take as many as need no more memory. Fewer are slower, as each part
+copies what it keeps; the memory of more would pass what diffusers uses, and a video's last frames would be late."""
+ALIGNMENT = 8
+"""Channels that convolutions take and give are a multiple of this: 16 bytes, as the fast ones need."""
+
+
+class Stage:
+    """What works at one resolution: blocks, then the step to the next."""
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], resample: nn.Module | None, tools: Tools, shortcut: nn.Module | None = None
+    ) -> None:
+        """`shortcut`: the Wan2.2 VAE's way around the stage (diffusers' DupUp3D or AvgDown3D), without weights."""
+        self.blocks = [_BLOCKS[type(block).__name__](block, tools) for block in blocks]
+        self.resample, self.shortcut, self.ops = None, shortcut, tools.ops
+        tensors = 4
+        self.up = resample is not None and resample.mode.startswith("up")
+        if resample is not None:
+            self.resample = (Upsample if self.up else Downsample)(resample, tools)
+        if self.up:
+            # Input, then what the convolution reads, four or eight times as much, and what it gives, half of that.
+            tensors = 8 if self.resample.time_conv is None else 16
+        widest = max(conv.out_channels for block in blocks for conv in block.modules() if isinstance(conv, nn.Conv3d))
+        self._elements = tensors * widest
+        self._started = False
+
+    def elements(self, x: Tensor, frames: int = 1) -> int:
+        """What is in use at once while so many frames like those of [T, H, W, C] go through."""
+        return frames * x.shape[1] * x.shape[2] * self._elements
+
+    def __call__(self, x: Sum) -> Sum:
+        around = None
+        if self.shortcut is not None:
+            x = Sum(self.ops.add(x, None))
+            around = self._around(x.x)
+        for block in self.blocks:
+            x = block(x)
+        if self.resample is not None:
+            x = self.resample(x)
+        return x if around is None else Sum(self.ops.add(x, None), None, around)
+
+    def _around(self, x: Tensor) -> Tensor:
+        first = {"first_chunk": not self._started} if self.up else {}
+        self._started = True
+        y = self.shortcut(x[None].permute(0, 4, 1, 2, 3), **first)
+        return y.permute(0, 2, 3, 4, 1)[0].contiguous()
+
+
+class Decoder:
+    """For one video: it keeps what later frames need."""
+
+    def __init__(self, vae: AutoencoderKLWan, tools: Tools) -> None:
+        decoder = vae.decoder
+        self.before = vae.post_quant_conv
+        self.conv_in = CausalConv(decoder.conv_in, tools)
+        self.stages = [Stage(_middle(decoder), None, tools)]
+        for block in decoder.up_blocks:
+            # The Wan2.2 VAE's blocks name their parts otherwise.
+            resample = block.upsamplers[0] if getattr(block, "upsamplers", None) else getattr(block, "upsampler", None)
+            self.stages.append(Stage(block.resnets, resample, tools, getattr(block, "avg_shortcut", None)))
+        self.head = _Head(decoder, tools)
+
+    def frames(self, latents: Tensor) -> Iterator[Tensor]:
+        """[1, z, T, rows, w] -> parts [1, C, n, rows, W] of the video."""
+        x = pointwise(self.before, _channels_last(latents))
+        padded, inside = self.conv_in.room(*x.shape[:3])
+        inside.copy_(x)
+        doublings = sum(stage.up for stage in self.stages)
+        most = self.stages[-1].elements(x, FRAMES_AT_ONCE * 4**doublings)
+        yield from self._through(self.conv_in(padded), self.stages, most)
+
+    def _through(self, x: Sum, stages: list[Stage], most: int) -> Iterator[Tensor]:
+        """What is left to do for these frames; each part goes all the way before the next one begins."""
+        if not stages:
+            yield self.head(x)
+            return
+        stage, *others = stages
+        for part in x.split(max(most // stage.elements(x.x), 1)):
+            yield from self._through(stage(part), others, most)
+
+
+class Encoder:
+    """For one video: it keeps what later frames need."""
+
+    def __init__(self, vae: AutoencoderKLWan, tools: Tools) -> None:
+        encoder = vae.encoder
+        self.after = vae.quant_conv
+        self.channels = -(-encoder.conv_in.in_channels // ALIGNMENT) * ALIGNMENT
+        self.conv_in = CausalConv(encoder.conv_in, tools, channels=(self.channels, encoder.conv_in.out_channels))
+        self.stages = [Stage(*parts, tools, shortcut) for *parts, shortcut in _down_stages(encoder)]
+        self.stages.append(Stage(_middle(encoder), None, tools))
+        self.head = _Head(encoder, tools)
+
+    def moments(self, video: Tensor) -> Tensor:
+        """[1, C, F, rows, W] -> [1, 2z, T, rows, w]: means, then logarithms of variances."""
+        # What lasts is at full resolution; what halves the frames needs an even number of them.
+        step = max(FRAMES_AT_ONCE // TEMPORAL_STRIDE, 1) * TEMPORAL_STRIDE
+        bounds = [0, *range(1 + step, video.shape[2], step), video.shape[2]]
+        halved = Sum.joined(self._halved(video[:, :, start:end]) for start, end in pairwise(bounds))
+        most = self.stages[0].elements(_channels_last(video), FRAMES_AT_ONCE)
+        out = []
+        for part in halved.split(max(most // self.stages[-2].elements(halved.x), 1)):
+            for stage in self.stages[-2:]:
+                part = stage(part)
+            out.append(pointwise(self.after, _channels_last(self.head(part))))
+        return torch.cat(out).permute(3, 0, 1, 2)[None]
+
+    def _halved(self, video: Tensor) -> Sum:
+        """Through all stages that take frames or positions together."""
+        padded, inside = self.conv_in.room(*video.shape[2:])
+        inside[..., video.shape[1] :].zero_()
+        inside[..., : video.shape[1]].copy_(_channels_last(video))
+        x = self.conv_in(padded)
+        for stage in self.stages[:-2]:
+            x = stage(x)
+        return x
+
+
+class _Head:
+    """What ends both: a norm and a convolution to a few channels."""
+
+    def __init__(self, coder: nn.Module, tools: Tools) -> None:
+        conv = coder.conv_out
+        self.ops, self.weight, self.channels = tools.ops, coder.norm_out.gamma.flatten(), conv.out_channels
+        aligned = -(-self.channels // ALIGNMENT) * ALIGNMENT
+        self.conv = CausalConv(conv, tools, channels=(conv.in_channels, aligned))
+
+    def __call__(self, x: Sum) -> Tensor:
+        """[n, rows, W, C] -> [1, C', n, rows, W]."""
+        padded, inside = self.conv.room(*x.x.shape[:3])
+        self.ops.norm(x, self.weight, inside, True, False)
+        y, bias, _ = self.conv(padded)
+        return (y[..., : self.channels] + bias[: self.channels]).permute(3, 0, 1, 2)[None]
+
+
+_BLOCKS = {"WanResidualBlock": ResidualBlock, "WanAttentionBlock": Attention}
+
+
+def _middle(coder: nn.Module) -> list[nn.Module]:
+    """diffusers' middle block in order."""
+    first, *others = coder.mid_block.resnets
+    return [first, *(part for pair in zip(coder.mid_block.attentions, others, strict=True) for part in pair)]
+
+
+def _down_stages(encoder: nn.Module) -> list[tuple[list[nn.Module], nn.Module | None, nn.Module | None]]:
+    """Blocks, resampling and shortcut of each stage."""
+    stages, blocks = [], []
+    for block in encoder.down_blocks:
+        if type(block).__name__ == "WanResidualDownBlock":
+            stages.append((list(block.resnets), block.downsampler, block.avg_shortcut))
+        elif type(block).__name__ == "WanResample":
+            stages.append((blocks, block, None))
+            blocks = []
+        else:
+            blocks.append(block)
+    return [*stages, (blocks, None, None)] if blocks else stages
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """[1, C, T, H, W] -> [T, H, W, C]."""
+    return x[0].permute(1, 2, 3, 0)
