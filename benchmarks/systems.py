@@ -82,8 +82,8 @@ class Ours(System):
         from wan_pack.distributed.parallel.parallelize import parallelize_wan
         from wan_pack.distributed.parallel.sequence import SequenceShard
         from wan_pack.wan.model.attention import KERNELS, choose_kernel
+        from wan_pack.wan.model.kernels.choice import check_kernels
         from wan_pack.wan.model.linear import E4M3, FP8_PRODUCTS, Fp8Weight, check_precision, quantise_rows
-        from wan_pack.wan.model.ops import check_kernels
         from wan_pack.wan.model.sparse import sparse_kernel
         from wan_pack.wan.model.transformer import meta_model
 

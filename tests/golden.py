@@ -140,9 +140,10 @@ class GoldenRun:
         """A whole loop: noise from the seed, two experts, guidance, solver."""
         import torch
         from wan_pack.distributed.rank.expert import Experts
+        from wan_pack.wan.model.config import HIGH_NOISE, LOW_NOISE
         from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
         from wan_pack.wan.sampling.conditioning import first_frame_known
-        from wan_pack.wan.sampling.denoise import HIGH_NOISE, LOW_NOISE, Guidance, Known, denoise, draw_noise
+        from wan_pack.wan.sampling.denoise import Guidance, Known, denoise, draw_noise
         from wan_pack.wan.sampling.schedule import make_solver
 
         case = json.loads((folder / "case.json").read_text())

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ...distributed.parallel.sequence import SequenceShard
 from ...distributed.rank.expert import Experts, load_expert
+from ...wan.model.config import HIGH_NOISE, LOW_NOISE
 from ...wan.model.patch import patchify, token_grid, unpatchify
 from ...wan.model.transformer import WanModel
 from ...wan.sampling.conditioning import image_channels
-from ...wan.sampling.denoise import HIGH_NOISE, LOW_NOISE, Guidance, denoise, draw_noise
+from ...wan.sampling.denoise import Guidance, denoise, draw_noise
 from ...wan.sampling.schedule import make_solver
 from ...wan.text.text_encoder import DEFAULT_NEGATIVE_PROMPT, load_text_encoder
 from ...wan.vae.autoencoder import decode_frames, encode, load_vae

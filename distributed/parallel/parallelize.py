@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ...wan.model.attention import Attention
-from ...wan.model.ops import OPS
+from ...wan.model.kernels.choice import OPS
 from ...wan.model.transformer import WanModel, local_attention
 from ..job.job import FFN_CHUNK
 from .mesh import Mesh

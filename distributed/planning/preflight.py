@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from ...wan.checkpoint.checkpoint import Checkpoint
 from ...wan.files.identify import noise_side
 from ...wan.lora.lora import Lora
-from ...wan.model.config import WanConfig
-from ...wan.sampling.denoise import HIGH_NOISE, LOW_NOISE
+from ...wan.model.config import HIGH_NOISE, LOW_NOISE, WanConfig
 from ...wan.text.t5_keys import check_text_encoder_files
 from ...wan.vae.latents import SPATIAL_STRIDES, pixel_multiple
 from ...wan.vae.vae_keys import check_vae_file

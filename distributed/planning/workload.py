@@ -6,13 +6,12 @@ import functools
 import math
 
 from ...wan.checkpoint.checkpoint import Checkpoint
-from ...wan.checkpoint.weights import empty_model
+from ...wan.checkpoint.weights import COMPUTE_DTYPES, empty_model
 from ...wan.text.t5_keys import check_text_encoder_files, module_shapes
 from ...wan.vae.latents import SPATIAL_STRIDES
 from ..job.job import Parallel
 from ..job.model_files import FileIdentity, ModelFiles
 from ..job.sampling import Sampling
-from ..rank.expert import COMPUTE_DTYPES
 from .gpu_memory import Workload
 from .preflight import needs_negative
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...wan.checkpoint.checkpoint import Checkpoint
-from ...wan.checkpoint.weights import empty_model, read_weights
+from ...wan.checkpoint.weights import COMPUTE_DTYPES, empty_model, read_weights
 from ...wan.lora.lora import Lora, changes
 from ...wan.model.attention import Attention, attention
 from ...wan.model.config import PATCH_SIZE
@@ -24,9 +24,6 @@ from ..parallel.parallelize import parallelize_wan, release_gathered
 from ..parallel.sequence import SequenceShard
 from .offload import HostParking
 from .streaming import BlockStream
-
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""The names are those of `Parallel.mixed_precision`."""
 
 Weights = HostParking | BlockStream
 """What holds an expert's weights, and takes them off the device and back."""

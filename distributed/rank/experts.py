@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ...wan.model.attention import Attention
+from ...wan.model.config import HIGH_NOISE, LOW_NOISE
 from ...wan.model.transformer import WanModel
-from ...wan.sampling.denoise import HIGH_NOISE, LOW_NOISE
 from ..job.job import FileIdentity, Job, LoraFile
 from ..machine.host_memory import available_bytes
 from ..parallel.mesh import Mesh

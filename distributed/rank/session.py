@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ...wan.checkpoint.weights import COMPUTE_DTYPES
 from ...wan.model.attention import AttentionKernel, choose_kernel
+from ...wan.model.kernels.choice import choose_ops
 from ...wan.model.linear import check_precision
-from ...wan.model.ops import choose_ops
 from ...wan.model.sparse import SparseAttention, block_order, sparse_kernel, sparse_steps
 from ...wan.vae.autoencoder import load_vae
 from ...wan.vae.preview import PreviewMap, preview_of_vae
@@ -24,7 +25,6 @@ from ..machine.memory_file import STORE_VARIABLE
 from ..parallel.mesh import Mesh, init_mesh
 from ..parallel.sequence import SequenceShard
 from ..parallel.split_vae import RankVae
-from .expert import COMPUTE_DTYPES
 from .experts import RankExperts
 
 log = logging.getLogger(__name__)

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...wan.checkpoint.checkpoint import Checkpoint
-from ...wan.model.config import TEXT_LEN
+from ...wan.model.config import HIGH_NOISE, LOW_NOISE, TEXT_LEN
 from ...wan.model.patch import patchify, token_grid, unpatchify
 from ...wan.model.transformer import pad_text
 from ...wan.sampling.conditioning import Conditioning, build_conditioning
-from ...wan.sampling.denoise import HIGH_NOISE, LOW_NOISE, Guidance, Known, denoise, draw_noise
+from ...wan.sampling.denoise import Guidance, Known, denoise, draw_noise
 from ...wan.sampling.schedule import make_solver
 from ...wan.vae.latents import denormalise, latents_shape, normalise
 from ..group.group_folder import GroupDir

@@ -21,6 +21,8 @@ CUDA_READERS = 4
 """Threads that read and copy at the same time: one cannot keep both the disk and the bus busy."""
 MERGED_ELEMENTS = 16 << 20
 """Of a weight, in float32 at once, while LoRAs are merged into it."""
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Of matrix products, by the names that a job gives them."""
 
 
 def empty_model(

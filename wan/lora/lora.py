@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..files.headers import TensorInfo, read_header
 from ..files.identify import describe_tensors
-from ..sampling.denoise import HIGH_NOISE, LOW_NOISE
+from ..model.config import HIGH_NOISE, LOW_NOISE
 from .alpha import AdapterConfig, read_adapter_config
 from .module_names import LoraModule, ModuleNames, Role, lora_modules, skip_reason
 from .origin import describe_origin

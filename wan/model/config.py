@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
+"""A model's experts: of the first steps, and of the last."""
 HEAD_DIM = 128
 """Channels per attention head in every released Wan model."""
 MAX_SIZE = 1 << 20

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..model.config import HIGH_NOISE, LOW_NOISE
 from .schedule import NUM_TRAIN_TIMESTEPS, Solver
-
-HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
 
 Predict = Callable[[str, Tensor, float, tuple[bool, ...]], Sequence[Tensor]]
 """(expert, tokens, timestep, for each pass: conditional?) -> for each pass: velocity of `tokens`.

@@ -19,7 +19,7 @@ from wan_pack.distributed.rank.expert import load_expert
 from wan_pack.wan.lora import lora as lora_module
 from wan_pack.wan.lora.lora import Lora, changes, merge
 from wan_pack.wan.lora.module_names import ModuleNames
-from wan_pack.wan.sampling.denoise import HIGH_NOISE, LOW_NOISE
+from wan_pack.wan.model.config import HIGH_NOISE, LOW_NOISE
 
 Q = "blocks.0.self_attn.q.weight"
 

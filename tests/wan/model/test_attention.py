@@ -14,7 +14,7 @@ from wan_pack.distributed.parallel.parallelize import ENGINES
 from wan_pack.nodes.settings.spread import WanVideoDistributedConfig
 from wan_pack.wan.model import attention as module
 from wan_pack.wan.model.attention import attention, choose_kernel
-from wan_pack.wan.model.ops import OPS
+from wan_pack.wan.model.kernels.choice import OPS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 AMPERE, ADA, HOPPER, BLACKWELL = (8, 0), (8, 9), (9, 0), (12, 0)

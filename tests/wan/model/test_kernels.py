@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from mount import SUPPORT
-from wan_pack.wan.model.ops import OPS, check_kernels, choose_ops
+from wan_pack.wan.model.kernels.choice import OPS, check_kernels, choose_ops
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, of torch's CUDA builds")
@@ -29,7 +29,7 @@ def test_triton_kernels_equal_their_plain_forms():
 
 
 def test_fused_kernels_need_a_gpu(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("wan_pack.wan.model.ops._lacks_for_launchers", lambda: "")
+    monkeypatch.setattr("wan_pack.wan.model.kernels.choice._lacks_for_launchers", lambda: "")
     for name in OPS:
         check_kernels((8, 0), name)
     check_kernels(None, "plain")
@@ -61,8 +61,8 @@ def test_fused_kernels_are_taken_where_they_were_measured(monkeypatch: pytest.Mo
             raise ValueError(lacking)
 
     lacking = ""
-    monkeypatch.setattr("wan_pack.wan.model.ops.check_kernels", check)
-    monkeypatch.setattr("wan_pack.wan.model.ops._start_triton", lambda: None)
+    monkeypatch.setattr("wan_pack.wan.model.kernels.choice.check_kernels", check)
+    monkeypatch.setattr("wan_pack.wan.model.kernels.choice._start_triton", lambda: None)
     assert choose_ops((9, 0)) == ("triton", "fused, the fastest measured on Hopper")
     assert choose_ops((9, 0), "plain") == ("plain", "as asked")
     assert choose_ops((8, 9), "triton") == ("triton", "as asked")
@@ -77,6 +77,6 @@ def test_fused_kernels_are_taken_where_they_were_measured(monkeypatch: pytest.Mo
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, of torch's CUDA builds")
 def test_plain_kernels_are_taken_where_triton_does_not_start(monkeypatch: pytest.MonkeyPatch):
     """As here, without a driver."""
-    monkeypatch.setattr("wan_pack.wan.model.ops._lacks_for_launchers", lambda: "")
+    monkeypatch.setattr("wan_pack.wan.model.kernels.choice._lacks_for_launchers", lambda: "")
     name, reason = choose_ops((9, 0))
     assert name == "plain" and "driver" in reason, reason

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from wan_pack.distributed.job.job import SOLVERS as JOB_SOLVERS
-from wan_pack.wan.sampling.denoise import HIGH_NOISE, LOW_NOISE, Guidance, denoise, draw_noise
+from wan_pack.wan.model.config import HIGH_NOISE, LOW_NOISE
+from wan_pack.wan.sampling.denoise import Guidance, denoise, draw_noise
 from wan_pack.wan.sampling.schedule import SOLVERS, make_solver
 
 
