@@ -1,7 +1,7 @@
 """`doctor`: whether this machine can make videos, how well, and what to do if not.
 
-Never hangs: each probe has its own deadline, and one that does not answer is a line of the report. Standard library
-only: what needs torch, a GPU or another process's patience is asked in processes of their own.
+Never hangs: each probe has its own deadline, and one that does not answer is a line of the report. What needs torch, a
+GPU or another process's patience is asked in processes of their own.
 """
 
 from __future__ import annotations

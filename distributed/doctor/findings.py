@@ -1,4 +1,4 @@
-"""What the doctor found, as text and as data. Standard library only."""
+"""What the doctor found, as text and as data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What nvidia-smi and the pack's own locks say of the GPUs. Makes no CUDA context. Standard library only."""
+"""What nvidia-smi and the pack's own locks say of the GPUs. Makes no CUDA context."""
 
 from __future__ import annotations
 

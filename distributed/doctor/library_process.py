@@ -1,4 +1,4 @@
-"""The doctor in a process of its own, for ComfyUI: nothing that it loads or that hangs stays. Standard library only."""
+"""The doctor in a process of its own, for ComfyUI: nothing that it loads or that hangs stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory, disks, versions and variables of the machine. Standard library only."""
+"""Memory, disks, versions and variables of the machine."""
 
 from __future__ import annotations
 

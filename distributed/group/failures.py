@@ -1,4 +1,4 @@
-"""Why a job failed: what agent and ranks left in its folder -> one message. Standard library only."""
+"""Why a job failed: what agent and ranks left in its folder -> one message."""
 
 from __future__ import annotations
 

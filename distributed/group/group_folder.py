@@ -1,4 +1,4 @@
-"""Names in the folder of a group of processes, and the requests by which it gets its jobs. Standard library only."""
+"""Names in the folder of a group of processes, and the requests by which it gets its jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a group fails, told in memory: on a full disk no file can say it. Standard library only."""
+"""Why a group fails, told in memory: on a full disk no file can say it."""
 
 from __future__ import annotations
 

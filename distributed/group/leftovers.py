@@ -1,4 +1,4 @@
-"""Job folders that outlive their job: failed ones are kept a while, abandoned ones removed. Standard library only."""
+"""Job folders that outlive their job: failed ones are kept a while, abandoned ones removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading the logs of ranks, whatever is in them. Standard library only."""
+"""Reading the logs of ranks, whatever is in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that are gone before the job is done, seen without torchrun's agent. Standard library only."""
+"""Ranks that are gone before the job is done, seen without torchrun's agent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the ranks still move, and which of them holds the others up. Standard library only."""
+"""Whether the ranks still move, and which of them holds the others up."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A group of processes, one per GPU, seen from ComfyUI: started, given jobs one after another, ended.
-
-Standard library only.
-"""
+"""A group of processes, one per GPU, seen from ComfyUI: started, given jobs one after another, ended."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Several machines for one job: hostfiles, and the names in the folder through which their agents meet.
-
-Standard library only.
-"""
+"""Several machines for one job: hostfiles, and the names in the folder through which their agents meet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A group of processes over several machines, seen from ComfyUI. Standard library only."""
+"""A group of processes over several machines, seen from ComfyUI."""
 
 from __future__ import annotations
 

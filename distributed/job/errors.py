@@ -1,4 +1,4 @@
-"""The pack's own error, and the sentence that refuses a value. Standard library only."""
+"""The pack's own error, and the sentence that refuses a value."""
 
 from __future__ import annotations
 

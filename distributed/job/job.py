@@ -1,7 +1,6 @@
 """The job: everything a run needs, as frozen dataclasses with validation and JSON.
 
 Runs everywhere: ComfyUI builds a `Job`, the agent and the workers read it back.
-Standard library only.
 """
 
 from __future__ import annotations

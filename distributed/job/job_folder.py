@@ -1,7 +1,7 @@
 """Names in a job folder, atomic writes and bounded reads. What processes tell each other is a file here; only why they
 fail they also say in memory (last_words.py).
 
-Runs everywhere. Standard library only.
+Runs everywhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""JSON objects as files between processes: readers see the old one or the new one, never a part. Standard library."""
+"""JSON objects as files between processes: readers see the old one or the new one, never a part."""
 
 from __future__ import annotations
 

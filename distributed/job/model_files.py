@@ -1,4 +1,4 @@
-"""The files a job reads, as they were when it was written. Standard library only."""
+"""The files a job reads, as they were when it was written."""
 
 from __future__ import annotations
 

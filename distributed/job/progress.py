@@ -1,4 +1,4 @@
-"""What the user sees of a running job. Standard library only."""
+"""What the user sees of a running job."""
 
 from __future__ import annotations
 

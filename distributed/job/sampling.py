@@ -1,4 +1,4 @@
-"""What is sampled, and along which part of the noise schedule. Standard library only."""
+"""What is sampled, and along which part of the noise schedule."""
 
 from __future__ import annotations
 

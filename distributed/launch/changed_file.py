@@ -1,4 +1,4 @@
-"""A file that another process replaces now and then. Standard library only."""
+"""A file that another process replaces now and then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A group of processes that one caller keeps to itself from job to job. Standard library only."""
+"""A group of processes that one caller keeps to itself from job to job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a job from ComfyUI: gives it to a group of processes, follows it, says what went wrong. Standard library only.
+"""Runs a job from ComfyUI: gives it to a group of processes, follows it, says what went wrong.
 
 What is covered:
 - cancel, an exception in the caller, a crash or a stop of any rank or of the agent: every process of the job is gone

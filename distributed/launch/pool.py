@@ -1,4 +1,4 @@
-"""Groups of processes that stay warm: each waits a while for the next job of its kind. Standard library only."""
+"""Groups of processes that stay warm: each waits a while for the next job of its kind."""
 
 from __future__ import annotations
 

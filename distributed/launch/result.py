@@ -1,4 +1,4 @@
-"""What a job that went well has made, and whether it has. Standard library only."""
+"""What a job that went well has made, and whether it has."""
 
 from __future__ import annotations
 

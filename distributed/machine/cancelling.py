@@ -1,7 +1,4 @@
-"""A cancel reaches what is waited for before a job has processes: other programs, files that are read.
-
-Standard library only.
-"""
+"""A cancel reaches what is waited for before a job has processes: other programs, files that are read."""
 
 from __future__ import annotations
 

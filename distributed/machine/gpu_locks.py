@@ -1,4 +1,4 @@
-"""One lock per GPU, so that two programs that use this pack do not run on the same one. Standard library only."""
+"""One lock per GPU, so that two programs that use this pack do not run on the same one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The machine's GPUs, by nvidia-smi: asking CUDA would make a context on each of them. Standard library only."""
+"""The machine's GPUs, by nvidia-smi: asking CUDA would make a context on each of them."""
 
 from __future__ import annotations
 

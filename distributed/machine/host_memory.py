@@ -1,4 +1,4 @@
-"""Memory of this machine, or of the container that this is. Standard library only."""
+"""Memory of this machine, or of the container that this is."""
 
 from __future__ import annotations
 

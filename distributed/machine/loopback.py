@@ -1,4 +1,4 @@
-"""A listener on 127.0.0.1. Standard library only."""
+"""A listener on 127.0.0.1."""
 
 from __future__ import annotations
 

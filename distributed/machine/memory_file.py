@@ -1,4 +1,4 @@
-"""A file in memory, for what a full disk must not hold up. Standard library only."""
+"""A file in memory, for what a full disk must not hold up."""
 
 from __future__ import annotations
 

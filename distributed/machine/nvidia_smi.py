@@ -1,4 +1,4 @@
-"""Asks nvidia-smi, which makes no CUDA context. Standard library only."""
+"""Asks nvidia-smi, which makes no CUDA context."""
 
 from __future__ import annotations
 

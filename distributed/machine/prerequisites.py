@@ -1,4 +1,4 @@
-"""What this machine must have before a job starts: asked once, before any process. Standard library only."""
+"""What this machine must have before a job starts: asked once, before any process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes by identity: a pid alone may be another process a moment later. Linux, standard library only."""
+"""Processes by identity: a pid alone may be another process a moment later. Linux."""
 
 from __future__ import annotations
 

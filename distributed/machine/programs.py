@@ -1,4 +1,4 @@
-"""Asks other programs, such as nvidia-smi, and waits no longer than is said. Standard library only."""
+"""Asks other programs, such as nvidia-smi, and waits no longer than is said."""
 
 from __future__ import annotations
 

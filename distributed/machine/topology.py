@@ -1,4 +1,4 @@
-"""What connects the machine's GPUs, by `nvidia-smi topo -m`. Standard library only."""
+"""What connects the machine's GPUs, by `nvidia-smi topo -m`."""
 
 from __future__ import annotations
 

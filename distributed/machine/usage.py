@@ -1,4 +1,4 @@
-"""What the processes of a group use now: GPU memory and time, or host memory without a GPU. Standard library only."""
+"""What the processes of a group use now: GPU memory and time, or host memory without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much GPU memory a job takes, before it runs. Standard library only.
+"""How much GPU memory a job takes, before it runs.
 
 The terms follow what the code allocates; the tests hold their sum against the measured peaks of torch's allocator.
 In the formulas S = tokens of one rank, C = channels, R = rows of text.

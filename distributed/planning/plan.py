@@ -1,4 +1,4 @@
-"""Chooses how a job runs: which GPUs, how they share the work, where the weights are. Standard library only.
+"""Chooses how a job runs: which GPUs, how they share the work, where the weights are.
 
 Every way that the user's switches allow (policies.py) is priced in bytes (memory.py); the fastest that fits runs. More
 memory only adds ways that fit, so it never leads to a slower one.

@@ -1,5 +1,4 @@
-"""Every way to run a job on a number of GPUs that the user's switches allow, and how fast each is. Standard library
-only.
+"""Every way to run a job on a number of GPUs that the user's switches allow, and how fast each is.
 
 The times are for ranking: rates of a large GPU, and the bytes that each way moves.
 """

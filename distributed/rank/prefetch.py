@@ -1,4 +1,4 @@
-"""Reads the weights that a job needs later, while it works with those that it has. Standard library only."""
+"""Reads the weights that a job needs later, while it works with those that it has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank tells the launcher: sign of life, progress, its own exception. Standard library only."""
+"""What a rank tells the launcher: sign of life, progress, its own exception."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of the transformer's tensors in diffusers -> the official ones. Standard library only."""
+"""Names of the transformer's tensors in diffusers -> the official ones."""
 
 from __future__ import annotations
 

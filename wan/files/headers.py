@@ -1,4 +1,4 @@
-"""Safetensors headers and what else a model file may turn out to be. Standard library only: runs before any process."""
+"""Safetensors headers and what else a model file may turn out to be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which model a set of tensor names belongs to, and which expert a name promises. Standard library only."""
+"""Which model a set of tensor names belongs to, and which expert a name promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON that others wrote, measured before it is parsed: few bytes can ask for much memory. Standard library only."""
+"""JSON that others wrote, measured before it is parsed: few bytes can ask for much memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The weight files of what a user picked: one file, or a folder as diffusers and transformers save it.
-
-Standard library only: runs before any process.
-"""
+"""The weight files of what a user picked: one file, or a folder as diffusers and transformers save it."""
 
 from __future__ import annotations
 

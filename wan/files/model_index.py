@@ -1,4 +1,4 @@
-"""What the files of one model hold, without reading a weight. Standard library only: runs before any process."""
+"""What the files of one model hold, without reading a weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a safetensors file says that its layers are quantised. Standard library only: runs before any process.
+"""How a safetensors file says that its layers are quantised.
 
 ComfyUI writes it in two ways: a JSON object `_quantization_metadata` in the header, or one tensor
 `<layer>.comfy_quant` per layer whose bytes are a JSON object. Older files say nothing and just have scales.

@@ -1,7 +1,4 @@
-"""Opens files that may have become something else: a named pipe would block for ever, a device has no end.
-
-Standard library only.
-"""
+"""Opens files that may have become something else: a named pipe would block for ever, a device has no end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The alpha of LoRA files that keep it outside their tensors. Standard library only.
+"""The alpha of LoRA files that keep it outside their tensors.
 
 diffusers and finetrainers write PEFT's settings into the safetensors metadata, PEFT itself into adapter_config.json
 beside adapter_model.safetensors. A name of its own keeps that file from being taken for another LoRA's.

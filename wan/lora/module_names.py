@@ -1,4 +1,4 @@
-"""Names in LoRA files -> modules of the model and what is changed there. Standard library only.
+"""Names in LoRA files -> modules of the model and what is changed there.
 
 Every trainer writes the same module its own way; "blocks.0.self_attn.q" is, for example,
 

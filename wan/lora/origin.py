@@ -1,4 +1,4 @@
-"""Which model a LoRA looks made for, by its names and sizes, for messages. Standard library only."""
+"""Which model a LoRA looks made for, by its names and sizes, for messages."""
 
 from __future__ import annotations
 

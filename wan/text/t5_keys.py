@@ -1,4 +1,4 @@
-"""Tensor names and sizes of umT5 encoders, and the check of their files' headers. Standard library only."""
+"""Tensor names and sizes of umT5 encoders, and the check of their files' headers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tokenizer's file may hold, measured before a library takes it in. Standard library only."""
+"""What a tokenizer's file may hold, measured before a library takes it in."""
 
 from __future__ import annotations
 

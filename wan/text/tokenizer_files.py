@@ -1,4 +1,4 @@
-"""The tokenizer's files beside a text encoder. Standard library only."""
+"""The tokenizer's files beside a text encoder."""
 
 from __future__ import annotations
 

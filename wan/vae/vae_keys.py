@@ -1,4 +1,4 @@
-"""Tensor names and sizes of the Wan video VAEs, and the check of a VAE file's header. Standard library only."""
+"""Tensor names and sizes of the Wan video VAEs, and the check of a VAE file's header."""
 
 from __future__ import annotations
 
