@@ -14,6 +14,8 @@ from wan_pack.wan.model.transformer import WanModel
 TINY = WanConfig(
     dim=32, ffn_dim=80, num_heads=4, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32
 )  # fmt: skip
+GRID = (3, 3, 5)
+"""Latent frames, token rows and columns of a small video: 45 tokens, which few numbers of ranks divide."""
 
 
 def random_weights(config: WanConfig = TINY, seed: int = 0, scale: float = 0.1) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TINY, random_weights
+from tiny import GRID, TINY, random_weights
 from wan_pack.wan.model.attention import attention
 from wan_pack.wan.model.config import WAN_CONFIGS, config_from_shapes
 from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
@@ -18,8 +18,6 @@ from wan_pack.wan.model.transformer import (
     parameter_dtype,
     timestep_embedding,
 )
-
-GRID = (3, 3, 5)
 
 
 def tiny_model(dtype: torch.dtype = torch.float32) -> WanModel:

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import stub_job, tiny_job
-from test_model import GRID
-from tiny import TINY, random_weights
+from tiny import GRID, TINY, random_weights
 from torch import Tensor
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.parallel.sequence import SequenceShard
