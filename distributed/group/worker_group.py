@@ -91,9 +91,11 @@ class WorkerGroup:
 
     @property
     def usable(self) -> bool:
-        """Whether a group that waits can take a job: its agent needs a second to notice that a rank has died."""
-        agent = Process.of(self._agent.pid)
-        return self.exit_code is None and agent is not None and all(rank.alive() for rank in self.ranks)
+        """Whether a group that waits can take a job. Its agent needs a second to notice that a rank has died; and its
+        folder goes where another ComfyUI starts with the same temporary folder, which each of them empties."""
+        if self.exit_code is not None or not self.folder.path.is_dir():
+            return False
+        return Process.of(self._agent.pid) is not None and all(rank.alive() for rank in self.ranks)
 
     def waits(self) -> str:
         """What has yet to become free for it on other machines; empty if nothing has."""

@@ -116,8 +116,8 @@ from mount import mount_pack
 mount_pack()
 from pathlib import Path
 import jobs
-from wan_pack.distributed import group
-group.AGENT = Path(sys.argv[3])
+from wan_pack.distributed.group import worker_group
+worker_group.AGENT = Path(sys.argv[3])
 # As ComfyUI: the job runs on a daemon thread, a Ctrl-C reaches the main one.
 thread = threading.Thread(target=jobs.run_stub, args=(Path(sys.argv[2]),), daemon=True)
 thread.start()

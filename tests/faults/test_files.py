@@ -91,7 +91,7 @@ sys.path.insert(0, sys.argv[1])
 from mount import mount_pack
 mount_pack()
 from pathlib import Path
-from wan_pack.distributed.json_files import write_json
+from wan_pack.distributed.job.json_files import write_json
 path = Path(sys.argv[2])
 write_json(path, {"is": "old"})
 replace = os.replace

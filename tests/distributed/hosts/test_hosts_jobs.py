@@ -38,12 +38,12 @@ from mount import mount_pack
 mount_pack()
 from pathlib import Path
 import jobs
-from wan_pack.distributed import group
-from wan_pack.distributed.hosts import check as hosts_check
-from wan_pack.distributed.job import FileIdentity
+from wan_pack.distributed.group import worker_group
+from wan_pack.distributed.hosts import host_check as hosts_check
+from wan_pack.distributed.job.job import FileIdentity
 jobs.FILE = FileIdentity.of(jobs.STUB_WORKER)
-group.AGENT = Path(sys.argv[3])
-hosts_check.PACK = group.AGENT.parent
+worker_group.AGENT = Path(sys.argv[3])
+hosts_check.PACK = worker_group.AGENT.parent
 jobs.run_stub(Path(sys.argv[2]), jobs.stub_job(hosts=tuple(sys.argv[4:])))
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 import threading
@@ -53,6 +54,15 @@ def alive(processes: list[Process]) -> bool:
     return all(process.alive() for process in processes)
 
 
+def test_a_group_whose_folder_another_comfyui_emptied_gives_way_to_a_new_one(run: Run, pool: Pool, tmp_path: Path):
+    first = run()
+    shutil.rmtree(tmp_path / "jobs")
+    second = run()
+    assert alive(second)
+    assert not set(first) & set(second)
+    assert gone_within(5, *first)
+
+
 def test_a_group_waits_until_it_is_released(run: Run, pool: Pool, tmp_path: Path):
     first = run()
     assert len(first) == 3
@@ -83,7 +93,7 @@ def test_the_panel_is_told_of_groups_at_work_and_waiting_and_can_release_one(run
     processes, seen = run(), []
     look = {"on_progress": lambda _: seen.extend(groups.shown(pool.view()))}
     run_stub(tmp_path, stub_job(**WARM), **look, pool=pool).remove()
-    working = next(worker_group for worker_group in seen if worker_group["text"] == "sampling 2/4")
+    working = next(group for group in seen if group["text"] == "sampling 2/4")
     assert (working["state"], working["seconds_left"], working["ends_with_job"]) == ("running", None, False)
     assert 0 < working["fraction"] < 1
     (waiting,) = groups.shown(pool.view())
@@ -229,9 +239,9 @@ from mount import mount_pack
 mount_pack()
 from pathlib import Path
 import jobs
-from wan_pack.distributed import group
-from wan_pack.distributed.pool import Pool
-group.AGENT = Path(sys.argv[3])
+from wan_pack.distributed.group import worker_group
+from wan_pack.distributed.launch.pool import Pool
+worker_group.AGENT = Path(sys.argv[3])
 pool = Pool()
 jobs.run_stub(Path(sys.argv[2]), jobs.stub_job(keep_warm_seconds=600.0), pool=pool).remove()
 print("idle", flush=True)

@@ -21,7 +21,7 @@ sys.path.insert(0, sys.argv[1])
 from mount import mount_pack
 mount_pack()
 from pathlib import Path
-from wan_pack.distributed.gpu_locks import wait_for_gpus
+from wan_pack.distributed.machine.gpu_locks import wait_for_gpus
 locks = wait_for_gpus(sys.argv[3:], cancelled=lambda: False, on_wait=print, folder=Path(sys.argv[2]))
 print("held", flush=True)
 time.sleep(600)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from mount import ROOT
-from planning import A14B, GIB, KINDS, machine, workload
+from planning import A14B, GIB, KINDS, workload
 from tiny import TINY
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.parallel.parallelize import parallelize_wan
@@ -128,27 +124,3 @@ def test_the_feed_forward_is_chunked_as_estimated():
         torch_compile=False, memory_optimization=True,
     )  # fmt: skip
     assert {block.ffn_chunk for block in model.blocks} == {memory.FFN_CHUNK}
-
-
-def test_the_benchmark_words_what_was_refused_and_what_failed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "memory", raising=False)
-    benchmark = importlib.import_module("memory")
-    monkeypatch.setattr("wan_pack.distributed.machine.gpus.list_gpus", lambda: machine(79.0, 79.0))
-    assert [gpu.free_bytes / GIB for gpu in benchmark.capped_gpus(1, 24.0)] == [24]
-    assert [gpu.free_bytes / GIB for gpu in benchmark.capped_gpus(2, 140.0)] == [79, 79]
-    measured = {"cap": 24, "gpus": 1, "plan": "GPU 0", "estimated_gib": 8.5, "peak_gpu_gib": 8.4, "error_percent": 1.2}
-    failed = {"cap": 16, "gpus": 1, "plan": "GPU 0", "error": "a traceback\nout of memory"}
-    rows = benchmark.table([measured, failed]).splitlines()
-    assert rows[2] == "| 24 | 1 | GPU 0 |  | 8.5 | 8.4 | 1.2 |"
-    assert rows[3] == "| 16 | 1 | GPU 0; failed: out of memory |  |  |  |  |"
-
-
-def test_a_failed_process_of_the_benchmark_does_not_leave_it_waiting_for_the_others(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "memory", raising=False)
-    benchmark = importlib.import_module("memory")
-    monkeypatch.setattr(benchmark, "GRACE", 0.1)
-    ranks = [subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sh", "-c", "exit 3"])]
-    assert benchmark.wait_for(ranks) == [-9, 3]
-    assert benchmark.wait_for([subprocess.Popen(["true"])]) == [0]

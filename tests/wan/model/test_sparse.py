@@ -116,7 +116,7 @@ def test_the_package_gets_no_padding(monkeypatch: pytest.MonkeyPatch):
 def test_a_job_is_sparse_in_its_later_steps_and_says_so(monkeypatch: pytest.MonkeyPatch):
     asked = fake_kitchen(monkeypatch)
     kernel = sparse_kernel(KERNELS["sol"], KERNELS["cpu"], 1.5)
-    session = Session(rank=0, world=1, device=torch.device("cpu"), kernel=kernel, ops="plain")
+    session = Session(rank=0, world=1, device=torch.device("cpu"), kernel=kernel, ops="plain", vae_ops="plain")
     job = stub_job(gpu_count=1, attention="sol", sparse_tau=1.5)
     steps = job.sampling.step_range
     shard = session.shard(job, VIDEO)
