@@ -46,6 +46,14 @@ def write_heads(
     x: Tensor, weight: Tensor | None, rope: Rope | None, head_dim: int, out: Tensor, places: HeadPlaces
 ) -> Tensor | None:
     """`Ops.write_heads`, head by head."""
+    if out.is_cuda:
+        # Its memory is out of the processor's reach; places are in `out` itself there.
+        host = out.cpu()
+        table = HeadPlaces(places.table.cpu())
+        given = (None if weight is None else weight.cpu(), None if rope is None else tuple(part.cpu() for part in rope))
+        scale = write_heads(x.cpu(), *given, head_dim, host, table)
+        out.copy_(host)
+        return None if scale is None else scale.to(out.device)
     scale = None
     if weight is None:
         heads = x.unflatten(-1, (-1, head_dim))
