@@ -58,7 +58,7 @@ def cases() -> list[Case]:
         Case("linear_precision fp8", settings={"linear_precision": "fp8"}),
         Case("mixed_precision fp16", settings={"mixed_precision": "fp16"}),
         Case("Ulysses", 2),
-        Case("Ulysses, packed-overlap", 2, settings={"ulysses_engine": "packed-overlap"}),
+        Case("Ulysses, symmetric", 2, settings={"ulysses_engine": "symmetric"}),
         Case("Ulysses, deepspeed", 2, settings={"ulysses_engine": "deepspeed"}),
         Case("Ulysses, stream_blocks", 2, settings={"stream_blocks": True}),
         Case("Ulysses, preview", 2, settings={"preview": True}),
