@@ -157,3 +157,15 @@ def test_one_file_imports_comfyui():
                 names.add((node.module or "").split(".")[0])
         if path.relative_to(ROOT).as_posix() not in IMPORTS_COMFYUI:
             assert not names & COMFYUI, path
+
+
+def test_places_that_contributing_names_are_there():
+    """Files and folders; and of "`NAME` of `file`" the name in that file."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:nodes|distributed|wan|tests|web)/[\w./]*)`", text)
+    assert named and [path for path in named if not (ROOT / path).exists()] == []
+    pairs = re.findall(r"`(\w+)` (?:of|in) `([\w/]+\.py)`", text)
+    assert len(pairs) > 10
+    assert [
+        pair for pair in pairs if not re.search(rf"^(class )?{pair[0]}\b", (ROOT / pair[1]).read_text(), re.M)
+    ] == []
