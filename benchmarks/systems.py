@@ -31,7 +31,7 @@ class Place:
     world: int
     device: torch.device
     mesh: Any
-    """`distributed.mesh.Mesh`; None for one rank."""
+    """`distributed.parallel.mesh.Mesh`; None for one rank."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -169,3 +169,20 @@ def test_places_that_contributing_names_are_there():
     assert [
         pair for pair in pairs if not re.search(rf"^(class )?{pair[0]}\b", (ROOT / pair[1]).read_text(), re.M)
     ] == []
+
+
+OTHERS = {"main.py", "generate.py", "distributed_c10d.py", "_functional_collectives.py"}
+"""Files of ComfyUI, of the official code and of torch."""
+
+
+def test_files_and_modules_that_the_code_speaks_of_are_there():
+    """In docstrings and comments: "job_folder.py", "hosts/host_agent.py", "`wan.model.ops`"."""
+    paths = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("*/**/*.py")] + ["__init__.py"]
+    for path in FILES:
+        source = path.read_text()
+        for name in set(re.findall(r"(?<![\w/.])[\w/]+\.py\b", source)) - OTHERS:
+            assert any(f"/{there}".endswith(f"/{name}") for there in paths), f"{path} speaks of {name}"
+        for name in re.findall(r"`((?:wan|distributed|nodes)\.[\w.]+)`", source):
+            parts = name.split(".")
+            files = (ROOT.joinpath(*parts[:end]).with_suffix(".py") for end in range(2, len(parts) + 1))
+            assert any(file.exists() for file in files), f"{path} speaks of {name}"

@@ -42,7 +42,7 @@ def eight_bits(device: torch.device) -> dict[str, Arithmetic]:
 def attention_of_codes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What the kernel fa3-fp8 computes, in torch's own operations: q, k, v and the probabilities are e4m3 codes.
 
-    Args and result as for `wan.attention.attention`.
+    Args and result as for `wan.model.attention.attention`.
     """
     (q8, q_scale), (k8, k_scale), (v8, v_scale) = (quantise_heads(x) for x in (q, k, v))
     q_, k_, v_ = (x.float().transpose(0, 1) for x in (q8, k8, v8))

@@ -105,7 +105,7 @@ class Pool:
 
 
 def image_mask(latents: Tensor) -> Tensor:
-    """[B, 16, T, h, w] -> [B, 4, T, h, w]: the first latent frame is given (`wan.conditioning.image_mask`)."""
+    """[B, 16, T, h, w] -> [B, 4, T, h, w]: the first latent frame is given (`wan.sampling.conditioning.image_mask`)."""
     mask = torch.zeros_like(latents[:, :4])
     mask[:, :, 0] = 1
     return mask

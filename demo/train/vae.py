@@ -157,7 +157,7 @@ def training_clips(step: int, sizes: Sizes, device: torch.device) -> Tensor:
 
 
 def grey_behind_first(clips: Tensor) -> Tensor:
-    """[B, 3, F, H, W] -> the frames that an I2V model's image latents are encoded from (`wan.conditioning`)."""
+    """[B, 3, F, H, W] -> the frames that an I2V model's image latents come from (`wan.sampling.conditioning`)."""
     frames = torch.zeros_like(clips)
     frames[:, :, 0] = clips[:, :, 0]
     return frames

@@ -56,7 +56,7 @@ def child_environment(parallel: Parallel, group_folder: Path, source: Mapping[st
         "HF_HUB_OFFLINE": "1",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": ",".join(parallel.gpu_ids),
-        # No traffic, and no listener, outside of this machine; over several, hosts/agent.py names the interface.
+        # No traffic, and no listener, outside of this machine; over several, hosts/host_agent.py names the interface.
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",

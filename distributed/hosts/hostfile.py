@@ -110,7 +110,7 @@ class HostsDir(GroupDir):
         self.job = self.path / "job.json"
         """The group's only job."""
         self.expected = self.path / "expected.json"
-        """What every machine must have (check.py)."""
+        """What every machine must have (host_check.py)."""
         self.hostfile = self.path / "hostfile"
         self.heartbeat = self.path / "heartbeat"
         """Rewritten every second while the launching machine lives."""

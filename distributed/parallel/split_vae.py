@@ -49,7 +49,7 @@ class RankVae:
         self._group, self._ops = group, ops
 
     def decode(self, latents: Tensor) -> Iterator[Tensor | None]:
-        """Decodes part by part, as `wan.vae.decode_frames` does. Every rank must run through all parts.
+        """Decodes part by part, as `wan.vae.autoencoder.decode_frames` does. Every rank must run through all parts.
 
         Args:
             latents: the whole [1, z_dim, T, h, w], normalised.
@@ -65,7 +65,10 @@ class RankVae:
             yield rows.gather_to_first(frames)
 
     def encode(self, video: Tensor) -> Tensor:
-        """The whole video [1, 3, F, H, W] in [-1, 1] -> [1, z_dim, T, h, w] on every rank, as `wan.vae.encode` does."""
+        """The whole video [1, 3, F, H, W] in [-1, 1] -> [1, z_dim, T, h, w] on every rank.
+
+        As `wan.vae.autoencoder.encode` does.
+        """
         check_video(self._vae, video)
         rows = self._rows(video.shape[-2] // self._vae.config.scale_factor_spatial)
         if rows is None:

@@ -28,7 +28,10 @@ Scales = tuple[Tensor, Tensor] | None
 
 
 class Exchange(Protocol):
-    """Attention over the tokens of all ranks (`wan.model.TokenAttention`). One serves all blocks, in their order."""
+    """Attention over the tokens of all ranks (`wan.model.transformer.TokenAttention`).
+
+    One serves all blocks, in their order.
+    """
 
     shard: SequenceShard
     """May be replaced between videos, which have other lengths."""

@@ -50,7 +50,7 @@ class Workload:
     guided: bool = False
     """Steps evaluate the model for the negative prompt too."""
     given_frames: bool = False
-    """Some tokens have a timestep of their own (`wan.denoise.Known`)."""
+    """Some tokens have a timestep of their own (`wan.sampling.denoise.Known`)."""
     decode: bool = True
 
     @property

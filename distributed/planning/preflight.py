@@ -89,7 +89,7 @@ def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
     """Everything that can be known to be wrong without running.
 
     Args:
-        shapes: of the tensors that travel with the job, by name (inputs.py).
+        shapes: of the tensors that travel with the job, by name (input_tensors.py).
     Returns:
         warnings for the status.
     Raises:

@@ -146,7 +146,7 @@ def relora_expert(
 
 
 class Experts:
-    """What the sampling loop asks for velocities (`wan.denoise.Predict`).
+    """What the sampling loop asks for velocities (`wan.sampling.denoise.Predict`).
 
     Args:
         models: expert name -> model; only those that the schedule runs, and one of them from the start.
@@ -156,7 +156,8 @@ class Experts:
         parkings: expert name -> its host parking, where the idle expert is offloaded.
         image: this rank's tokens of an I2V model's further input channels, [S, 4 * (in_dim - out_dim)].
         mesh: the ranks; with CFG parallel each computes one of the two passes of a guided step.
-        timestep_rows: [S], 0 for tokens that are given (`wan.denoise.Known`), 1 for the others; None: none is given.
+        timestep_rows: [S], 0 for tokens that are given (`wan.sampling.denoise.Known`), 1 for the others;
+            None: none is given.
         arrive: called with an expert's name before its first evaluation, and whenever it takes over from the other;
             `models` and `parkings` must have it afterwards.
     """

@@ -44,9 +44,9 @@ class Session:
     device: torch.device
     kernel: AttentionKernel
     ops: str
-    """A name in `wan.ops.OPS`."""
+    """A name in `wan.model.kernels.choice.OPS`."""
     vae_ops: str
-    """A name in `wan.vae_ops.VAE_OPS`."""
+    """A name in `wan.vae.vae_ops.VAE_OPS`."""
     mesh: Mesh | None = None
     experts: RankExperts = field(init=False)
     _joined: bool = False

@@ -35,7 +35,7 @@ class Lora:
     """One LoRA file, for one transformer. Opening reads the header and the alphas; weights are read by `merge`.
 
     Args:
-        path: a .safetensors file, of any trainer's naming (lora_keys.py).
+        path: a .safetensors file, of any trainer's naming (module_names.py).
         strength: factor of the whole change; 0: none, and the file is not opened.
         targets: the transformer's parameters, official name -> shape.
         expert: "high_noise" or "low_noise"; needed for a file that holds both experts' LoRAs.

@@ -1,6 +1,6 @@
 """The arithmetic around a block's matrix products: plain torch, or fused kernels that compute the same.
 
-Shapes as in model.py. What each function does is said at `PLAIN`'s.
+Shapes as in transformer.py. What each function does is said at `PLAIN`'s.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 class FileMemory:
-    """`distributed.peer_memory.PeerMemory`."""
+    """`distributed.parallel.peer_memory.PeerMemory`."""
 
     def __init__(self, folder: Path, group: dist.ProcessGroup, nbytes: int, device: torch.device) -> None:
         self._group = group

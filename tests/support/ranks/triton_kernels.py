@@ -1,6 +1,6 @@
 """Compares the Triton kernels with their plain forms: on a GPU or, where TRITON_INTERPRET=1 is set, on the CPU.
 
-Prints one line per comparison that was made. tests/test_kernels.py runs it in Triton's interpreter.
+Prints one line per comparison that was made. tests/wan/model/test_kernels.py runs it in Triton's interpreter.
 """
 
 from __future__ import annotations

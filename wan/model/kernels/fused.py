@@ -1,4 +1,4 @@
-"""The kernels as one implementation of `wan.ops`."""
+"""The kernels as one implementation of `wan.model.ops`."""
 
 from __future__ import annotations
 
