@@ -5,11 +5,15 @@ READY := $(VENV)/.ready
 # A hundred processes import torch in the tests; told to keep no bytecode, each of them would compile it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test soak lint format clean
+.PHONY: demo quick test soak lint format clean
 
 # A tiny model through the whole path in a real ComfyUI, to an mp4. No GPU needed.
 demo: $(READY)
 	$(PYTHON_IN_VENV) demo
+
+# The tests that start no process: a minute and a half.
+quick: $(READY)
+	$(PYTHON_IN_VENV) -m pytest -m "not (processes or ranks)"
 
 test: $(READY) lint
 	$(PYTHON_IN_VENV) -m pytest --durations=30 --durations-min=5

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fault_report import FaultReport
+from kinds import Kinds
 from mount import GOLDEN, mount_pack
 
 mount_pack()
@@ -18,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(FaultReport())
+    config.pluginmanager.register(Kinds(config))
 
 
 @pytest.fixture(scope="session")

@@ -89,6 +89,7 @@ def test_imports_run_down_the_table():
         assert room.imports <= below, f"{name} imports {sorted(room.imports - below)}, which stand above it"
 
 
+@pytest.mark.processes
 def test_light_rooms_load_without_torch(tmp_path: Path):
     light = []
     for path in FILES:

@@ -138,6 +138,7 @@ def test_scaling_needs_both_measurements(tmp_path: Path):
         scaling.read_scaling(tmp_path / "results.jsonl")
 
 
+@pytest.mark.processes
 def test_vae_before_and_after_are_compared_in_one_run():
     """As on a GPU, without its kernels: every part ran, and what is timed is near diffusers' in float32."""
     command = [sys.executable, str(BENCHMARKS / "vae.py"), "--sizes", "32x32x5", "--base-dim", "4", "--repeats", "1"]

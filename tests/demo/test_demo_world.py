@@ -90,6 +90,7 @@ def test_measuring_finds_what_was_drawn_also_behind_blur_and_noise(motion: str) 
         assert all(found.values()), (plain_caption(scene), found)
 
 
+@pytest.mark.processes
 def test_an_mp4_shows_what_was_drawn() -> None:
     (scene,) = held_out_scenes(1)
     clip = render([scene])[0]

@@ -21,6 +21,8 @@ from wan_pack.demo.train.loop import generator
 from wan_pack.demo.train.world import render
 from wan_pack.wan.model.attention import attention
 
+pytestmark = pytest.mark.processes
+
 SCENES = held_out_scenes(8)
 SHORT = replace(T2V, steps=4)
 """Enough to see that a setting acts."""

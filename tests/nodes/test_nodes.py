@@ -93,6 +93,7 @@ def test_inputs_keep_their_order() -> None:
     assert list(inputs_of(NODE_CLASS_MAPPINGS["LoadWanVideoModel"])) == loader
 
 
+@pytest.mark.processes
 def test_import_is_light_and_has_no_side_effects(tmp_path: Path) -> None:
     script = (
         "import importlib.util, json, sys\n"

@@ -148,6 +148,7 @@ def test_an_attention_kernel_that_cannot_be_imported(monkeypatch: pytest.MonkeyP
     assert found["flash-attn"].text == "not installed (optional)"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("script", "words"),
     [
@@ -198,6 +199,7 @@ def doctor_from_comfyui(tmp_path: Path, cancelled: Any = lambda: False) -> dict[
     return doctor_process.run_doctor(model=[], output=tmp_path, temp=tmp_path, cancelled=cancelled)
 
 
+@pytest.mark.processes
 def test_cancel_ends_the_doctor_and_what_it_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     pretend(monkeypatch, tmp_path, f"cd {tmp_path}; touch $TMPDIR/left; sleep 60 & echo $! > {tmp_path}/pid; wait")
     (tmp_path / "scratch").mkdir()
@@ -210,6 +212,7 @@ def test_cancel_ends_the_doctor_and_what_it_started(monkeypatch: pytest.MonkeyPa
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
+@pytest.mark.processes
 def test_a_doctor_without_a_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     pretend(monkeypatch, tmp_path, "echo Traceback >&2; exit 1")
     with pytest.raises(JobError, match="exit code 1 and no report:\nTraceback"):
@@ -255,6 +258,7 @@ def test_the_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert once != once
 
 
+@pytest.mark.processes
 def test_the_command_line_names_its_roles():
     pack = Path(doctor.__file__).resolve().parent.parent
     ended = subprocess.run([sys.executable, str(pack), "agent"], capture_output=True, text=True, timeout=60)

@@ -16,6 +16,8 @@ from wan_pack.distributed.doctor.exchange import Exchange
 from wan_pack.distributed.doctor.findings import NOTE, OK, WRONG
 from wan_pack.distributed.machine.gpu_locks import wait_for_gpus
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="jobs run on Linux only")
 def test_two_cpu_processes_exchange():

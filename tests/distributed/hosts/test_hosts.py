@@ -271,6 +271,7 @@ def until(holds: Callable[[], bool]) -> bool:
     return holds()
 
 
+@pytest.mark.processes
 def test_a_wait_for_gpus_elsewhere_is_shown_and_no_time_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The agent never starts a rank: the time-out is exceeded, but counts from the end of the wait."""
     monkeypatch.setattr(worker_group, "AGENT", FAKE_AGENT)

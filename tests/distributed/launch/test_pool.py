@@ -25,6 +25,8 @@ from wan_pack.distributed.machine.gpu_locks import wait_for_gpus
 from wan_pack.distributed.machine.processes import Process, descendants
 from wan_pack.nodes.host import groups
 
+pytestmark = pytest.mark.processes
+
 Run = Callable[..., list[Process]]
 WARM = {"keep_warm_seconds": 60.0}
 

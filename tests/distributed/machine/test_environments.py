@@ -27,6 +27,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
     monkeypatch.setattr(prerequisites.importlib.util, "find_spec", lambda name: None if name in modules else find(name))
 
 
+@pytest.mark.processes
 def test_this_machine_has_all():
     check_prerequisites(encodes=True, decodes=True)
 
@@ -91,6 +92,7 @@ def test_no_ffmpeg(monkeypatch: pytest.MonkeyPatch):
     check_prerequisites(encodes=False, decodes=False)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("script", "words"),
     [
@@ -111,6 +113,7 @@ def test_an_ffmpeg_that_does_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert prerequisites.ffmpeg_problem().startswith(words)
 
 
+@pytest.mark.processes
 def test_an_ffmpeg_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     ffmpeg(monkeypatch, lambda: str(tmp_path / "gone"))
     assert prerequisites.ffmpeg_problem().startswith("ffmpeg is missing: ")
@@ -199,6 +202,7 @@ print(*wan_pack.nodes.NODE_CLASS_MAPPINGS)
 """
 
 
+@pytest.mark.processes
 def test_the_nodes_load_on_windows():
     script = WINDOWS.format(tests=str(SUPPORT))
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

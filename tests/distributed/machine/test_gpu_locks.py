@@ -58,6 +58,7 @@ def take(folder: Path, *gpus: str, told: list[str] | None = None, seconds: float
     return wait_for_gpus(gpus, cancelled=lambda: time.monotonic() >= deadline, on_wait=tell, folder=folder)
 
 
+@pytest.mark.processes
 def test_other_gpus_are_free(hold: Hold, tmp_path: Path):
     hold("0", "1")
     told: list[str] = []
@@ -65,6 +66,7 @@ def test_other_gpus_are_free(hold: Hold, tmp_path: Path):
     assert told == []
 
 
+@pytest.mark.processes
 def test_one_waits_for_whoever_has_its_gpu_and_says_for_whom(hold: Hold, tmp_path: Path):
     holder = hold("0", "1")
     told: list[str] = []
@@ -77,6 +79,7 @@ def test_one_waits_for_whoever_has_its_gpu_and_says_for_whom(hold: Hold, tmp_pat
     take(tmp_path, "2").release()
 
 
+@pytest.mark.processes
 def test_a_holder_that_is_killed_lets_go(hold: Hold, tmp_path: Path):
     holder = hold("GPU-0a1b")
     with pytest.raises(JobCancelled):

@@ -17,6 +17,8 @@ from wan_pack.distributed.machine.processes import Process
 from wan_pack.nodes.batch.run import BatchRun
 from wan_pack.nodes.host import host
 
+pytestmark = pytest.mark.processes
+
 Groups = list[tuple[str, ...]]
 Run = Callable[..., list[Process]]
 

@@ -179,6 +179,7 @@ def test_an_index_names_only_files_beside_it(tmp_path: Path, value: object) -> N
     assert len(str(caught.value)) < 1000
 
 
+@pytest.mark.processes
 def test_checks_need_only_the_standard_library() -> None:
     code = (
         "import sys, types; pack = types.ModuleType('p'); pack.__path__ = [sys.argv[1]]; sys.modules['p'] = pack\n"

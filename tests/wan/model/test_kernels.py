@@ -13,6 +13,7 @@ from mount import SUPPORT
 from wan_pack.wan.model.kernels.choice import OPS, check_kernels, choose_ops
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, of torch's CUDA builds")
 def test_triton_kernels_equal_their_plain_forms():
     """Every kernel, and a whole forward, in Triton's interpreter; it must be on before Triton is imported."""

@@ -16,6 +16,8 @@ from torch import Tensor
 from wan_pack.wan.vae import video
 from wan_pack.wan.vae.video import PARTS_AHEAD, VideoWriter, probe
 
+pytestmark = pytest.mark.processes
+
 COLOURS = ((1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (0.2, -0.3, 0.7), (0.5, 0.5, 0.5), (-1.0, -1.0, 1.0))
 
 

@@ -25,6 +25,7 @@ def _by_ffmpeg(frames: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(made), dtype=torch.uint8).view(-1, HEIGHT * 3 // 2, WIDTH)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["noise", "corners", "smooth", "beyond", "greys"])
 def test_has_the_colours_that_ffmpeg_gives(kind: str) -> None:
     """At most one level apart, and on average not at all, in each of the three planes."""
