@@ -132,6 +132,9 @@ def replace_a_file_before_it_is_read(soak: Soak, seed: int) -> None:
 
 
 def remove_the_job_folder(soak: Soak, seed: int) -> None:
+    """Of processes that start with the job: warm ones look as if they had not taken it, and it is made again by others."""
+    soak.released()
+
     def remove() -> None:
         (job,) = soak.jobs.glob("wan-job-*")
         # In one step: a folder that is emptied file by file may get new ones meanwhile, and the job is none the worse.
