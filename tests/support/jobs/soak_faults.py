@@ -132,7 +132,7 @@ def replace_a_file_before_it_is_read(soak: Soak, seed: int) -> None:
 
 
 def remove_the_job_folder(soak: Soak, seed: int) -> None:
-    """Of processes that start with the job: warm ones look as if they had not taken it, and it is made again by others."""
+    """Of processes that start with it: of warm ones it looks as if they had not taken it, and others make it again."""
     soak.released()
 
     def remove() -> None:
