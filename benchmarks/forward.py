@@ -103,7 +103,6 @@ def measure(name: str, config: Any, place: Any, arguments: argparse.Namespace, r
     """
     import torch
     from systems import SYSTEMS, TEXT_ROWS
-    from wan_pack.wan.vae.latents import latents_shape
 
     kind, _, option = name.partition(":")
     device, world = place.device, place.world
@@ -112,7 +111,7 @@ def measure(name: str, config: Any, place: Any, arguments: argparse.Namespace, r
     for size in arguments.sizes:
         width, height, frames = parse_size(size)
         generator = torch.Generator().manual_seed(0)
-        latents = torch.randn(latents_shape(width, height, frames, config.out_dim), generator=generator).to(device)
+        latents = torch.randn(config.variant.latents.shape(width, height, frames), generator=generator).to(device)
         text = torch.randn(TEXT_ROWS, config.text_dim, generator=generator).to(device)
         system.prepare(latents, text)
         if cuda:

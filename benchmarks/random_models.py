@@ -88,7 +88,7 @@ def write_model(folder: Path, name: str, threads: int = THREADS) -> Path:
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for done in [pool.submit(write_tensors, *job) for job in jobs]:
             done.result()
-    for expert in EXPERTS[: 1 if config.task == "ti2v" else 2]:
+    for expert in EXPERTS[: 1 if config.variant.known_frames else 2]:
         _link_expert(target / expert, {files[part]: own for part, own in parts.items()}, config)
     return target
 

@@ -114,11 +114,11 @@ def make_inputs(shape: Shape, *, meta: bool = False) -> dict[str, Tensor]:
     """
     import torch
     from wan_pack.distributed.job.input_tensors import CONTEXT, CONTEXT_NULL, SAMPLES
-    from wan_pack.wan.vae.latents import denormalise, latents_shape
+    from wan_pack.wan.vae.latents import denormalise
 
     config = model_config(shape.model)
     width, height, frames = shape.pixels
-    latents = latents_shape(width, height, frames, config.out_dim)
+    latents = config.variant.latents.shape(width, height, frames)
     shapes = {SAMPLES: latents} | dict.fromkeys(PICTURES[shape.pictures], (3, height, width))
     if not shape.encodes:
         shapes |= {CONTEXT: (64, config.text_dim)} | ({CONTEXT_NULL: (32, config.text_dim)} if shape.guided else {})

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..wan.model.latent_space import WAN22
 from ..wan.text.t5_keys import hf_to_official
-from ..wan.vae.vae_keys import WAN22
 from .example import TinyModel
 from .tiny_expert import DIM, FFN_DIM, FREQ_DIM, LAYERS, TEXT_DIM, expert, lora
 from .tiny_vae import vae

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..wan.vae.vae_keys import WAN21, WAN22, Z_DIMS, diffusers_to_official
+from ..wan.model.latent_space import WAN21, WAN22, LatentSpace
+from ..wan.vae.vae_keys import diffusers_to_official
 
 BASE_DIM = 8
 
 
-def vae(seed: int, kind: str = WAN21) -> dict[str, Tensor]:
-    """The VAE of the kind "Wan2.1" or "Wan2.2"."""
+def vae(seed: int, kind: LatentSpace = WAN21) -> dict[str, Tensor]:
+    """The VAE of these latents."""
     from diffusers import AutoencoderKLWan
 
-    options = {"base_dim": BASE_DIM, "z_dim": Z_DIMS[kind]}
+    options = {"base_dim": BASE_DIM, "z_dim": kind.channels}
     if kind == WAN22:
         options |= {"decoder_base_dim": BASE_DIM, "is_residual": True, "in_channels": 12, "out_channels": 12}
         options |= {"patch_size": 2, "scale_factor_spatial": 16}

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...distributed.parallel.sequence import SequenceShard
 from ...distributed.rank.expert import Experts, load_expert
 from ...wan.model.config import HIGH_NOISE, LOW_NOISE
+from ...wan.model.latent_space import WAN21
 from ...wan.model.patch import patchify, token_grid, unpatchify
 from ...wan.model.transformer import WanModel
 from ...wan.sampling.conditioning import image_channels
@@ -21,7 +22,6 @@ from ...wan.sampling.denoise import Guidance, denoise, draw_noise
 from ...wan.sampling.schedule import make_solver
 from ...wan.text.text_encoder import DEFAULT_NEGATIVE_PROMPT, load_text_encoder
 from ...wan.vae.autoencoder import decode_frames, encode, load_vae
-from ...wan.vae.latents import latents_shape
 from ...wan.vae.video import VideoWriter
 from ..train.checkpoint import NAMES, place
 from ..train.world import FRAMES, HEIGHT, WIDTH
@@ -82,7 +82,7 @@ class Pipeline:
         self, prompt: str, settings: Settings, *, seed: int, negative: str = "", picture: Tensor | None = None
     ) -> Tensor:
         """Frames [3, F, H, W] in [-1, 1]. picture: [3, H, W] in [-1, 1], an I2V model's first frame."""
-        shape = latents_shape(WIDTH, HEIGHT, settings.frames, 16)
+        shape = WAN21.shape(WIDTH, HEIGHT, settings.frames)
         grid = token_grid(shape)
         image = None
         if picture is not None:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ...wan.model.latent_space import WAN21
 from ...wan.vae.autoencoder import decode_frames, load_vae
 from ...wan.vae.autoencoder import encode as encode_clip
 from ...wan.vae.latents import denormalise, latent_statistics, normalise
-from ...wan.vae.vae_keys import WAN21, diffusers_to_official
+from ...wan.vae.vae_keys import diffusers_to_official
 from .captions import held_out_scenes
 from .checkpoint import NAMES, place, write
 from .loop import Budget, autocast, fit, generator

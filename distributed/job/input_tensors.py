@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ...wan.model.config import TEXT_LEN, WanConfig
-from ...wan.vae.latents import latents_shape
+from ...wan.model.variants import takers
 from .job import Job
 
 Shape = tuple[int, ...]
@@ -20,6 +20,7 @@ END_IMAGE = "end_image"
 """Last frame, the same."""
 IMAGE_CONDITIONING = "image_conditioning"
 """An I2V model's further input channels [4 + C, T, h, w]: mask (1: given), then normalised latents."""
+PICTURES = (START_IMAGE, END_IMAGE, IMAGE_CONDITIONING)
 SAMPLES = "samples"
 """Latents to start from [C, T, h, w], un-normalised, as ComfyUI's LATENT."""
 NOISE_MASK = "noise_mask"
@@ -50,16 +51,22 @@ def _check_text(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> Non
 
 def _check_images(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> None:
     sampling = job.sampling
-    pictures = [name for name in (START_IMAGE, END_IMAGE) if name in shapes]
-    given = [*pictures, *(name for name in (IMAGE_CONDITIONING,) if name in shapes)]
-    if config.task == "i2v" and not given:
+    given = [name for name in PICTURES if name in shapes]
+    pictures = [name for name in given if name != IMAGE_CONDITIONING]
+    variant = config.variant
+    if variant.image_channels and not given:
         raise ValueError(
-            "the model makes videos from an image (I2V): connect start_image, end_image, or conditioning that holds one"
+            f"the model makes videos from an image ({variant.name}): connect start_image, end_image, or conditioning "
+            "that holds one"
         )
-    if config.task == "t2v" and given:
-        raise ValueError(f"{given[0]} is given, but the model makes videos from text only (T2V); choose an I2V model")
-    if config.task == "ti2v" and given not in ([], [START_IMAGE]):
-        raise ValueError(f"{given[-1]} is given; this model (TI2V) takes a start_image only")
+    for name in given:
+        if not variant.takes:
+            raise ValueError(
+                f"{name} is given, but the model makes videos from text only ({variant.name}); choose an I2V model"
+            )
+        if name not in variant.takes:
+            taken = ", ".join(picture for picture in variant.takes if picture in PICTURES)
+            raise ValueError(f"{name} is given; this model ({variant.name}) takes {taken} only")
     if pictures and IMAGE_CONDITIONING in shapes:
         raise ValueError(f"{pictures[0]} and image conditioning are both given; connect one of them")
     for name in pictures:
@@ -85,8 +92,10 @@ def _check_samples(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> 
         return
     _check_shape("samples", shapes[SAMPLES], _latents(job, config))
     if NOISE_MASK in shapes:
-        if config.task != "ti2v":
-            raise ValueError("samples have a noise mask, which only the TI2V-5B model follows; remove the mask")
+        if NOISE_MASK not in config.variant.takes:
+            raise ValueError(
+                f"samples have a noise mask, which only the {takers(NOISE_MASK)} model follows; remove the mask"
+            )
         if START_IMAGE in shapes:
             raise ValueError("samples with a noise mask and start_image are both given; connect one of them")
         _check_shape("the noise mask", shapes[NOISE_MASK], _latents(job, config)[1:])
@@ -94,7 +103,7 @@ def _check_samples(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> 
 
 def _latents(job: Job, config: WanConfig) -> Shape:
     sampling = job.sampling
-    return latents_shape(sampling.width, sampling.height, sampling.num_frames, config.out_dim)
+    return config.variant.latents.shape(sampling.width, sampling.height, sampling.num_frames)
 
 
 def _check_shape(name: str, shape: Shape, expected: Shape) -> None:

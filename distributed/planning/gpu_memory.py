@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ...wan.model.config import PATCH_SIZE, TEMPORAL_STRIDE, TEXT_LEN, WanConfig
+from ...wan.model.config import TEXT_LEN, WanConfig
+from ...wan.model.latent_space import PATCH_SIZE, LatentSpace
 from ..job.job import FFN_CHUNK, Parallel
 
 GIB = 2**30
@@ -31,8 +32,6 @@ class Workload:
     """What has to be computed, whatever it runs on."""
 
     config: WanConfig
-    stride: int
-    """Pixels per latent row and column."""
     width: int
     height: int
     num_frames: int
@@ -54,14 +53,13 @@ class Workload:
     decode: bool = True
 
     @property
-    def pixel_multiple(self) -> int:
-        """Of width and height."""
-        return self.stride * PATCH_SIZE[1]
+    def latents(self) -> LatentSpace:
+        return self.config.variant.latents
 
     @property
     def tokens(self) -> int:
-        frames = (self.num_frames - 1) // TEMPORAL_STRIDE + 1
-        return frames * (self.height // self.pixel_multiple) * (self.width // self.pixel_multiple)
+        _, frames, rows, cols = self.latents.shape(self.width, self.height, self.num_frames)
+        return frames * (rows // PATCH_SIZE[1]) * (cols // PATCH_SIZE[2])
 
     @property
     def outside_bytes(self) -> int:
@@ -198,9 +196,9 @@ def peer_bytes(work: Workload, parallel: Parallel) -> int:
 def vae_decode_bytes(work: Workload, parallel: Parallel) -> int:
     """Bytes of the VAE and of one chunk of frames in it; rows are split over the ranks that there are rows for."""
     width = 2 if parallel.mixed_precision == "bf16" else 4
-    rows = work.height // work.stride
+    rows = work.height // work.latents.stride
     split = parallel.gpu_count if rows >= parallel.gpu_count else 1
-    return (work.vae_bytes + work.width * math.ceil(rows / split) * work.stride * VAE_PIXEL_BYTES) * width // 2
+    return (work.vae_bytes + work.width * math.ceil(rows / split) * work.latents.stride * VAE_PIXEL_BYTES) * width // 2
 
 
 def process_bytes(parallel: Parallel, *changing: int) -> int:

@@ -174,7 +174,7 @@ def _slowest(gpus: Sequence[Gpu], links: Links) -> str:
 
 def _largest_size(work: Workload, fits: Callable[[Workload], bool]) -> tuple[int, int] | None:
     """Of the same aspect ratio, by bisection over the shorter side in tokens."""
-    multiple, short = work.pixel_multiple, min(work.width, work.height)
+    multiple, short = work.latents.pixel_multiple, min(work.width, work.height)
 
     def sized(tokens: int) -> Workload:
         scale = tokens * multiple / short

@@ -9,15 +9,15 @@ from ...wan.checkpoint.checkpoint import Checkpoint
 from ...wan.files.identify import noise_side
 from ...wan.lora.lora import Lora
 from ...wan.model.config import HIGH_NOISE, LOW_NOISE, WanConfig
+from ...wan.model.latent_space import LATENT_SPACES, WAN21
 from ...wan.text.t5_keys import check_text_encoder_files
-from ...wan.vae.latents import SPATIAL_STRIDES, pixel_multiple
 from ...wan.vae.vae_keys import check_vae_file
 from ..job.input_tensors import Shape, check_inputs
 from ..job.job import Job, ModelFiles, Sampling
 
 SPARSE_HEAD_DIM = 128
 """Of `attention` sol."""
-SIZE_MULTIPLE = pixel_multiple(16)
+SIZE_MULTIPLE = WAN21.pixel_multiple
 """Of width and height, for every model but TI2V-5B, whose tokens are twice as wide."""
 
 
@@ -55,16 +55,17 @@ def check_model(model: ModelFiles, on_report: Callable[[str], None] = lambda lin
     for other in experts[1:]:
         if other.config != config:
             raise ValueError(
-                f"the experts do not belong together: {experts[0].label} is {config}, {other.label} is {other.config}"
+                f"the experts do not belong together: {config.describe()} high-noise with {other.config.describe()} "
+                f"low-noise{config.differences(other.config)}. high_noise is {experts[0].label}, low_noise is "
+                f"{other.label}; choose both from one release"
             )
-    if config.out_dim not in SPATIAL_STRIDES:
-        raise ValueError(
-            f"{experts[0].label} makes latents of {config.out_dim} channels; the VAEs have {list(SPATIAL_STRIDES)}"
-        )
-    vae = model.vae[0].path
+    vae, latents = model.vae[0].path, config.variant.latents
     z_dim = check_vae_file(vae).z_dim
-    if z_dim is not None and z_dim != config.out_dim:
-        raise ValueError(f"{vae} decodes {z_dim} channels; the transformer makes {config.out_dim}")
+    if z_dim is not None and z_dim != latents.channels:
+        raise ValueError(
+            f"{vae} is a {LATENT_SPACES[z_dim].vae}; a {config.describe()} model goes with the {latents.vae} "
+            f"({latents.example})"
+        )
     for report in _lora_reports(model, experts):
         on_report(report)
     if model.text_encoder:
@@ -99,7 +100,7 @@ def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
     warnings: list[str] = []
     config = check_model(model, warnings.append)
     for name in ("width", "height"):
-        check_size(name, getattr(sampling, name), pixel_multiple(config.out_dim))
+        check_size(name, getattr(sampling, name), config.variant.latents.pixel_multiple)
     check_inputs(job, config, shapes)
     if job.text is None and "context_null" not in shapes and needs_negative(model, sampling):
         raise ValueError(

@@ -8,15 +8,12 @@ import math
 from ...wan.checkpoint.checkpoint import Checkpoint
 from ...wan.checkpoint.weights import COMPUTE_DTYPES, empty_model
 from ...wan.text.t5_keys import check_text_encoder_files, module_shapes
-from ...wan.vae.latents import SPATIAL_STRIDES
 from ..job.job import Parallel
 from ..job.model_files import FileIdentity, ModelFiles
 from ..job.sampling import Sampling
 from .gpu_memory import Workload
 from .preflight import needs_negative
 
-VAE_BYTES = {16: 254_000_000, 48: 1_410_000_000}
-"""Latent channels -> bytes of the VAE's parameters in bf16."""
 BF16_BYTES = 2
 
 
@@ -50,7 +47,6 @@ def workload_of(
         text_bytes = BF16_BYTES * sum(math.prod(shape) for shape in module_shapes(info).values())
     return Workload(
         config=checkpoint.config,
-        stride=SPATIAL_STRIDES[checkpoint.config.out_dim],
         width=sampling.width,
         height=sampling.height,
         num_frames=sampling.num_frames,
@@ -58,7 +54,7 @@ def workload_of(
         experts=tuple(expert for expert, _ in sizes),
         block_bytes=max(block for _, block in sizes),
         fp8=bool(checkpoint.fp8) and parallel.linear_precision != "fp8",
-        vae_bytes=VAE_BYTES[checkpoint.config.out_dim],
+        vae_bytes=checkpoint.config.variant.latents.vae_bytes,
         text_bytes=text_bytes,
         guided=needs_negative(model, sampling),
         given_frames=given_frames,

@@ -15,7 +15,7 @@ from ...wan.checkpoint.checkpoint import Checkpoint
 from ...wan.checkpoint.weights import COMPUTE_DTYPES, empty_model, read_weights
 from ...wan.lora.lora import Lora, changes
 from ...wan.model.attention import Attention, attention
-from ...wan.model.config import PATCH_SIZE
+from ...wan.model.latent_space import PATCH_SIZE
 from ...wan.model.rope import rope_table
 from ...wan.model.transformer import TextContext, WanModel, pad_text
 from ..job.job import Parallel

@@ -21,7 +21,7 @@ from ...wan.model.transformer import pad_text
 from ...wan.sampling.conditioning import Conditioning, build_conditioning
 from ...wan.sampling.denoise import Guidance, Known, denoise, draw_noise
 from ...wan.sampling.schedule import make_solver
-from ...wan.vae.latents import denormalise, latents_shape, normalise
+from ...wan.vae.latents import denormalise, normalise
 from ..group.group_folder import GroupDir
 from ..job.input_tensors import CONTEXT, CONTEXT_NULL
 from ..job.job import Job, JobError
@@ -96,7 +96,7 @@ class Worker:
         """The schedule, and the noise that it starts from."""
         sampling, model = self.job.sampling, self.job.model
         self.config = Checkpoint([file.path for file in model.transformer]).config
-        shape = latents_shape(sampling.width, sampling.height, sampling.num_frames, self.config.out_dim)
+        shape = self.config.variant.latents.shape(sampling.width, sampling.height, sampling.num_frames)
         self.noise = draw_noise(shape, sampling.seed)
         self.steps = sampling.step_range
         self.solver = make_solver(sampling.solver, sampling.schedule_steps, sampling.shift, self.steps.start)
@@ -149,7 +149,7 @@ class Worker:
         """What the video starts from; pictures are encoded by all ranks together."""
         first, sampling = self.steps.start, self.job.sampling
         return build_conditioning(
-            self.inputs, self.noise, task=self.config.task, num_frames=sampling.num_frames,
+            self.inputs, self.noise, variant=self.config.variant, num_frames=sampling.num_frames,
             # At its very start a schedule is pure noise, also where a solver's grid begins a hair below 1.
             sigma=self.solver.sigmas[first] if first else 1.0,
             add_noise=sampling.add_noise,

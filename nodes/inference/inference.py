@@ -99,7 +99,7 @@ def build_job(settings: dict[str, Any], status: Status) -> tuple[Job, dict[str, 
 
     model = model_of(settings, status)
     config = check_model(model)
-    settings = with_preset(settings, config.task, status)
+    settings = with_preset(settings, config.variant, status)
     sampling = _sampling(settings, status)
     text, tensors = embeds.text_inputs(settings, model, sampling, status)
     parallel, sampling = planned(
@@ -108,7 +108,7 @@ def build_job(settings: dict[str, Any], status: Status) -> tuple[Job, dict[str, 
         lambda: _parallel(settings, model, sampling, status),
         model,
         sampling,
-        task=config.task,
+        variant=config.variant,
         encodes_text=text is not None,
         status=status,
     )

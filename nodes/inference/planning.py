@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ...distributed.planning.gpu_memory import Workload
     from ...distributed.planning.plan import Plan
     from ...distributed.planning.policies import Request
+    from ...wan.model.variants import Variant
 
 SIDE_BY_SIDE = "jobs side by side"
 """Among the inputs: how many jobs share this machine's memory; without it one."""
@@ -32,7 +33,7 @@ def planned(
     model: ModelFiles,
     sampling: Sampling,
     *,
-    task: str,
+    variant: Variant,
     encodes_text: bool,
     status: Status,
 ) -> tuple[Parallel, Sampling]:
@@ -40,7 +41,7 @@ def planned(
 
     Args:
         literal: the switches as they are.
-        task: of the model: t2v, i2v or ti2v.
+        variant: of the model.
         encodes_text: the job runs the text encoder.
     Raises:
         ValueError: the video does not fit; the message says what would.
@@ -73,7 +74,7 @@ def planned(
         sampling,
         request.base,
         encodes_text=encodes_text,
-        given_frames=task == "ti2v" and image,
+        given_frames=variant.known_frames and image,
         decode=settings.get("decode_video", True) or image,
     )
     host_bytes = warm.pool().host_bytes()

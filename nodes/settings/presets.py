@@ -5,19 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...wan.model.variants import VARIANTS, Variant
 from ..host.status import Status
 
 CUSTOM = "custom"
-BOUNDARIES = {"t2v": 0.875, "i2v": 0.9}
-"""Task of the model -> where the experts change; a model of one transformer has no such place."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
     """Values of the inference node's widgets."""
 
-    task: str | None
-    """Of the models that it is for; None: any."""
+    variant: str | None
+    """Name of the one that it is for; None: any."""
     solver: str
     steps: int
     shift: float
@@ -27,19 +26,25 @@ class Preset:
 
 # From the official configuration files and generate.py; Lightning from its own repository.
 PRESETS: dict[str, Preset] = {
-    "official T2V-A14B": Preset(task="t2v", solver="unipc", steps=40, shift=12.0, guidance_low=3.0, guidance_high=4.0),
-    "official I2V-A14B": Preset(task="i2v", solver="unipc", steps=40, shift=5.0, guidance_low=3.5, guidance_high=3.5),
-    "official TI2V-5B": Preset(task="ti2v", solver="unipc", steps=50, shift=5.0, guidance_low=5.0, guidance_high=5.0),
-    "Lightning 4 steps": Preset(task=None, solver="euler", steps=4, shift=5.0, guidance_low=1.0, guidance_high=1.0),
+    "official T2V-A14B": Preset(
+        variant="T2V", solver="unipc", steps=40, shift=12.0, guidance_low=3.0, guidance_high=4.0
+    ),
+    "official I2V-A14B": Preset(
+        variant="I2V", solver="unipc", steps=40, shift=5.0, guidance_low=3.5, guidance_high=3.5
+    ),
+    "official TI2V-5B": Preset(
+        variant="TI2V-5B", solver="unipc", steps=50, shift=5.0, guidance_low=5.0, guidance_high=5.0
+    ),
+    "Lightning 4 steps": Preset(variant=None, solver="euler", steps=4, shift=5.0, guidance_low=1.0, guidance_high=1.0),
 }
 
 
-def with_preset(settings: dict[str, Any], task: str, status: Status) -> dict[str, Any]:
+def with_preset(settings: dict[str, Any], variant: Variant, status: Status) -> dict[str, Any]:
     """The node's settings with those of its preset, if it has one.
 
     Args:
         settings: the node's inputs by name.
-        task: of the model: "t2v", "i2v" or "ti2v".
+        variant: of the model.
     """
     name = settings.get("preset", CUSTOM)
     if name == CUSTOM:
@@ -52,12 +57,12 @@ def with_preset(settings: dict[str, Any], task: str, status: Status) -> dict[str
         "guidance_low": preset.guidance_low,
         "guidance_high": preset.guidance_high,
     }
-    boundary = BOUNDARIES.get(preset.task or task)
-    if boundary is not None:
-        values["boundary"] = boundary
+    tuned_for = variant if preset.variant is None else VARIANTS[preset.variant]
+    if tuned_for.boundary is not None:
+        values["boundary"] = tuned_for.boundary
     status.note(f"preset {name} set " + ", ".join(f"{key} {_shown(value)}" for key, value in values.items()))
-    if preset.task not in (None, task):
-        status.note(f"preset {name} is for {preset.task} models; this one is {task}")
+    if tuned_for != variant:
+        status.note(f"preset {name} is for {tuned_for.name} models; this one is {variant.name}")
     return {**settings, **values}
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...distributed.job.errors import check, listed
+from ...wan.model.latent_space import TEMPORAL_STRIDE, WAN21
+from ...wan.model.variants import takers
 from ..host.declared import is_set, kind_of
 from ..host.status import Status
 from ..host.tensors import tensor_of
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from ...distributed.job.job import Sampling
     from ...wan.model.config import WanConfig
 
-CHANNELS, MASK_CHANNELS, STRIDE = 16, 4, 8
+CHANNELS, STRIDE, MASK_CHANNELS = WAN21.channels, WAN21.stride, TEMPORAL_STRIDE
 """Of the latents that I2V models take, and pixels per latent row and column."""
 EMBEDS_KEYS = frozenset(
     {
@@ -47,7 +49,7 @@ def image_tensors(settings: dict[str, Any], sampling: Sampling, config: WanConfi
     for name in ("start_image", "end_image"):
         if settings.get(name) is not None:
             picture = _picture(settings[name], name, sampling, status)
-            found[name] = fit_image(picture, sampling.width, sampling.height, config.task)
+            found[name] = fit_image(picture, sampling.width, sampling.height, config.variant)
     conditioning = _from_texts(settings, sampling, status)
     image_embeds = settings.get("image_embeds")
     if image_embeds is not None:
@@ -175,11 +177,11 @@ def _known_frames(extra_latents: Any, sampling: Sampling, config: WanConfig) -> 
     """Latent frames that a TI2V-5B video holds from the start, [1, 48, n, h, w] each, normalised."""
     import torch
 
-    from ...wan.vae.latents import denormalise, latents_shape
+    from ...wan.vae.latents import denormalise
 
-    if config.task != "ti2v":
-        raise ValueError("image_embeds carries extra_latents, which only the TI2V-5B model follows")
-    shape = latents_shape(sampling.width, sampling.height, sampling.num_frames, config.out_dim)
+    if "noise_mask" not in config.variant.takes:
+        raise ValueError(f"image_embeds carries extra_latents, which only the {takers('noise_mask')} model follows")
+    shape = config.variant.latents.shape(sampling.width, sampling.height, sampling.num_frames)
     if not isinstance(extra_latents, list) or len(extra_latents) > shape[1]:
         found = f"{len(extra_latents)} entries" if isinstance(extra_latents, list) else kind_of(extra_latents)
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...wan.model.latent_space import LATENT_SPACES, TEMPORAL_STRIDE
 from ..host.declared import is_set, kind_of
 from ..host.status import Status
 from ..host.tensors import tensor_of
@@ -32,16 +33,14 @@ def latent_tensors(value: Any, sampling: Sampling, config: WanConfig, status: St
     Raises:
         ValueError: in the user's words, if it is not one video of this node's size for this model.
     """
-    from ...wan.vae.latents import SPATIAL_STRIDES, denormalise
+    from ...wan.vae.latents import denormalise
 
     samples = _samples(value)
     channels, *size = samples.shape
     mask = _noise_mask(value, size)
-    if channels not in SPATIAL_STRIDES:
-        raise ValueError(
-            f"samples have {channels} channels; Wan's latents have {' or '.join(map(str, SPATIAL_STRIDES))}"
-        )
-    check_video_size("samples", size, SPATIAL_STRIDES[channels], sampling)
+    if channels not in LATENT_SPACES:
+        raise ValueError(f"samples have {channels} channels; Wan's latents have {' or '.join(map(str, LATENT_SPACES))}")
+    check_video_size("samples", size, LATENT_SPACES[channels].stride, sampling)
     if mask is None and not samples.any():
         return {}
     if channels != config.out_dim:
@@ -64,8 +63,6 @@ def check_video_size(name: str, size: Sequence[int], stride: int, sampling: Samp
     Args:
         stride: pixels per latent row and column.
     """
-    from ...wan.model.config import TEMPORAL_STRIDE
-
     frames, rows, cols = size
     wanted = ((sampling.num_frames - 1) // TEMPORAL_STRIDE + 1, sampling.height // stride, sampling.width // stride)
     if (frames, rows, cols) != wanted:

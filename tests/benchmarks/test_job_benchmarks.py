@@ -42,10 +42,10 @@ def test_random_models_share_what_is_equal_and_load(tmp_path: Path):
     assert inodes["tiny", "low_noise_model"] == t2v
     assert len(t2v) == len(i2v) == 3
     assert len(t2v & i2v) == 2
-    for name, task in (("tiny", "t2v"), ("tiny-i2v", "i2v")):
+    for name, variant in (("tiny", "T2V"), ("tiny-i2v", "I2V")):
         checkpoint = Checkpoint(checkpoint_files(tmp_path / name / "high_noise_model"))
         assert checkpoint.config == random_models.model_config(name)
-        assert checkpoint.config.task == task
+        assert checkpoint.config.variant.name == variant
     with pytest.raises(ValueError, match="model is 'huge'; it must be one of t2v-A14B"):
         random_models.write_model(tmp_path, "huge")
     path = random_models.write_text_encoder(tmp_path, 64)
@@ -58,10 +58,10 @@ def test_smooth_latents_give_a_smooth_video(tmp_path: Path, name: str):
     """Neighbouring pixels and frames are nearly alike, while the picture as a whole is not flat."""
     import random_models
     from real_jobs import moving_picture
-    from wan_pack.wan.vae.latents import latents_shape
+    from wan_pack.wan.model.latent_space import LATENT_SPACES
 
     vae = load_vae([random_models.write_model(tmp_path, name) / "vae.safetensors"])
-    shape = latents_shape(128, 96, 9, vae.config.z_dim)
+    shape = LATENT_SPACES[vae.config.z_dim].shape(128, 96, 9)
     latents = moving_picture(shape, torch.Generator().manual_seed(0))
     assert latents.std().item() == pytest.approx(1, abs=1e-3)
     video = torch.cat(list(decode_frames(vae, latents[None])), 1)

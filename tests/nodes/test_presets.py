@@ -8,45 +8,46 @@ import pytest
 from wan_pack.distributed.job.job import SOLVERS
 from wan_pack.nodes.host.status import Status
 from wan_pack.nodes.settings.presets import CUSTOM, PRESETS, with_preset
+from wan_pack.wan.model.variants import VARIANTS
 
 OWN = {"scheduler": "dpm++", "sample_steps": 7, "shift": 2.0, "guidance_low": 9.0, "guidance_high": 9.0}
 OWN |= {"boundary": 0.5, "seed": 3}
 
 
 @pytest.mark.parametrize(
-    ("preset", "task", "expected"),
+    ("preset", "name", "expected"),
     [
-        ("official T2V-A14B", "t2v", ("unipc", 40, 12.0, 3.0, 4.0, 0.875)),
-        ("official I2V-A14B", "i2v", ("unipc", 40, 5.0, 3.5, 3.5, 0.9)),
-        ("official TI2V-5B", "ti2v", ("unipc", 50, 5.0, 5.0, 5.0, 0.5)),
-        ("Lightning 4 steps", "t2v", ("euler", 4, 5.0, 1.0, 1.0, 0.875)),
-        ("Lightning 4 steps", "i2v", ("euler", 4, 5.0, 1.0, 1.0, 0.9)),
-        ("Lightning 4 steps", "ti2v", ("euler", 4, 5.0, 1.0, 1.0, 0.5)),
+        ("official T2V-A14B", "T2V", ("unipc", 40, 12.0, 3.0, 4.0, 0.875)),
+        ("official I2V-A14B", "I2V", ("unipc", 40, 5.0, 3.5, 3.5, 0.9)),
+        ("official TI2V-5B", "TI2V-5B", ("unipc", 50, 5.0, 5.0, 5.0, 0.5)),
+        ("Lightning 4 steps", "T2V", ("euler", 4, 5.0, 1.0, 1.0, 0.875)),
+        ("Lightning 4 steps", "I2V", ("euler", 4, 5.0, 1.0, 1.0, 0.9)),
+        ("Lightning 4 steps", "TI2V-5B", ("euler", 4, 5.0, 1.0, 1.0, 0.5)),
     ],
 )
-def test_preset_sets_what_belongs_together(preset: str, task: str, expected: tuple[Any, ...]) -> None:
+def test_preset_sets_what_belongs_together(preset: str, name: str, expected: tuple[Any, ...]) -> None:
     status = Status()
-    made = with_preset({**OWN, "preset": preset}, task, status)
+    made = with_preset({**OWN, "preset": preset}, VARIANTS[name], status)
     names = ("scheduler", "sample_steps", "shift", "guidance_low", "guidance_high", "boundary")
     assert tuple(made[name] for name in names) == expected
     assert made["seed"] == 3
     assert len(status.warnings) == 1
     assert status.warnings[0].startswith(f"preset {preset} set scheduler {expected[0]}, sample_steps {expected[1]},")
-    assert ("boundary" in status.warnings[0]) == (task != "ti2v")
+    assert ("boundary" in status.warnings[0]) == (name != "TI2V-5B")
 
 
 def test_custom_changes_nothing() -> None:
     status = Status()
-    assert with_preset({**OWN, "preset": CUSTOM}, "t2v", status) == {**OWN, "preset": CUSTOM}
-    assert with_preset(OWN, "t2v", status) == OWN
+    assert with_preset({**OWN, "preset": CUSTOM}, VARIANTS["T2V"], status) == {**OWN, "preset": CUSTOM}
+    assert with_preset(OWN, VARIANTS["T2V"], status) == OWN
     assert status.warnings == []
 
 
 def test_preset_of_another_model_is_said() -> None:
     status = Status()
-    made = with_preset({**OWN, "preset": "official I2V-A14B"}, "t2v", status)
+    made = with_preset({**OWN, "preset": "official I2V-A14B"}, VARIANTS["T2V"], status)
     assert made["boundary"] == 0.9
-    assert status.warnings[1] == "preset official I2V-A14B is for i2v models; this one is t2v"
+    assert status.warnings[1] == "preset official I2V-A14B is for I2V models; this one is T2V"
 
 
 def test_presets_name_solvers_that_exist() -> None:

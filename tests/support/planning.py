@@ -34,7 +34,7 @@ def workload(kind: str = "t2v-A14B", experts: int = 2, **changes: Any) -> Worklo
     """832x480, 81 frames."""
     expert, block, vae = KINDS[kind]
     settings = {
-        "config": WAN_CONFIGS[kind], "stride": 16 if kind == "ti2v-5B" else 8, "width": 832, "height": 480,
+        "config": WAN_CONFIGS[kind], "width": 832, "height": 480,
         "num_frames": 81, "steps": 40, "experts": (expert,) * experts, "block_bytes": block, "vae_bytes": vae,
     }  # fmt: skip
     return Workload(**{**settings, **changes})

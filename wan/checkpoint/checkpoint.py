@@ -23,7 +23,7 @@ from ..files.diffusers_keys import MARKER as DIFFUSERS_MARKER
 from ..files.diffusers_keys import to_official
 from ..files.gguf_files import GgufFile
 from ..files.headers import HeadersTogether, TensorInfo, read_header
-from ..files.identify import RUNNABLE, describe_tensors, wan_variant
+from ..files.identify import describe_tensors
 from ..files.model_folder import read_json_object, shard_files
 from ..files.quant_formats import quant_formats
 from ..files.quantised import DTYPES, READS, is_unused, pair_scales, refused_format
@@ -31,6 +31,7 @@ from ..files.stored_tensor import PackedTensor, PlainTensor, RowScale, StoredTen
 from ..model.config import WanConfig, config_from_shapes
 from ..model.linear import FP8_DTYPES, Fp8Weight
 from ..model.transformer import meta_model, parameter_dtype
+from ..model.variants import RUNNABLE, check_runs
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.")
 """In front of every tensor of the transformer, by who saved the file."""
@@ -90,9 +91,7 @@ class Checkpoint:
             self.shapes: Mapping[str, tuple[int, ...]] = {
                 name: tensor.shape for name, tensor in self._stored.items() if not isinstance(tensor, RowScale)
             }
-            variant = wan_variant(self.shapes)
-            if variant is not None:
-                raise ValueError(f"it is {variant}; expected {RUNNABLE}")
+            check_runs(self.shapes)
             self.config: WanConfig = config_from_shapes(self.shapes, num_heads=_num_heads(Path(self.files[0]).parent))
             _check_complete(self.shapes, self.config)
         except ValueError as error:

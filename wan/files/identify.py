@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 # In order: the first whose every marker ends some name decides.
@@ -41,45 +41,6 @@ def describe_tensors(names: Collection[str]) -> str:
     if not names:
         return "a file without tensors"
     return f"a file of {len(names)} tensors such as {', '.join(sorted(names)[:3])}"
-
-
-# A part of a tensor's name -> the variant of the Wan transformer that has it, and that this pack does not run.
-_VARIANTS = {
-    "vace_blocks": "a Wan VACE transformer",
-    "vace_patch_embedding": "a Wan VACE transformer",
-    "control_adapter": "a Wan Fun-Camera or Fun-Control transformer",
-    "ref_conv": "a Wan Fun-Control transformer",
-    "casual_audio_encoder": "a Wan S2V transformer",
-    "audio_injector": "a Wan S2V transformer",
-    "trainable_cond_mask": "a Wan S2V transformer",
-    "audio_proj": "a Wan transformer with an audio branch (S2V, MultiTalk, HuMo)",
-    "audio_cross_attn": "a Wan transformer with an audio branch (S2V, MultiTalk, HuMo)",
-    "face_adapter": "a Wan Animate transformer",
-    "motion_encoder": "a Wan Animate transformer",
-    "pose_patch_embedding": "a Wan Animate transformer",
-    "emb_pos": "a Wan2.1 FLF2V transformer",
-    "img_emb": "a Wan2.1 I2V transformer",
-    "k_img": "a Wan2.1 I2V transformer",
-}
-_CHANNELS = {(16, 16): "T2V", (36, 16): "I2V", (48, 48): "TI2V-5B"}
-"""Latent channels in and out of the models that this pack runs."""
-RUNNABLE = "a Wan2.2 transformer (T2V, I2V or TI2V-5B)"
-
-
-def wan_variant(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Names a Wan transformer that this pack does not run, by its tensors (official names); None for one it runs."""
-    parts = {part for name in shapes for part in name.split(".")}
-    for part, variant in _VARIANTS.items():
-        if part in parts:
-            return variant
-    embedding, head = shapes.get("patch_embedding.weight", ()), shapes.get("head.head.weight", ())
-    if len(embedding) != 5 or len(head) != 2 or (embedding[1], head[0] // 4) in _CHANNELS:
-        return None
-    channels = f"{embedding[1]} latent channels in and {head[0] // 4} out"
-    if head[0] // 4 == 16 and embedding[1] in (32, 48, 52):
-        return f"a Wan Fun-Control or camera transformer ({channels})"
-    allowed = ", ".join(f"{i} and {o} ({task})" for (i, o), task in _CHANNELS.items())
-    return f"a Wan variant with {channels}, not one of {allowed}"
 
 
 _NOISE = re.compile(r"(?<![a-z])(high|low)[ _.-]?noise", re.IGNORECASE)

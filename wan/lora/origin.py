@@ -6,13 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
+from ..model.variants import SIZES, VARIANTS
+
 _WAN_MODULE = re.compile(
     r"(?:^|[._])(?<!transformer_)(?<!double_)(?<!single_)blocks[._]\d+[._]"
     r"(?:(?:self_attn|cross_attn)[._](?:[qkvo]|[kv]_img|norm_[qk]|norm_k_img)\.|attn[12][._](?:to|add|norm)_|ffn[._]"
     r"|norm3\.|diff_m$|modulation|scale_shift_table)|patch_embedding"
 )
-_WAN_DIMS = {5120: "14B", 3072: "5B", 1536: "1.3B"}
-"""Channels of the residual stream -> size of the model."""
 _IMAGE_BRANCH = re.compile(r"k_img|v_img|img_emb|add_[kv]_proj|norm_added_k|image_embedder")
 
 # In order: the first that some name matches decides.
@@ -48,19 +48,16 @@ def describe_origin(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 def _describe_wan(shapes: Mapping[str, tuple[int, ...]]) -> str:
     sizes = Counter(size for shape in shapes.values() for size in shape)
-    dims = sorted((dim for dim in _WAN_DIMS if sizes[dim]), key=lambda dim: -sizes[dim])
+    dims = sorted((dim for dim in SIZES if sizes[dim]), key=lambda dim: -sizes[dim])
     if not dims:
         return "a Wan model of an unreleased size"
-    size = _WAN_DIMS[dims[0]]
-    if size == "5B":
-        return "Wan2.2 TI2V 5B"
     if any(_IMAGE_BRANCH.search(name) for name in shapes):
-        return f"Wan2.1 I2V {size}"
-    channels = _input_channels(shapes)
-    if size == "1.3B":
-        return "Wan2.1 Fun InP 1.3B" if channels == 36 else "Wan2.1 T2V 1.3B"
-    names = {16: "Wan2.2 T2V A14B or Wan2.1 T2V 14B", 36: "Wan2.2 I2V A14B"}
-    return names.get(channels, "a Wan 14B model (Wan2.2 T2V or I2V, or Wan2.1)")
+        return f"Wan2.1 I2V {SIZES[dims[0]]}"
+    named = [row for row in VARIANTS.values() if dims[0] in row.releases and not row.parts]
+    told = [row for row in named if row.channels[0] == _input_channels(shapes)]
+    if not told and len(named) > 1:
+        return f"a Wan {SIZES[dims[0]]} model ({' or '.join(row.name for row in named)})"
+    return (told or named)[0].releases[dims[0]]
 
 
 def _input_channels(shapes: Mapping[str, tuple[int, ...]]) -> int | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from .variants import SIZES, Variant, optional_parts, variant_of
 
 HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
 """A model's experts: of the first steps, and of the last."""
@@ -31,11 +33,13 @@ class WanConfig:
     """Channels of the text encoder's rows."""
     freq_dim: int
     """Channels of the sinusoidal timestep embedding."""
+    parts: frozenset[str] = frozenset()
+    """Which of the parts that only some variants have (variants.py)."""
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, size in ((f.name, getattr(self, f.name)) for f in fields(self)):
+            if isinstance(size, int) and size < 1:
+                raise ValueError(f"{name} is {size}; it must be at least 1")
         if self.dim % self.num_heads or self.head_dim % 2:
             raise ValueError(
                 f"dim is {self.dim} and num_heads is {self.num_heads}; dim must be an even multiple of num_heads"
@@ -46,19 +50,25 @@ class WanConfig:
         return self.dim // self.num_heads
 
     @property
-    def task(self) -> str:
-        """t2v: from text. i2v: 20 more channels in, the image's. ti2v: known latents are given at timestep 0."""
-        if self.in_dim > self.out_dim:
-            return "i2v"
-        return "ti2v" if self.out_dim == 48 else "t2v"
+    def variant(self) -> Variant:
+        """Its row. Raises ValueError if no variant has such channels and parts."""
+        return variant_of((self.in_dim, self.out_dim), self.parts)
+
+    def describe(self) -> str:
+        """For people: "T2V 14B"; of another size than the releases its layers and channels."""
+        size = SIZES.get(self.dim)
+        return f"{self.variant.name} " + (size or f"of {self.num_layers} layers and {self.dim} channels")
+
+    def differences(self, other: WanConfig) -> str:
+        """What sets two models apart that `describe` calls the same, in brackets; nothing if it names them apart."""
+        if self.describe() != other.describe():
+            return ""
+        values = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return f" ({', '.join(f'{name} {one} and {two}' for name, one, two in values if one != two)})"
 
 
 TEXT_LEN = 512
 """Rows of text the cross-attention sees; shorter prompts are padded with zero rows, longer ones cut."""
-PATCH_SIZE = (1, 2, 2)
-"""Latent frames, rows and columns per token."""
-TEMPORAL_STRIDE = 4
-"""Frames per latent frame; the first latent frame is one frame."""
 EPS = 1e-6
 """Of every normalisation layer."""
 
@@ -119,4 +129,5 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], *, num_heads: int 
         out_dim=shapes["head.head.weight"][0] // 4,
         text_dim=shapes["text_embedding.0.weight"][1],
         freq_dim=shapes["time_embedding.0.weight"][1],
+        parts=optional_parts(shapes),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .config import PATCH_SIZE
+from .latent_space import PATCH_SIZE
 
 
 def token_grid(latents_shape: tuple[int, ...]) -> tuple[int, int, int]:

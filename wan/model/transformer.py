@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from .attention import Attention, attention
 from .codes import CodesAttention, Heads
-from .config import EPS, PATCH_SIZE, TEXT_LEN, WanConfig
+from .config import EPS, TEXT_LEN, WanConfig
+from .latent_space import PATCH_SIZE
 from .linear import E4M3, FP8_PRODUCTS, Fp8Rows, Fp8Weight, Linear, LinearInput
 from .ops import PLAIN, Ops, Rope, rms_norm
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.config import TEMPORAL_STRIDE
+from ..model.latent_space import TEMPORAL_STRIDE
+from ..model.variants import Variant
 from ..vae.latents import normalise
 from .denoise import noised
 
@@ -64,7 +65,7 @@ def build_conditioning(
     inputs: dict[str, Tensor],
     noise: Tensor,
     *,
-    task: str,
+    variant: Variant,
     num_frames: int,
     sigma: float,
     add_noise: bool,
@@ -76,14 +77,14 @@ def build_conditioning(
         inputs: start_image and end_image [3, H, W] in -1 to 1; image_conditioning [4 + C, T, h, w]; samples
             [C, T, h, w], un-normalised; noise_mask [T, h, w], 1 where latents are made. All may be absent.
         noise: [C, T, h, w].
-        task: of the model, `WanConfig.task`.
+        variant: of the model.
         sigma: noise level of the first step.
     """
     start, end, samples = (inputs.get(name) for name in ("start_image", "end_image", "samples"))
     if samples is not None:
         samples = normalise(samples, samples.shape[0])
     latents = start_latents(noise, samples, sigma=sigma, add_noise=add_noise)
-    if task == "i2v":
+    if variant.image_channels:
         image = inputs.get("image_conditioning")
         if image is None:
             image = image_channels(start, end, num_frames, tuple(noise.shape[1:]), encode)

@@ -6,14 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..model.variants import Variant
+
 STRETCHED = 32
 """Pixels: rounding width and height down to whole tokens, as the official code does, changes no side by more."""
 
 
-def fit_image(image: Tensor, width: int, height: int, task: str) -> Tensor:
+def fit_image(image: Tensor, width: int, height: int, variant: Variant) -> Tensor:
     """Scales a picture to cover the frame and cuts off what is over, equally on both sides.
 
-    With the official code's resampling: bicubic without antialiasing for i2v, Lanczos for ti2v. For i2v that code
+    With the official code's resampling: bicubic without antialiasing for I2V, Lanczos for TI2V. For I2V that code
     chooses a frame of nearly the picture's shape and stretches the picture over it, so nearly that shape is stretched.
 
     Args:
@@ -26,11 +28,11 @@ def fit_image(image: Tensor, width: int, height: int, task: str) -> Tensor:
     rows, cols = image.shape[:2]
     scale = max(width / cols, height / rows)
     covering = max(round(rows * scale), height), max(round(cols * scale), width)
-    if task == "i2v" and max(covering[0] - height, covering[1] - width) < STRETCHED:
+    if variant.image_channels and max(covering[0] - height, covering[1] - width) < STRETCHED:
         covering = height, width
     picture = image.float().cpu().permute(2, 0, 1)
     if covering != (rows, cols):
-        picture = _lanczos(picture, covering) if task == "ti2v" else _bicubic(picture, covering)
+        picture = _lanczos(picture, covering) if variant.known_frames else _bicubic(picture, covering)
     top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
     return (picture[:, top : top + height, left : left + width] * 2 - 1).contiguous()
 

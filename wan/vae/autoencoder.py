@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..files.tensor_files import TensorFiles, fill
-from ..model.config import TEMPORAL_STRIDE
+from ..model.latent_space import TEMPORAL_STRIDE, WAN22
 from .latents import denormalise, latent_statistics, normalise
 from .vae_coder import Decoder, Encoder
-from .vae_keys import EXPECTED, WAN22, VaeInfo, check_floats, module_names, vae_info
+from .vae_keys import EXPECTED, VaeInfo, check_floats, module_names, vae_info
 from .vae_layers import Rows, Tools, WholePicture
 from .vae_ops import VAE_OPS
 
@@ -44,7 +44,7 @@ def load_vae(
     missing = sorted(name for name in source.values() if name not in tensors.shapes)
     if missing:
         raise ValueError(
-            f"{tensors.label} is a {info.kind} VAE that lacks {len(missing)} tensors ({', '.join(missing[:3])}); "
+            f"{tensors.label} is a {info.kind.vae} that lacks {len(missing)} tensors ({', '.join(missing[:3])}); "
             f"expected {EXPECTED}"
         )
     fill(vae, tensors, source, dtype=dtype, device=device)
@@ -130,5 +130,5 @@ def _build(info: VaeInfo) -> AutoencoderKLWan:
             in_channels=12 if residual else 3,
             out_channels=12 if residual else 3,
             patch_size=2 if residual else None,
-            scale_factor_spatial=16 if residual else 8,
+            scale_factor_spatial=info.kind.stride,
         )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..model.config import PATCH_SIZE, TEMPORAL_STRIDE
-
 # fmt: off
 _MEANS: dict[int, tuple[float, ...]] = {
     16: (
@@ -44,21 +42,6 @@ def latent_statistics(z_dim: int) -> tuple[tuple[float, ...], tuple[float, ...]]
     if z_dim not in _MEANS:
         raise ValueError(f"latents have {z_dim} channels; they must have one of {sorted(_MEANS)}")
     return _MEANS[z_dim], _STDS[z_dim]
-
-
-SPATIAL_STRIDES = {16: 8, 48: 16}
-"""Latent channels -> pixels per latent row and column."""
-
-
-def latents_shape(width: int, height: int, num_frames: int, z_dim: int) -> tuple[int, int, int, int]:
-    """[C, T, h, w] of the latents of a video of width x height pixels."""
-    stride = SPATIAL_STRIDES[z_dim]
-    return z_dim, (num_frames - 1) // TEMPORAL_STRIDE + 1, height // stride, width // stride
-
-
-def pixel_multiple(z_dim: int) -> int:
-    """Width and height are whole tokens: 16 pixels, or 32 for the Wan2.2 VAE."""
-    return SPATIAL_STRIDES[z_dim] * PATCH_SIZE[1]
 
 
 def normalise(latents: Tensor, z_dim: int) -> Tensor:

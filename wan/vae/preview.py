@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..model.config import TEMPORAL_STRIDE
-from .latents import SPATIAL_STRIDES
+from ..model.latent_space import LATENT_SPACES, TEMPORAL_STRIDE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -70,7 +69,7 @@ def preview_of_vae(vae: AutoencoderKLWan) -> PreviewMap:
     """Fits the map of a VAE: one encoding of five small frames and one decoding of thirteen."""
     from .autoencoder import decode_frames, encode
 
-    stride = SPATIAL_STRIDES[vae.config.z_dim]
+    stride = LATENT_SPACES[vae.config.z_dim].stride
     pictures = encode(vae, training_video(TRAINING_POSITIONS * stride))
     # The early steps' estimates are no picture's latents yet, so smooth noise belongs to what is fitted.
     latents = torch.cat([pictures, smooth_noise(pictures)], dim=2)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..model.config import TEMPORAL_STRIDE
+from ..model.latent_space import TEMPORAL_STRIDE
 from .vae_layers import Attention, CausalConv, Downsample, ResidualBlock, Tools, Upsample, pointwise
 from .vae_ops import Sum
 

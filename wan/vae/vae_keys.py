@@ -8,16 +8,12 @@ from pathlib import Path
 
 from ..files.identify import describe_tensors
 from ..files.model_index import ModelIndex, read_index
+from ..model.latent_space import LATENT_SPACES, WAN21, WAN22, LatentSpace
 
-WAN21 = "Wan2.1"
-WAN22 = "Wan2.2"
-EXPECTED = "a Wan2.1 VAE (wan_2.1_vae.safetensors, Wan2.1_VAE.pth) or a Wan2.2 VAE (wan2.2_vae.safetensors)"
+EXPECTED = " or ".join(f"a {space.vae} ({space.example})" for space in LATENT_SPACES.values())
 
 PREFIXES = ("", "model.", "vae.", "first_stage_model.")
 """In front of every name of the VAE, by who saved the file."""
-
-Z_DIMS = {WAN21: 16, WAN22: 48}
-"""Latent channels of the released VAEs."""
 
 STAGES = 4
 RES_BLOCKS = 2
@@ -38,8 +34,7 @@ class VaeInfo:
     """Latent channels."""
     base_dim: int | None
     """Channels of the encoder's first stage."""
-    kind: str
-    """"Wan2.1" (8x8 pixels per latent) or "Wan2.2" (16x16 pixels per latent)."""
+    kind: LatentSpace
     decoder_base_dim: int | None
     """Channels of the decoder's last stage."""
     prefix: str
@@ -48,12 +43,11 @@ class VaeInfo:
     """Official names (ComfyUI keeps them) rather than diffusers'."""
 
 
-def module_names(kind: str) -> dict[str, str]:
+def module_names(kind: LatentSpace) -> dict[str, str]:
     """Official module path -> diffusers module path, for every convolution and norm of a VAE.
 
     Holds the shortcut of every residual block; a block whose width does not change has none.
     """
-    assert kind in (WAN21, WAN22), kind
     names = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
 
     def add_resnet(official: str, diffusers: str) -> None:
@@ -103,7 +97,7 @@ def module_names(kind: str) -> dict[str, str]:
     return names
 
 
-def diffusers_to_official(name: str, kind: str) -> str:
+def diffusers_to_official(name: str, kind: LatentSpace) -> str:
     """A diffusers tensor name -> the official one, which ComfyUI's files keep. KeyError for a name no VAE has."""
     module, _, leaf = name.rpartition(".")
     return {theirs: ours for ours, theirs in module_names(kind).items()}[module] + "." + leaf
@@ -146,15 +140,15 @@ def vae_info(names: Collection[str], shapes: Mapping[str, tuple[int, ...]] | Non
     )
     if missing:
         raise ValueError(
-            f"{path} is a {kind} VAE that lacks {len(missing)} tensors ({', '.join(missing[:3])}); expected {EXPECTED}"
+            f"{path} is a {kind.vae} that lacks {len(missing)} tensors ({', '.join(missing[:3])}); expected {EXPECTED}"
         )
     if shapes is None:
-        return VaeInfo(Z_DIMS[kind], None, kind, None, prefix, official)
+        return VaeInfo(kind.channels, None, kind, None, prefix, official)
 
     def first_size(official_module: str, leaf: str) -> int:
         name = f"{prefix}{official_module if official else modules[official_module]}.{leaf}"
         if not shapes[name] or not shapes[name][0]:
-            raise ValueError(f"{path} is damaged: tensor {name} of a {kind} VAE has shape {list(shapes[name])}")
+            raise ValueError(f"{path} is damaged: tensor {name} of a {kind.vae} has shape {list(shapes[name])}")
         return shapes[name][0]
 
     return VaeInfo(
@@ -175,7 +169,7 @@ def check_floats(index: ModelIndex, info: VaeInfo) -> None:
             tensor = (index.tensors or {}).get(f"{info.prefix}{module}.{leaf}")
             if tensor is not None and index.gguf is None and tensor.dtype not in FLOATS:
                 raise ValueError(
-                    f"{index.label} stores {info.prefix}{module}.{leaf} as {tensor.dtype}; a {info.kind} VAE is read "
+                    f"{index.label} stores {info.prefix}{module}.{leaf} as {tensor.dtype}; a {info.kind.vae} is read "
                     f"from {', '.join(FLOATS)}"
                 )
 
@@ -189,9 +183,9 @@ def check_vae_file(path: str | Path) -> VaeInfo:
     index = read_index([path], EXPECTED)
     info = vae_info(index.names, index.shapes, path)
     check_floats(index, info)
-    if info.z_dim != Z_DIMS[info.kind]:
+    if info.z_dim != info.kind.channels:
         raise ValueError(
-            f"{path} is a {info.kind} VAE with {info.z_dim} latent channels; expected {Z_DIMS[info.kind]} of them"
+            f"{path} is a {info.kind.vae} with {info.z_dim} latent channels; expected {info.kind.channels} of them"
         )
     return info
 

@@ -143,14 +143,14 @@ def test_the_log_says_what_becomes_of_quantised_weights(tmp_path: Path):
     assert Checkpoint([single_file(path, random_weights(SINGLE))]).describe() == f"{path}: 30 weights in F32"
 
 
-@pytest.mark.parametrize(("channels", "task"), [((16, 16), "t2v"), ((36, 16), "i2v"), ((48, 48), "ti2v")])
-def test_every_task_is_opened(tmp_path: Path, channels: tuple[int, int], task: str):
+@pytest.mark.parametrize(("channels", "name"), [((16, 16), "T2V"), ((36, 16), "I2V"), ((48, 48), "TI2V-5B")])
+def test_every_variant_is_opened(tmp_path: Path, channels: tuple[int, int], name: str):
     config = replace(SINGLE, in_dim=channels[0], out_dim=channels[1])
     official = Checkpoint([single_file(tmp_path / "m.safetensors", random_weights(config))])
     write_diffusers(tmp_path / "transformer", random_weights(config), config, shards=2)
     diffusers = Checkpoint(checkpoint_files(tmp_path / "transformer"))
     assert official.config == diffusers.config == config
-    assert config.task == task
+    assert config.variant.name == name
 
 
 def test_weights_are_cast_by_the_precision_policy(tmp_path: Path):

@@ -5,17 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 from wan_pack.wan.model.patch import patchify
+from wan_pack.wan.model.variants import VARIANTS
 from wan_pack.wan.sampling.conditioning import build_conditioning, image_frames, image_mask, start_latents
 from wan_pack.wan.sampling.denoise import Known, denoise, noised
 from wan_pack.wan.sampling.picture import fit_image
 from wan_pack.wan.sampling.schedule import SOLVERS, make_solver
 from wan_pack.wan.vae.latents import denormalise
 
+T2V, I2V, TI2V = (VARIANTS[name] for name in ("T2V", "I2V", "TI2V-5B"))
 NOISE = torch.randn(16, 3, 4, 6, generator=torch.Generator().manual_seed(0))
 
 
 def build(inputs: dict[str, torch.Tensor], **settings: object):
-    arguments = {"task": "t2v", "num_frames": 9, "sigma": 1.0, "add_noise": True, "encode": encode} | settings
+    arguments = {
+        "variant": T2V,
+        "num_frames": 9,
+        "sigma": 1.0,
+        "add_noise": True,
+        "encode": encode,
+    } | settings
     return build_conditioning(inputs, arguments.pop("noise", NOISE), **arguments)
 
 
@@ -28,11 +36,11 @@ def encode(video: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("size", "frame"), [((50, 80), (32, 32)), ((80, 50), (32, 32)), ((20, 20), (64, 32)), ((32, 64), (64, 32))]
 )
-@pytest.mark.parametrize("task", ["i2v", "ti2v"])
-def test_a_picture_covers_the_frame_and_keeps_its_middle(size: tuple[int, int], frame: tuple[int, int], task: str):
+@pytest.mark.parametrize("name", ["I2V", "TI2V-5B"])
+def test_a_picture_covers_the_frame_and_keeps_its_middle(size: tuple[int, int], frame: tuple[int, int], name: str):
     picture = torch.zeros(*size, 3)
     picture[size[0] // 2 - 3 : size[0] // 2 + 3, size[1] // 2 - 3 : size[1] // 2 + 3] = 1.0
-    fitted = fit_image(picture, *frame, task)
+    fitted = fit_image(picture, *frame, VARIANTS[name])
     assert fitted.shape == (3, frame[1], frame[0])
     bright = (fitted[0] > 0).nonzero().float().mean(0)
     assert (bright - torch.tensor([frame[1] / 2 - 0.5, frame[0] / 2 - 0.5])).abs().max() < 1.5
@@ -41,7 +49,7 @@ def test_a_picture_covers_the_frame_and_keeps_its_middle(size: tuple[int, int], 
 
 def test_a_picture_of_the_frames_size_is_not_resampled():
     picture = torch.rand(32, 64, 3)
-    assert torch.equal(fit_image(picture, 64, 32, "i2v"), (picture * 2 - 1).permute(2, 0, 1))
+    assert torch.equal(fit_image(picture, 64, 32, I2V), (picture * 2 - 1).permute(2, 0, 1))
 
 
 def test_the_mask_marks_the_frames_that_are_given():
@@ -64,12 +72,12 @@ def test_frames_that_are_not_given_are_grey():
 
 def test_an_i2v_model_gets_mask_then_latents():
     picture = torch.full((3, 32, 48), 0.9)
-    image = build({"start_image": picture}, task="i2v").image
+    image = build({"start_image": picture}, variant=I2V).image
     assert image.shape == (20, 3, 4, 6)
     assert torch.equal(image[:4], image_mask((3, 4, 6), start=True, end=False))
     torch.testing.assert_close(image[4:], torch.full((16, 3, 4, 6), 0.1))
     given = torch.randn(20, 3, 4, 6)
-    assert build({"image_conditioning": given}, task="i2v").image is given
+    assert build({"image_conditioning": given}, variant=I2V).image is given
 
 
 def test_latents_start_at_the_noise_level_of_the_first_step():
@@ -83,7 +91,7 @@ def test_latents_start_at_the_noise_level_of_the_first_step():
 
 def test_a_first_frame_stays_and_has_timestep_zero():
     noise = torch.randn(48, 3, 2, 4)
-    built = build({"start_image": torch.full((3, 32, 64), 0.6)}, task="ti2v", noise=noise, encode=encode_48)
+    built = build({"start_image": torch.full((3, 32, 64), 0.6)}, variant=TI2V, noise=noise, encode=encode_48)
     assert built.known_mask[0].all()
     assert not built.known_mask[1:].any()
     known = Known(patchify(built.known), patchify(built.known_mask.expand_as(built.known)))
@@ -100,7 +108,7 @@ def test_a_noise_mask_keeps_what_it_covers():
     samples, mask = torch.randn(48, 3, 2, 4), torch.ones(3, 2, 4)
     mask[0] = 0
     noise = torch.randn(48, 3, 2, 4)
-    built = build({"samples": denormalise(samples, 48), "noise_mask": mask}, task="ti2v", noise=noise)
+    built = build({"samples": denormalise(samples, 48), "noise_mask": mask}, variant=TI2V, noise=noise)
     assert torch.equal(built.known_mask, mask == 0)
     torch.testing.assert_close(built.known, samples, rtol=1e-4, atol=1e-5)
     assert torch.equal(built.latents, noise)

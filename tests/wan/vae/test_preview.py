@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from wan_pack.distributed.launch.changed_file import ChangedFile
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank.live_preview import PreviewWriter
+from wan_pack.wan.model.latent_space import LATENT_SPACES
 from wan_pack.wan.model.patch import patchify, token_grid
 from wan_pack.wan.sampling.denoise import Guidance, Known, denoise
 from wan_pack.wan.sampling.schedule import make_solver
 from wan_pack.wan.vae.autoencoder import load_vae
-from wan_pack.wan.vae.latents import SPATIAL_STRIDES
 from wan_pack.wan.vae.preview import PreviewMap, fit_preview, is_due, preview_of_vae
 
 
@@ -24,7 +24,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def linear_decoder(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight [3 * n * n, C] and bias of a decoder that a linear map can copy; n preview pixels per latent and axis."""
-    n = SPATIAL_STRIDES[channels] // 4
+    n = LATENT_SPACES[channels].stride // 4
     return 0.5 * noise(3 * n * n, channels, seed=1) / channels**0.5, 0.1 * noise(3 * n * n, seed=2)
 
 
@@ -32,13 +32,13 @@ def decoded(latents: torch.Tensor, decoder: tuple[torch.Tensor, torch.Tensor]) -
     """[C, T, h, w] -> [3, T, H, W]."""
     weight, bias = decoder
     cells = torch.einsum("kc,cthw->tkhw", weight, latents) + bias.view(1, -1, 1, 1)
-    small = F.pixel_shuffle(cells, SPATIAL_STRIDES[len(latents)] // 4)
+    small = F.pixel_shuffle(cells, LATENT_SPACES[len(latents)].stride // 4)
     return F.interpolate(small, scale_factor=4, mode="nearest").transpose(0, 1)
 
 
 @pytest.mark.parametrize("channels", [16, 48])
 def test_a_linear_vae_is_recovered(channels: int):
-    decoder, stride = linear_decoder(channels), SPATIAL_STRIDES[channels]
+    decoder, stride = linear_decoder(channels), LATENT_SPACES[channels].stride
     latents = noise(channels, 2, 16, 16)
     preview = fit_preview(latents, decoded(latents, decoder), stride)
     other = noise(channels, 1, 6, 10, seed=3)
@@ -53,7 +53,7 @@ def test_a_linear_vae_is_recovered(channels: int):
 def test_the_map_of_a_vae_is_of_its_size(golden_folder: Path, name: str):
     vae = load_vae(sorted((golden_folder / name / "vae").iterdir()), dtype=torch.float32, device=torch.device("cpu"))
     picture = preview_of_vae(vae).picture(noise(vae.config.z_dim, 6, 10))
-    n = SPATIAL_STRIDES[vae.config.z_dim] // 4
+    n = LATENT_SPACES[vae.config.z_dim].stride // 4
     assert picture.shape == (6 * n, 10 * n, 3)
 
 

@@ -11,12 +11,13 @@ from mount import GOLDEN
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from wan_pack.wan.files.model_folder import folder_files
+from wan_pack.wan.model.latent_space import WAN21, WAN22, LatentSpace
 from wan_pack.wan.vae.autoencoder import decode_frames, encode, load_vae
 from wan_pack.wan.vae.latents import denormalise, latent_statistics, normalise
 from wan_pack.wan.vae.vae_keys import check_vae_file, diffusers_to_official, module_names
 from wan_pack.wan.vae.vae_layers import channels_last
 
-CASES = [("vae_wan21", "Wan2.1", 16), ("vae_wan22", "Wan2.2", 48)]
+CASES = [("vae_wan21", WAN21, 16), ("vae_wan22", WAN22, 48)]
 
 
 def _model(case: str) -> Path:
@@ -28,7 +29,7 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("case", "kind", "z_dim"), CASES)
-def test_agrees_with_the_official_code(case: str, kind: str, z_dim: int) -> None:
+def test_agrees_with_the_official_code(case: str, kind: LatentSpace, z_dim: int) -> None:
     io = load_file(GOLDEN / case / "io.safetensors")
     info = check_vae_file(_model(case))
     assert (info.kind, info.z_dim, info.base_dim) == (kind, z_dim, 4)
@@ -65,7 +66,7 @@ def test_parts_of_any_size_give_what_diffusers_gives(case: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("case", "kind", "z_dim"), CASES)
-def test_every_file_loads_to_the_same_tensors(case: str, kind: str, z_dim: int, tmp_path: Path) -> None:
+def test_every_file_loads_to_the_same_tensors(case: str, kind: LatentSpace, z_dim: int, tmp_path: Path) -> None:
     official = load_file(_model(case))
     names = module_names(kind)
     diffusers = {

@@ -1,0 +1,66 @@
+"""The table of variants: what a header is taken for, what is refused by name, and that nothing else knows."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+
+import pytest
+import torch
+from mount import ROOT
+from tiny import TINY
+from wan_pack.wan.model.config import WAN_CONFIGS, WanConfig, config_from_shapes
+from wan_pack.wan.model.transformer import WanModel
+from wan_pack.wan.model.variants import REFUSED, VARIANTS, Refused, Variant, check_runs, takers
+
+
+def shapes_of(config: WanConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in WanModel(config).named_parameters()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_a_header_is_taken_for_its_row(variant: Variant):
+    shapes = shapes_of(replace(TINY, in_dim=variant.channels[0], out_dim=variant.channels[1], parts=variant.parts))
+    check_runs(shapes)
+    assert config_from_shapes(shapes, num_heads=TINY.num_heads).variant is variant
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=[row.name for row in REFUSED])
+def test_what_does_not_run_is_refused_by_its_name(row: Refused):
+    shapes = shapes_of(TINY)
+    told = [{**shapes, f"blocks.1.{part}.weight": (4,)} for part in row.parts]
+    told += [{**shapes, "patch_embedding.weight": (32, n, 1, 2, 2), "head.head.weight": (4 * m, 32)}
+             for n, m in row.channels]  # fmt: skip
+    assert told
+    for header in told:
+        with pytest.raises(ValueError, match=r"expected a Wan transformer \(T2V, ") as refusal:
+            check_runs(header)
+        assert row.name in str(refusal.value)
+
+
+def test_a_variant_without_a_row_is_refused_by_its_channels():
+    shapes = shapes_of(replace(TINY, in_dim=17))
+    with pytest.raises(ValueError, match=r"17 latent channels in and 16 out, not one of 16 and 16 \(T2V\), 36 and 16"):
+        check_runs(shapes)
+
+
+def test_models_have_names_for_people():
+    assert [config.describe() for config in WAN_CONFIGS.values()] == ["T2V 14B", "I2V 14B", "TI2V-5B 5B", "T2V 1.3B"]
+    assert TINY.describe() == "T2V of 2 layers and 32 channels"
+    deeper = replace(WAN_CONFIGS["t2v-A14B"], num_layers=41)
+    assert WAN_CONFIGS["t2v-A14B"].differences(deeper) == " (num_layers 40 and 41)"
+    assert deeper.differences(TINY) == ""
+    assert takers("noise_mask") == "TI2V-5B"
+
+
+def test_no_other_file_asks_for_a_variant():
+    """By its name, its task or its channels: what is asked of a model is a field of its row."""
+    for folder in ("nodes", "distributed", "wan"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                parts = list(ast.walk(node)) if isinstance(node, ast.Compare) else []
+                constants = {part.value for part in parts if isinstance(part, ast.Constant)}
+                channels = {part.attr for part in parts if isinstance(part, ast.Attribute)} & {"in_dim", "out_dim"}
+                assert not constants & {"t2v", "i2v", "ti2v", *VARIANTS}, f"{path}:{node.lineno}"
+                assert not (channels and constants), f"{path}:{node.lineno}"

@@ -1,0 +1,47 @@
+"""Where a transformer works: latents of one of two VAEs, their grid and what goes with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PATCH_SIZE = (1, 2, 2)
+"""Latent frames, rows and columns per token."""
+TEMPORAL_STRIDE = 4
+"""Frames per latent frame; the first latent frame is one frame."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentSpace:
+    """The latents of one VAE, and the VAE as far as its header tells."""
+
+    vae: str
+    """Its name for people."""
+    example: str
+    """Files of it that people have."""
+    channels: int
+    stride: int
+    """Pixels per latent row and column."""
+    vae_bytes: int
+    """Of the VAE's parameters in bf16."""
+
+    @property
+    def pixel_multiple(self) -> int:
+        """Width and height are whole tokens of so many pixels."""
+        return self.stride * PATCH_SIZE[1]
+
+    def shape(self, width: int, height: int, num_frames: int) -> tuple[int, int, int, int]:
+        """[C, T, h, w] of the latents of a video of width x height pixels."""
+        frames = (num_frames - 1) // TEMPORAL_STRIDE + 1
+        return self.channels, frames, height // self.stride, width // self.stride
+
+
+WAN21 = LatentSpace(
+    vae="Wan2.1 VAE",
+    example="wan_2.1_vae.safetensors, Wan2.1_VAE.pth",
+    channels=16,
+    stride=8,
+    vae_bytes=254_000_000,
+)
+WAN22 = LatentSpace(vae="Wan2.2 VAE", example="wan2.2_vae.safetensors", channels=48, stride=16, vae_bytes=1_410_000_000)
+LATENT_SPACES = {space.channels: space for space in (WAN21, WAN22)}
+"""By their channels."""

@@ -1,0 +1,148 @@
+"""What a transformer's file is: a row for each variant that runs, and one for each that is known and refused by name.
+
+A variant is told by what its header says: latent channels in and out, and which optional parts it has. Its two experts
+cannot be told apart so: they have the same tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from .latent_space import LATENT_SPACES, LatentSpace
+
+SIZES = {5120: "14B", 3072: "5B", 1536: "1.3B"}
+"""Channels of the residual stream -> the released size."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """A transformer that runs."""
+
+    name: str
+    """For people."""
+    channels: tuple[int, int]
+    """Latent channels in, with those of a picture, and out."""
+    parts: frozenset[str] = frozenset()
+    """Of tensors' names, between dots: one of each optional part that it has."""
+    releases: Mapping[int, str] = field(hash=False)
+    """Channels of the residual stream -> what its releases of that size are called."""
+    takes: tuple[str, ...] = ()
+    """Tensors of a job (`distributed/job/input_tensors.py`) that it may be given beside text."""
+    known_frames: bool = False
+    """Frames that are given stay in the latents, at timestep 0."""
+    boundary: float | None = None
+    """Where the official code changes experts; None: it has one."""
+
+    @property
+    def latents(self) -> LatentSpace:
+        return LATENT_SPACES[self.channels[1]]
+
+    @property
+    def image_channels(self) -> bool:
+        """Whether a picture's mask and latents are further channels of its input; then it needs a picture."""
+        return self.channels[0] > self.channels[1]
+
+
+_ROWS = (
+    Variant(
+        name="T2V",
+        channels=(16, 16),
+        releases={5120: "Wan2.2 T2V A14B or Wan2.1 T2V 14B", 1536: "Wan2.1 T2V 1.3B"},
+        boundary=0.875,
+    ),
+    Variant(
+        name="I2V",
+        channels=(36, 16),
+        releases={5120: "Wan2.2 I2V A14B", 1536: "Wan2.1 Fun InP 1.3B"},
+        takes=("start_image", "end_image", "image_conditioning"),
+        boundary=0.9,
+    ),
+    Variant(
+        name="TI2V-5B",
+        channels=(48, 48),
+        releases={3072: "Wan2.2 TI2V 5B"},
+        takes=("start_image", "noise_mask"),
+        known_frames=True,
+    ),
+)
+VARIANTS = {row.name: row for row in _ROWS}
+RUNNABLE = f"a Wan transformer ({', '.join(VARIANTS)})"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refused:
+    """A transformer that is known and does not run."""
+
+    name: str
+    parts: frozenset[str] = frozenset()
+    """Of tensors' names, between dots: any of them tells it."""
+    channels: tuple[tuple[int, int], ...] = ()
+    """Any of them tells it, where it has no part of its own."""
+
+
+# In order: the first that fits decides.
+REFUSED = (
+    Refused(name="a Wan VACE transformer", parts=frozenset({"vace_blocks", "vace_patch_embedding"})),
+    Refused(name="a Wan Fun-Camera or Fun-Control transformer", parts=frozenset({"control_adapter"})),
+    Refused(name="a Wan Fun-Control transformer", parts=frozenset({"ref_conv"})),
+    Refused(
+        name="a Wan S2V transformer",
+        parts=frozenset({"casual_audio_encoder", "audio_injector", "trainable_cond_mask"}),
+    ),
+    Refused(
+        name="a Wan transformer with an audio branch (S2V, MultiTalk, HuMo)",
+        parts=frozenset({"audio_proj", "audio_cross_attn"}),
+    ),
+    Refused(
+        name="a Wan Animate transformer", parts=frozenset({"face_adapter", "motion_encoder", "pose_patch_embedding"})
+    ),
+    Refused(name="a Wan2.1 FLF2V transformer", parts=frozenset({"emb_pos"})),
+    Refused(name="a Wan2.1 I2V transformer", parts=frozenset({"img_emb", "k_img"})),
+    Refused(name="a Wan Fun-Control or camera transformer", channels=((32, 16), (48, 16), (52, 16))),
+)
+_OPTIONAL = frozenset().union(*(variant.parts for variant in _ROWS))
+
+
+def optional_parts(names: Collection[str]) -> frozenset[str]:
+    """Which parts that only some variants have are among a transformer's tensors (official names)."""
+    return _OPTIONAL & {part for name in names for part in name.split(".")}
+
+
+def variant_of(channels: tuple[int, int], parts: frozenset[str]) -> Variant:
+    """The row of latent channels (in, out) and optional parts. Raises ValueError if there is none."""
+    for variant in _ROWS:
+        if (variant.channels, variant.parts) == (channels, parts):
+            return variant
+    allowed = ", ".join(f"{row.channels[0]} and {row.channels[1]} ({row.name})" for row in _ROWS)
+    raise ValueError(
+        f"it is a Wan variant with {channels[0]} latent channels in and {channels[1]} out, not one of {allowed}; "
+        f"expected {RUNNABLE}"
+    )
+
+
+def check_runs(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses, by its name, a Wan transformer that does not run.
+
+    Args:
+        shapes: tensor name -> shape, official names. What tells a size and is damaged is left to `config_from_shapes`.
+    Raises:
+        ValueError: naming the variant and what runs.
+    """
+    parts = {part for name in shapes for part in name.split(".")}
+    embedding, head = shapes.get("patch_embedding.weight", ()), shapes.get("head.head.weight", ())
+    channels = (embedding[1], head[0] // 4) if len(embedding) == 5 and len(head) == 2 else None
+    for row in REFUSED:
+        if not row.parts.isdisjoint(parts):
+            raise ValueError(f"it is {row.name}; expected {RUNNABLE}")
+        if channels in row.channels:
+            raise ValueError(
+                f"it is {row.name} ({channels[0]} latent channels in and {channels[1]} out); expected {RUNNABLE}"
+            )
+    if channels is not None:
+        variant_of(channels, optional_parts(shapes))
+
+
+def takers(tensor: str) -> str:
+    """The variants that may be given a tensor, for messages."""
+    return ", ".join(row.name for row in _ROWS if tensor in row.takes)
