@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # A hundred processes import torch in the tests; told to keep no bytecode, each of them would compile it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick test soak lint format clean
+.PHONY: demo quick test soak object-info lint format clean
 
 # A tiny model through the whole path in a real ComfyUI, to an mp4. No GPU needed.
 demo: $(READY)
@@ -21,6 +21,10 @@ test: $(READY) lint
 # Three hundred jobs in one ComfyUI, every tenth with a fault, of every kind in soak_faults.py.
 soak: $(READY)
 	SOAK_JOBS=300 $(PYTHON_IN_VENV) -m pytest -s tests/comfyui/test_soak.py
+
+# After a change of the nodes' inputs or outputs that is meant.
+object-info: $(READY)
+	WRITE_OBJECT_INFO=1 $(PYTHON_IN_VENV) -m pytest -q tests/nodes/test_object_info.py
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
