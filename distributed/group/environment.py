@@ -43,11 +43,14 @@ def child_environment(parallel: Parallel, group_folder: Path, source: Mapping[st
             ]
             if options:
                 kept[name] = ",".join(options)
+    caches = _caches(source)
+    if "PYTHONPYCACHEPREFIX" in caches:
+        del kept["PYTHONDONTWRITEBYTECODE"]
     defaults = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // parallel.gpus_per_host)),
         # Compile workers take host memory on every rank, and a few graphs do not keep them busy.
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        **_compile_cache(source),
+        **caches,
     }
     fixed = {
         GROUP_VARIABLE: str(group_folder),
@@ -69,10 +72,16 @@ def child_environment(parallel: Parallel, group_folder: Path, source: Mapping[st
     return {**defaults, **kept, **fixed}
 
 
-def _compile_cache(source: Mapping[str, str]) -> dict[str, str]:
-    """Where compiled kernels stay for the next job: torch's own choice is the temporary folder, often emptied."""
+def _caches(source: Mapping[str, str]) -> dict[str, str]:
+    """Where compiled kernels stay for the next job: torch's own choice is the temporary folder, often emptied.
+
+    Python's own compiled files too, where ComfyUI keeps none, as in most container images: to compile torch, diffusers
+    and transformers anew took each process of each video ten seconds.
+    """
     caches = source.get("XDG_CACHE_HOME") or (f"{source['HOME']}/.cache" if source.get("HOME") else "")
     if not caches:
         return {}
     folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    if source.get("PYTHONDONTWRITEBYTECODE"):
+        folders["PYTHONPYCACHEPREFIX"] = "pycache"
     return {name: f"{caches}/wan-distributed/{folder}" for name, folder in folders.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from ..parallel.mesh import Mesh
 from ..parallel.parallelize import set_shard
 from ..parallel.sequence import SequenceShard
 from .expert import Weights, build_expert, load_expert, relora_expert
+from .library_imports import import_diffusers
 from .prefetch import OnRead, Prefetch, read_ahead
 
 log = logging.getLogger(__name__)
@@ -100,8 +100,8 @@ class RankExperts:
         stale = [name for name in names if self._loaded.get(name) != wanted[name]]
         later = [name for name in stale if name != names[0] and name not in self.models]
         now = [name for name in stale if name not in later]
-        # One core per rank, or a video that is not decoded, would only wait for it.
-        meanwhile = _import_diffusers if job.decode and self._device.type == "cuda" else _nothing
+        # With one core per rank both would only wait for each other.
+        meanwhile = import_diffusers if self._device.type == "cuda" else _nothing
         # The one that runs first is read last, so that it is the one on the device.
         for index, name in enumerate(reversed(now)):
 
@@ -119,6 +119,8 @@ class RankExperts:
                 self._coming[name] = self._read_ahead(name, wanted[name], job, settings)
             else:
                 set_shard(self.models[name], shard)
+        # The solver needs it, whatever was loaded.
+        import_diffusers()
 
     def check_coming(self) -> None:
         """Raises what has gone wrong with an expert that is still being read."""
@@ -211,11 +213,3 @@ class RankExperts:
 
 
 def _nothing() -> None: ...
-
-
-def _import_diffusers() -> None:
-    """Seconds of imports for the solver and the VAE, which the reading of the weights leaves time for.
-
-    On the main thread: Python cannot import modules that need each other on two threads at once.
-    """
-    importlib.import_module("diffusers.models.autoencoders.autoencoder_kl_wan")

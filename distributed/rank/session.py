@@ -26,6 +26,7 @@ from ..parallel.mesh import Mesh, init_mesh
 from ..parallel.sequence import SequenceShard
 from ..parallel.split_vae import RankVae
 from .experts import RankExperts
+from .library_imports import import_diffusers
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +143,7 @@ class Session:
     def vae(self, job: Job) -> RankVae:
         """The VAE, loaded on first use and split over the ranks."""
         if self._vae is None:
+            import_diffusers()
             files = [file.path for file in job.model.vae]
             dtype = self.vae_dtype(job)
             self._vae = RankVae(files, dtype=dtype, device=self.device, group=self.group, ops=self.vae_ops)
@@ -150,6 +152,7 @@ class Session:
     def preview_map(self, job: Job) -> PreviewMap:
         """How latents look, fitted on first use. Not collective: for the rank that shows them."""
         if self._preview_map is None:
+            import_diffusers()
             # A VAE of its own, dropped at once: the calls of the split one are collective, and it would stay.
             files = [file.path for file in job.model.vae]
             self._preview_map = preview_of_vae(load_vae(files, dtype=self.vae_dtype(job), device=self.device))

@@ -30,6 +30,21 @@ def test_cache_is_in_the_users_cache_folder(tmp_path: Path):
     assert of() is None
 
 
+def test_python_keeps_what_it_compiles_where_comfyui_keeps_nothing(tmp_path: Path):
+    """Container images set the variable; torch, diffusers and transformers would be compiled by every process."""
+    off = {"PYTHONDONTWRITEBYTECODE": "1"}
+
+    def of(**source: str) -> dict[str, str]:
+        child = child_environment(Parallel(gpu_count=1), tmp_path, source)
+        return {name: value for name, value in child.items() if name in (*off, "PYTHONPYCACHEPREFIX")}
+
+    assert of(HOME="/home/a", **off) == {"PYTHONPYCACHEPREFIX": "/home/a/.cache/wan-distributed/pycache"}
+    assert of(HOME="/home/a", **off, PYTHONPYCACHEPREFIX="/mine") == {"PYTHONPYCACHEPREFIX": "/mine"}
+    assert of(HOME="/home/a") == {}
+    # With nowhere to keep it, it is as the user has it.
+    assert of(**off) == off
+
+
 def test_a_segment_compiles_for_its_first_size_and_then_once_for_all_others(monkeypatch: pytest.MonkeyPatch):
     """All blocks share a graph; no later video size waits for the compiler."""
     # What makes graphs is counted; making kernels of them takes a minute here.

@@ -1,0 +1,56 @@
+"""A rank imports of diffusers what it uses, and not what else is installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import mount
+import pytest
+
+SCRIPT = """
+import sys
+import torch
+from mount import mount_pack
+mount_pack()
+from wan_pack.distributed.rank.library_imports import MODULES, OPTIONAL, import_diffusers
+
+import_diffusers()
+assert all(name in sys.modules for name in MODULES)
+print(*(name for name in OPTIONAL if name in sys.modules))
+
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+scheduler.set_timesteps(3)
+AutoencoderKLWan(base_dim=4, z_dim=2, dim_mult=[1], num_res_blocks=1, temperal_downsample=[])
+
+# What was hidden is there for those who ask for it later, such as the text encoder.
+import transformers.models.umt5.modeling_umt5
+import scipy.stats
+"""
+
+
+@pytest.mark.processes
+def test_optional_packages_are_not_imported_and_stay_importable():
+    ended = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=False,
+        env={"PYTHONPATH": str(mount.__file__).rpartition("/")[0], "HOME": "/nonexistent", "PATH": "/usr/bin"},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.stdout.split() == []
+
+
+def test_hidden_packages_look_absent_only_inside():
+    from importlib.util import find_spec
+
+    from wan_pack.distributed.rank.library_imports import hidden
+
+    assert "wave" not in sys.modules
+    with hidden(("wave", "json")):
+        assert find_spec("wave") is None
+        with pytest.raises(ModuleNotFoundError):
+            import wave
+        import json  # It was imported before, by others who use it.
+    import wave
+
+    assert wave and json
