@@ -151,6 +151,7 @@ def test_fault_20_reads_are_bounded(tmp_path: Path):
     folder.remove()
 
 
+@pytest.mark.processes
 def test_fault_20_a_rank_names_what_is_wrong_with_its_job(stub_pack: Callable[..., None], tmp_path: Path):
     def damage(inputs: Path) -> None:
         job = inputs.with_name("job.json")

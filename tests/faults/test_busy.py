@@ -43,6 +43,7 @@ def once_started(program: Path) -> Callable[[], bool]:
     return lambda: pid.exists() and bool(pid.read_text())
 
 
+@pytest.mark.processes
 def test_fault_37_a_cancel_does_not_wait_for_the_check_of_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     program = sleeping_program(tmp_path / "ffmpeg")
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
@@ -67,6 +68,7 @@ def test_fault_37_a_cancel_does_not_wait_for_nvidia_smi(tmp_path: Path, monkeypa
     assert ended(program)
 
 
+@pytest.mark.processes
 def test_a_program_gets_its_input_and_is_read_to_its_end():
     """More than a pipe holds, over several looks for a cancel."""
     echo = "import sys, time; data = sys.stdin.buffer.read(); time.sleep(0.3); sys.stdout.buffer.write(data)"
@@ -92,6 +94,7 @@ def test_fault_37_killed_processes_are_not_listed_again_while_they_end(monkeypat
     assert len(lists) == 3, "once to kill, twice to see that nothing is left"
 
 
+@pytest.mark.processes
 def test_fault_37_what_is_older_than_the_group_is_not_looked_into(
     stub_pack: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -15,6 +15,7 @@ from wan_pack.distributed.launch.launcher import JobFailed
 OWN_WORDS = "rank 1: ValueError: the weights of layer 3 are bad"
 
 
+@pytest.mark.processes
 def test_fault_01_a_killed_rank_is_named_and_the_next_job_runs(
     fails: Callable[..., JobFailed], stub_pack: Callable[..., None], tmp_path: Path
 ):
@@ -30,12 +31,14 @@ def test_fault_01_a_killed_rank_is_named_and_the_next_job_runs(
     run_stub(tmp_path).remove()
 
 
+@pytest.mark.processes
 def test_fault_01_a_segmentation_fault_is_named(fails: Callable[..., JobFailed]):
     error = fails("segfault")
     assert str(error).startswith("rank 1 was killed by SIGSEGV")
     assert "Fatal Python error: Segmentation fault" in str(error), "its stack is in the log"
 
 
+@pytest.mark.processes
 def test_fault_02_the_headline_is_never_a_peers_echo(fails: Callable[..., JobFailed]):
     """Five times: the two ranks end in either order, and mostly within the same second."""
     for run in range(5):
@@ -46,6 +49,7 @@ def test_fault_02_the_headline_is_never_a_peers_echo(fails: Callable[..., JobFai
     assert "in fail" in str(error), "the traceback"
 
 
+@pytest.mark.processes
 def test_fault_02_an_abort_after_a_peers_error_is_not_the_cause(fails: Callable[..., JobFailed]):
     assert str(fails("abort")).startswith(OWN_WORDS)
 
@@ -79,6 +83,7 @@ def test_fault_02_the_cause_comes_before_its_echoes(failures: list[RankFailure],
     assert root_cause(failures[::-1]).rank == rank
 
 
+@pytest.mark.processes
 def test_fault_03_gpu_memory_that_runs_out_is_told_apart(faulty: Callable[..., JobFailed]):
     """Real ranks: the other one waits in a collective."""
     error = faulty("gpu memory")
@@ -88,6 +93,7 @@ def test_fault_03_gpu_memory_that_runs_out_is_told_apart(faulty: Callable[..., J
     assert "smaller size" in str(error)
 
 
+@pytest.mark.processes
 def test_fault_04_host_memory_that_runs_out_while_loading(fails: Callable[..., JobFailed]):
     error = fails("host memory")
     assert str(error).startswith("rank 1: MemoryError")
@@ -95,16 +101,19 @@ def test_fault_04_host_memory_that_runs_out_while_loading(fails: Callable[..., J
     assert error.out_of_memory
 
 
+@pytest.mark.processes
 def test_fault_04_a_rank_killed_while_loading(fails: Callable[..., JobFailed]):
     error = fails("killed while loading")
     assert str(error).startswith("rank 1 was killed by SIGKILL, often by the system's out-of-memory killer\nin load")
     assert "use_fsdp on, so that host memory holds less" in str(error)
 
 
+@pytest.mark.processes
 def test_fault_27_ranks_that_disagree_are_stopped(faulty: Callable[..., JobFailed]):
     assert "rank 1 has another job, other inputs or other noise than rank 0" in str(faulty("noise"))
 
 
+@pytest.mark.processes
 def test_fault_21_a_file_that_changed_is_refused_by_the_ranks(tiny_models: Path, tmp_path: Path):
     job = tiny_job(tiny_models, gpu_count=1)
     vae = dataclasses.replace(job.model.vae[0], size=1)
@@ -113,6 +122,7 @@ def test_fault_21_a_file_that_changed_is_refused_by_the_ranks(tiny_models: Path,
         run_tiny(job, tmp_path)
 
 
+@pytest.mark.processes
 def test_fault_17_a_video_of_nan_is_not_a_result(tiny_models: Path, tmp_path: Path):
     import torch
     from safetensors.torch import save_file

@@ -33,6 +33,7 @@ def child_of(folder: JobDir) -> Process:
     return process
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("ending", ["cancel", "agent", "rank"])
 def test_fault_07_10_what_a_rank_started_ends_with_the_job(stub_pack: StubPack, tmp_path: Path, ending: str):
     """A child in its own session, deaf to SIGTERM; its parents die first when the agent or the rank is killed."""
@@ -57,6 +58,7 @@ def test_fault_07_10_what_a_rank_started_ends_with_the_job(stub_pack: StubPack, 
         assert str(caught.value).startswith({"agent": "the agent was killed by SIGKILL", "rank": "rank 1 was"}[ending])
 
 
+@pytest.mark.processes
 def test_fault_07_a_cancel_is_quick_with_a_deaf_rank_and_the_next_job_runs(stub_pack: StubPack, tmp_path: Path):
     stub_pack("deaf peer", delay=60)
     watch = Watch(tmp_path)
@@ -68,6 +70,7 @@ def test_fault_07_a_cancel_is_quick_with_a_deaf_rank_and_the_next_job_runs(stub_
     run_stub(tmp_path).remove()
 
 
+@pytest.mark.processes
 def test_fault_07_an_exception_of_the_caller_ends_the_job(run_fake: Callable[..., Result], tmp_path: Path):
     """ComfyUI's own cancel is one, raised by its progress bar."""
 
@@ -90,6 +93,7 @@ def test_fault_08_a_cancel_before_the_start_starts_nothing(run_fake: Callable[..
     assert not (tmp_path / "jobs").exists()
 
 
+@pytest.mark.processes
 def test_fault_08_a_cancel_while_the_agent_is_starting(stub_pack: StubPack, tmp_path: Path):
     """0.2 s after it was spawned it is importing torch."""
     stub_pack("good")
@@ -125,6 +129,7 @@ thread.join()
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("how", ["killed", "killed, one rank frozen", "Ctrl-C"])
 def test_fault_09_everything_ends_with_comfyui(stub_pack: StubPack, tmp_path: Path, how: str):
     stub_pack("stop" if "frozen" in how else "child")

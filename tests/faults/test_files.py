@@ -26,6 +26,7 @@ from wan_pack.distributed.machine import prerequisites
 RunFake = Callable[..., Result]
 
 
+@pytest.mark.processes
 def test_fault_13_leftovers_are_never_read_and_go_when_the_next_job_starts(run_fake: RunFake, tmp_path: Path):
     stale = JobDir.create(tmp_path / "jobs")
     claim(stale)
@@ -104,6 +105,7 @@ write_json(path, {"is": "new"})
 """
 
 
+@pytest.mark.processes
 def test_fault_15_a_writer_killed_in_the_middle_leaves_the_old_file(tmp_path: Path):
     path = tmp_path / "result.json"
     writer = subprocess.Popen(
@@ -117,6 +119,7 @@ def test_fault_15_a_writer_killed_in_the_middle_leaves_the_old_file(tmp_path: Pa
     assert read_json(path) == {"is": "old"}
 
 
+@pytest.mark.processes
 def test_fault_16_a_disk_that_fills_up_is_named(fails: Callable[..., JobFailed]):
     error = fails("full disk")
     assert str(error).startswith("rank 1: SafetensorError: ")
@@ -124,6 +127,7 @@ def test_fault_16_a_disk_that_fills_up_is_named(fails: Callable[..., JobFailed])
     assert "Free space on the disk" in str(error)
 
 
+@pytest.mark.processes
 def test_fault_16_a_full_disk_is_named_before_the_start(
     run_fake: RunFake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -135,6 +139,7 @@ def test_fault_16_a_full_disk_is_named_before_the_start(
     assert not list((tmp_path / "jobs").iterdir())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("mode", "words"),
     [
@@ -157,6 +162,7 @@ def test_fault_17_only_a_whole_result_is_success(run_fake: RunFake, tmp_path: Pa
     assert not list((tmp_path / "jobs").iterdir())
 
 
+@pytest.mark.processes
 def test_fault_18_a_flood_of_log_is_bounded(run_fake: RunFake):
     """About 200 MB, binary, with redrawn progress bars and no newline at the end."""
     lines: list[str] = []
@@ -179,6 +185,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
+@pytest.mark.processes
 def test_fault_18_no_line_of_an_ordinary_log_is_lost(stub_pack: Callable[..., None], tmp_path: Path):
     stub_pack("chatter", rank=0)
     lines: list[str] = []
@@ -187,6 +194,7 @@ def test_fault_18_no_line_of_an_ordinary_log_is_lost(stub_pack: Callable[..., No
     assert [line for line in lines if line.startswith("line ")] == [f"line {n}" for n in range(400)]
 
 
+@pytest.mark.processes
 def test_fault_26_files_are_private_whatever_the_umask(fails: Callable[..., JobFailed], tmp_path: Path):
     before = os.umask(0)
     try:
@@ -202,6 +210,7 @@ def test_fault_26_files_are_private_whatever_the_umask(fails: Callable[..., JobF
     assert [path.name for path in files if path.stat().st_mode & 0o077] == []
 
 
+@pytest.mark.processes
 def test_fault_26_a_jobs_folder_goes_with_it(run_fake: RunFake, tmp_path: Path):
     before = os.umask(0)
     try:
@@ -215,6 +224,7 @@ def test_fault_26_a_jobs_folder_goes_with_it(run_fake: RunFake, tmp_path: Path):
     assert not list((tmp_path / "jobs").iterdir())
 
 
+@pytest.mark.processes
 def test_fault_29_failing_jobs_leave_no_descriptors_threads_or_folders(run_fake: RunFake, tmp_path: Path):
     with pytest.raises(JobFailed):
         run_fake("fail")

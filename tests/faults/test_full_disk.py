@@ -31,6 +31,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("when", ["disk filled while loading", "disk filled"])
 def test_fault_16_a_full_disk_is_named_though_nothing_can_be_written(
     stub_pack: Callable[..., None], disk: Path, when: str
@@ -48,6 +49,7 @@ def test_fault_16_a_full_disk_is_named_though_nothing_can_be_written(
         (folder / "more").write_bytes(bytes(1 << 16))
 
 
+@pytest.mark.processes
 def test_fault_16_processes_meet_on_no_disk(tiny_models: Path, tmp_path: Path):
     """A file through which they meet is waited at without end when a full disk has cut a record short."""
     found: set[str] = set()
@@ -70,6 +72,7 @@ def test_fault_16_the_log_may_be_all_that_names_it():
     assert advice(text, "NCCL version 2.28", out_of_memory=False, killed=False) == ""
 
 
+@pytest.mark.processes
 def test_fault_16_a_job_that_finds_the_disk_full_starts_nothing(disk: Path):
     (disk / "filler").write_bytes(bytes((DISK_MIB - 1) << 20))
     with pytest.raises(JobError, match=r"has \d+ MiB free; the job needs"):

@@ -11,6 +11,8 @@ import pytest
 from jobs import Watch
 from wan_pack.distributed.launch.launcher import JobFailed, Result
 
+pytestmark = pytest.mark.processes
+
 
 def test_fault_05_a_rank_that_hangs_is_named_with_its_stack(faulty: Callable[..., JobFailed]):
     """Real ranks: the other one waits for it in a collective, and is not the suspect."""

@@ -168,6 +168,7 @@ def test_fault_35_tokenizers(tmp_path: Path) -> None:
     refused(lambda: Tokenizer(spiece), str(spiece), f"over {MAX_PIECES} pieces")
 
 
+@pytest.mark.processes
 def test_fault_35_the_largest_that_are_opened_take_little_memory() -> None:
     """The benchmark's own files, at the bounds; each row is one that was opened."""
     done = subprocess.run([sys.executable, str(BENCHMARK)], capture_output=True, text=True, timeout=300)

@@ -11,6 +11,8 @@ import pytest
 from wan_pack.distributed.launch.launcher import JobFailed
 from wan_pack.distributed.machine.programs import ask_program
 
+pytestmark = pytest.mark.processes
+
 
 def test_fault_33_a_killed_ffmpeg_ends_the_job_at_once(faulty: Callable[..., JobFailed]):
     """Real ranks, which decode and would for long."""

@@ -66,6 +66,7 @@ def test_fault_23_every_kind_of_string_is_tried():
     }  # fmt: skip
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("path", FIELDS, ids=lambda path: ".".join(map(str, path)))
 def test_fault_23_24_a_string_of_a_job_is_refused_or_stays_text(
     path: tuple[Any, ...], gpu_locks_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -46,6 +46,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.processes
 def test_fault_12_two_jobs_at_once_beside_a_program_on_torchs_own_port(stub_pack: Callable[..., None], tmp_path: Path):
     stub_pack("good", seconds=1.0)
     results: list[Result] = []
@@ -66,6 +67,7 @@ def test_fault_12_two_jobs_at_once_beside_a_program_on_torchs_own_port(stub_pack
         result.remove()
 
 
+@pytest.mark.processes
 def test_fault_12_a_chosen_port_that_is_taken_is_named(run_fake: RunFake):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -76,6 +78,7 @@ def test_fault_12_a_chosen_port_that_is_taken_is_named(run_fake: RunFake):
     run_fake("good", master_port=port).remove()
 
 
+@pytest.mark.processes
 def test_fault_14_a_port_on_loopback_and_no_other_listener(tiny_models: Path, tmp_path: Path):
     """With `master_port` the store listens on 127.0.0.1 only; gloo's own listeners are there too."""
     port = free_port()
@@ -91,6 +94,7 @@ def test_fault_14_a_port_on_loopback_and_no_other_listener(tiny_models: Path, tm
     assert all(address.startswith("0100007F:") for address in seen), seen
 
 
+@pytest.mark.processes
 def test_fault_14_no_name_server_is_asked(fails: Callable[..., Any]):
     """torchrun asks for the machine's full name unless told an address; without a name server that hangs."""
     error = fails("raise")
@@ -98,6 +102,7 @@ def test_fault_14_no_name_server_is_asked(fails: Callable[..., Any]):
     assert socket.gethostname() not in (error.folder / "logs" / "agent.log").read_text()
 
 
+@pytest.mark.processes
 def test_fault_24_nothing_a_user_typed_is_on_the_command_line(
     run_fake: RunFake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -151,6 +156,7 @@ def test_fault_25_the_environment_is_an_allowlist(tmp_path: Path):
     assert child["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
 
 
+@pytest.mark.processes
 def test_fault_25_secrets_and_hijacks_do_not_reach_a_rank(
     stub_pack: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

@@ -20,6 +20,8 @@ from wan_pack.distributed.job.json_files import read_json
 from wan_pack.distributed.launch.launcher import JobFailed
 from wan_pack.distributed.machine.processes import Process
 
+pytestmark = pytest.mark.processes
+
 
 def test_fault_01_10_a_killed_rank_is_named_though_the_agent_is_frozen(fails: Callable[..., JobFailed], tmp_path: Path):
     def act(folder: JobDir) -> None:

@@ -111,6 +111,7 @@ def kills(jobs: Path) -> Iterator[bool]:
         yield killed
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", KINDS)
 def test_fault_34_a_video_has_its_name_whole_or_not_at_all(
     monkeypatch: pytest.MonkeyPatch, output: Path, tmp_path: Path, kind: str

@@ -63,5 +63,5 @@ def _marks(item: pytest.Item) -> Iterator[str]:
         yield "hosts"
     if any(hasattr(module, name) for name in RANKS):
         yield "ranks"
-    if folder in ("comfyui", "faults") or item.path.stem == "test_hosts_jobs":
+    if folder == "comfyui" or item.path.stem == "test_hosts_jobs":
         yield "processes"

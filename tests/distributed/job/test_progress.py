@@ -15,3 +15,20 @@ def test_progress_is_one_bar_and_one_line():
     assert text == "sampling 4/40 - 12.30 s/it - ETA 7:23"
     assert Progress(phase="load", step=2, total=8, message="low_noise expert").text == "loading 2/8 - low_noise expert"
     assert Progress(phase="something new").fraction == 0
+
+
+def test_progress_is_never_over_its_phase():
+    """A rank may count more than it promised; a bar over 1 is drawn over its frame."""
+    phases = list(SHARES)
+    for phase, after in zip(phases, [*phases[1:], phases[-1]], strict=True):
+        over = Progress(phase=phase, step=9, total=4).fraction
+        assert over == Progress(phase=phase, step=4, total=4).fraction <= 1
+        assert over == pytest.approx(Progress(phase=after).fraction)
+    assert Progress(phase="done", step=1, total=1).fraction <= 1
+    assert Progress(phase="load", step=3, total=0).fraction == Progress(phase="load").fraction
+    assert sum(SHARES.values()) == pytest.approx(1)
+
+
+def test_long_jobs_have_hours():
+    assert Progress(phase="denoise", step=1, total=11, seconds_per_step=400).text.endswith("400.00 s/it - ETA 1:06:40")
+    assert Progress(phase="denoise", step=1, total=2, seconds_per_step=9).text.endswith("ETA 0:09")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -156,6 +157,9 @@ def test_the_block_says_what_and_why():
     assert "would fit: up to " in block
     assert "because stream_blocks is off, but nothing else fits, so it is on for this job" in block
     assert "because everything on each GPU would take " in block
+    needed, free = re.search(r"because everything on each GPU would take ([\d.]+) of ([\d.]+) GiB", block).groups()
+    # Two experts of 27 GiB each, and what they work on.
+    assert float(needed) == pytest.approx(61, abs=3) and free == "23.0"
     two = plan(workload(guided=True), request(**GUIDED), machine(79.0, 79.0, 10.0), "pcie").block()
     assert two.startswith("plan: GPUs 0, 1 (CFG parallel 2); weights whole on each")
     assert "because more than 2 of 3 GPUs would be slower here, or need more memory than they have free" in two

@@ -58,6 +58,11 @@ def test_defaults_ask_for_nothing_new(t2v: ModelFiles, monkeypatch: pytest.Monke
     assert status.warnings == []
 
 
+@pytest.mark.parametrize("seed", [2**32 + 7, 2**53 + 1, 2**64 - 1])
+def test_a_seed_is_handed_on_whole(t2v: ModelFiles, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    assert job_of(t2v, Status(), monkeypatch, seed=seed)[0].sampling.seed == seed
+
+
 def test_a_workflow_saved_before_the_newer_inputs_makes_the_same_job(
     t2v: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:

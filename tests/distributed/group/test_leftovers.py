@@ -1,0 +1,86 @@
+"""Which job folders stay, and which go."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from wan_pack.distributed.group.group_folder import GroupDir
+from wan_pack.distributed.group.leftovers import GRACE_SECONDS, KEPT, claim, keep_failed, remove_abandoned
+from wan_pack.distributed.job.job_folder import JobDir
+
+
+def fail(folder: Path) -> Path:
+    """One more job that failed; its place among the kept ones."""
+    job = JobDir.create(folder / "jobs")
+    claim(job)
+    (job.path / "log").write_text("why")
+    return keep_failed(job, folder / "failed")
+
+
+def test_the_newest_failed_jobs_stay(tmp_path: Path):
+    """Of some that came one after the other; and what is no job's is left alone."""
+    (tmp_path / "failed" / "mine").mkdir(parents=True)
+    kept = []
+    for age in range(KEPT + 3, 0, -1):
+        kept.append(fail(tmp_path))
+        os.utime(kept[-1], (time.time() - 60 * age,) * 2)
+    # Its move took the oldest one of those with it, so there is one more than is kept.
+    kept.append(fail(tmp_path))
+    assert KEPT == 5
+    assert [path.exists() for path in kept] == [False] * 4 + [True] * 5
+    assert (tmp_path / "failed" / "mine").exists()
+    assert (kept[-1] / "log").read_text() == "why"
+
+
+def test_a_kept_job_is_as_old_as_its_failure(tmp_path: Path):
+    """Its folder may be older than all of those that are kept, and it must not be the one that goes."""
+    for _ in range(KEPT):
+        fail(tmp_path)
+    job = JobDir.create(tmp_path / "jobs")
+    claim(job)
+    os.utime(job.path, (0, 0))
+    assert keep_failed(job, tmp_path / "failed").exists()
+
+
+def test_a_kept_job_is_nobodys(tmp_path: Path):
+    """Its lock is let go: the process goes on, with one open file less."""
+    job = JobDir.create(tmp_path / "jobs")
+    claim(job)
+    keep_failed(job, tmp_path / "failed")
+    assert job.lock is not None and job.lock.closed
+
+
+def test_a_name_says_when_a_job_failed(tmp_path: Path):
+    before = time.strftime("%Y%m%d-%H%M%S")
+    stamp, _, name = fail(tmp_path).name.partition("-wan-job-")
+    assert before <= stamp <= time.strftime("%Y%m%d-%H%M%S")
+    assert name
+
+
+def test_a_failed_job_that_cannot_be_moved_keeps_its_files(tmp_path: Path):
+    """By a name that the next start leaves alone."""
+    (tmp_path / "failed").touch()
+    kept = fail(tmp_path)
+    assert kept.parent == tmp_path / "jobs" and kept.name.startswith("kept-wan-job-")
+    os.utime(kept, (0, 0))
+    remove_abandoned(tmp_path / "jobs")
+    assert (kept / "log").read_text() == "why"
+
+
+def test_abandoned_jobs_and_groups_go_when_they_are_old_enough(tmp_path: Path):
+    """A folder without an owner may just be being made; one with an owner is in use, however old it is."""
+    old, owned = [JobDir.create(tmp_path), GroupDir.create(tmp_path, 1)], JobDir.create(tmp_path)
+    young = JobDir.create(tmp_path)
+    claim(owned)
+    for folder in (*old, owned):
+        os.utime(folder.path, (time.time() - GRACE_SECONDS - 5,) * 2)
+    os.utime(young.path, (time.time() - GRACE_SECONDS + 20,) * 2)
+    (tmp_path / "wan-other").mkdir()
+    os.utime(tmp_path / "wan-other", (0, 0))
+    remove_abandoned(tmp_path)
+    assert [folder.path.exists() for folder in (*old, owned, young)] == [False, False, True, True]
+    assert (tmp_path / "wan-other").exists()
+    for folder in (owned, young):
+        folder.remove()
