@@ -119,8 +119,6 @@ class RankExperts:
                 self._coming[name] = self._read_ahead(name, wanted[name], job, settings)
             else:
                 set_shard(self.models[name], shard)
-        # The solver needs it, whatever was loaded.
-        import_diffusers()
 
     def check_coming(self) -> None:
         """Raises what has gone wrong with an expert that is still being read."""

@@ -21,9 +21,12 @@ class HostParking:
 
     Args:
         without: parts of `model` to leave alone.
+        keep: keep the host copy while the model is on the device: its parameters are never written, and parking it
+            again costs nothing.
     """
 
-    def __init__(self, model: nn.Module, *, without: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, model: nn.Module, *, without: Iterable[nn.Module] = (), keep: bool = False) -> None:
+        self._keep, self._parked = keep, False
         storages = {}
         others = {id(parameter) for part in without for parameter in part.parameters()}
         for parameter in model.parameters():
@@ -41,26 +44,37 @@ class HostParking:
 
     def park(self) -> None:
         """Device -> host. The model must not run until `fetch`."""
-        if self._host is not None:
+        if self._parked:
             return
-        self._sizes = [storage.nbytes() for storage in self._storages]
-        self._host = torch.empty(sum(self._sizes), dtype=torch.uint8)
-        if self._on_cuda:
-            lock_pages(self._host)
-        for storage, copy in zip(self._storages, self._host.split(self._sizes), strict=True):
-            copy.copy_(_bytes_of(storage))
+        if self._host is None:
+            self._sizes = [storage.nbytes() for storage in self._storages]
+            self._host = torch.empty(sum(self._sizes), dtype=torch.uint8)
+            if self._on_cuda:
+                lock_pages(self._host)
+            for storage, copy in zip(self._storages, self._host.split(self._sizes), strict=True):
+                copy.copy_(_bytes_of(storage))
+        for storage in self._storages:
             storage.resize_(0)
+        self._parked = True
 
     def fetch(self) -> None:
         """Host -> device."""
-        if self._host is None:
+        if not self._parked:
             return
+        assert self._host is not None, "where it was parked to"
         for storage, copy in zip(self._storages, self._host.split(self._sizes), strict=True):
             storage.resize_(copy.numel())
             _bytes_of(storage).copy_(copy, non_blocking=True)
         if self._on_cuda:
             torch.cuda.current_stream().synchronize()
-        self._free_host()
+        self._parked = False
+        if not self._keep:
+            self._free_host()
+
+    @property
+    def has_copy(self) -> bool:
+        """The host holds the parameters, whether the device does or not."""
+        return self._host is not None
 
     @contextmanager
     def writable(self) -> Iterator[None]:

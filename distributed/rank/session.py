@@ -27,6 +27,7 @@ from ..parallel.sequence import SequenceShard
 from ..parallel.split_vae import RankVae
 from .experts import RankExperts
 from .library_imports import import_diffusers
+from .prompts import PromptEncoder
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +51,14 @@ class Session:
     """A name in `wan.vae.vae_ops.VAE_OPS`."""
     mesh: Mesh | None = None
     experts: RankExperts = field(init=False)
+    prompts: PromptEncoder = field(init=False)
     _joined: bool = False
     _vae: RankVae | None = None
     _preview_map: PreviewMap | None = None
 
     def __post_init__(self) -> None:
         self.experts = RankExperts(self.rank, self.device, self.kernel.run, self.ops)
+        self.prompts = PromptEncoder(self.device)
 
     @classmethod
     def of(cls, job: Job) -> Session:

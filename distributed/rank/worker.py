@@ -128,22 +128,11 @@ class Worker:
         # One rank encodes: the encoder is large, its output small.
         rows = torch.zeros(1 + negative, TEXT_LEN, self.config.text_dim, device=self.device)
         if self.rank == 0:
-            rows = torch.stack([pad_text(row.to(rows)) for row in self.encode_prompts(negative)])
+            encoded = self.session.prompts.encode(self.job, negative=negative)
+            rows = torch.stack([pad_text(row.to(rows)) for row in encoded])
         if self.session.mesh is not None:
             dist.broadcast(rows, src=0)
         return dict(zip((True, False), rows, strict=False))
-
-    def encode_prompts(self, negative: bool) -> list[Tensor]:
-        from ...wan.text.text_encoder import DEFAULT_NEGATIVE_PROMPT, load_text_encoder
-
-        text, model = self.job.text, self.job.model
-        encoder = load_text_encoder(
-            [file.path for file in model.text_encoder],
-            [file.path for file in model.tokenizer],
-            dtype=torch.bfloat16 if self.device.type == "cuda" else torch.float32,
-            device=self.device,
-        )
-        return encoder.encode([text.prompt] + [text.negative_prompt or DEFAULT_NEGATIVE_PROMPT] * negative)
 
     def conditioning(self) -> Conditioning:
         """What the video starts from; pictures are encoded by all ranks together."""

@@ -1,0 +1,82 @@
+"""The prompts of one job after another, encoded on the rank; the encoder waits in host memory between jobs."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..job.job import FileIdentity, Job
+from ..machine.host_memory import available_bytes
+from .offload import HostParking
+
+if TYPE_CHECKING:
+    from ...wan.text.text_encoder import TextEncoder
+
+log = logging.getLogger(__name__)
+
+
+class PromptEncoder:
+    """Loads umT5 for the first job with prompts. 11 GB are read for it, so that a group that stays keeps it, off the
+    GPU, where the host has room for it twice."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._made_of: tuple[FileIdentity, ...] = ()
+        self._encoder: TextEncoder | None = None
+        self._parking: HostParking | None = None
+
+    def encode(self, job: Job, *, negative: bool) -> list[Tensor]:
+        """The job's prompt and, if asked for, its negative one -> their rows [n, text_dim], n <= 512.
+
+        Raises:
+            ValueError: the files are not an encoder and its tokenizer.
+        """
+        from ...wan.text.text_encoder import DEFAULT_NEGATIVE_PROMPT
+
+        text, encoder = job.text, self._load(job)
+        assert text is not None, "asked only where a job has prompts"
+        rows = encoder.encode([text.prompt] + [text.negative_prompt or DEFAULT_NEGATIVE_PROMPT] * negative)
+        self._rest(job)
+        return rows
+
+    def _load(self, job: Job) -> TextEncoder:
+        from ...wan.text.text_encoder import load_text_encoder
+
+        model = job.model
+        made_of = (*model.text_encoder, *model.tokenizer)
+        if self._encoder is not None and made_of == self._made_of:
+            if self._parking is not None:
+                self._parking.fetch()
+            return self._encoder
+        self._drop()
+        on_cuda = self._device.type == "cuda"
+        self._encoder = load_text_encoder(
+            [file.path for file in model.text_encoder],
+            [file.path for file in model.tokenizer],
+            dtype=torch.bfloat16 if on_cuda else torch.float32,
+            device=self._device,
+        )
+        # On a CPU it is in host memory anyway.
+        self._parking = HostParking(self._encoder.model, keep=True) if on_cuda else None
+        self._made_of = made_of
+        return self._encoder
+
+    def _rest(self, job: Job) -> None:
+        """After the prompts: off the device."""
+        size = sum(file.size for file in job.model.text_encoder)
+        kept = self._parking is not None and self._parking.has_copy
+        available = available_bytes()
+        # Experts that wait in host memory were planned with all of it.
+        stays = job.parallel.keep_warm_seconds > 0 and not job.parallel.parks_experts
+        if not stays or not (kept or available is None or available > 2 * size):
+            self._drop()
+        elif self._parking is not None:
+            self._parking.park()
+
+    def _drop(self) -> None:
+        if self._parking is not None:
+            self._parking.drop()
+        self._encoder = self._parking = None

@@ -1,0 +1,103 @@
+"""The text encoder of a rank, from job to job."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import tiny_job
+from umt5 import MODEL, train_spiece
+from wan_pack.distributed.job.job import FileIdentity, Job, Text
+from wan_pack.distributed.rank import prompts as module
+from wan_pack.distributed.rank.offload import HostParking
+from wan_pack.distributed.rank.prompts import PromptEncoder
+from wan_pack.wan.text import text_encoder
+
+
+@pytest.fixture
+def job(tiny_models: Path, tmp_path: Path) -> Job:
+    encoder, tokenizer = tmp_path / "umt5.safetensors", tmp_path / "spiece.model"
+    shutil.copyfile(MODEL, encoder)
+    tokenizer.write_bytes(train_spiece())
+    job = tiny_job(tiny_models, text="a cat walks on the grass", keep_warm_seconds=60.0)
+    files = {"text_encoder": (FileIdentity.of(encoder),), "tokenizer": (FileIdentity.of(tokenizer),)}
+    return dataclasses.replace(job, model=dataclasses.replace(job.model, **files))
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The files of each load of an encoder."""
+    seen: list[list[str]] = []
+    load = text_encoder.load_text_encoder
+
+    def counted(files: list[str], *args, **kwargs):
+        seen.append(files)
+        return load(files, *args, **kwargs)
+
+    monkeypatch.setattr(text_encoder, "load_text_encoder", counted)
+    return seen
+
+
+def changed(job: Job, **values) -> Job:
+    return dataclasses.replace(job, parallel=dataclasses.replace(job.parallel, **values))
+
+
+def test_a_warm_rank_reads_its_text_encoder_once(job: Job, loads: list[list[str]]):
+    prompts, other = PromptEncoder(torch.device("cpu")), dataclasses.replace(job, text=Text(prompt="a white cat"))
+    rows = [
+        prompts.encode(job, negative=True),
+        prompts.encode(other, negative=False),
+        prompts.encode(job, negative=True),
+    ]
+    assert len(loads) == 1
+    assert len(rows[0]) == 2 and len(rows[1]) == 1
+    assert not torch.equal(rows[0][0][:3], rows[1][0][:3])
+    for once, again in zip(rows[0], rows[2], strict=True):
+        assert torch.equal(once, again)
+
+
+def test_another_encoder_takes_the_place(job: Job, loads: list[list[str]], tmp_path: Path):
+    other = tmp_path / "other.safetensors"
+    shutil.copyfile(MODEL, other)
+    model = dataclasses.replace(job.model, text_encoder=(FileIdentity.of(other),))
+    prompts = PromptEncoder(torch.device("cpu"))
+    prompts.encode(job, negative=False)
+    prompts.encode(dataclasses.replace(job, model=model), negative=False)
+    assert [Path(files[0]).name for files in loads] == ["umt5.safetensors", "other.safetensors"]
+
+
+@pytest.mark.parametrize("reason", ["the group ends", "experts wait in host memory", "no room"])
+def test_it_is_not_kept_where_it_would_be_in_the_way(
+    reason: str, job: Job, loads: list[list[str]], monkeypatch: pytest.MonkeyPatch
+):
+    match reason:
+        case "the group ends":
+            job = changed(job, keep_warm_seconds=0.0)
+        case "experts wait in host memory":
+            job = changed(job, offload_model=True)
+        case "no room":
+            monkeypatch.setattr(module, "available_bytes", lambda: MODEL.stat().st_size)
+    prompts = PromptEncoder(torch.device("cpu"))
+    first, second = (prompts.encode(job, negative=False) for _ in range(2))
+    assert len(loads) == 2
+    assert torch.equal(first[0], second[0])
+    assert prompts._encoder is None
+
+
+def test_a_model_that_is_never_written_is_copied_to_the_host_once():
+    model = torch.nn.Linear(3, 2)
+    values = [parameter.detach().clone() for parameter in model.parameters()]
+    parking = HostParking(model, keep=True)
+    copies = []
+    for _ in range(3):
+        parking.park()
+        assert parking.resident_bytes == 0 and parking.has_copy
+        copies.append(parking._host.data_ptr())
+        parking.fetch()
+        assert all(torch.equal(*pair) for pair in zip(model.parameters(), values, strict=True))
+    assert len(set(copies)) == 1
+    parking.drop()
+    assert not parking.has_copy
