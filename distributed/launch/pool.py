@@ -27,6 +27,8 @@ class _Member:
     group: WorkerGroup
     locks: GpuLocks
     kind: Any
+    parallel: Parallel
+    """Of its last job."""
     idle: bool = False
     released: bool = False
     """To end with its job."""
@@ -58,11 +60,16 @@ class GroupView:
     """Empty during its first job."""
 
 
+OF_ONE_JOB = frozenset({"start_timeout", "stall_timeout", "keep_warm_seconds", "cfg_parallel"})
+"""Fields of `Parallel` that may differ from job to job of a group; which ranks work on which prompt is one of them, as
+the weights lie the same either way."""
+
+
 def _kind(job: Job) -> tuple[Any, ...]:
     """Jobs of equal kinds can use each other's processes: same files, same GPUs, same layout of the weights."""
-    parallel = dataclasses.replace(job.parallel, start_timeout=1.0, stall_timeout=1.0, keep_warm_seconds=0.0)
-    model = dataclasses.replace(job.model, high_noise_loras=(), low_noise_loras=())
-    return parallel, model
+    fields = [field.name for field in dataclasses.fields(job.parallel) if field.name not in OF_ONE_JOB]
+    layout = tuple(getattr(job.parallel, name) for name in fields)
+    return layout, dataclasses.replace(job.model, high_noise_loras=(), low_noise_loras=())
 
 
 class Pool:
@@ -89,11 +96,11 @@ class Pool:
         with self._lock:
             for member in [member for member in self._members if member.idle]:
                 if member.kind == _kind(job) and member.group.usable:
-                    member.idle = False
+                    member.idle, member.parallel = False, job.parallel
                     if member.timer is not None:
                         member.timer.cancel()
                     return member.group
-                if not member.group.usable or _overlap(member.kind[0].gpu_ids, job.parallel.gpu_ids):
+                if not member.group.usable or _overlap(member.parallel.gpu_ids, job.parallel.gpu_ids):
                     before |= member.free_bytes
                     self._end(member)
         # Over several machines each machine's agent waits for its own.
@@ -107,7 +114,9 @@ class Pool:
             locks.release()
             raise
         with self._lock:
-            self._members.append(_Member(group, locks, _kind(job), free_bytes=free, host_bytes=host_bytes))
+            self._members.append(
+                _Member(group, locks, _kind(job), job.parallel, free_bytes=free, host_bytes=host_bytes)
+            )
         return group
 
     def give_back(self, group: WorkerGroup, job: Job) -> None:
@@ -175,7 +184,7 @@ class Pool:
         with self._lock:
             return [
                 GroupView(
-                    id=_id(member), parallel=member.kind[0], model=member.kind[1], idle=member.idle,
+                    id=_id(member), parallel=member.parallel, model=member.kind[1], idle=member.idle,
                     released=member.released, seconds_left=max(0.0, member.expires - now) if member.idle else None,
                     job=member.group.job, ranks=tuple(member.group.ranks),
                 )

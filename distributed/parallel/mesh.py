@@ -41,12 +41,16 @@ class Mesh:
         """
         assert world % cfg == 0, f"{cfg} rows do not divide {world} ranks"
         line = init_device_mesh(device_type, (world,))
+        return cls(line, line.get_group(), None).laid_out(cfg, timeout)
+
+    def laid_out(self, cfg: int, timeout: timedelta | None = None) -> Mesh:
+        """The same ranks as a table of `cfg` rows. Collective."""
         if cfg == 1:
-            return cls(line, line.get_group(), None)
-        rows = torch.arange(world).view(cfg, -1)
-        row, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)
-        column, _ = dist.new_subgroups_by_enumeration(rows.T.tolist(), timeout=timeout)
-        return cls(line, row, column)
+            return Mesh(self.world, self.group, None)
+        table = torch.arange(self.world.size()).view(cfg, -1)
+        row, _ = dist.new_subgroups_by_enumeration(table.tolist(), timeout=timeout)
+        column, _ = dist.new_subgroups_by_enumeration(table.T.tolist(), timeout=timeout)
+        return Mesh(self.world, row, column)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -60,6 +64,11 @@ class Mesh:
     @property
     def ulysses_size(self) -> int:
         return self.ulysses_group.size()
+
+    @property
+    def cfg_size(self) -> int:
+        """Rows of the table."""
+        return 1 if self.cfg_group is None else self.cfg_group.size()
 
     @property
     def cfg_rank(self) -> int:

@@ -39,6 +39,22 @@ def set_shard(model: WanModel, shard: SequenceShard) -> None:
         engine.shard = shard
 
 
+def spread_tokens(
+    model: WanModel, mesh: Mesh | None, *, shard: SequenceShard, attention: Attention, ulysses_engine: str
+) -> None:
+    """Replaces the model's attention by one over the ranks of a row of `mesh`; its weights stay where they are.
+
+    Args:
+        shard, attention, ulysses_engine: as of `parallelize_wan`.
+    """
+    token_attention = local_attention(attention)
+    if shard.world > 1:
+        assert mesh is not None, "several ranks have a mesh"
+        token_attention = ENGINES[ulysses_engine](mesh.ulysses_group, shard, attention)
+    for block in model.blocks:
+        block.self_attn.attention = token_attention
+
+
 def parallelize_wan(
     model: WanModel,
     mesh: Mesh | None,
@@ -69,11 +85,7 @@ def parallelize_wan(
     arithmetic = OPS[ops]()
     for block in model.blocks:
         block.ops = arithmetic
-    token_attention = local_attention(attention)
-    if shard.world > 1:
-        token_attention = ENGINES[ulysses_engine](mesh.ulysses_group, shard, attention)
-    for block in model.blocks:
-        block.self_attn.attention = token_attention
+    spread_tokens(model, mesh, shard=shard, attention=attention, ulysses_engine=ulysses_engine)
     if memory_optimization:
         for block in model.blocks:
             block.ffn_chunk = FFN_CHUNK

@@ -17,7 +17,7 @@ from ...wan.model.transformer import WanModel
 from ..job.job import FileIdentity, Job, LoraFile
 from ..machine.host_memory import available_bytes
 from ..parallel.mesh import Mesh
-from ..parallel.parallelize import set_shard
+from ..parallel.parallelize import set_shard, spread_tokens
 from ..parallel.sequence import SequenceShard
 from .expert import Weights, build_expert, load_expert, relora_expert
 from .library_imports import import_diffusers
@@ -78,6 +78,8 @@ class RankExperts:
         self.weights: dict[str, Weights] = {}
         self._loaded: dict[str, _Loaded] = {}
         self._coming: dict[str, _Coming] = {}
+        self._mesh: Mesh | None = None
+        """That the models' attention talks over."""
 
     def load(
         self, names: Sequence[str], job: Job, mesh: Mesh | None, shard: SequenceShard, on_tensor: OnTensor
@@ -97,6 +99,12 @@ class RankExperts:
         }  # fmt: skip
         for name in [name for name, loaded in self._loaded.items() if loaded.files != wanted[name].files]:
             self._drop(name)
+        if mesh is not self._mesh:
+            for model in self.models.values():
+                spread_tokens(
+                    model, mesh, shard=shard, attention=self._attention, ulysses_engine=job.parallel.ulysses_engine
+                )
+            self._mesh = mesh
         stale = [name for name in names if self._loaded.get(name) != wanted[name]]
         later = [name for name in stale if name != names[0] and name not in self.models]
         now = [name for name in stale if name not in later]

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -53,6 +54,8 @@ class Session:
     experts: RankExperts = field(init=False)
     prompts: PromptEncoder = field(init=False)
     _joined: bool = False
+    _meshes: dict[int, Mesh] = field(default_factory=dict)
+    """By their rows."""
     _vae: RankVae | None = None
     _preview_map: PreviewMap | None = None
 
@@ -110,7 +113,10 @@ class Session:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
+        # Behind the launcher's own time-outs: it sees all ranks, and so which of them the others wait for.
+        timeout = max(job.parallel.start_timeout, job.parallel.stall_timeout) + 60
         if self._joined:
+            self._lay_out(job.parallel.cfg_size, timeout)
             return
         self._joined = True
         self.mesh = init_mesh(
@@ -121,9 +127,21 @@ class Session:
             store_file=Path(os.environ[STORE_VARIABLE]) if STORE_VARIABLE in os.environ else None,
             master_port=job.parallel.master_port,
             published=HostsDir(group.path).store if job.parallel.hosts else None,
-            # Behind the launcher's own time-outs: it sees all ranks, and so which of them the others wait for.
-            timeout=max(job.parallel.start_timeout, job.parallel.stall_timeout) + 60,
+            timeout=timeout,
         )
+        self._remember_mesh()
+
+    def _remember_mesh(self) -> None:
+        if self.mesh is not None:
+            self._meshes[self.mesh.cfg_size] = self.mesh
+
+    def _lay_out(self, cfg: int, timeout: float) -> None:
+        """For a job that splits its prompts over other ranks than the one before. Groups, once made, stay: making them
+        is collective, and guidance goes to and fro."""
+        if self.mesh is None or self.mesh.cfg_size == cfg:
+            return
+        self.mesh = self._meshes.get(cfg) or self.mesh.laid_out(cfg, timedelta(seconds=timeout))
+        self._remember_mesh()
 
     def memory(self) -> str:
         """For a line of the log: what is in use on the GPU now, and at most so far."""

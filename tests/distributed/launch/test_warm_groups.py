@@ -162,6 +162,27 @@ def test_every_change_makes_what_a_fresh_start_makes(warm: Warm):
     assert len(set(different)) == len(different), "each change changes the video"
 
 
+@pytest.mark.parametrize(("gpu_count", "use_fsdp"), [(4, False), (2, True)])
+def test_prompts_move_to_other_ranks_on_the_same_processes(warm: Warm, gpu_count: int, use_fsdp: bool):
+    """Guidance on and off again changes how ranks share the work: no weight is read for it."""
+
+    def job(cfg_parallel: bool, **settings: Any) -> Job:
+        return warm.job(gpu_count=gpu_count, use_fsdp=use_fsdp, cfg_parallel=cfg_parallel, **settings)
+
+    together = [warm.run(job(False)), warm.run(job(False, seed=3))]
+    # One of the experts alone: the other one moves too.
+    warm.run(job(True, end_step=1))
+    apart = [warm.run(job(True)), warm.run(job(True, seed=3))]
+    again = warm.run(job(False))
+    assert all(made.ranks == together[0].ranks for made in (*apart, again))
+    assert all(made.weights_read == [] for made in (*apart, again))
+    (expected,) = warm.fresh((job(True), 2))
+    assert torch.equal(apart[0].latents, expected)
+    for plain, split in zip(together, apart, strict=True):
+        assert (plain.latents - split.latents).norm() < 1e-5 * plain.latents.norm()
+    assert torch.equal(again.latents, together[0].latents)
+
+
 def cpu_seconds(process: Process) -> float:
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
