@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 def cases() -> list[Case]:
     """The two references first; then one for each switch, those that cannot run here included."""
-    from wan_pack.wan.model.attention import KERNELS
+    from wan_pack.wan.model.attention_kernels import KERNELS
 
     return [
         Case(PLAIN),

@@ -81,7 +81,7 @@ class Ours(System):
         super().__init__(config, place, option)
         from wan_pack.distributed.parallel.parallelize import parallelize_wan
         from wan_pack.distributed.parallel.sequence import SequenceShard
-        from wan_pack.wan.model.attention import KERNELS, choose_kernel
+        from wan_pack.wan.model.attention_kernels import KERNELS, choose_kernel
         from wan_pack.wan.model.kernels.choice import check_kernels
         from wan_pack.wan.model.linear import E4M3, FP8_PRODUCTS, Fp8Weight, check_precision, quantise_rows
         from wan_pack.wan.model.sparse import sparse_kernel

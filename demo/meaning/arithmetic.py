@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ...distributed.job.job import Parallel
-from ...wan.model.attention import KERNELS, Attention, attention, quantise_heads
+from ...wan.model.attention import Attention, attention, quantise_heads
+from ...wan.model.attention_kernels import KERNELS
 from ...wan.model.linear import E4M3
 
 RANGE = 256.0

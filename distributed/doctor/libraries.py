@@ -80,7 +80,7 @@ def _capabilities() -> list[tuple[int, int]]:
 
 def _kernel_findings(gpu: bool) -> Iterator[Finding]:
     """Each package that brings an attention kernel: imported, for most are built for one torch and fail with others."""
-    from ...wan.model.attention import KERNELS
+    from ...wan.model.attention_kernels import KERNELS
 
     yield Finding("attention", "torch's own kernels are always there")
     for package, module in {kernel.package: kernel.module for kernel in KERNELS.values() if kernel.module}.items():

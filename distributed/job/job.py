@@ -14,6 +14,8 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
+from ...wan.model import attention_kernels
+from ...wan.model.kernels.choice import OPS
 from .errors import JobError, check, check_text
 from .model_files import FileIdentity, LoraFile, ModelFiles
 from .sampling import SOLVERS, Sampling
@@ -44,10 +46,15 @@ _GPU_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9./_-]{0,99}", re.ASCII)
 """An index, a UUID or a MIG slice, as CUDA_VISIBLE_DEVICES takes them."""
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", re.ASCII)
 MIXED_PRECISION = ("bf16", "fp16", "fp32")
-ULYSSES_ENGINES = ("packed", "symmetric", "deepspeed")
-ATTENTION = ("auto", "fa3", "cudnn", "flash", "flash-attn", "fa3-fp8", "sage", "sol", "cpu")
+ULYSSES_ENGINES = {
+    "packed": ("ulysses", "PackedUlysses"),
+    "symmetric": ("symmetric", "SymmetricUlysses"),
+    "deepspeed": ("ulysses", "DeepSpeedUlysses"),
+}
+"""File and class in `distributed/parallel`: as text, for ComfyUI knows the names without torch."""
+ATTENTION = ("auto", *attention_kernels.KERNELS)
 LINEAR_PRECISION = ("full", "fp8")
-KERNELS = ("auto", "plain", "triton")
+KERNELS = ("auto", *OPS)
 MAX_SPARSE_TAU = 3.0
 GATHERS = ("block", "expert")
 FFN_CHUNK = 4096

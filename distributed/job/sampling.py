@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ...wan.sampling.schedule import SOLVERS
 from .errors import check
-
-SOLVERS = ("unipc", "dpm++", "euler")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

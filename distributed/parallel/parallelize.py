@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from itertools import pairwise
 from typing import Protocol
 
@@ -11,11 +12,10 @@ import torch.distributed as dist
 from ...wan.model.attention import Attention
 from ...wan.model.kernels.choice import OPS
 from ...wan.model.transformer import WanModel, local_attention
-from ..job.job import FFN_CHUNK
+from ..job.job import FFN_CHUNK, ULYSSES_ENGINES
 from .mesh import Mesh
 from .sequence import SequenceShard
-from .symmetric import SymmetricUlysses
-from .ulysses import DeepSpeedUlysses, Exchange, PackedUlysses
+from .ulysses import Exchange
 
 
 class MakeExchange(Protocol):
@@ -24,11 +24,9 @@ class MakeExchange(Protocol):
 
 
 ENGINES: dict[str, MakeExchange] = {
-    "packed": PackedUlysses,
-    "symmetric": SymmetricUlysses,
-    "deepspeed": DeepSpeedUlysses,
+    name: getattr(importlib.import_module(f".{file}", __package__), kind)
+    for name, (file, kind) in ULYSSES_ENGINES.items()
 }
-"""The names are those of `Parallel.ulysses_engine`."""
 
 
 def set_shard(model: WanModel, shard: SequenceShard) -> None:

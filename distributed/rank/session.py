@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ...wan.checkpoint.weights import COMPUTE_DTYPES
-from ...wan.model.attention import AttentionKernel, choose_kernel
+from ...wan.model.attention_kernels import AttentionKernel, choose_kernel
 from ...wan.model.kernels.choice import choose_ops
 from ...wan.model.linear import check_precision
 from ...wan.model.sparse import SparseAttention, block_order, sparse_kernel, sparse_steps

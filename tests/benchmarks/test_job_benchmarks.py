@@ -15,7 +15,7 @@ from mount import ROOT
 from wan_pack.distributed.job.job import ULYSSES_ENGINES
 from wan_pack.distributed.machine.gpus import Gpu
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint, checkpoint_files
-from wan_pack.wan.model.attention import KERNELS
+from wan_pack.wan.model.attention_kernels import KERNELS
 from wan_pack.wan.text.text_encoder import load_text_encoder
 from wan_pack.wan.vae.autoencoder import decode_frames, load_vae
 

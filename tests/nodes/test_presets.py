@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from wan_pack.distributed.job.job import SOLVERS
 from wan_pack.nodes.host.status import Status
 from wan_pack.nodes.settings.presets import CUSTOM, PRESETS, with_preset
 from wan_pack.wan.model.variants import VARIANTS
+from wan_pack.wan.sampling.schedule import SOLVERS
 
 OWN = {"scheduler": "dpm++", "sample_steps": 7, "shift": 2.0, "guidance_low": 9.0, "guidance_high": 9.0}
 OWN |= {"boundary": 0.5, "seed": 3}

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Attention, AttentionKernel
+from .attention import Attention
+from .attention_kernels import AttentionKernel
 
 BLOCK = 64
 """Tokens of a block, as the kernel has them."""
@@ -60,7 +61,8 @@ class SparseAttention:
 def sparse_kernel(kernel: AttentionKernel, dense: AttentionKernel, tau: float) -> AttentionKernel:
     """The sparse `kernel` ready to run, with `dense` in the steps that are not."""
     run = SparseAttention(functools.partial(sol_attention, tau=tau), dense.run)
-    return dataclasses.replace(kernel, run=run, backends=dense.backends, reason=f"{kernel.reason}; else {dense.name}")
+    reason = f"{kernel.reason}; else {dense.name}"
+    return dataclasses.replace(kernel, function=run, backends=dense.backends, reason=reason)
 
 
 def sparse_steps(steps: range, of: int, tokens: int) -> range:

@@ -2,7 +2,8 @@
 
 Noise level sigma goes from 1 (noise) to 0 (video); the model is told `1000 * sigma`. A solver owns its timesteps and
 the history of a multistep method; one solver spans both experts, so its history crosses the switch.
-Every update is elementwise: a rank may hold any part of the sequence.
+Every update is elementwise: a rank may hold any part of the sequence. Loads without torch: the names of `SOLVERS` are
+those of a job's `solver` and of the node's choices.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from torch import Tensor
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -46,6 +48,8 @@ class Solver(ABC):
     @staticmethod
     def _grid(steps: int) -> np.ndarray:
         """Noise levels before the shift, [steps + 1]."""
+        import numpy as np
+
         return np.linspace(1, 0, steps + 1)
 
     @staticmethod
@@ -73,6 +77,8 @@ class LibrarySolver(Solver):
 
     @cached_property
     def _scheduler(self) -> Any:
+        import numpy as np
+
         scheduler = self._make_scheduler()
         scheduler.set_timesteps(sigmas=np.array(self.sigmas[:-1]))
         scheduler.set_begin_index(self._first)
@@ -88,6 +94,8 @@ class UniPC(LibrarySolver):
 
     @staticmethod
     def _grid(steps: int) -> np.ndarray:
+        import numpy as np
+
         return np.linspace(np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS), 0, steps + 1)
 
     def _make_scheduler(self) -> Any:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from wan_pack.distributed.job.job import ATTENTION, KERNELS, ULYSSES_ENGINES, JobError, Parallel
+from node_inputs import inputs_of, use_model_folders
+from wan_pack.distributed.job.job import JobError, Parallel
 from wan_pack.distributed.parallel.parallelize import ENGINES
+from wan_pack.nodes.inference.inference import WanVideoDistributedInference
 from wan_pack.nodes.settings.spread import WanVideoDistributedConfig
 from wan_pack.wan.model import attention as module
-from wan_pack.wan.model.attention import attention, choose_kernel
+from wan_pack.wan.model import attention_kernels
+from wan_pack.wan.model.attention import attention
+from wan_pack.wan.model.attention_kernels import KERNELS, choose_kernel
 from wan_pack.wan.model.kernels.choice import OPS
+from wan_pack.wan.sampling.schedule import SOLVERS, Solver
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 AMPERE, ADA, HOPPER, BLACKWELL = (8, 0), (8, 9), (9, 0), (12, 0)
@@ -23,10 +29,10 @@ AMPERE, ADA, HOPPER, BLACKWELL = (8, 0), (8, 9), (9, 0), (12, 0)
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The optional packages that can be found, new ones; none at first."""
-    monkeypatch.setattr(module, "version", lambda package: "9.9.9")
+    monkeypatch.setattr(attention_kernels, "version", lambda package: "9.9.9")
     names: set[str] = set()
     find = importlib.util.find_spec
-    optional = {kernel.module for kernel in module.KERNELS.values()} - {""}
+    optional = {kernel.module for kernel in KERNELS.values()} - {""}
     spec = importlib.machinery.ModuleSpec("there", None)
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda n, *a: (spec if n in names else None) if n in optional else find(n, *a)
@@ -72,7 +78,7 @@ def test_a_kernel_that_cannot_run_is_refused(capability: Any, dtype: torch.dtype
 
 def test_named_kernels_are_taken(installed: set[str]):
     installed.update(("fa3_fwd_interface", "flash_attn", "sageattention", "comfy_kitchen"))
-    for name in set(ATTENTION) - {"auto", "cpu"}:
+    for name in set(KERNELS) - {"cpu"}:
         assert choose_kernel(HOPPER, BF16, name).name == name
 
 
@@ -83,7 +89,7 @@ def test_a_package_without_the_kernel_is_too_old(
     monkeypatch: pytest.MonkeyPatch, installed: set[str], found: str, refused: bool
 ):
     installed.add("comfy_kitchen")
-    monkeypatch.setattr(module, "version", lambda package: found)
+    monkeypatch.setattr(attention_kernels, "version", lambda package: found)
     if not refused:
         assert choose_kernel(ADA, BF16, "sol").sparse
         return
@@ -91,13 +97,20 @@ def test_a_package_without_the_kernel_is_too_old(
         choose_kernel(ADA, BF16, "sol")
 
 
-def test_names_are_those_of_the_job_and_the_node():
-    assert set(ATTENTION) == {"auto", *module.KERNELS}
-    assert set(KERNELS) == {"auto", *OPS}
-    assert set(ULYSSES_ENGINES) == set(ENGINES)
-    inputs = WanVideoDistributedConfig.INPUT_TYPES()["optional"]
-    assert inputs["attention"][0] == list(ATTENTION)
-    assert inputs["kernels"][0] == list(KERNELS)
+def test_the_nodes_choices_are_the_registries_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    use_model_folders(tmp_path, monkeypatch)
+    inputs = {**inputs_of(WanVideoDistributedConfig), **inputs_of(WanVideoDistributedInference)}
+    choices = {"attention": ["auto", *KERNELS], "kernels": ["auto", *OPS]}
+    choices |= {"ulysses_engine": list(ENGINES), "scheduler": list(SOLVERS)}
+    assert {name: inputs[name][0] for name in choices} == choices
+
+
+def test_what_the_registries_name_is_there():
+    assert all(callable(kernel.run) for kernel in KERNELS.values())
+    assert all(issubclass(solver, Solver) for solver in SOLVERS.values())
+    for kernel in KERNELS.values():
+        with kernel.activate():
+            pass
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from wan_pack.distributed.rank import report
 from wan_pack.distributed.rank.session import Session
 from wan_pack.distributed.rank.worker import Worker
 from wan_pack.nodes.settings.spread import WanVideoDistributedConfig
-from wan_pack.wan.model.attention import KERNELS, attention
+from wan_pack.wan.model.attention import attention
+from wan_pack.wan.model.attention_kernels import KERNELS
 from wan_pack.wan.model.patch import patchify
 from wan_pack.wan.model.rope import rope_table
 from wan_pack.wan.model.sparse import BLOCK, block_order, sol_attention, sparse_kernel, sparse_steps

@@ -1,4 +1,7 @@
-"""Which implementation of `wan.model.ops` computes the arithmetic. A new one is one entry in `OPS`."""
+"""Which implementation of `wan.model.ops` computes the arithmetic. A new one is one entry in `OPS`.
+
+Loads without torch: its names are those of a job's `kernels` and of the node's choices.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,20 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..ops import PLAIN, Ops
+if TYPE_CHECKING:
+    from ..ops import Ops
+
 
 AUTOMATIC = ((9, 0),)
 """The GPUs on which "auto" takes the fused kernels: where they were measured."""
+
+
+def _plain() -> Ops:
+    from ..ops import PLAIN
+
+    return PLAIN
 
 
 def _triton() -> Ops:
@@ -82,5 +94,4 @@ def _lacks_for_launchers() -> str:
     return "" if header.is_file() else f"Python's headers ({header})"
 
 
-OPS: dict[str, Callable[[], Ops]] = {"plain": lambda: PLAIN, "triton": _triton}
-"""The names are those of `Parallel.kernels`."""
+OPS: dict[str, Callable[[], Ops]] = {"plain": _plain, "triton": _triton}
