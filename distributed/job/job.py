@@ -7,26 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import types
 import typing
 from dataclasses import dataclass
 from typing import Any
 
-from ...wan.model import attention_kernels
-from ...wan.model.kernels.choice import OPS
 from .errors import JobError, check, check_text
 from .model_files import FileIdentity, LoraFile, ModelFiles
-from .sampling import SOLVERS, Sampling
+from .sampling import Sampling
+from .setting import check_settings, choice, number
+from .switches import MAX_GPUS, Switches
 
 VERSION = 3
 __all__ = [
     "FFN_CHUNK",
     "MAX_GPUS",
-    "MIXED_PRECISION",
-    "SOLVERS",
-    "ULYSSES_ENGINES",
     "VERSION",
     "FileIdentity",
     "Job",
@@ -37,107 +33,42 @@ __all__ = [
     "Sampling",
     "Text",
 ]
-"""A job's parts are imported from here; model_files.py and sampling.py hold the larger ones."""
+"""A job's parts are imported from here; model_files.py, sampling.py and switches.py hold the larger ones."""
 
-MAX_GPUS = 64
 MAX_PROMPT = 100_000
 """Characters; the text encoder reads 512 tokens."""
 _GPU_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9./_-]{0,99}", re.ASCII)
 """An index, a UUID or a MIG slice, as CUDA_VISIBLE_DEVICES takes them."""
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", re.ASCII)
-MIXED_PRECISION = ("bf16", "fp16", "fp32")
-ULYSSES_ENGINES = {
-    "packed": ("ulysses", "PackedUlysses"),
-    "symmetric": ("symmetric", "SymmetricUlysses"),
-    "deepspeed": ("ulysses", "DeepSpeedUlysses"),
-}
-"""File and class in `distributed/parallel`: as text, for ComfyUI knows the names without torch."""
-ATTENTION = ("auto", *attention_kernels.KERNELS)
-LINEAR_PRECISION = ("full", "fp8")
-KERNELS = ("auto", *OPS)
-MAX_SPARSE_TAU = 3.0
-GATHERS = ("block", "expert")
 FFN_CHUNK = 4096
 """Tokens per feed-forward call under `memory_optimization`: large enough to keep a GPU busy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Parallel:
+class Parallel(Switches):
     """How the job is spread over GPUs."""
 
-    gpu_count: int
+    gpu_count: int = number(None, 1, MAX_GPUS)
     """Processes, one per GPU (or per CPU process where there is no GPU)."""
     gpu_ids: tuple[str, ...] = ()
     """Physical GPU indices or UUIDs, one per process of a machine; empty on a machine without a GPU."""
-    use_ulysses: bool = True
-    """Split the sequence over the GPUs (Ulysses all-to-all attention)."""
     cfg_parallel: bool = False
     """Half of the GPUs compute what the prompt asks for, half what the negative prompt does, at the same time."""
-    use_fsdp: bool = False
-    """Shard the weights over the GPUs (FSDP2)."""
-    gather: str = "block"
+    gather: str = choice("block", ("block", "expert"))
     """What FSDP gathers: block: one block at a time; expert: a whole one, kept until the other expert takes over."""
-    offload_model: bool = False
-    """Only the expert at work is on the GPU. The other waits in pinned host memory, or in its file for its turn."""
-    stream_blocks: bool = False
-    """The blocks wait in pinned host memory; each GPU holds the one at work and the next."""
-    memory_optimization: bool = False
-    """Trade speed for peak memory: chunked feed-forward, no kept cross-attention keys and values."""
-    torch_compile: bool = False
-    """Compile the per-block segments around attention."""
-    mixed_precision: str = "bf16"
-    """Matrix products and attention; the residual, modulation and solver stay fp32."""
-    linear_precision: str = "full"
-    """full: the large matrix products are in `mixed_precision`. fp8: they are of e4m3 codes, scaled by rows."""
-    attention: str = "auto"
-    """The kernel of self-attention; auto: the fastest exact one that the GPU and the installed packages allow."""
-    kernels: str = "auto"
-    """Of the arithmetic around the matrix products. plain: torch's. triton: fused ones. auto: the fastest measured on
-    such a GPU."""
-    ulysses_engine: str = "packed"
-    """packed: one all-to-all in, one out. symmetric: written into the other GPUs' memory beside the arithmetic, packed
-    where that cannot be. deepspeed: DeepSpeed's DistributedAttention."""
-    master_port: int = 0
-    """0: rendezvous through memory, no port. Otherwise a TCP port on 127.0.0.1, or on the first of `hosts`."""
-    keep_warm_seconds: float = 0.0
-    """How long the processes wait for the next job, its model loaded; 0: they end with the job."""
-    start_timeout: float = 600.0
-    """Seconds until every rank must have joined and loaded."""
-    stall_timeout: float = 600.0
-    """Seconds without a sign of life from a rank after which the job is ended."""
-    sparse_tau: float = 1.0
-    """Of `attention` sol: the larger, the fewer keys are attended one by one."""
     hosts: tuple[str, ...] = ()
     """Machines, as ssh takes their names, with equally many of the processes each; empty: this one."""
 
     def __post_init__(self) -> None:
-        check(1 <= self.gpu_count <= MAX_GPUS, "gpu_count", self.gpu_count, f"1 to {MAX_GPUS}")
+        check_settings(self)
         self._check_hosts()
         check(
             len(self.gpu_ids) in (0, self.gpus_per_host),
-            "gpu_ids",
-            self.gpu_ids,
-            f"empty or one per GPU of a machine ({self.gpus_per_host})",
-        )
+            "gpu_ids", self.gpu_ids, f"empty or one per GPU of a machine ({self.gpus_per_host})",
+        )  # fmt: skip
         for gpu in self.gpu_ids:
             check(_GPU_ID.fullmatch(gpu) is not None, "gpu_ids", gpu, "indices of nvidia-smi or UUIDs")
         check(len(set(self.gpu_ids)) == len(self.gpu_ids), "gpu_ids", self.gpu_ids, "without repeats")
-        check(
-            self.mixed_precision in MIXED_PRECISION,
-            "mixed_precision",
-            self.mixed_precision,
-            "one of " + ", ".join(MIXED_PRECISION),
-        )
-        check(
-            self.ulysses_engine in ULYSSES_ENGINES,
-            "ulysses_engine",
-            self.ulysses_engine,
-            "one of " + ", ".join(ULYSSES_ENGINES),
-        )
-        for name, allowed in (
-            ("linear_precision", LINEAR_PRECISION), ("attention", ATTENTION), ("kernels", KERNELS)
-        ):  # fmt: skip
-            check(getattr(self, name) in allowed, name, getattr(self, name), "one of " + ", ".join(allowed))
         check(
             self.linear_precision == "full" or self.mixed_precision == "bf16",
             "linear_precision", self.linear_precision, f"'full' with mixed_precision {self.mixed_precision}",
@@ -146,23 +77,10 @@ class Parallel:
             self.kernels != "triton" or not self.torch_compile,
             "kernels", self.kernels, "'auto' or 'plain' with torch_compile, which makes kernels of its own",
         )  # fmt: skip
-        check(0.1 <= self.sparse_tau <= MAX_SPARSE_TAU, "sparse_tau", self.sparse_tau, f"0.1 to {MAX_SPARSE_TAU:g}")
-        check(self.gather in GATHERS, "gather", self.gather, "one of " + ", ".join(GATHERS))
         check(
             not (self.stream_blocks and self.use_fsdp and self.gpu_count > 1),
             "stream_blocks", self.stream_blocks, "off with use_fsdp: every GPU streams whole blocks",
         )  # fmt: skip
-        check(
-            self.master_port == 0 or 1024 <= self.master_port <= 65535,
-            "master_port",
-            self.master_port,
-            "0 (no port) or 1024 to 65535",
-        )
-        for name in ("start_timeout", "stall_timeout"):
-            value = getattr(self, name)
-            check(math.isfinite(value) and 1 <= value <= 86400, name, value, "1 to 86400 seconds")
-        seconds = self.keep_warm_seconds
-        check(math.isfinite(seconds) and 0 <= seconds <= 86400, "keep_warm_seconds", seconds, "0 to 86400 seconds")
         check(
             not self.cfg_parallel or self.gpu_count % 2 == 0,
             "cfg_parallel", self.cfg_parallel, f"off with an odd number of GPUs (gpu_count is {self.gpu_count})",

@@ -2,68 +2,63 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from ...wan.model.latent_space import WAN21
 from ...wan.sampling.schedule import SOLVERS
 from .errors import check
+from .setting import check_settings, choice, number
+
+MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """What is sampled."""
+class SamplingSettings:
+    """What a user decides of the sampling, each value by itself."""
 
-    width: int
+    width: int = number(832, 16, 8192, step=WAN21.pixel_multiple, required=True)
     """Pixels."""
-    height: int
+    height: int = number(480, 16, 8192, step=WAN21.pixel_multiple, required=True)
     """Pixels."""
-    num_frames: int
+    num_frames: int = number(121, 1, 4097, step=4, required=True)
     """4n + 1."""
-    steps: int
-    seed: int
+    steps: int = number(20, 1, 1000, required=True)
+    seed: int = number(0, 0, MAX_SEED, words="0 to 2**64 - 1", required=True)
     """For `torch.Generator("cpu")`; the same noise for every number of GPUs."""
-    solver: str = "unipc"
-    shift: float = 12.0
-    guidance_low: float = 3.0
+    solver: str = choice("unipc", SOLVERS)
+    shift: float = number(12.0, 0.0, 100.0, step=0.01, open=True)
+    guidance_low: float = number(3.0, 0.0, 100.0, step=0.01)
     """Guidance while the low-noise expert runs; 1 skips the unconditional pass."""
-    guidance_high: float = 4.0
+    guidance_high: float = number(4.0, 0.0, 100.0, step=0.01)
     """Guidance while the high-noise expert runs; 1 skips the unconditional pass."""
-    boundary: float = 0.875
+    boundary: float = number(0.875, 0.0, 1.0, step=0.001)
     """The high-noise expert runs while the timestep is at least `boundary` * 1000."""
-    fps: float = 16.0
-    strength: float = 1.0
+    fps: float = number(16.0, 1.0, 240.0, step=1.0)
+    strength: float = number(1.0, 0.01, 1.0, step=0.01)
     """Share of the noise schedule that given latents go through: `steps` steps at its end. 1: all of it."""
-    start_step: int = 0
+    start_step: int = number(0, 0, 999)
     """First step that runs; given latents are taken to be at its noise level."""
-    end_step: int = 0
+    end_step: int = number(0, 0, 1000)
     """Step before which to stop, leaving the noise in; 0: run to the end."""
     add_noise: bool = True
     """Add the seed's noise to given latents; off for latents that still hold theirs."""
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling(SamplingSettings):
+    """What is sampled."""
+
     def __post_init__(self) -> None:
-        for name in ("width", "height"):
-            value = getattr(self, name)
-            check(16 <= value <= 8192, name, value, "16 to 8192")
+        frames = self.num_frames
+        below = frames // 4 * 4 + 1 if frames > 0 else 1
         check(
-            1 <= self.num_frames <= 4097 and self.num_frames % 4 == 1,
-            "num_frames",
-            self.num_frames,
-            f"4n + 1 (the nearest are {self.num_frames // 4 * 4 + 1 if self.num_frames > 0 else 1} "
-            f"and {max(self.num_frames, 0) // 4 * 4 + 5})",
-        )
-        check(1 <= self.steps <= 1000, "steps", self.steps, "1 to 1000")
-        check(0 <= self.seed < 2**64, "seed", self.seed, "0 to 2**64 - 1")
-        check(self.solver in SOLVERS, "solver", self.solver, "one of " + ", ".join(SOLVERS))
-        check(math.isfinite(self.shift) and 0 < self.shift <= 100, "shift", self.shift, "over 0, at most 100")
-        for name in ("guidance_low", "guidance_high"):
-            value = getattr(self, name)
-            check(math.isfinite(value) and 0 <= value <= 100, name, value, "0 to 100")
-        check(math.isfinite(self.boundary) and 0 <= self.boundary <= 1, "boundary", self.boundary, "0 to 1")
-        check(math.isfinite(self.fps) and 1 <= self.fps <= 240, "fps", self.fps, "1 to 240")
+            frames > 0 and frames % 4 == 1,
+            "num_frames", frames, f"4n + 1 (the nearest are {below} and {max(frames, 0) // 4 * 4 + 5})",
+        )  # fmt: skip
+        check_settings(self, but=("start_step", "end_step"))
         self._check_range()
 
     def _check_range(self) -> None:
-        check(0.01 <= self.strength <= 1, "strength", self.strength, "0.01 to 1")
         check(0 <= self.start_step < self.steps, "start_step", self.start_step, f"0 to {self.steps - 1} (steps - 1)")
         ok = self.end_step == 0 or self.start_step < self.end_step <= self.steps
         check(

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from ...wan.model.attention import Attention
 from ...wan.model.kernels.choice import OPS
 from ...wan.model.transformer import WanModel, local_attention
-from ..job.job import FFN_CHUNK, ULYSSES_ENGINES
+from ..job.job import FFN_CHUNK
+from ..job.switches import ULYSSES_ENGINES
 from .mesh import Mesh
 from .sequence import SequenceShard
 from .ulysses import Exchange
@@ -76,7 +77,7 @@ def parallelize_wan(
         shard: this rank's tokens; a world of 1 there means that every rank runs the whole sequence.
         attention: the kernel of self-attention.
         use_fsdp: shard each block's weights over the mesh.
-        gather: a name in `job.GATHERS`; with "expert" what is gathered stays until `release_gathered`.
+        gather: block or expert; with "expert" what is gathered stays until `release_gathered`.
         ulysses_engine: a name in `ENGINES`.
         ops: a name in `OPS`: the arithmetic around the matrix products.
     """

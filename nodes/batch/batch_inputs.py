@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...distributed.job.job import MAX_GPUS
+from ...distributed.job.switches import MAX_GPUS
 from ..inference import inference_inputs
 
 MAX_COUNT = 100

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...distributed.job.sampling import MAX_SEED
+
 SEPARATOR = "---"
 """A line of it parts prompts of several lines."""
-MAX_SEED = 2**64 - 1
 MAX_VIDEOS = 1000
 """Of one batch: each has its part of the log and its lines in the status."""
 SHOWN = 80

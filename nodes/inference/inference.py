@@ -22,7 +22,7 @@ from ..sockets.wrapper_model import AUTO
 from . import saved_video
 from .inference_inputs import HIDDEN, optional, required
 from .outcome import inputs_writer, keep
-from .planning import literal_values, planned
+from .planning import planned
 from .video_node import VideoNode
 
 LAYOUT = ("gpu_count", "use_ulysses", "use_fsdp", "offload_model", "plan")
@@ -169,16 +169,14 @@ def _parallel(settings: dict[str, Any], model: ModelFiles, sampling: Sampling, s
 
     chosen = chosen_config(settings, status)
     if chosen.hosts:
-        base = Parallel(**{**literal_values(chosen), "gpu_count": 1, "gpu_ids": (), "cfg_parallel": False})
-        return parallel_over(chosen, base, guided=always_guided(model, sampling), status=status)
+        return parallel_over(chosen, chosen.parallel(), guided=always_guided(model, sampling), status=status)
     gpu_count, gpu_ids = choose_gpus(chosen.gpu_count, chosen.gpu_ids, host.visible_gpus())
     cfg_parallel = chosen.cfg_parallel == "on"
     if chosen.cfg_parallel == "auto":
         # With both ways of sharing work off the user is asked what is meant, not served with a third.
         shares = chosen.use_ulysses or chosen.use_fsdp
         cfg_parallel = shares and gpu_count % 2 == 0 and always_guided(model, sampling)
-    own = {"gpu_count": gpu_count, "gpu_ids": gpu_ids, "cfg_parallel": cfg_parallel}
-    return Parallel(**{**literal_values(chosen), **own})
+    return chosen.parallel(gpu_count=gpu_count, gpu_ids=gpu_ids, cfg_parallel=cfg_parallel)
 
 
 def _sampling(settings: dict[str, Any], status: Status) -> Sampling:

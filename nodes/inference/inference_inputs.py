@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...distributed.job.job import SOLVERS
+from ...distributed.job.sampling import SamplingSettings
 from ..models import catalogue
-from ..settings import spread as config_node
 from ..settings.presets import CUSTOM, PRESETS
+from ..settings.spread import config_input
+from ..settings.widgets import widget
 from ..sockets.wrapper_model import AUTO
 
 MODELS = "WAN_DISTRIBUTED_MODEL,WANVIDEOMODEL"
@@ -16,10 +17,6 @@ HIDDEN = {"unique_id": "UNIQUE_ID", "workflow_prompt": "PROMPT", "extra_pnginfo"
 
 
 def required() -> dict[str, Any]:
-    from ...distributed.planning.preflight import (
-        SIZE_MULTIPLE,  # brings torch, which the import of this pack does without
-    )
-
     return {
         "model": (
             MODELS,
@@ -37,14 +34,14 @@ def required() -> dict[str, Any]:
                 "has no effect while text_embeds is connected.",
             },
         ),
-        "width": _int(832, 16, 8192, "Width in pixels, a multiple of 16 (TI2V-5B: 32).", step=SIZE_MULTIPLE),
-        "height": _int(480, 16, 8192, "Height in pixels, a multiple of 16 (TI2V-5B: 32).", step=SIZE_MULTIPLE),
-        "num_frames": _int(121, 1, 4097, "Frames: 4n + 1. Another number is raised to the next one.", step=4),
-        "sample_steps": _int(20, 1, 1000, "Denoising steps over both experts. A preset sets them."),
-        "gpu_count": ("INT", config_node.GPU_COUNT),
-        "use_ulysses": ("BOOLEAN", config_node.USE_ULYSSES),
-        "use_fsdp": ("BOOLEAN", config_node.USE_FSDP),
-        "offload_model": ("BOOLEAN", config_node.OFFLOAD_MODEL),
+        "width": _sampling("width", "Width in pixels, a multiple of 16 (TI2V-5B: 32)."),
+        "height": _sampling("height", "Height in pixels, a multiple of 16 (TI2V-5B: 32)."),
+        "num_frames": _sampling("num_frames", "Frames: 4n + 1. Another number is raised to the next one."),
+        "sample_steps": _sampling("steps", "Denoising steps over both experts. A preset sets them."),
+        "gpu_count": config_input("gpu_count"),
+        "use_ulysses": config_input("use_ulysses"),
+        "use_fsdp": config_input("use_fsdp"),
+        "offload_model": config_input("offload_model"),
     }
 
 
@@ -70,35 +67,25 @@ def optional() -> dict[str, Any]:
                 "tooltip": "What the video should not show, encoded with prompt. Empty: Wan's own negative prompt.",
             },
         ),
-        "seed": _int(
-            0,
-            0,
-            2**64 - 1,
+        "seed": _sampling(
+            "seed",
             "Seed of the noise. The same seed gives the same video for any number of GPUs.",
             control_after_generate=True,
         ),
-        "scheduler": (
-            list(SOLVERS),
-            {"default": "unipc", "tooltip": "Solver. unipc is Wan's own default; euler is for distilled models."},
+        "scheduler": _sampling("solver", "Solver. unipc is Wan's own default; euler is for distilled models."),
+        "shift": _sampling("shift", "Timestep shift: higher spends more steps on noise. T2V: 12, I2V and TI2V-5B: 5."),
+        "guidance_low": _sampling(
+            "guidance_low", "Guidance of the low-noise expert. 1 skips the second pass: twice as fast."
         ),
-        "shift": _float(
-            12.0, 0.01, 100.0, "Timestep shift: higher spends more steps on noise. T2V: 12, I2V and TI2V-5B: 5."
+        "guidance_high": _sampling(
+            "guidance_high", "Guidance of the high-noise expert. 1 skips the second pass: twice as fast."
         ),
-        "guidance_low": _float(
-            3.0, 0.0, 100.0, "Guidance of the low-noise expert. 1 skips the second pass: twice as fast."
-        ),
-        "guidance_high": _float(
-            4.0, 0.0, 100.0, "Guidance of the high-noise expert. 1 skips the second pass: twice as fast."
-        ),
-        "boundary": _float(
-            0.875,
-            0.0,
-            1.0,
+        "boundary": _sampling(
+            "boundary",
             "The high-noise expert runs while the noise level is at least this. T2V: 0.875, I2V: 0.9. No effect on a "
             "model of one transformer.",
-            step=0.001,
         ),
-        "fps": _float(16.0, 1.0, 240.0, "Frames per second of the mp4. Wan2.2 A14B: 16, TI2V-5B: 24.", step=1.0),
+        "fps": _sampling("fps", "Frames per second of the mp4. Wan2.2 A14B: 16, TI2V-5B: 24."),
         "filename_prefix": (
             "STRING",
             {"default": "video/wan", "tooltip": "Folder and name in ComfyUI's output folder; a number is added."},
@@ -134,22 +121,18 @@ def _appended() -> dict[str, Any]:
                 "with (start_step), or an empty one, which changes nothing."
             },
         ),
-        "strength": _float(
-            1.0,
-            0.01,
-            1.0,
+        "strength": _sampling(
+            "strength",
             "How much of samples is made anew: 1 all of it, less keeps more. Without effect on a video from noise: "
             "leave it at 1.",
         ),
-        "start_step": _int(0, 0, 999, "First step to run; samples are taken to be at its noise level."),
-        "end_step": _int(0, 0, 1000, "Stop before this step and hand on samples with their noise. 0: run to the end."),
-        "add_noise": (
-            "BOOLEAN",
-            {
-                "default": True,
-                "tooltip": "Add the seed's noise to samples. Off for samples that still hold theirs, from a run with "
-                "end_step.",
-            },
+        "start_step": _sampling("start_step", "First step to run; samples are taken to be at its noise level."),
+        "end_step": _sampling(
+            "end_step", "Stop before this step and hand on samples with their noise. 0: run to the end."
+        ),
+        "add_noise": _sampling(
+            "add_noise",
+            "Add the seed's noise to samples. Off for samples that still hold theirs, from a run with end_step.",
         ),
         "decode_video": (
             "BOOLEAN",
@@ -187,7 +170,7 @@ def _appended() -> dict[str, Any]:
                 "times. Changes nothing of the video. ComfyUI's own preview setting is about its samplers.",
             },
         ),
-        "plan": (["auto", config_node.AS_SET], config_node.PLAN),
+        "plan": config_input("plan"),
         "dynamic_resolution": (
             "BOOLEAN",
             {
@@ -200,9 +183,5 @@ def _appended() -> dict[str, Any]:
     }
 
 
-def _int(default: int, low: int, high: int, tooltip: str, **options: Any) -> tuple[str, dict[str, Any]]:
-    return "INT", {"default": default, "min": low, "max": high, **options, "tooltip": tooltip}
-
-
-def _float(default: float, low: float, high: float, tooltip: str, step: float = 0.01) -> tuple[str, dict[str, Any]]:
-    return "FLOAT", {"default": default, "min": low, "max": high, "step": step, "tooltip": tooltip}
+def _sampling(name: str, tooltip: str, **more: Any) -> tuple[Any, dict[str, Any]]:
+    return widget(SamplingSettings, name, tooltip, **more)

@@ -123,16 +123,6 @@ def _plan_waiting(
     return dataclasses.replace(made, reasons=(*made.reasons, *waits))
 
 
-def literal_values(chosen: DistributedConfig) -> dict[str, Any]:
-    """A config's values for Parallel."""
-    values = dataclasses.asdict(chosen)
-    for name in ("plan", "hostfile"):
-        del values[name]
-    for name in ("start_timeout", "stall_timeout", "keep_warm_seconds"):
-        values[name] = float(values[name])
-    return values
-
-
 def _unplanned(chosen: DistributedConfig, total_bytes: list[int]) -> str | None:
     """Why the switches are taken as they are, or None."""
     if chosen.plan == AS_SET:
@@ -152,9 +142,8 @@ def _request(chosen: DistributedConfig, model: ModelFiles, sampling: Sampling) -
     from ...distributed.planning.policies import Request
     from ...distributed.planning.preflight import always_guided
 
-    base = Parallel(**{**literal_values(chosen), "gpu_count": 1, "gpu_ids": (), "cfg_parallel": False})
     return Request(
-        base=base,
+        base=chosen.parallel(),
         gpu_count=chosen.gpu_count,
         cfg_parallel=chosen.cfg_parallel,
         always_guided=always_guided(model, sampling),

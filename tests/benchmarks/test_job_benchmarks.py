@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from mount import ROOT
-from wan_pack.distributed.job.job import ULYSSES_ENGINES
+from wan_pack.distributed.job.switches import ULYSSES_ENGINES
 from wan_pack.distributed.machine.gpus import Gpu
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint, checkpoint_files
 from wan_pack.wan.model.attention_kernels import KERNELS

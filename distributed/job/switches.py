@@ -1,0 +1,57 @@
+"""What a user decides of how a job runs, each value by itself: in the config node as in the job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...wan.model import attention_kernels
+from ...wan.model.kernels.choice import OPS
+from .setting import choice, number
+
+MAX_GPUS = 64
+ULYSSES_ENGINES = {
+    "packed": ("ulysses", "PackedUlysses"),
+    "symmetric": ("symmetric", "SymmetricUlysses"),
+    "deepspeed": ("ulysses", "DeepSpeedUlysses"),
+}
+"""File and class in `distributed/parallel`: as text, for ComfyUI knows the names without torch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Switches:
+    """All that needs no knowledge of the machine."""
+
+    use_ulysses: bool = True
+    """Split the sequence over the GPUs (Ulysses all-to-all attention)."""
+    use_fsdp: bool = False
+    """Shard the weights over the GPUs (FSDP2)."""
+    offload_model: bool = False
+    """Only the expert at work is on the GPU. The other waits in pinned host memory, or in its file for its turn."""
+    stream_blocks: bool = False
+    """The blocks wait in pinned host memory; each GPU holds the one at work and the next."""
+    memory_optimization: bool = False
+    """Trade speed for peak memory: chunked feed-forward, no kept cross-attention keys and values."""
+    torch_compile: bool = False
+    """Compile the per-block segments around attention."""
+    mixed_precision: str = choice("bf16", ("bf16", "fp16", "fp32"))
+    """Matrix products and attention; the residual, modulation and solver stay fp32."""
+    linear_precision: str = choice("full", ("full", "fp8"))
+    """full: the large matrix products are in `mixed_precision`. fp8: they are of e4m3 codes, scaled by rows."""
+    attention: str = choice("auto", ("auto", *attention_kernels.KERNELS))
+    """The kernel of self-attention; auto: the fastest exact one that the GPU and the installed packages allow."""
+    kernels: str = choice("auto", ("auto", *OPS))
+    """Of the arithmetic around the matrix products. plain: torch's. triton: fused ones. auto: the fastest measured on
+    such a GPU."""
+    ulysses_engine: str = choice("packed", ULYSSES_ENGINES)
+    """packed: one all-to-all in, one out. symmetric: written into the other GPUs' memory beside the arithmetic, packed
+    where that cannot be. deepspeed: DeepSpeed's DistributedAttention."""
+    master_port: int = number(0, 1024, 65535, off="no port")
+    """0: rendezvous through memory, no port. Otherwise a TCP port on 127.0.0.1, or on the first of `hosts`."""
+    keep_warm_seconds: float = number(0.0, 0, 86400, unit="seconds")
+    """How long the processes wait for the next job, its model loaded; 0: they end with the job."""
+    start_timeout: float = number(600.0, 1, 86400, unit="seconds")
+    """Seconds until every rank must have joined and loaded."""
+    stall_timeout: float = number(600.0, 1, 86400, unit="seconds")
+    """Seconds without a sign of life from a rank after which the job is ended."""
+    sparse_tau: float = number(1.0, 0.1, 3.0, step=0.1)
+    """Of `attention` sol: the larger, the fewer keys are attended one by one."""
