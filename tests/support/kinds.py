@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,8 +19,8 @@ MARKS = {
     "browser": "needs Chromium",
     "hosts": "needs machines of its own (network namespaces)",
 }
-RANKS = ("run_ranks", "fork_ranks", "run_fresh", "run_tiny", "golden")
-"""Names in a test's module: what starts ranks."""
+RANKS = {"run_ranks", "fork_ranks", "run_fresh", "run_tiny", "golden"}
+"""What starts ranks, by its name where it is called."""
 STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")
 MAY_BE_ASKED = "nvidia-smi"
 """Looked for in vain on machines without a GPU."""
@@ -53,7 +55,6 @@ class Kinds:
 
 
 def _marks(item: pytest.Item) -> Iterator[str]:
-    module = getattr(item, "module", None)
     folder = os.path.basename(os.path.dirname(item.path))
     if folder == "comfyui":
         yield "comfyui"
@@ -61,7 +62,35 @@ def _marks(item: pytest.Item) -> Iterator[str]:
         yield "browser"
     if item.path.stem == "test_hosts_jobs":
         yield "hosts"
-    if any(hasattr(module, name) for name in RANKS):
+    if _names(item) & RANKS:
         yield "ranks"
     if folder == "comfyui" or item.path.stem == "test_hosts_jobs":
         yield "processes"
+
+
+def _names(item: pytest.Item) -> set[str]:
+    """Names that a test uses, and its fixtures and the helpers in their modules."""
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    left = [item.function, *(definition.func for definitions in fixtures for definition in definitions)]
+    seen, names = set(), set()
+    while left:
+        function = inspect.unwrap(left.pop())
+        if isinstance(function, type):
+            left += [method for method in vars(function).values() if inspect.isfunction(method)]
+        code = getattr(function, "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        used = {name for part in _codes(code) for name in part.co_names}
+        names |= used
+        others = (function.__globals__.get(name) for name in used)
+        left += [other for other in others if getattr(other, "__module__", None) == function.__module__]
+    return names
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Of a function, and of those inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)

@@ -60,6 +60,7 @@ def test_run_repeats_a_job_without_comfyui(plain: Result, tmp_path: Path):
     assert torch.equal(read_latents(JobDir(tmp_path / "out")), read_latents(plain.folder))
 
 
+@pytest.mark.processes
 def test_run_names_a_folder_that_holds_no_job(tmp_path: Path):
     broken = distributed_run(tmp_path, folder=tmp_path)
     assert broken.returncode == 1
