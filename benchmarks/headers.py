@@ -151,7 +151,7 @@ def gguf_tokenizer(folder: Path) -> Path:
 
 
 def pth_list(folder: Path) -> Path:
-    from wan_pack.wan.files.model_index import MAX_INDEX_BYTES, MAX_OPCODES
+    from wan_pack.wan.files.pth_files import MAX_INDEX_BYTES, MAX_OPCODES
 
     path = folder / "list.pth"
     words = b"".join(b"X\x06\0\0\0%06d" % i for i in range(MAX_INDEX_BYTES // 11 - 10))
@@ -161,7 +161,7 @@ def pth_list(folder: Path) -> Path:
 
 
 def pth_directory(folder: Path) -> Path:
-    from wan_pack.wan.files.model_index import MAX_DIRECTORY_BYTES
+    from wan_pack.wan.files.pth_files import MAX_DIRECTORY_BYTES
 
     path = folder / "directory.pth"
     _write_zip(path, {"a/data.pkl": b"\x80\x02N.", **{f"{i:05}": b"" for i in range(MAX_DIRECTORY_BYTES // 51 - 10)}})
@@ -204,16 +204,16 @@ def spiece_model(folder: Path) -> Path:
 
 
 def open_model(path: Path) -> Any:
-    from wan_pack.wan.files.model_index import read_index
+    from wan_pack.wan.files.stored_model import open_model
 
-    return read_index([path], "a model")
+    return open_model([path], "a model")
 
 
 def open_shards(path: Path) -> Any:
     from wan_pack.wan.files.model_folder import folder_files
-    from wan_pack.wan.files.model_index import read_index
+    from wan_pack.wan.files.stored_model import open_model
 
-    return read_index(folder_files(path, "a model"), "a model")
+    return open_model(folder_files(path, "a model"), "a model")
 
 
 def open_lora(path: Path) -> Any:

@@ -201,12 +201,12 @@ class GoldenRun:
 
     def text_encoder(self, folder: Path) -> float:
         import torch
-        from wan_pack.wan.files.tensor_files import TensorFiles
+        from wan_pack.wan.files.stored_model import open_model
         from wan_pack.wan.text.t5_keys import EXPECTED
         from wan_pack.wan.text.text_encoder import encode_ids, load_umt5
 
         io = read(folder / "io.safetensors")
-        files = TensorFiles(sorted((folder / "text_encoder").iterdir()), expected=EXPECTED)
+        files = open_model(sorted((folder / "text_encoder").iterdir()), EXPECTED)
         ids = io["ids"][io["mask"].bool()].tolist()
         return relative_error(encode_ids(load_umt5(files, dtype=torch.float32), ids)[None], io["out"])
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...wan.vae.autoencoder import check_video, decode_frames, encode, load_vae
+from ...wan.vae.autoencoder import check_video, decode_frames, encode, load_vae, upscale
 from ...wan.vae.vae_layers import channels_last
 from .image_rows import RowShard
 
@@ -46,6 +46,8 @@ class RankVae:
     ) -> None:
         self._vae = load_vae(files, dtype=dtype, device=device)
         channels_last(self._vae)
+        self.upscale = upscale(self._vae)
+        """Pixels per row and column of what `decode` makes for one of the video."""
         self._group, self._ops = group, ops
 
     def decode(self, latents: Tensor) -> Iterator[Tensor | None]:

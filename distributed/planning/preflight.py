@@ -9,7 +9,7 @@ from ...wan.checkpoint.checkpoint import Checkpoint
 from ...wan.files.identify import noise_side
 from ...wan.lora.lora import Lora
 from ...wan.model.config import HIGH_NOISE, LOW_NOISE, WanConfig
-from ...wan.model.latent_space import LATENT_SPACES, WAN21
+from ...wan.model.latent_space import WAN21
 from ...wan.text.t5_keys import check_text_encoder_files
 from ...wan.vae.vae_keys import check_vae_file
 from ..job.input_tensors import Shape, check_inputs
@@ -60,18 +60,19 @@ def check_model(model: ModelFiles, on_report: Callable[[str], None] = lambda lin
                 f"{other.label}; choose both from one release"
             )
     vae, latents = model.vae[0].path, config.variant.latents
-    z_dim = check_vae_file(vae).z_dim
-    if z_dim is not None and z_dim != latents.channels:
+    found = check_vae_file(vae)
+    if found.kind != latents:
         raise ValueError(
-            f"{vae} is a {LATENT_SPACES[z_dim].vae}; a {config.describe()} model goes with the {latents.vae} "
-            f"({latents.example})"
+            f"{vae} is a {found.kind.vae}; a {config.describe()} model goes with the {latents.vae} ({latents.example})"
         )
+    if found.upscale > 1:
+        on_report(f"{vae} makes {found.upscale} x the size: the video is {found.upscale} times as wide and high")
     for report in _lora_reports(model, experts):
         on_report(report)
     if model.text_encoder:
         encoder = [part.path for part in model.text_encoder]
         dim = check_text_encoder_files(encoder, [part.path for part in model.tokenizer]).dim
-        if dim is not None and dim != config.text_dim:
+        if dim != config.text_dim:
             raise ValueError(f"{encoder[0]} makes rows of {dim} channels; the transformer takes {config.text_dim}")
     return config
 

@@ -30,6 +30,12 @@ def gather_peaks(session: Session) -> Peaks:
     return everyone.view(session.world, 2).tolist()
 
 
+def video_size(job: Job, session: Session) -> dict[str, int]:
+    """Pixels: the job's, or twice as many in each direction where the VAE makes them."""
+    scale = session.vae(job).upscale
+    return {"width": job.sampling.width * scale, "height": job.sampling.height * scale}
+
+
 def result_of(
     job: Job,
     session: Session,
@@ -47,12 +53,12 @@ def result_of(
         phases: name -> seconds.
     """
     sampling = job.sampling
-    video = {"width": sampling.width, "height": sampling.height, "frames": frames, "fps": sampling.fps}
+    video = {**video_size(job, session), "frames": frames, "fps": sampling.fps} if frames else None
     return {
         "id": job.id,
         "version": VERSION,
         "latents": {"shape": latents_shape, "dtype": "float32"},
-        "video": video if frames else None,
+        "video": video,
         "phases": phases,
         "step_seconds": step_seconds,
         "peak_gpu_bytes": [gpu for gpu, _ in peaks],

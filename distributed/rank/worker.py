@@ -31,7 +31,7 @@ from ..parallel.sequence import gather_bytes
 from ..planning.preflight import needs_negative
 from .expert import Experts
 from .live_preview import PreviewWriter
-from .report import gather_peaks, result_of
+from .report import gather_peaks, result_of, video_size
 from .session import Session
 from .signs import MIN_INTERVAL, RankFiles
 
@@ -259,7 +259,7 @@ class Worker:
                 for _ in self.session.vae(self.job).decode(latents[None]):
                     pass
             return 0
-        size = {"width": sampling.width, "height": sampling.height}
+        size = video_size(self.job, self.session)
         # What is decoded after ffmpeg's end is of no use, and may take long.
         with VideoWriter(self.folder.video, **size, fps=sampling.fps, on_loss=self.files.end_process) as video:
             with self.phase("decode"):

@@ -44,7 +44,7 @@ def keep(job: Job, result: Result, filename_prefix: str, workflow: Mapping[str, 
     saved = None
     try:
         if job.decode:
-            size = {"width": job.sampling.width, "height": job.sampling.height}
+            size = {name: result.info["video"][name] for name in ("width", "height")}
             saved = saved_video.save_video(result.folder.video, filename_prefix, **size, workflow=workflow)
         outcome = Outcome(saved, _read_latents(result.folder.latents), result.info, result.log)
     # Whatever it is: the video may have taken hours to make.

@@ -18,8 +18,9 @@ from wan_pack.wan.files.gguf_files import MAX_ITEMS, MAX_VALUES, GgufFile
 from wan_pack.wan.files.headers import MAX_HEADER_BYTES, MAX_PARTS, MAX_TENSORS, HeadersTogether, read_header
 from wan_pack.wan.files.json_text import MAX_DEPTH, check_json_size, parse_json
 from wan_pack.wan.files.model_folder import MAX_JSON_BYTES, MAX_SHARDS, folder_files, read_json_object
-from wan_pack.wan.files.model_index import MAX_DIRECTORY_BYTES, MAX_INDEX_BYTES, MAX_OPCODES, read_index, read_pth_names
+from wan_pack.wan.files.pth_files import MAX_DIRECTORY_BYTES, MAX_INDEX_BYTES, MAX_OPCODES, read_pth
 from wan_pack.wan.files.quant_formats import MAX_TENSOR_PARTS
+from wan_pack.wan.files.stored_model import open_model
 from wan_pack.wan.text.tokenizer import Tokenizer
 from wan_pack.wan.text.tokenizer_bounds import MAX_PIECES, MAX_SPIECE_BYTES, MAX_STRING_BYTES
 from wan_pack.wan.text.tokenizer_files import choose_tokenizer_file
@@ -68,8 +69,8 @@ def test_fault_35_files_that_are_too_much_only_together(tmp_path: Path) -> None:
     for i in range(2):
         write(tmp_path / f"{i}.safetensors", {"__metadata__": note, f"{i}": entry(0)}, b"\0")
     paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
-    assert len(read_index(paths[:1], "a model").names) == 1
-    refused(lambda: read_index(paths, "a model"), str(paths[1]), "for one model")
+    assert len(open_model(paths[:1], "a model").tensors) == 1
+    refused(lambda: open_model(paths, "a model"), str(paths[1]), "for one model")
     refused(lambda: Checkpoint([str(path) for path in paths]), str(paths[1]), "for one model")
     together = HeadersTogether()
     together.add("a", 1, MAX_TENSORS)
@@ -111,7 +112,7 @@ def test_fault_35_indexes_and_configs(tmp_path: Path) -> None:
 def test_fault_35_what_a_layer_says_of_its_format(tmp_path: Path) -> None:
     says = json.dumps({"format": "float8_e4m3fn", "x": [0] * MAX_TENSOR_PARTS}).encode()
     path = write(tmp_path / "x.safetensors", {"a.comfy_quant": entry(0, len(says))}, says)
-    refused(lambda: read_index([path], "a model"), str(path), f"over {MAX_TENSOR_PARTS} values")
+    refused(lambda: open_model([path], "a model"), str(path), f"over {MAX_TENSOR_PARTS} values")
 
 
 def gguf(path: Path, *values: bytes, tensors: int = 0, promised: int | None = None) -> Path:
@@ -146,10 +147,10 @@ def pth(path: Path, entries: dict[str, bytes]) -> Path:
 def test_fault_35_pth(tmp_path: Path) -> None:
     path, stop = tmp_path / "x.pth", b"N."
     entries = {f"{i:06}{'x' * 200}": b"" for i in range(MAX_DIRECTORY_BYTES // 250)}
-    refused(lambda: read_pth_names(pth(path, {"a/data.pkl": stop, **entries})), f"over {MAX_DIRECTORY_BYTES} bytes")
+    refused(lambda: read_pth(pth(path, {"a/data.pkl": stop, **entries})), f"over {MAX_DIRECTORY_BYTES} bytes")
     large = b"\x80\x02X" + struct.pack("<I", MAX_INDEX_BYTES) + b"x" * MAX_INDEX_BYTES + stop
-    refused(lambda: read_pth_names(pth(path, {"a/data.pkl": large})), f"at most {MAX_INDEX_BYTES} are allowed")
-    refused(lambda: read_pth_names(pth(path, {"a/data.pkl": b"N" * MAX_OPCODES + stop})), f"over {MAX_OPCODES} steps")
+    refused(lambda: read_pth(pth(path, {"a/data.pkl": large})), f"at most {MAX_INDEX_BYTES} are allowed")
+    refused(lambda: read_pth(pth(path, {"a/data.pkl": b"N" * MAX_OPCODES + stop})), f"over {MAX_OPCODES} steps")
 
 
 def test_fault_35_tokenizers(tmp_path: Path) -> None:

@@ -10,57 +10,33 @@ in fp32, bf16, fp16, fp8, int8 and the types of GGUF.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..files.diffusers_keys import MARKER as DIFFUSERS_MARKER
 from ..files.diffusers_keys import to_official
-from ..files.gguf_files import GgufFile
-from ..files.headers import HeadersTogether, TensorInfo, read_header
-from ..files.identify import describe_tensors
-from ..files.model_folder import read_json_object, shard_files
-from ..files.quant_formats import quant_formats
-from ..files.quantised import DTYPES, READS, is_unused, pair_scales, refused_format
-from ..files.stored_tensor import PackedTensor, PlainTensor, RowScale, StoredTensor
+from ..files.identify import describe_tensors, prefixes
+from ..files.model_folder import folder_files, read_json_object
+from ..files.stored_model import StoredModel, open_model
+from ..files.stored_tensor import PlainTensor, RowScale
 from ..model.config import WanConfig, config_from_shapes
 from ..model.linear import FP8_DTYPES, Fp8Weight
 from ..model.transformer import meta_model, parameter_dtype
 from ..model.variants import RUNNABLE, check_runs
 
-PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.")
-"""In front of every tensor of the transformer, by who saved the file."""
 MARKERS = ("head.modulation", DIFFUSERS_MARKER)
-INDEX_NAME = "diffusion_pytorch_model.safetensors.index.json"
-SINGLE_NAME = "diffusion_pytorch_model.safetensors"
+"""Tensors by which the transformer's names, and what stands before them, are found."""
 EXPERT_FOLDERS = ("high_noise_model", "low_noise_model", "transformer", "transformer_2")
-STAGING_BYTES = 32 << 20
 
 _NUM_HEADS = {"WanModel": "num_heads", "WanTransformer3DModel": "num_attention_heads"}
 """Class in config.json -> its name for the number of heads."""
 _FLOATS = ("F32", "BF16", "F16")
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """A tensor as its file names it."""
-
-    path: str
-    dtype: str
-    """safetensors' or GGUF's name of it."""
-    place: TensorInfo | PackedTensor
-
-    def stored(self) -> StoredTensor:
-        if isinstance(self.place, PackedTensor):
-            return self.place
-        return PlainTensor(self.path, DTYPES[self.dtype], self.place.shape, self.place.start)
 
 
 class Checkpoint:
@@ -72,42 +48,27 @@ class Checkpoint:
 
     def __init__(self, files: Sequence[str | Path]) -> None:
         self.files = tuple(str(file) for file in files)
-        everything: dict[str, _Found] = {}
-        formats: dict[str, str] = {}
-        together = HeadersTogether()
-        for file in self.files:
-            tensors, says = _open(file, together)
-            for name in tensors.keys() & everything.keys():
-                raise ValueError(f"{file}: tensor {name} is also in {everything[name].path}")
-            everything |= tensors
-            formats |= says
-        prefix = _prefix(everything)
-        if prefix is None:
-            raise ValueError(f"{self.label} is {describe_tensors(everything)}; expected {RUNNABLE}")
+        model = open_model(files, RUNNABLE)
+        self.label = model.label
+        """The file, or the folder of a sharded checkpoint, for messages."""
         try:
-            found = _official(everything, prefix)
-            _refuse_formats(found, _official(formats, prefix))
-            self._stored = pair_scales({name: tensor.stored() for name, tensor in found.items() if not is_unused(name)})
-            self.shapes: Mapping[str, tuple[int, ...]] = {
-                name: tensor.shape for name, tensor in self._stored.items() if not isinstance(tensor, RowScale)
-            }
-            check_runs(self.shapes)
-            self.config: WanConfig = config_from_shapes(self.shapes, num_heads=_num_heads(Path(self.files[0]).parent))
-            _check_complete(self.shapes, self.config)
+            names = _official(model)
+            self._stored = model.weights(names)
+            shapes = {name: tensor.shape for name, tensor in self._stored.items() if not isinstance(tensor, RowScale)}
+            check_runs(shapes)
+            self.config: WanConfig = config_from_shapes(shapes, num_heads=_num_heads(Path(self.files[0]).parent))
+            self.markers = _check_complete(shapes, self.config)
+            """Tensors that hold no weight: they only say what the file is."""
         except ValueError as error:
             raise ValueError(f"{self.label}: {error}") from error
-        self._dtypes = {name: found[name].dtype for name in self.shapes}
+        self.shapes: Mapping[str, tuple[int, ...]] = {n: s for n, s in shapes.items() if n not in self.markers}
+        self._dtypes = {own: model.tensors[name].dtype for name, own in names.items() if own in self.shapes}
         self.fp8: Mapping[str, Fp8Weight] = {
             name: Fp8Weight(tensor.dtype, tensor.scale is not None)
             for name, tensor in self._stored.items()
             if isinstance(tensor, PlainTensor) and tensor.dtype in FP8_DTYPES and _may_stay_fp8(name, tensor)
         }
         """The weights that stay fp8 in memory; those of the time path and the head are unpacked."""
-
-    @property
-    def label(self) -> str:
-        """The file, or the folder of a sharded checkpoint, for messages."""
-        return self.files[0] if len(self.files) == 1 else str(Path(self.files[0]).parent)
 
     @property
     def nbytes(self) -> int:
@@ -148,56 +109,29 @@ def checkpoint_files(path: str | Path) -> tuple[Path, ...]:
         ValueError: the folder has no checkpoint, or its index names files that are not there.
     """
     path = Path(path)
-    if not path.is_dir():
-        if path.suffix.lower() not in (".safetensors", ".gguf"):
-            kind = path.suffix or "file without suffix"
-            raise ValueError(f"{path} is a {kind}; expected a .safetensors or .gguf file")
-        return (path,)
-    if (path / INDEX_NAME).exists():
-        return shard_files(path / INDEX_NAME)
-    if (path / SINGLE_NAME).exists():
-        return (path / SINGLE_NAME,)
     experts = [name for name in EXPERT_FOLDERS if (path / name).is_dir()]
-    instead = f"; choose one of its folders {', '.join(experts)}" if experts else ""
-    raise ValueError(f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}{instead}")
+    expected = f"{RUNNABLE}; choose one of its folders {', '.join(experts)}" if experts else RUNNABLE
+    files = folder_files(path, expected)
+    for file in files:
+        if file.suffix.lower() not in (".safetensors", ".gguf"):
+            kind = file.suffix or "file without suffix"
+            raise ValueError(f"{file} is a {kind}; expected a .safetensors or .gguf file")
+    return files
 
 
-def _open(file: str, together: HeadersTogether) -> tuple[dict[str, _Found], dict[str, str]]:
-    """The tensors of one file, and the quantised formats that it names, by layer."""
-    if Path(file).suffix.lower() == ".gguf":
-        gguf = GgufFile(file)
-        together.add(file, gguf.header_bytes, len(gguf.tensors))
-        return {name: _Found(file, t.type_name, PackedTensor(gguf, name)) for name, t in gguf.tensors.items()}, {}
-    header = read_header(file)
-    together.add(file, header.nbytes, len(header.tensors))
-    return {name: _Found(file, t.dtype, t) for name, t in header.tensors.items()}, quant_formats(file, header)
-
-
-def _prefix(names: Collection[str]) -> str | None:
-    for prefix in PREFIXES:
-        if any(prefix + marker in names for marker in MARKERS):
-            return prefix
-    return None
-
-
-def _official(named: Mapping[str, T], prefix: str) -> dict[str, T]:
-    """What belongs to the transformer, by official name; what an all-in-one file holds beside it is left out."""
-    own = {name: to_official(name.removeprefix(prefix)) for name in named if name.startswith(prefix)}
-    official = {to: named[name] for name, to in own.items()}
-    if len(official) < len(own):
-        twice = Counter(own.values()).most_common(1)[0][0]
-        raise ValueError(f"it holds {', '.join(name for name, to in own.items() if to == twice)}, which are the same")
-    return official
-
-
-def _refuse_formats(found: Mapping[str, _Found], formats: Mapping[str, str]) -> None:
-    plain = {name: tensor.dtype for name, tensor in found.items() if isinstance(tensor.place, TensorInfo)}
-    quantised = refused_format(plain, formats)
-    if quantised is not None:
-        raise ValueError(f"it is quantised as {quantised}; {READS}")
-    wrong = [name for name, dtype in plain.items() if dtype not in DTYPES and not is_unused(name)]
-    if wrong:
-        raise ValueError(f"it holds {len(wrong)} tensors such as {wrong[0]} in {plain[wrong[0]]}; {READS}")
+def _official(model: StoredModel) -> dict[str, str]:
+    """Name in the files -> official one, of all that belongs to the transformer beside other models."""
+    found = prefixes(model.tensors, MARKERS)
+    if len(found) != 1:
+        what = "several transformers, " + ", ".join(found) if found else describe_tensors(model.tensors)
+        raise ValueError(f"it is {what}; expected {RUNNABLE}")
+    own = {name: to_official(name.removeprefix(found[0])) for name in model.tensors if name.startswith(found[0])}
+    twice = [name for name, count in Counter(own.values()).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"it holds {', '.join(name for name, to in own.items() if to == twice[0])}, which are the same"
+        )
+    return own
 
 
 def _may_stay_fp8(name: str, tensor: PlainTensor) -> bool:
@@ -206,7 +140,8 @@ def _may_stay_fp8(name: str, tensor: PlainTensor) -> bool:
     return large and name.endswith(".weight") and len(tensor.shape) == 2
 
 
-def _check_complete(shapes: Mapping[str, tuple[int, ...]], config: WanConfig) -> None:
+def _check_complete(shapes: Mapping[str, tuple[int, ...]], config: WanConfig) -> frozenset[str]:
+    """Refuses a model that is not whole, or more than that. Returns the names of tensors that are only marks."""
     # One block stands for all: forty take a third of a second, for each file that is looked at.
     one_block = meta_model(replace(config, num_layers=1), torch.float32)
     expected = {
@@ -214,16 +149,29 @@ def _check_complete(shapes: Mapping[str, tuple[int, ...]], config: WanConfig) ->
         for name, parameter in one_block.named_parameters()
         for i in range(config.num_layers if name.startswith("blocks.0.") else 1)
     }
-    missing = sorted(set(expected) - set(shapes))
-    extra = sorted(set(shapes) - set(expected))
-    if missing or extra:
+    roots = {name.partition(".")[0] for name in expected}
+    # One number outside of the model's modules cannot be a weight of it.
+    marks = {
+        name
+        for name in shapes.keys() - expected
+        if math.prod(shapes[name]) <= 1 and name.partition(".")[0] not in roots
+    }
+    missing = sorted(expected.keys() - shapes)
+    extra = sorted(shapes.keys() - expected - marks)
+    if missing:
         raise ValueError(
-            f"it is not a whole Wan transformer: {len(missing)} tensors are missing "
-            f"(first {missing[:5]}) and {len(extra)} are unknown (first {extra[:5]})"
+            f"it is not a whole {config.variant.name} transformer: {len(missing)} tensors are missing "
+            f"({', '.join(missing[:5])})"
+        )
+    if extra:
+        raise ValueError(
+            f"it holds a whole {config.variant.name} transformer and {len(extra)} tensors that are unknown "
+            f"({', '.join(extra[:5])}): it is another model, which this pack does not run; expected {RUNNABLE}"
         )
     for name, shape in expected.items():
         if shapes[name] != shape:
             raise ValueError(f"tensor {name} has shape {shapes[name]}; expected {shape}")
+    return frozenset(marks)
 
 
 def _num_heads(folder: Path) -> int | None:

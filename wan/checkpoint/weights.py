@@ -12,10 +12,11 @@ from threading import local
 import torch
 from torch import Tensor, nn
 
+from ..files.stored_tensor import STAGING_BYTES
 from ..lora.lora import Lora, changes, merge
 from ..model.linear import E4M3, FP8_DTYPES, FP8_PRODUCTS, Fp8Weight, quantise_rows
 from ..model.transformer import WanModel, meta_model
-from .checkpoint import STAGING_BYTES, Checkpoint
+from .checkpoint import Checkpoint
 
 CUDA_READERS = 4
 """Threads that read and copy at the same time: one cannot keep both the disk and the bus busy."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .headers import MAX_HEADER_BYTES, MAX_TENSORS, brief, check_count, check_name, describe_file
-from .regular_files import regular
+from .regular_files import read_range, regular
 
 MAX_VALUES = MAX_TENSORS + 1024
 """Of metadata: a converter may note each tensor's shape there."""
@@ -125,11 +125,9 @@ class GgufFile:
         step = max(PIECE // elements, 1)
         with open(self.path, "rb", buffering=0, opener=regular) as file:
             for block in range(first, last, step):
-                wanted = (min(block + step, last) - block) * size
-                data = os.pread(file.fileno(), wanted, tensor.offset + block * size)
-                if len(data) < wanted:
-                    raise OSError(f"{self.path} ended at byte {tensor.offset + block * size + len(data)}, early")
-                values = gguf.quants.dequantize(np.frombuffer(data, dtype=np.uint8)[None], kind)
+                data = np.empty((min(block + step, last) - block) * size, dtype=np.uint8)
+                read_range(file.fileno(), memoryview(data), tensor.offset + block * size, self.path)
+                values = gguf.quants.dequantize(data[None], kind)
                 # A range may start and end inside a block: shards are cut by rows, blocks need not be.
                 begin = block * elements - start
                 skip = max(-begin, 0)

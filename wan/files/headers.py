@@ -7,6 +7,7 @@ import os
 import reprlib
 import struct
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -61,15 +62,17 @@ DTYPE_BITS: Mapping[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor in a safetensors file."""
+    """One tensor in a file."""
 
     dtype: str
-    """As in the file: "F32", "BF16", "F8_E4M3", ..."""
+    """As safetensors or GGUF names it: "F32", "BF16", "F8_E4M3", "Q4_K", ..."""
     shape: tuple[int, ...]
     start: int
     """Absolute offset of the first byte in the file."""
     end: int
     """Absolute offset behind the last byte."""
+    strides: tuple[int, ...] | None = None
+    """Elements from one to the next of each dimension, where they do not lie one after the other (.pth)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +85,18 @@ class SafetensorsHeader:
     """Of the header itself."""
 
 
-def read_header(path: str | Path) -> SafetensorsHeader:
+def read_header(path: str | Path, opened: BinaryIO | None = None) -> SafetensorsHeader:
     """Reads and checks a safetensors header: types, sizes, no gap or overlap, nothing outside the file.
 
+    Args:
+        opened: the file, where it is open.
     Raises:
         ValueError: the file cannot be read, is truncated or damaged, or is something else; the message names the
             file and what it is.
     """
     path = Path(path)
     try:
-        with open(path, "rb", opener=regular) as file:
+        with nullcontext(opened) if opened is not None else open(path, "rb", opener=regular) as file:
             file_size = os.fstat(file.fileno()).st_size
             text, data_start = _header_text(path, file, file_size)
     except OSError as error:
@@ -174,6 +179,14 @@ def check_name(name: str) -> str:
     if not name.isprintable():
         raise ValueError(f"it has the tensor name {name!a}, which holds characters that cannot be shown")
     return name
+
+
+def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...], label: str) -> None:
+    """Raises ValueError, naming both, if a tensor has another shape than the sizes of the others call for."""
+    if found != expected:
+        raise ValueError(
+            f"{label}: tensor {name} has shape {list(found)}; the sizes of its other tensors call for {list(expected)}"
+        )
 
 
 def brief(value: object) -> str:

@@ -43,6 +43,15 @@ def describe_tensors(names: Collection[str]) -> str:
     return f"a file of {len(names)} tensors such as {', '.join(sorted(names)[:3])}"
 
 
+def prefixes(names: Collection[str], markers: Collection[str]) -> list[str]:
+    """What stands before a model's names, found by a tensor that each such model has once; the shortest first.
+
+    "" for bare names; "model.diffusion_model.", "vae." and others, by who saved the file.
+    """
+    found = {name.removesuffix(marker) for marker in markers for name in names if name.endswith(marker)}
+    return sorted((prefix for prefix in found if prefix in ("", f"{prefix[:-1]}.")), key=lambda p: (len(p), p))
+
+
 _NOISE = re.compile(r"(?<![a-z])(high|low)[ _.-]?noise", re.IGNORECASE)
 _SIDE = re.compile(r"(?<![a-z])(high|low)(?![a-z])", re.IGNORECASE)
 _DIFFUSERS_FOLDERS = {"transformer": "high", "transformer_2": "low"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,10 @@ MAX_SHARDS = 256
 MAX_FILE_NAME_BYTES = 255
 """Of every file system that models are kept on."""
 
-_FILES = (
-    "diffusion_pytorch_model.safetensors",
-    "model.safetensors",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "model.fp16.safetensors",
-    "diffusion_pytorch_model.bin",
-    "pytorch_model.bin",
-)
-"""The first that is there, whole or in shards, is taken: safetensors before pickles, full precision before half."""
+_STEMS = (("safetensors", ("diffusion_pytorch_model", "model")), ("bin", ("diffusion_pytorch_model", "pytorch_model")))
+"""Suffix, and the names before it: safetensors before pickles."""
+_VARIANTS = ("", "fp32", "bf16", "fp16")
+"""Between the two, as save_pretrained(variant=...) writes it: full precision before half, then all others."""
 
 
 def folder_files(path: str | Path, expected: str) -> tuple[Path, ...]:
@@ -39,13 +35,28 @@ def folder_files(path: str | Path, expected: str) -> tuple[Path, ...]:
     path = Path(path)
     if not path.is_dir():
         return (path,)
-    for name in _FILES:
-        if (path / name).is_file():
-            return (path / name,)
-        for index in _index_names(name):
-            if (path / index).is_file():
-                return shard_files(path / index)
-    raise ValueError(f"{path} is a folder that holds none of {', '.join(_FILES)}; expected {expected}")
+    for suffix, stems in _STEMS:
+        for stem in stems:
+            for variant in _variants(path, stem, suffix):
+                whole = f"{stem}.{variant}.{suffix}" if variant else f"{stem}.{suffix}"
+                if (path / whole).is_file():
+                    return (path / whole,)
+                # The index of shards has its variant in either place.
+                for index in (f"{whole}.index.json", f"{stem}.{suffix}.index.{variant}.json"):
+                    if (path / index).is_file():
+                        return shard_files(path / index)
+    names = ", ".join(f"{stem}.{suffix}" for suffix, stems in _STEMS for stem in stems)
+    raise ValueError(
+        f"{path} is a folder that holds none of {names}, whole or in shards, with or without a variant such as fp16; "
+        f"expected {expected}"
+    )
+
+
+def _variants(folder: Path, stem: str, suffix: str) -> list[str]:
+    """Of the files that there are, the preferred one first."""
+    name = re.compile(rf"{stem}(?:\.([\w-]+?))?(?:-\d+-of-\d+)?\.{suffix}(?:\.index(?:\.([\w-]+))?\.json)?")
+    found = {match[1] or match[2] or "" for path in folder.iterdir() if (match := name.fullmatch(path.name))}
+    return sorted(found, key=lambda variant: (variant not in _VARIANTS, [*_VARIANTS, variant].index(variant), variant))
 
 
 def shard_files(index: Path) -> tuple[Path, ...]:
@@ -86,15 +97,6 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object")
     return value
-
-
-def _index_names(name: str) -> tuple[str, ...]:
-    """What the index of a file's shards is called: model.safetensors.index.json, with a variant in either place."""
-    stem, _, rest = name.partition(".")
-    variant, _, suffix = rest.rpartition(".")
-    if not variant:
-        return (f"{name}.index.json",)
-    return (f"{stem}.{suffix}.index.{variant}.json", f"{name}.index.json")
 
 
 def _is_file_name(name: str) -> bool:

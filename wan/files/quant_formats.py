@@ -7,17 +7,18 @@ ComfyUI writes it in two ways: a JSON object `_quantization_metadata` in the hea
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .headers import MAX_PARTS, SafetensorsHeader, brief
 from .json_text import parse_json
-from .regular_files import regular
+from .regular_files import read_range
 
 METADATA = "_quantization_metadata"
 TENSOR = ".comfy_quant"
 MAX_TENSOR_BYTES = 1024
 MAX_TENSOR_PARTS = 64
 """Of what a file says of one layer; in the releases under 200 bytes, with four values."""
+MAX_FORMAT_NAME = 64
 READABLE = ("float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e5m2", "int8_tensorwise")
 """Turned back into floats by one factor per tensor or per output row."""
 
@@ -25,7 +26,7 @@ _OPTIONS = ("format", "full_precision_matrix_mult")
 """Keys of a layer that do not change the values it stands for beyond its format."""
 
 
-def quant_formats(path: str | Path, header: SafetensorsHeader) -> dict[str, str]:
+def quant_formats(path: str | Path, header: SafetensorsHeader, file: BinaryIO) -> dict[str, str]:
     """Layer (as named in the file) -> the format it is stored in, as far as the file says so.
 
     Raises:
@@ -33,18 +34,13 @@ def quant_formats(path: str | Path, header: SafetensorsHeader) -> dict[str, str]
     """
     try:
         formats = _from_metadata(header.metadata)
-        names = [name for name in header.tensors if name.endswith(TENSOR)]
-        if names:
-            with open(path, "rb", opener=regular) as file:
-                for name in names:
-                    info = header.tensors[name]
-                    if info.end - info.start > MAX_TENSOR_BYTES:
-                        raise ValueError(f"{name} has {info.end - info.start} bytes; at most {MAX_TENSOR_BYTES}")
-                    file.seek(info.start)
-                    value = _parse(file.read(info.end - info.start), MAX_TENSOR_PARTS)
-                    formats[name.removesuffix(TENSOR)] = _format(name, value)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+        for name in (name for name in header.tensors if name.endswith(TENSOR)):
+            info = header.tensors[name]
+            if info.end - info.start > MAX_TENSOR_BYTES:
+                raise ValueError(f"{name} has {info.end - info.start} bytes; at most {MAX_TENSOR_BYTES}")
+            text = bytearray(info.end - info.start)
+            read_range(file.fileno(), memoryview(text), info.start, str(path))
+            formats[name.removesuffix(TENSOR)] = _format(name, _parse(bytes(text), MAX_TENSOR_PARTS))
     except ValueError as error:
         raise ValueError(f"{path} describes its quantisation in an unknown way: {brief(error)}") from error
     return formats
@@ -68,7 +64,7 @@ def _parse(text: bytes, max_parts: int) -> Any:
 def _format(layer: str, entry: Any) -> str:
     """The format's name; an option that changes what the values mean makes it another format."""
     name = entry.get("format") if isinstance(entry, dict) else entry
-    if not isinstance(name, str):
+    if not isinstance(name, str) or len(name) > MAX_FORMAT_NAME:
         raise ValueError(f"the format of {layer} is {brief(entry)}")
     options = sorted(key for key in entry if key not in _OPTIONS and entry[key]) if isinstance(entry, dict) else []
     return " ".join((name, *options))

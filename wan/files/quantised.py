@@ -12,23 +12,16 @@ Scales of inputs serve products of fp8 by fp8 only; products here take the unpac
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
 from .quant_formats import READABLE
-from .stored_tensor import PlainTensor, RowScale, StoredTensor
+from .stored_tensor import DTYPES, PackedTensor, PlainTensor, RowScale, StoredTensor, StridedTensor
 
-DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-}
-"""safetensors' name of a dtype -> torch's, of those that can be read."""
+if TYPE_CHECKING:
+    from .stored_model import OpenedFile, StoredModel
 
 READS = "this version reads fp32, bf16, fp16, fp8 (plain or scaled by rows or tensors), int8 and GGUF files"
 
@@ -60,24 +53,66 @@ _SCALE_DTYPES = {"F8_E8M0": "mxfp8 or mxfp4", "U8": "mxfp8 or mxfp4", "F8_E4M3":
 """Of the scales of formats with one scale per block of a row."""
 
 
-def refused_format(dtypes: Mapping[str, str], formats: Mapping[str, str]) -> str | None:
+def stored_tensor(file: OpenedFile, name: str) -> StoredTensor:
+    """Where a tensor's values are. Raises ValueError for a dtype that cannot be read."""
+    info = file.tensors[name]
+    if file.gguf is not None:
+        return PackedTensor(file.gguf, name)
+    if info.dtype not in DTYPES:
+        raise ValueError(f"tensor {name} is {info.dtype}; it must be one of {', '.join(DTYPES)}")
+    dtype = DTYPES[info.dtype]
+    if info.strides is None:
+        return PlainTensor(file.path, dtype, info.shape, info.start)
+    span = (info.end - info.start) // dtype.itemsize
+    return StridedTensor(PlainTensor(file.path, dtype, (span,), info.start), info.shape, info.strides)
+
+
+def paired_weights(model: StoredModel, names: Mapping[str, str]) -> dict[str, StoredTensor]:
+    """`StoredModel.weights`."""
+    # One number in another dtype is a mark; a weight of that name would be missed.
+    used = {
+        name: own
+        for name, own in names.items()
+        if not is_unused(own) and (math.prod(model.tensors[name].shape) > 1 or _readable(model, name))
+    }
+    # What names no tensor may be meant for any: better refused than read wrongly.
+    formats = {
+        layer: kind
+        for layer, kind in model.formats.items()
+        if f"{layer}.weight" in names or f"{layer}.weight" not in model.tensors
+    }
+    plain = {name: model.tensors[name].dtype for name in names if model.holders[name].gguf is None}
+    refused = _refused_format(plain, formats)
+    if refused is not None:
+        raise ValueError(f"it is quantised as {refused}; {READS}")
+    wrong = [name for name in used if not _readable(model, name)]
+    if wrong:
+        raise ValueError(f"it holds {len(wrong)} tensors such as {wrong[0]} in {plain[wrong[0]]}; {READS}")
+    return pair_scales({own: stored_tensor(model.holders[name], name) for name, own in used.items()})
+
+
+def _readable(model: StoredModel, name: str) -> bool:
+    return model.holders[name].gguf is not None or model.tensors[name].dtype in DTYPES
+
+
+def _refused_format(dtypes: Mapping[str, str], formats: Mapping[str, str]) -> str | None:
     """Names the quantised format of a file that cannot be read; None for one that may be.
 
     Args:
         dtypes: tensor name -> dtype as safetensors names it.
         formats: layer -> format, as far as the file says so (`quant_formats`).
     """
-    unreadable = Counter(name for name in formats.values() if name not in READABLE)
-    if unreadable:
-        return unreadable.most_common(1)[0][0]
+    for layer, kind in formats.items():
+        if kind not in READABLE:
+            return f"{kind} ({layer})"
     for name, dtype in dtypes.items():
         for ending, kind in _REFUSED.items():
             if name.endswith(ending):
-                return kind
+                return f"{kind} ({name})"
         if name.endswith(_SCALES) and dtype in _SCALE_DTYPES:
-            return _SCALE_DTYPES[dtype]
+            return f"{_SCALE_DTYPES[dtype]} ({name})"
         if name.endswith(".weight") and dtype in _REFUSED_DTYPES:
-            return _REFUSED_DTYPES[dtype]
+            return f"{_REFUSED_DTYPES[dtype]} ({name})"
     return None
 
 
@@ -119,6 +154,11 @@ def pair_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         paired[weight] = PlainTensor(tensor.path, tensor.dtype, tensor.shape, tensor.offset, by_row)
         paired[f"{weight}_scale"] = by_row
     for name, tensor in paired.items():
-        if isinstance(tensor, PlainTensor) and tensor.dtype == torch.int8 and tensor.scale is None:
+        if (
+            isinstance(tensor, PlainTensor)
+            and tensor.dtype == torch.int8
+            and tensor.scale is None
+            and tensor.nbytes > 1
+        ):
             raise ValueError(f"tensor {name} is int8 without a scale; {READS}")
     return paired

@@ -1,4 +1,4 @@
-"""Opens files that may have become something else: a named pipe would block for ever, a device has no end."""
+"""Opens files that may have become something else (a pipe would block for ever), and reads ranges of their bytes."""
 
 from __future__ import annotations
 
@@ -18,3 +18,13 @@ def regular(path: str, flags: int) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def read_range(descriptor: int, out: memoryview, offset: int, path: str) -> None:
+    """Fills `out`, bytes, from `offset` on. Raises OSError if the file has ended before."""
+    done = 0
+    while done < len(out):
+        count = os.preadv(descriptor, [out[done:]], offset + done)
+        if count == 0:
+            raise OSError(f"{path} ended at byte {offset + done}, {len(out) - done} bytes early")
+        done += count

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,8 +17,20 @@ from torch import Tensor
 
 from ..model.linear import FP8_DTYPES
 from .gguf_files import GgufFile
-from .regular_files import regular
+from .regular_files import read_range, regular
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+}
+"""safetensors' name of a dtype -> torch's, of those that can be read as numbers."""
+STAGING_BYTES = 32 << 20
+"""Of the buffer through which bytes of another dtype, or for another device, go."""
 FLOAT_PIECE = 1 << 22
 """Elements that exist in float32 at once while a quantised tensor is unpacked."""
 
@@ -30,6 +41,8 @@ class StoredTensor(Protocol):
     shape: tuple[int, ...]
     nbytes: int
     """In the file."""
+    dtype: torch.dtype
+    """In which no value is rounded, and nothing is cast on the way."""
 
     def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
         """Reads the values of the elements from flat index `start` on, until `out` is full.
@@ -92,12 +105,31 @@ class PlainTensor:
         offset = self.offset + start * self.dtype.itemsize
         # Not out.numpy(): torch would never again let that storage be resized, which offloading does.
         view = memoryview((ctypes.c_ubyte * out.numel()).from_address(out.data_ptr())).cast("B")
-        done = 0
-        while done < len(view):
-            count = os.preadv(fd, [view[done:]], offset + done)
-            if count == 0:
-                raise OSError(f"{self.path} ended at byte {offset + done}, {len(view) - done} bytes early")
-            done += count
+        read_range(fd, view, offset, self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class StridedTensor:
+    """A tensor whose elements do not lie one after the other, as a .pth may keep it; read as a whole."""
+
+    span: PlainTensor
+    """[n], from its first element to its last."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.span.nbytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.span.dtype
+
+    def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
+        span = torch.empty(self.span.shape, dtype=self.span.dtype)
+        self.span.read_into(span)
+        values = span.as_strided(self.shape, self.strides).reshape(-1)
+        out.view(-1).copy_(values[start : start + out.numel()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +146,10 @@ class RowScale:
     @property
     def nbytes(self) -> int:
         return self.stored.nbytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
 
     def rows(self, first: int, count: int) -> Tensor:
         """[count, 1] float32."""
@@ -142,6 +178,10 @@ class PackedTensor:
     @property
     def nbytes(self) -> int:
         return self.file.tensors[self.name].nbytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
 
     def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
         for begin, piece in _pieces(out.view(-1), FLOAT_PIECE):

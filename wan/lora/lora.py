@@ -14,13 +14,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..files.headers import TensorInfo, read_header
 from ..files.identify import describe_tensors
+from ..files.quantised import stored_tensor
+from ..files.stored_model import open_file
+from ..files.stored_tensor import StoredTensor
 from ..model.config import HIGH_NOISE, LOW_NOISE
 from .alpha import AdapterConfig, read_adapter_config
 from .module_names import LoraModule, ModuleNames, Role, lora_modules, skip_reason
 from .origin import describe_origin
-from .updates import DTYPES, Difference, LowRank, read_elements
+from .updates import Difference, LowRank, read_elements
 
 CHUNK_BYTES = 32 << 20
 """Of the float32 rows that are summed at a time."""
@@ -60,12 +62,12 @@ class Lora:
         self._alpha_sources: set[str] = set()
         if strength == 0:
             return
-        self._tensors, self._metadata = (header := read_header(path)).tensors, header.metadata
+        self._file = open_file(self.path)
         self._targets = targets
         try:
-            modules, unknown = lora_modules(self._tensors)
+            modules, unknown = lora_modules(self._file.tensors)
             if not modules:
-                raise ValueError(f"it is {describe_tensors(self._tensors)}; expected a LoRA")
+                raise ValueError(f"it is {describe_tensors(self._file.tensors)}; expected a LoRA")
             if unknown:
                 self.skipped["tensors that are no part of a LoRA"] = unknown
             self._plan(self._of_expert(modules, expert))
@@ -102,7 +104,9 @@ class Lora:
     def _plan(self, modules: list[LoraModule]) -> None:
         names = ModuleNames(self._targets)
         experts = {module.second for module in modules}
-        configs = {second: read_adapter_config(Path(self.path), self._metadata, second=second) for second in experts}
+        configs = {
+            second: read_adapter_config(Path(self.path), self._file.metadata, second=second) for second in experts
+        }
         changed: dict[tuple[str, Role], str] = {}
         for module in modules:
             official = names.find(module.path)
@@ -143,7 +147,7 @@ class Lora:
             self._wrong_size(module, official, found, _matrix(self._targets[target]))
         else:
             scale = self._scale(module, config, rank)
-            self._use(target, LowRank(self.path, down, up, scale))
+            self._use(target, LowRank(down, up, scale))
             if Role.UP_BIAS in module.tensors:
                 self._add_difference(module, official, Role.UP_BIAS, "bias", scale)
 
@@ -159,10 +163,10 @@ class Lora:
         return self.strength * alpha / (math.sqrt(rank) if config.rank_stabilised else rank)
 
     def _alpha(self, module: LoraModule) -> float:
-        info, name = self._tensor(module, Role.ALPHA), module.tensors[Role.ALPHA]
-        if math.prod(info.shape) != 1:
-            raise ValueError(f"{name} has shape {list(info.shape)}; it must be one number")
-        alpha = read_elements(self.path, info, 0, 1).item()
+        stored, name = self._tensor(module, Role.ALPHA), module.tensors[Role.ALPHA]
+        if math.prod(stored.shape) != 1:
+            raise ValueError(f"{name} has shape {list(stored.shape)}; it must be one number")
+        alpha = read_elements(stored, 0, 1).item()
         if not math.isfinite(alpha):
             raise ValueError(f"{name} is {alpha}; it must be a finite number")
         return alpha
@@ -180,7 +184,7 @@ class Lora:
         if diff.shape != shape and _matrix(diff.shape) != _matrix(shape) and _wide(diff.shape) != _wide(shape):
             self._wrong_size(module, official, diff.shape, shape)
             return
-        self._use(target, Difference(self.path, diff, scale))
+        self._use(target, Difference(diff, scale))
 
     def _use(self, target: str, update: LowRank | Difference) -> None:
         self.updates.setdefault(target, []).append(update)
@@ -201,13 +205,14 @@ class Lora:
         )
 
     def _origin(self) -> str:
-        return describe_origin({name: info.shape for name, info in self._tensors.items()})
+        return describe_origin({name: info.shape for name, info in self._file.tensors.items()})
 
-    def _tensor(self, module: LoraModule, role: Role) -> TensorInfo:
-        info = self._tensors[module.tensors[role]]
-        if info.dtype not in DTYPES:
-            raise ValueError(f"{module.tensors[role]} is {info.dtype}; it must be one of {', '.join(DTYPES)}")
-        return info
+    def _tensor(self, module: LoraModule, role: Role) -> StoredTensor:
+        name = module.tensors[role]
+        stored = stored_tensor(self._file, name)
+        if not stored.dtype.is_floating_point:
+            raise ValueError(f"{name} is {stored.dtype}; it must be of a float dtype")
+        return stored
 
 
 def changes(loras: Iterable[Lora], name: str) -> bool:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..files.headers import brief
-from ..files.identify import describe_tensors
-from ..files.model_index import ModelIndex, read_index
-from ..files.quant_formats import READABLE
+from ..files.headers import check_shape
+from ..files.identify import describe_tensors, prefixes
+from ..files.stored_model import StoredModel, open_model
 from .gguf_tokenizer import carries_tokenizer
 from .tokenizer_bounds import MAX_SPIECE_BYTES
 from .tokenizer_files import choose_tokenizer_file
+
+if TYPE_CHECKING:
+    from ..files.stored_tensor import StoredTensor
 
 EXPECTED = (
     "a umT5 text encoder (umt5_xxl_fp16.safetensors, umt5_xxl_fp8_e4m3fn_scaled.safetensors, "
@@ -21,12 +24,6 @@ EXPECTED = (
 SPIECE_MODEL = "spiece_model"
 """A uint8 tensor holding the SentencePiece model, in the files made for ComfyUI."""
 
-
-PREFIXES = ("", "model.", "transformer.", "text_encoders.umt5xxl.transformer.")
-"""In front of every name of the encoder, by who saved the file."""
-
-SCALES = ("scale_weight", "weight_scale")
-"""Beside a quantised `weight`: multiply by it, one number or one per output row."""
 
 OFFICIAL, TRANSFORMERS, LLAMA = "official", "transformers", "llama.cpp"
 """Who named the tensors; ComfyUI keeps transformers' names, GGUF files have llama.cpp's."""
@@ -38,23 +35,21 @@ _MARKERS = {
 }
 _LAYERS = {OFFICIAL: "blocks", TRANSFORMERS: "encoder.block", LLAMA: "enc.blk"}
 _EMBEDDING_ALIAS = "encoder.embed_tokens"
-_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8")
-_SCALE_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
 class TextEncoderInfo:
-    """One text encoder. The sizes of a .pth are None where only loading it would tell."""
+    """One text encoder."""
 
-    dim: int | None
+    dim: int
     """Channels of the rows it gives the diffusion model."""
-    vocab: int | None
+    vocab: int
     """Token ids it knows."""
     layers: int
-    heads: int | None
-    head_dim: int | None
-    ffn_dim: int | None
-    buckets: int | None
+    heads: int
+    head_dim: int
+    ffn_dim: int
+    buckets: int
     """Relative distances it tells apart."""
     prefix: str
     """In front of every tensor name."""
@@ -101,26 +96,25 @@ def hf_to_official(name: str, layers: int) -> str:
 
 def source_names(info: TextEncoderInfo, names: Collection[str]) -> dict[str, str]:
     """transformers module path -> module path in the file, prefix included."""
-    pairs = llama_module_names(info.layers) if info.naming == LLAMA else module_names(info.layers)
-    source = {hf: info.prefix + (hf if info.naming == TRANSFORMERS else theirs) for theirs, hf in pairs.items()}
-    if source["shared"] + ".weight" not in names and info.naming == TRANSFORMERS:
-        source["shared"] = info.prefix + _EMBEDDING_ALIAS
+    return _source_names(info.naming, info.prefix, info.layers, names)
+
+
+def _source_names(naming: str, prefix: str, layers: int, names: Collection[str]) -> dict[str, str]:
+    pairs = llama_module_names(layers) if naming == LLAMA else module_names(layers)
+    source = {hf: prefix + (hf if naming == TRANSFORMERS else theirs) for theirs, hf in pairs.items()}
+    if source["shared"] + ".weight" not in names and naming == TRANSFORMERS:
+        source["shared"] = prefix + _EMBEDDING_ALIAS
     return source
 
 
-def text_encoder_info(
-    names: Collection[str], shapes: Mapping[str, tuple[int, ...]] | None, path: str | Path
-) -> TextEncoderInfo:
-    """Recognises a umT5 encoder by its names and reads its sizes off its shapes.
+def text_encoder_info(stored: StoredModel) -> TextEncoderInfo:
+    """Recognises an encoder by its names and reads its sizes off its shapes.
 
-    Args:
-        names: tensor names as in the file or files.
-        shapes: name -> shape, or None if only the names are known.
-        path: for messages.
     Raises:
         ValueError: not a umT5 encoder, or one that lacks tensors.
     """
-    found = [(prefix, naming) for prefix in PREFIXES for naming, marker in _MARKERS.items() if prefix + marker in names]
+    names, shapes, path = stored.tensors, stored.shapes, stored.label
+    found = [(prefix, naming) for naming, marker in _MARKERS.items() for prefix in prefixes(names, (marker,))]
     if not found:
         raise ValueError(f"{path} is {describe_tensors(names)}; expected {EXPECTED}")
     prefix, naming = found[0]
@@ -128,8 +122,7 @@ def text_encoder_info(
     numbers = {name[len(stem) :].partition(".")[0] for name in names if name.startswith(stem)}
     layers = len({number for number in numbers if number.isdecimal()})
     spiece = next((name for name in names if name.split(".")[-1] == SPIECE_MODEL), None)
-    info = TextEncoderInfo(None, None, layers, None, None, None, None, prefix, naming, spiece)
-    source = source_names(info, names)
+    source = _source_names(naming, prefix, layers, names)
     missing = sorted(module for module in source.values() if f"{module}.weight" not in names)
     if missing:
         # Only umT5 has one in every layer.
@@ -139,8 +132,6 @@ def text_encoder_info(
             f"{path} is {kind} that lacks {len(missing)} tensors ({', '.join(missing[:3])}); expected {EXPECTED}, "
             "all of its files"
         )
-    if shapes is None:
-        return info
     if spiece is not None and (len(shapes[spiece]) != 1 or not 0 < shapes[spiece][0] <= MAX_SPIECE_BYTES):
         raise ValueError(
             f"{path} has tensor {spiece} of shape {list(shapes[spiece])}; it must be a list of at most "
@@ -174,46 +165,15 @@ def module_shapes(info: TextEncoderInfo) -> dict[str, tuple[int, ...]]:
     return {module: leaves[module.rpartition(".")[2]] for module in module_names(info.layers).values()}
 
 
-def check_weights(index: ModelIndex, modules: Collection[str]) -> dict[str, str]:
-    """Which numbers the quantised ones among an encoder's weights are multiplied by: weight -> name of its scale.
-
-    Args:
-        index: with shapes and dtypes.
-        modules: as named in the files.
-    Raises:
-        ValueError: a weight is stored in a way that cannot be turned back into floats.
-    """
-    assert index.tensors is not None
-    # GGUF: its reader refuses what it cannot unpack.
-    if index.gguf is not None:
-        return {}
-    scales = {}
-    for module in modules:
-        name = f"{module}.weight"
-        weight, stored = index.tensors[name], index.formats.get(module)
-        if stored is not None and stored not in READABLE:
-            raise ValueError(
-                f"{index.label} stores {name} as {brief(stored)}, a quantised format that is not supported; "
-                f"expected float32, float16, bfloat16 or {', '.join(READABLE)}"
-            )
-        scale = next((f"{module}.{end}" for end in SCALES if f"{module}.{end}" in index.tensors), None)
-        if weight.dtype not in _WEIGHT_DTYPES or (weight.dtype == "I8" and scale is None):
-            raise ValueError(
-                f"{index.label} stores {name} as {weight.dtype} in a quantised format that is not supported; "
-                "expected float32, float16, bfloat16, float8 or float8 with one scale per tensor or row"
-            )
-        if scale is None:
-            continue
-        info = index.tensors[scale]
-        # One number, or one per row. Anything larger scales blocks (mxfp8, nvfp4).
-        blocks = any(size != 1 for size in info.shape[1:]) or info.shape[:1] not in ((), (1,), weight.shape[:1])
-        if info.dtype not in _SCALE_DTYPES or blocks:
-            raise ValueError(
-                f"{index.label} scales {name} in blocks ({info.dtype}, shape {list(info.shape)}), which is not "
-                "supported; expected one scale per tensor or row"
-            )
-        scales[name] = scale
-    return scales
+def encoder_weights(stored: StoredModel, modules: Collection[str]) -> dict[str, StoredTensor]:
+    """`weight` of each module by tensor name, with its scale. Raises ValueError if one cannot be read as floats."""
+    owners = frozenset(modules)
+    # Some formats put more behind the weight's name: q.weight.absmax.
+    own = {name: name for name in stored.tensors if owners & {name.rsplit(".", 1)[0], name.rsplit(".", 2)[0]}}
+    try:
+        return stored.weights(own)
+    except ValueError as error:
+        raise ValueError(f"{stored.label}: {error}") from error
 
 
 def check_text_encoder_files(files: Sequence[str | Path], tokenizer_files: Sequence[str | Path]) -> TextEncoderInfo:
@@ -225,19 +185,13 @@ def check_text_encoder_files(files: Sequence[str | Path], tokenizer_files: Seque
     Raises:
         ValueError: naming the file, what it is, and what was expected.
     """
-    index = read_index(files, EXPECTED)
-    info = text_encoder_info(index.names, index.shapes, index.label)
-    if index.tensors is not None:
-        source = source_names(info, index.names)
-        # Before the shapes: packed formats have others.
-        check_weights(index, source.values())
-        for module, shape in module_shapes(info).items():
-            found = index.tensors[f"{source[module]}.weight"].shape
-            if found != shape:
-                raise ValueError(
-                    f"{index.label}: tensor {source[module]}.weight has shape {list(found)}; the sizes of its other "
-                    f"tensors call for {list(shape)}"
-                )
-    if info.spiece_model is None and not (index.gguf is not None and carries_tokenizer(index.gguf)):
-        choose_tokenizer_file(tokenizer_files, index.label)
+    stored = open_model(files, EXPECTED)
+    info = text_encoder_info(stored)
+    source = source_names(info, stored.tensors)
+    # Before the shapes: packed formats have others.
+    weights = encoder_weights(stored, source.values())
+    for module, shape in module_shapes(info).items():
+        check_shape(f"{source[module]}.weight", weights[f"{source[module]}.weight"].shape, shape, stored.label)
+    if info.spiece_model is None and not (stored.gguf is not None and carries_tokenizer(stored.gguf)):
+        choose_tokenizer_file(tokenizer_files, stored.label)
     return info

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..files.tensor_files import TensorFiles, fill
+from ..files.module_weights import fill
+from ..files.stored_model import StoredModel, open_model
 from .gguf_tokenizer import carries_tokenizer, sentencepiece_model
-from .t5_keys import EXPECTED, TextEncoderInfo, check_weights, source_names, text_encoder_info
+from .t5_keys import EXPECTED, TextEncoderInfo, encoder_weights, source_names, text_encoder_info
 from .tokenizer import Tokenizer
 from .tokenizer_files import choose_tokenizer_file
 
@@ -74,22 +75,22 @@ def load_text_encoder(
     Raises:
         ValueError: naming the file, what it is, and what was expected.
     """
-    tensors = TensorFiles(files, expected=EXPECTED)
-    info = text_encoder_info(tensors.shapes.keys(), tensors.shapes, tensors.label)
-    tokenizer = _load_tokenizer(tensors, info.spiece_model, tokenizer_files)
+    stored = open_model(files, EXPECTED)
+    info = text_encoder_info(stored)
+    tokenizer = _load_tokenizer(stored, info.spiece_model, tokenizer_files)
     if tokenizer.vocab > info.vocab:
         raise ValueError(
-            f"{tokenizer.label} has {tokenizer.vocab} tokens, but {tensors.label} knows {info.vocab}; "
+            f"{tokenizer.label} has {tokenizer.vocab} tokens, but {stored.label} knows {info.vocab}; "
             "they belong to different models"
         )
-    model = load_umt5(tensors, dtype=dtype, device=device, check=check)
+    model = load_umt5(stored, dtype=dtype, device=device, check=check)
     for layer in model.encoder.block:
         layer.register_forward_pre_hook(lambda *_: check())
     return TextEncoder(model, tokenizer)
 
 
 def load_umt5(
-    tensors: TensorFiles,
+    stored: StoredModel,
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
@@ -99,25 +100,24 @@ def load_umt5(
 
     Raises ValueError as `load_text_encoder` does.
     """
-    info = text_encoder_info(tensors.shapes.keys(), tensors.shapes, tensors.label)
-    modules = source_names(info, tensors.shapes.keys())
-    scales = check_weights(tensors.index, modules.values())
+    info = text_encoder_info(stored)
+    modules = source_names(info, stored.tensors)
+    weights = encoder_weights(stored, modules.values())
     modules["encoder.embed_tokens"] = modules["shared"]
     model = _build(info)
     source = {name: f"{modules[name.removesuffix('.weight')]}.weight" for name in model.state_dict()}
-    fill(model, tensors, source, dtype=dtype, device=device, scales=scales, check=check)
+    fill(model, weights, source, stored.label, dtype=dtype, device=device, check=check)
     return model
 
 
-def _load_tokenizer(tensors: TensorFiles, spiece_model: str | None, files: Sequence[str | Path]) -> Tokenizer:
+def _load_tokenizer(stored: StoredModel, spiece_model: str | None, files: Sequence[str | Path]) -> Tokenizer:
     # What the encoder carries is surely its own; a file beside it may be another model's.
-    gguf = tensors.index.gguf
+    gguf = stored.gguf
     if gguf is not None and carries_tokenizer(gguf):
-        return Tokenizer(sentencepiece_model(gguf), label=f"{tensors.label} (its metadata)")
+        return Tokenizer(sentencepiece_model(gguf), label=f"{stored.label} (its metadata)")
     if spiece_model is None:
-        return Tokenizer(choose_tokenizer_file(files, tensors.label))
-    data = tensors.read(spiece_model).numpy().tobytes()
-    return Tokenizer(data, label=f"{tensors.label} ({spiece_model})")
+        return Tokenizer(choose_tokenizer_file(files, stored.label))
+    return Tokenizer(stored.read_bytes(spiece_model), label=f"{stored.label} ({spiece_model})")
 
 
 def _build(info: TextEncoderInfo) -> UMT5EncoderModel:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..files.tensor_files import TensorFiles, fill
+from ..files.module_weights import fill
+from ..files.stored_model import open_model
 from ..model.latent_space import TEMPORAL_STRIDE, WAN22
 from .latents import denormalise, latent_statistics, normalise
 from .vae_coder import Decoder, Encoder
-from .vae_keys import EXPECTED, VaeInfo, check_floats, module_names, vae_info
+from .vae_keys import EXPECTED, VaeInfo, module_names, vae_info, vae_weights
 from .vae_layers import Rows, Tools, WholePicture
 from .vae_ops import VAE_OPS
 
@@ -32,22 +35,16 @@ def load_vae(
     Raises:
         ValueError: naming the file, what it is, and what was expected.
     """
-    tensors = TensorFiles(files, expected=EXPECTED)
-    info = vae_info(tensors.shapes.keys(), tensors.shapes, tensors.label)
-    check_floats(tensors.index, info)
+    stored = open_model(files, EXPECTED)
+    info = vae_info(stored)
+    weights = vae_weights(stored, info)
     vae = _build(info)
     official = {theirs: ours for ours, theirs in module_names(info.kind).items()}
-    source: dict[str, str] = {}
+    source = {}
     for name in vae.state_dict():
         module, _, leaf = name.rpartition(".")
-        source[name] = f"{info.prefix}{official[module] if info.official else module}.{leaf}"
-    missing = sorted(name for name in source.values() if name not in tensors.shapes)
-    if missing:
-        raise ValueError(
-            f"{tensors.label} is a {info.kind.vae} that lacks {len(missing)} tensors ({', '.join(missing[:3])}); "
-            f"expected {EXPECTED}"
-        )
-    fill(vae, tensors, source, dtype=dtype, device=device)
+        source[name] = f"{official[module]}.{leaf}"
+    fill(vae, weights, source, stored.label, dtype=dtype, device=device)
     return vae
 
 
@@ -73,6 +70,8 @@ def decode_frames(
     for frames in Decoder(vae, _tools(rows, ops)).frames(latents):
         if vae.config.patch_size is not None:
             frames = unpatchify(frames, patch_size=vae.config.patch_size)
+        elif (scale := upscale(vae)) > 1:
+            frames = F.pixel_shuffle(frames.transpose(1, 2), scale).transpose(1, 2)
         yield frames[0].clamp_(-1.0, 1.0)
 
 
@@ -98,6 +97,11 @@ def encode(vae: AutoencoderKLWan, video: Tensor, *, rows: Rows | None = None, op
 
 def _tools(rows: Rows | None, ops: str) -> Tools:
     return Tools(WholePicture() if rows is None else rows, VAE_OPS[ops]())
+
+
+def upscale(vae: AutoencoderKLWan) -> int:
+    """Pixels per row and column that the decoder makes for one of the video."""
+    return 1 if vae.config.patch_size is not None else math.isqrt(vae.config.out_channels // vae.config.in_channels)
 
 
 def check_video(vae: AutoencoderKLWan, video: Tensor) -> None:
@@ -128,7 +132,7 @@ def _build(info: VaeInfo) -> AutoencoderKLWan:
             latents_std=list(std),
             is_residual=residual,
             in_channels=12 if residual else 3,
-            out_channels=12 if residual else 3,
+            out_channels=12 if residual else 3 * info.upscale**2,
             patch_size=2 if residual else None,
             scale_factor_spatial=info.kind.stride,
         )

@@ -67,7 +67,7 @@ def fit_preview(latents: Tensor, frames: Tensor, stride: int) -> PreviewMap:
 
 def preview_of_vae(vae: AutoencoderKLWan) -> PreviewMap:
     """Fits the map of a VAE: one encoding of five small frames and one decoding of thirteen."""
-    from .autoencoder import decode_frames, encode
+    from .autoencoder import decode_frames, encode, upscale
 
     stride = LATENT_SPACES[vae.config.z_dim].stride
     pictures = encode(vae, training_video(TRAINING_POSITIONS * stride))
@@ -75,6 +75,8 @@ def preview_of_vae(vae: AutoencoderKLWan) -> PreviewMap:
     latents = torch.cat([pictures, smooth_noise(pictures)], dim=2)
     # Of each latent frame the last one that it stands for; the decoder's parts may hold several.
     frames = torch.cat(list(decode_frames(vae, latents)), dim=1)[:, ::TEMPORAL_STRIDE].float()
+    if (scale := upscale(vae)) > 1:
+        frames = F.avg_pool2d(frames.transpose(0, 1), scale).transpose(0, 1)
     return fit_preview(latents[0], frames, stride)
 
 

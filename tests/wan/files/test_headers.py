@@ -14,7 +14,7 @@ from mount import ROOT
 from safetensors.torch import save_file
 from wan_pack.wan.files.headers import read_header
 from wan_pack.wan.files.model_folder import folder_files
-from wan_pack.wan.files.model_index import read_pth_names
+from wan_pack.wan.files.pth_files import read_pth
 
 
 def _write(path: Path, header: object, data: bytes = b"", *, raw: bytes | None = None) -> Path:
@@ -141,13 +141,14 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 def test_pth_names_without_unpickling(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     torch.save({"some.weight": torch.zeros(2)}, path)
-    assert "some.weight" in read_pth_names(path)
+    tensors, _ = read_pth(path)
+    assert {name: (info.dtype, info.shape) for name, info in tensors.items()} == {"some.weight": ("F32", (2,))}
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(ValueError, match=r"x\.pth is a truncated or damaged PyTorch checkpoint"):
-        read_pth_names(path)
+        read_pth(path)
     path.write_bytes(b"<html>")
     with pytest.raises(ValueError, match=r"x\.pth is not a PyTorch checkpoint: it is a web page"):
-        read_pth_names(path)
+        read_pth(path)
 
 
 def test_folders_of_diffusers_and_transformers(tmp_path: Path) -> None:

@@ -146,16 +146,20 @@ LAYER = "encoder.block.0.layer.0.SelfAttention.q"
 @pytest.mark.parametrize(
     ("extra", "metadata", "words"),
     [
-        ({f"{LAYER}.weight": torch.zeros(48, 24, dtype=torch.uint8)}, {}, f"stores {LAYER}.weight as U8"),
-        ({f"{LAYER}.weight_scale": torch.ones(48, 2)}, {}, f"scales {LAYER}.weight in blocks"),
-        ({f"{LAYER}.weight_scale": torch.ones(24, 1)}, {}, f"scales {LAYER}.weight in blocks"),
-        ({f"{LAYER}.comfy_quant": _bytes('{"format": "nvfp4"}')}, {}, f"stores {LAYER}.weight as 'nvfp4'"),
-        ({}, {"layers": {LAYER: {"format": "mxfp8"}}}, f"stores {LAYER}.weight as 'mxfp8'"),
-        ({}, {"layers": {LAYER: "convrot_w4a4"}}, f"stores {LAYER}.weight as 'convrot_w4a4'"),
+        (
+            {f"{LAYER}.weight": torch.zeros(48, 24, dtype=torch.uint8)},
+            {},
+            "quantised as a packed format of 8 bits",
+        ),
+        ({f"{LAYER}.weight_scale": torch.ones(48, 2)}, {}, f"{LAYER}.weight has shape (48, 2)"),
+        ({f"{LAYER}.weight_scale": torch.ones(24, 1)}, {}, f"{LAYER}.weight has shape (24, 1)"),
+        ({f"{LAYER}.comfy_quant": _bytes('{"format": "nvfp4"}')}, {}, f"quantised as nvfp4 ({LAYER})"),
+        ({}, {"layers": {LAYER: {"format": "mxfp8"}}}, f"quantised as mxfp8 ({LAYER})"),
+        ({}, {"layers": {LAYER: "convrot_w4a4"}}, f"quantised as convrot_w4a4 ({LAYER})"),
         (
             {f"{LAYER}.comfy_quant": _bytes('{"format": "int8_tensorwise", "convrot": true}')},
             {},
-            "as 'int8_tensorwise convrot'",
+            "quantised as int8_tensorwise convrot",
         ),
         ({f"{LAYER}.comfy_quant": _bytes("{")}, {}, "describes its quantisation in an unknown way"),
         ({f"{LAYER}.comfy_quant": torch.zeros(5000, dtype=torch.uint8)}, {}, "has 5000 bytes; at most 1024"),
