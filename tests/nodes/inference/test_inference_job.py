@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 from node_inputs import BOTH, rows, settings, tiny_files, use_model_folders
 from safetensors.torch import load_file, save_file
 from wan_pack.distributed.job.job import FileIdentity, Job, ModelFiles, Sampling
+from wan_pack.distributed.planning.preflight import check_model
 from wan_pack.nodes.host import host
 from wan_pack.nodes.host.status import Status
 from wan_pack.nodes.inference import inference as inference_module
+from wan_pack.wan.files import stored_model
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +64,28 @@ def test_defaults_ask_for_nothing_new(t2v: ModelFiles, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("seed", [2**32 + 7, 2**53 + 1, 2**64 - 1])
 def test_a_seed_is_handed_on_whole(t2v: ModelFiles, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     assert job_of(t2v, Status(), monkeypatch, seed=seed)[0].sampling.seed == seed
+
+
+def test_a_queued_job_opens_each_header_once(t2v: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader's check, the node's, the plan and the preflight; the next job opens none again."""
+    files = {part.path for part in t2v.all() if not part.path.endswith(".json")}
+    opened: list[str] = []
+    counting = True
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        # Without a mode: the call that `open` makes in turn.
+        if counting and event == "open" and str(arguments[0]) in files and arguments[1] is not None:
+            opened.append(str(arguments[0]))
+
+    stored_model._open_file.cache_clear()
+    # It stays for good: there is no way to take one out again.
+    sys.addaudithook(count)
+    check_model(t2v)
+    job_of(t2v, Status(), monkeypatch)
+    job_of(t2v, Status(), monkeypatch)
+    counting = False
+    headers = {path for path in files if path.endswith((".safetensors", ".pth", ".gguf"))}
+    assert headers and sorted(opened) == sorted(headers)
 
 
 def test_a_workflow_saved_before_the_newer_inputs_makes_the_same_job(
