@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...wan.checkpoint.checkpoint import Checkpoint
-from ...wan.checkpoint.weights import COMPUTE_DTYPES, empty_model, read_weights
+from ...wan.checkpoint.weights import COMPUTE_DTYPES, empty_model
 from ...wan.lora.lora import Lora, changes
 from ...wan.model.attention import Attention, attention
 from ...wan.model.latent_space import PATCH_SIZE
@@ -22,6 +23,7 @@ from ..job.job import Parallel
 from ..parallel.mesh import Mesh
 from ..parallel.parallelize import parallelize_wan, release_gathered
 from ..parallel.sequence import SequenceShard
+from ..parallel.shared_reading import ALONE, SharedReading
 from .offload import HostParking
 from .streaming import BlockStream
 
@@ -38,7 +40,9 @@ class Expert:
     model: WanModel
     weights: Weights
     read: Callable[..., None]
-    """Reads them; takes the callbacks of `read_weights`."""
+    """Reads this rank's part of them; takes the callbacks of `read_weights`."""
+    send: Callable[[], None]
+    """Afterwards every rank has all parts. Collective."""
 
 
 def build_expert(
@@ -85,11 +89,13 @@ def build_expert(
         model.to_empty(device=device)
         weights = HostParking(model)
 
+    reading = SharedReading.of(parallel, mesh, device)
+
     def read(**how: Any) -> None:
         with weights.writable():
-            read_weights(model, checkpoint, device=device, loras=opened, **how)
+            reading.read(model, checkpoint, device=device, loras=opened, **how)
 
-    return Expert(model, weights, read)
+    return Expert(model, weights, read, partial(reading.send, model))
 
 
 def load_expert(
@@ -109,6 +115,7 @@ def load_expert(
     """
     built = build_expert(files, loras, **settings)
     built.read(on_tensor=on_tensor, meanwhile=meanwhile)
+    built.send()
     on_weights(built.weights)
     return built.model
 
@@ -119,6 +126,7 @@ def relora_expert(
     before: Sequence[str],
     loras: Sequence[tuple[str, float]],
     *,
+    reading: SharedReading = ALONE,
     device: torch.device,
     expert: str | None = None,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
@@ -127,6 +135,7 @@ def relora_expert(
 
     Args:
         model: from `load_expert` with the LoRA files `before`.
+        reading: of its weights. Collective, if several ranks share it.
     Returns:
         False, with `model` as it was, if its parameters would be of other kinds: an fp8 weight that a LoRA changes has
         a scale for each row.
@@ -141,7 +150,8 @@ def relora_expert(
         log.info(lora.report())
     # A weight that no LoRA changes any more gets its own scale back.
     names = [name for name, _ in model.named_parameters() if name.removesuffix("_scale") in touched]
-    read_weights(model, checkpoint, names, device=device, loras=opened, on_tensor=on_tensor)
+    reading.read(model, checkpoint, names, device=device, loras=opened, on_tensor=on_tensor)
+    reading.send(model, names)
     return True
 
 

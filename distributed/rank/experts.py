@@ -19,6 +19,7 @@ from ..machine.host_memory import available_bytes
 from ..parallel.mesh import Mesh
 from ..parallel.parallelize import set_shard, spread_tokens
 from ..parallel.sequence import SequenceShard
+from ..parallel.shared_reading import SharedReading
 from .expert import Weights, build_expert, load_expert, relora_expert
 from .library_imports import import_diffusers
 from .prefetch import OnRead, Prefetch, read_ahead
@@ -64,8 +65,8 @@ class _Coming:
 class RankExperts:
     """Loads the experts of one job after another, and keeps what the next one can use.
 
-    While the first expert runs, the system reads the files of the second into its memory; the weights are loaded from
-    there when it takes over.
+    While the first expert runs, the weights of the second are read: onto the device where both have room there, else
+    into the system's memory, from where they are loaded when it takes over.
 
     Attributes:
         models: expert name -> model.
@@ -144,9 +145,6 @@ class RankExperts:
         if coming is None:
             return
         start = time.perf_counter()
-        # What it has not read yet is not read faster by two.
-        coming.reading.stop()
-        coming.reading.check()
         coming.finish(lambda done, total: on_tensor(f"{name} expert", done, total))
         for file in (*coming.made_of.files, *(lora.file for lora in coming.made_of.loras)):
             file.check_unchanged()
@@ -174,6 +172,7 @@ class RankExperts:
             with self.weights[name].writable():
                 changed = relora_expert(
                     self.models[name], wanted.paths, before, wanted.strengths,
+                    reading=SharedReading.of(settings["parallel"], settings["mesh"], self._device),
                     device=self._device, expert=name, on_tensor=report,
                 )  # fmt: skip
             if not changed:
@@ -186,18 +185,32 @@ class RankExperts:
         self._loaded[name] = wanted
 
     def _read_ahead(self, name: str, wanted: _Loaded, job: Job, settings: dict[str, Any]) -> _Coming:
+        if not job.parallel.parks_experts:
+            # Its memory is taken now: a device that is too small is to be noticed before the first step.
+            built = build_expert(wanted.paths, wanted.strengths, expert=name, **settings)
+            self.models[name], self.weights[name] = built.model, built.weights
+            reading = Prefetch(lambda on_read: built.read(on_tensor=on_read))
+
+            def finish(on_read: OnRead) -> None:
+                reading.wait(on_read)
+                built.send()
+
+            return _Coming(wanted, reading, finish)
+        # Its place on the device is taken: only the system can keep it.
         paths, available = wanted.paths, available_bytes()
         if available is not None and available < sum(file.size for file in wanted.files):
             log.info("the %s expert is not read ahead: host memory does not hold its files", name)
             paths = []
         ranks = job.parallel.gpus_per_host
-        read = partial(read_ahead, paths, part=self._rank % ranks, parts=ranks)
-        if job.parallel.parks_experts:
-            return _Coming(wanted, Prefetch(read), partial(self._take_the_place, name, wanted, job, settings))
-        # Its memory is taken now: a device that is too small is to be noticed before the first step.
-        built = build_expert(wanted.paths, wanted.strengths, expert=name, **settings)
-        self.models[name], self.weights[name] = built.model, built.weights
-        return _Coming(wanted, Prefetch(read), lambda on_read: built.read(on_tensor=on_read))
+        reading = Prefetch(partial(read_ahead, paths, part=self._rank % ranks, parts=ranks))
+
+        def take_the_place(on_read: OnRead) -> None:
+            # What it has not read yet is not read faster by two.
+            reading.stop()
+            reading.check()
+            self._take_the_place(name, wanted, job, settings, on_read)
+
+        return _Coming(wanted, reading, take_the_place)
 
     def _take_the_place(
         self, name: str, wanted: _Loaded, job: Job, settings: dict[str, Any], on_read: OnRead

@@ -13,6 +13,8 @@ PIECE_BYTES = 64 << 20
 """That one process reads in a row."""
 BUFFER_BYTES = 1 << 20
 """Stays in a core's cache: what was read is thrown away."""
+POLL = 0.1
+"""Seconds between two looks at how far a thread is."""
 
 
 class _Stopped(Exception):
@@ -29,6 +31,7 @@ class Prefetch:
     def __init__(self, read: Callable[[OnRead], None]) -> None:
         self._end: Future[None] = Future()
         self._stop = threading.Event()
+        self._so_far = 0, 1
         # A daemon: a rank that fails does not wait for it.
         self._thread = threading.Thread(target=self._run, args=(read,), name="prefetch", daemon=True)
         self._thread.start()
@@ -37,6 +40,13 @@ class Prefetch:
         """Raises what has gone wrong so far."""
         if self._end.done():
             self._end.result()
+
+    def wait(self, on_read: OnRead) -> None:
+        """Waits until all is read, and raises what has gone wrong. Tells `on_read` how far it is, now and then."""
+        while self._thread.is_alive():
+            self._thread.join(POLL)
+            on_read(*self._so_far)
+        self.check()
 
     def stop(self, wait: float | None = None) -> None:
         """Ends it, whatever is left to read.
@@ -57,6 +67,7 @@ class Prefetch:
             self._end.set_exception(error)
 
     def _on_read(self, done: int, total: int) -> None:
+        self._so_far = done, total
         if self._stop.is_set():
             raise _Stopped
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from threading import local
 
@@ -54,10 +53,12 @@ def read_weights(
     *,
     device: torch.device,
     loras: Sequence[Lora] = (),
+    part: int = 0,
+    parts: int = 1,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
-    """Reads parameters of a model that has its memory.
+    """Reads parameters of a model that has its memory, on threads and CUDA streams of their own.
 
     Host memory stays at the rows kept (on a CPU) plus one staging buffer per reader. If `on_tensor` or `meanwhile`
     raises, the rest is not read.
@@ -66,12 +67,14 @@ def read_weights(
         model: from `empty_model` with the same LoRAs, sharded over rows or not.
         names: of the parameters; None for all.
         loras: merged into the rows as they arrive, in float32.
+        part, parts: read only what `owners` gives to this one of the processes that share the work.
         on_tensor: called with (tensors read, tensors in all).
         meanwhile: called on this thread while others read.
     """
     parameters = dict(model.named_parameters())
-    names = list(parameters) if names is None else names
-    buffers = local()
+    owner = owners(model, names, parts)
+    names = [name for name in owner if owner[name] == part]
+    mine = local()
 
     def made_here(name: str) -> bool:
         """Whether the weight's values are not just the file's, or not in the file's codes."""
@@ -83,20 +86,33 @@ def read_weights(
         rows, start = local_rows(parameters[name])
         if rows.numel() == 0:
             return
-        if not hasattr(buffers, "staging"):
-            buffers.staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        if not hasattr(mine, "staging"):
+            mine.staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=on_cuda)
         weight = name.removesuffix("_scale")
         if weight == name and made_here(name):
             scale = parameters.get(f"{name}_scale")
             scales = None if scale is None else local_rows(scale)[0]
-            _read_merged(checkpoint, loras, name, rows, start, scales, buffers.staging, device)
+            _read_merged(checkpoint, loras, name, rows, start, scales, mine.staging, device)
         # The scale of such a weight is a new one, written with the weight.
         elif weight == name or not made_here(weight):
-            checkpoint.read_into(name, rows, start=start, staging=buffers.staging)
+            checkpoint.read_into(name, rows, start=start, staging=mine.staging)
+        if on_cuda:
+            # What was computed of the file's values is queued on this reader's own stream.
+            torch.cuda.current_stream(device).synchronize()
 
     on_cuda = device.type == "cuda"
-    # A thread starts on GPU 0; page-locking a buffer there would cost every rank a context on it.
-    enter = partial(torch.cuda.set_device, device) if on_cuda else None
+    # Their memory may have been freed by kernels that are still queued on this thread's stream.
+    began = torch.cuda.current_stream(device).record_event() if on_cuda else None
+
+    def enter() -> None:
+        if began is not None:
+            # A thread starts on GPU 0; page-locking a buffer there would cost every rank a context on it.
+            torch.cuda.set_device(device)
+            # Not the stream of the steps, behind which each copy would wait.
+            stream = torch.cuda.Stream(device)
+            stream.wait_event(began)
+            torch.cuda.set_stream(stream)
+
     with torch.no_grad(), ThreadPoolExecutor(CUDA_READERS if on_cuda else 1, initializer=enter) as readers:
         results = readers.map(read, names)
         try:
@@ -106,6 +122,22 @@ def read_weights(
         except BaseException:
             readers.shutdown(cancel_futures=True)
             raise
+
+
+def owners(model: nn.Module, names: Sequence[str] | None, parts: int) -> dict[str, int]:
+    """Parameter -> which of `parts` processes reads it: about equally many bytes each, a weight and its scale together.
+
+    Args:
+        names: of the parameters; None for all.
+    """
+    parameters = dict(model.named_parameters())
+    names = list(parameters) if names is None else names
+    of_weight: dict[str, int] = {}
+    loads = [0] * parts
+    for weight in dict.fromkeys(name.removesuffix("_scale") for name in names):
+        of_weight[weight] = loads.index(min(loads))
+        loads[of_weight[weight]] += parameters[weight].nbytes
+    return {name: of_weight[name.removesuffix("_scale")] for name in names}
 
 
 def _read_merged(

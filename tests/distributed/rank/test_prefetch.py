@@ -180,16 +180,20 @@ def test_an_expert_that_waits_its_turn_takes_the_place_of_the_other(
     assert torch.equal(latents, rank.run(rank.job()))
 
 
+@pytest.mark.parametrize("offload_model", [False, True])
 def test_an_expert_that_cannot_be_read_ends_the_job_at_the_next_step(
-    rank: Rank, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    def fail(paths: list[str], on_read: Callable[[int, int], None], **share: int) -> None:
+    rank: Rank, read_late: Callable[..., None], offload_model: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any, **share: int) -> None:
         raise OSError("low.safetensors ended at byte 7, 1 bytes early")
 
+    # Into the system's memory, or onto the device.
     monkeypatch.setattr(experts, "read_ahead", fail)
+    if not offload_model:
+        read_late(fail)
     # Of twenty steps the first fifteen are the other expert's.
     with pytest.raises(OSError, match="ended at byte 7"):
-        rank.run(rank.job(steps=20, boundary=0.5))
+        rank.run(rank.job(steps=20, boundary=0.5, offload_model=offload_model))
     assert not any(message.startswith("denoise 15/") for message in rank.messages)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,8 @@ from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.parallel.mesh import Mesh
 from wan_pack.distributed.parallel.parallelize import release_gathered
 from wan_pack.distributed.parallel.sequence import SequenceShard
-from wan_pack.distributed.rank.expert import load_expert
+from wan_pack.distributed.parallel.shared_reading import SharedReading
+from wan_pack.distributed.rank.expert import load_expert, relora_expert
 from wan_pack.distributed.rank.offload import HostParking
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.checkpoint.weights import local_rows
@@ -236,3 +238,34 @@ def a_missing_peer_is_noticed_in_time(rank: int, world: int) -> None:
                 raise AssertionError("nobody else was there")
     # The others stay until then: a peer that has ended is noticed at once.
     dist.barrier()
+
+
+def reading_is_shared(rank: int, world: int, *, folder: str, loras: list[tuple[str, float]]) -> dict[str, Any]:
+    """Ranks that hold whole weights have, each, those of one process that reads all; also after a change of LoRAs.
+
+    Returns the names that this rank has read, of the file and of what the LoRAs change.
+    """
+    files, shard = sorted(str(file) for file in Path(folder).glob("*.safetensors")), SequenceShard(length=45)
+    read: list[str] = []
+    read_into = Checkpoint.read_into
+
+    def watched(checkpoint: Checkpoint, name: str, *rest: Any, **more: Any) -> None:
+        read.append(name)
+        read_into(checkpoint, name, *rest, **more)
+
+    mesh, parallel = Mesh.of("cpu", world), _parallel(world, use_fsdp=False, mixed_precision="bf16")
+    expected = [load_expert(files, of, parallel=parallel, mesh=None, shard=shard, device=CPU) for of in (loras, [])]
+    with mock.patch.object(Checkpoint, "read_into", watched):
+        model = load_expert(files, loras, parallel=parallel, mesh=mesh, shard=shard, device=CPU)
+        whole = list(read)
+        read.clear()
+        halves = [(path, strength / 2) for path, strength in loras]
+        reading = SharedReading.of(parallel, mesh, CPU)
+        for to in (halves, loras):
+            assert relora_expert(model, files, [path for path, _ in loras], to, reading=reading, device=CPU)
+    for (name, mine), (_, theirs) in zip(model.named_parameters(), expected[0].named_parameters(), strict=True):
+        assert torch.equal(mine.view(-1).view(torch.uint8), theirs.view(-1).view(torch.uint8)), name
+    assert any(
+        not torch.equal(a.float(), b.float()) for a, b in zip(*map(torch.nn.Module.parameters, expected), strict=False)
+    )
+    return {"whole": whole, "changed": read}
