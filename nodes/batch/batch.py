@@ -11,12 +11,12 @@ from ...distributed.launch.launcher import MAX_LOG, JobFailed, Result, new_job_i
 from ..host import host, warm
 from ..host.status import Status
 from ..inference import saved_video
-from ..inference.inference import LAYOUT, build_job, chosen_config, model_of
+from ..inference.inference import build_job, model_of
 from ..inference.inference_inputs import HIDDEN
 from ..inference.outcome import Outcome, keep
-from ..inference.planning import SIDE_BY_SIDE
 from ..inference.video_node import VideoNode
 from ..settings.spread import AS_SET, DistributedConfig
+from ..sockets.video_inputs import VideoInputs
 from . import batch_inputs
 from .requests import Request, requests_of
 from .run import STAY, BatchProgress, BatchRun
@@ -58,9 +58,10 @@ class WanVideoDistributedBatch(VideoNode):
         extra_pnginfo: dict[str, Any] | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
-        connected = settings.get("text_embeds") is not None
-        requests = requests_of(prompts, settings.get("seed", 0), batch_count, embeds_connected=connected)
-        batch = _Batch(requests, settings, gpus_per_video)
+        asked = VideoInputs.of(settings)
+        connected = asked.text_embeds is not None
+        requests = requests_of(prompts, asked.sampling.seed, batch_count, embeds_connected=connected)
+        batch = _Batch(requests, asked, gpus_per_video)
         if connected and prompts.strip():
             batch.note("text_embeds is connected: prompts of this node had no effect")
         first = batch.jobs[0][0].sampling
@@ -93,15 +94,14 @@ class WanVideoDistributedBatch(VideoNode):
 class _Batch:
     """The videos of one run of the node."""
 
-    def __init__(self, requests: list[Request], settings: dict[str, Any], gpus_per_video: int) -> None:
+    def __init__(self, requests: list[Request], asked: VideoInputs, gpus_per_video: int) -> None:
         """Builds and checks every job, before anything starts."""
         self._requests = requests
         self._statuses: list[Status] = []
         """One per group: what is to be said of its jobs."""
-        built = self._first_jobs(settings, gpus_per_video)
-        chosen = chosen_config(settings, Status())
-        keep_warm = float(chosen.keep_warm_seconds)
-        self._as_set = chosen.plan == AS_SET
+        built = self._first_jobs(asked, gpus_per_video)
+        keep_warm = float(asked.config.keep_warm_seconds)
+        self._as_set = asked.config.plan == AS_SET
         self.groups = [dataclasses.replace(job.parallel, keep_warm_seconds=keep_warm) for job, _ in built]
         first, tensors = built[0]
         # Nothing else differs between the videos.
@@ -121,24 +121,24 @@ class _Batch:
         self.failures: dict[int, Exception] = {}
         self._group_of: dict[int, int] = {}
 
-    def _first_jobs(self, settings: dict[str, Any], gpus_per_video: int) -> list[tuple[Job, dict[str, Any]]]:
+    def _first_jobs(self, asked: VideoInputs, gpus_per_video: int) -> list[tuple[Job, dict[str, Any]]]:
         """The first video's job on each group, of the most groups that have the memory for it."""
         from ...distributed.planning.plan import DoesNotFit
 
-        common, model, refused = Status(), model_of(settings, Status()), None
-        chosen = chosen_config(settings, common)
+        common, model, refused = Status(), model_of(asked, Status()), None
+        asked.say_overruled(common)
         visible = host.visible_gpus()
-        ways = splits(chosen, len(self._requests), gpus_per_video, model=model, visible=visible, status=common)
+        ways = splits(asked.config, len(self._requests), gpus_per_video, model=model, visible=visible, status=common)
         for configs in ways:
             try:
-                return self._build(settings, configs, common)
+                return self._build(asked, configs, common)
             except DoesNotFit as error:
                 refused = error
         assert refused is not None, "there is always a way: one group of all GPUs"
         raise refused
 
     def _build(
-        self, settings: dict[str, Any], configs: list[DistributedConfig], common: Status
+        self, asked: VideoInputs, configs: list[DistributedConfig], common: Status
     ) -> list[tuple[Job, dict[str, Any]]]:
         self._statuses = [Status() for _ in configs]
         if len(self._requests) > len(configs):
@@ -150,16 +150,18 @@ class _Batch:
         built = []
         for config, status in zip(configs, self._statuses, strict=True):
             status.note(*common.warnings)
-            built.append(
-                build_job({**_inputs_of(self._requests[0], settings, config), SIDE_BY_SIDE: len(configs)}, status)
+            one = dataclasses.replace(
+                asked, config=config, overruled=(), prompt=self._requests[0].prompt, side_by_side=len(configs)
             )
+            built.append(build_job(one, status))
         sizes = {(job.sampling.width, job.sampling.height) for job, _ in built}
         if len(sizes) == 1:
             return built
         # dynamic_resolution, on GPUs of which some have less memory: all videos get the size that fits everywhere.
         width, height = min(sizes, key=lambda size: size[0] * size[1])
         common.note(f"batch: all videos are {width}x{height}, which fits every group of GPUs")
-        return self._build({**settings, "width": width, "height": height}, configs, common)
+        smaller = dataclasses.replace(asked.sampling, width=width, height=height)
+        return self._build(dataclasses.replace(asked, sampling=smaller), configs, common)
 
     def note(self, line: str) -> None:
         for status in self._statuses:
@@ -252,10 +254,3 @@ class _Batch:
 
     def _title(self, index: int) -> str:
         return f"video {index + 1} of {len(self._requests)} ({self._requests[index]})"
-
-
-def _inputs_of(request: Request, settings: dict[str, Any], config: DistributedConfig) -> dict[str, Any]:
-    """The inference node's inputs for one video on one group's GPUs."""
-    layout = {name: getattr(config, name) for name in LAYOUT}
-    own = {"config": config, "prompt": request.prompt, "seed": request.seed}
-    return {**settings, **layout, **own}

@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any, ClassVar
 
 from ...distributed.job.job import Job, ModelFiles, Parallel, Sampling
+from ...distributed.job.sampling import SamplingSettings
 from ...distributed.launch.launcher import new_job_id, run_job
 from ..host import host, warm
-from ..host.declared import kind_of
 from ..host.status import Status
 from ..models import catalogue
 from ..models.loras import distilled_warnings, refreshed
@@ -18,15 +18,13 @@ from ..settings.spread import DistributedConfig
 from ..sockets import embeds, wrapper_model
 from ..sockets.images import image_tensors
 from ..sockets.latent_input import latent_tensors
+from ..sockets.video_inputs import VideoInputs
 from ..sockets.wrapper_model import AUTO
 from . import saved_video
 from .inference_inputs import HIDDEN, optional, required
 from .outcome import inputs_writer, keep
 from .planning import planned
 from .video_node import VideoNode
-
-LAYOUT = ("gpu_count", "use_ulysses", "use_fsdp", "offload_model", "plan")
-"""Inputs that a connected config has too."""
 
 
 class WanVideoDistributedInference(VideoNode):
@@ -60,7 +58,7 @@ class WanVideoDistributedInference(VideoNode):
         **settings: Any,
     ) -> dict[str, Any]:
         status = Status()
-        job, tensors = build_job(settings, status)
+        job, tensors = build_job(VideoInputs.of(settings), status)
         saved_video.check_prefix(filename_prefix, job.sampling.width, job.sampling.height)
         host.free_memory()
         report = host.ProgressReport(unique_id)
@@ -93,28 +91,26 @@ class WanVideoDistributedInference(VideoNode):
         return "", log, status, host.blocked_output(), host.blocked_output()
 
 
-def build_job(settings: dict[str, Any], status: Status) -> tuple[Job, dict[str, Any]]:
+def build_job(asked: VideoInputs, status: Status) -> tuple[Job, dict[str, Any]]:
     """The job that the inputs ask for, checked, and the tensors that travel with it."""
     from ...distributed.planning.preflight import check_job, check_model
 
-    model = model_of(settings, status)
+    model = model_of(asked, status)
     config = check_model(model)
-    settings = with_preset(settings, config.variant, status)
-    sampling = _sampling(settings, status)
-    text, tensors = embeds.text_inputs(settings, model, sampling, status)
+    sampling = _sampling(with_preset(asked.sampling, asked.preset, config.variant, status), status)
+    text, tensors = embeds.text_inputs(asked, model, sampling, status)
+    asked.say_overruled(status)
     parallel, sampling = planned(
-        settings,
-        chosen_config(settings, status),
-        lambda: _parallel(settings, model, sampling, status),
+        asked,
+        lambda: _parallel(asked.config, model, sampling, status),
         model,
         sampling,
         variant=config.variant,
         encodes_text=text is not None,
         status=status,
     )
-    images = image_tensors(settings, sampling, config, status)
-    samples = settings.get("samples")
-    latents = {} if samples is None else latent_tensors(samples, sampling, config, status)
+    images = image_tensors(asked, sampling, config, status)
+    latents = {} if asked.samples is None else latent_tensors(asked.samples, sampling, config, status)
     if "samples" in images and latents:
         raise ValueError("samples is connected, and image_embeds carries extra_latents; take one of them out")
     tensors = {**tensors, **images, **latents}
@@ -124,8 +120,8 @@ def build_job(settings: dict[str, Any], status: Status) -> tuple[Job, dict[str, 
         parallel=parallel,
         sampling=sampling,
         text=text,
-        decode=settings.get("decode_video", True),
-        preview=settings.get("preview", True),
+        decode=asked.decode_video,
+        preview=asked.preview,
         verbose=host.verbose(),
     )
     status.note(*distilled_warnings(model, sampling))
@@ -133,9 +129,9 @@ def build_job(settings: dict[str, Any], status: Status) -> tuple[Job, dict[str, 
     return dataclasses.replace(job, warnings=tuple(status.warnings)), tensors
 
 
-def model_of(settings: dict[str, Any], status: Status) -> ModelFiles:
+def model_of(asked: VideoInputs, status: Status) -> ModelFiles:
     """The files that the inputs name, as they are now."""
-    model, low_noise_model, vae = settings["model"], settings.get("low_noise_model"), settings.get("vae", AUTO)
+    model, low_noise_model, vae = asked.model, asked.low_noise_model, asked.vae
     if not isinstance(model, ModelFiles):
         return wrapper_model.files_of(model, low_noise_model, vae, status)
     if low_noise_model is not None:
@@ -149,25 +145,10 @@ def model_of(settings: dict[str, Any], status: Status) -> ModelFiles:
     return refreshed(model)
 
 
-def chosen_config(settings: dict[str, Any], status: Status) -> DistributedConfig:
-    """The config that is connected, or this node's own values."""
-    chosen = settings.get("config")
-    own = {key: settings[key] for key in LAYOUT if key in settings}
-    if chosen is None:
-        return DistributedConfig(**own)
-    if not isinstance(chosen, DistributedConfig):
-        raise ValueError(f"config is {kind_of(chosen)}; connect Wan Video Distributed Config to it")
-    differing = [key for key, value in own.items() if value != getattr(chosen, key)]
-    if differing:
-        status.note(f"config is connected: its {', '.join(differing)} won over this node's own values")
-    return chosen
-
-
-def _parallel(settings: dict[str, Any], model: ModelFiles, sampling: Sampling, status: Status) -> Parallel:
+def _parallel(chosen: DistributedConfig, model: ModelFiles, sampling: Sampling, status: Status) -> Parallel:
     from ...distributed.machine.gpus import choose_gpus
     from ...distributed.planning.preflight import always_guided
 
-    chosen = chosen_config(settings, status)
     if chosen.hosts:
         return parallel_over(chosen, chosen.parallel(), guided=always_guided(model, sampling), status=status)
     gpu_count, gpu_ids = choose_gpus(chosen.gpu_count, chosen.gpu_ids, host.visible_gpus())
@@ -179,25 +160,9 @@ def _parallel(settings: dict[str, Any], model: ModelFiles, sampling: Sampling, s
     return chosen.parallel(gpu_count=gpu_count, gpu_ids=gpu_ids, cfg_parallel=cfg_parallel)
 
 
-def _sampling(settings: dict[str, Any], status: Status) -> Sampling:
-    frames = settings["num_frames"]
+def _sampling(settings: SamplingSettings, status: Status) -> Sampling:
+    frames = settings.num_frames
     fitting = frames + (1 - frames) % 4
     if fitting != frames:
         status.note(f"num_frames was raised from {frames} to {fitting}: the model makes 4n + 1 frames")
-    return Sampling(
-        width=settings["width"],
-        height=settings["height"],
-        num_frames=fitting,
-        steps=settings["sample_steps"],
-        seed=settings.get("seed", 0),
-        solver=settings.get("scheduler", "unipc"),
-        shift=float(settings.get("shift", 12.0)),
-        guidance_low=float(settings.get("guidance_low", 3.0)),
-        guidance_high=float(settings.get("guidance_high", 4.0)),
-        boundary=float(settings.get("boundary", 0.875)),
-        fps=float(settings.get("fps", 16.0)),
-        strength=float(settings.get("strength", 1.0)),
-        start_step=settings.get("start_step", 0),
-        end_step=settings.get("end_step", 0),
-        add_noise=settings.get("add_noise", True),
-    )
+    return Sampling(**{**dataclasses.asdict(settings), "num_frames": fitting})

@@ -6,9 +6,9 @@ from typing import Any
 
 from ...distributed.job.sampling import SamplingSettings
 from ..models import catalogue
-from ..settings.presets import CUSTOM, PRESETS
 from ..settings.spread import config_input
 from ..settings.widgets import widget
+from ..sockets.video_inputs import VideoInputs
 from ..sockets.wrapper_model import AUTO
 
 MODELS = "WAN_DISTRIBUTED_MODEL,WANVIDEOMODEL"
@@ -25,14 +25,12 @@ def required() -> dict[str, Any]:
                 "path of its file: that node has then read the whole file into memory for nothing."
             },
         ),
-        "prompt": (
-            "STRING",
-            {
-                "default": "",
-                "multiline": True,
-                "tooltip": "What the video shows. Encoded inside the job by the model's text encoder; "
-                "has no effect while text_embeds is connected.",
-            },
+        "prompt": widget(
+            VideoInputs,
+            "prompt",
+            "What the video shows. Encoded inside the job by the model's text encoder; "
+            "has no effect while text_embeds is connected.",
+            multiline=True,
         ),
         "width": _sampling("width", "Width in pixels, a multiple of 16 (TI2V-5B: 32)."),
         "height": _sampling("height", "Height in pixels, a multiple of 16 (TI2V-5B: 32)."),
@@ -59,13 +57,11 @@ def optional() -> dict[str, Any]:
             EMBEDS,
             {"tooltip": "The negative prompt as embeddings. Wins over the one that text_embeds carries."},
         ),
-        "negative_prompt": (
-            "STRING",
-            {
-                "default": "",
-                "multiline": True,
-                "tooltip": "What the video should not show, encoded with prompt. Empty: Wan's own negative prompt.",
-            },
+        "negative_prompt": widget(
+            VideoInputs,
+            "negative_prompt",
+            "What the video should not show, encoded with prompt. Empty: Wan's own negative prompt.",
+            multiline=True,
         ),
         "seed": _sampling(
             "seed",
@@ -134,21 +130,16 @@ def _appended() -> dict[str, Any]:
             "add_noise",
             "Add the seed's noise to samples. Off for samples that still hold theirs, from a run with end_step.",
         ),
-        "decode_video": (
-            "BOOLEAN",
-            {
-                "default": True,
-                "tooltip": "Off: make no video, hand on samples only. video_path is empty, and nodes behind video do "
-                "not run.",
-            },
+        "decode_video": widget(
+            VideoInputs,
+            "decode_video",
+            "Off: make no video, hand on samples only. video_path is empty, and nodes behind video do not run.",
         ),
-        "preset": (
-            [CUSTOM, *PRESETS],
-            {
-                "default": CUSTOM,
-                "tooltip": "Sets scheduler, sample_steps, shift, guidance and boundary together, whatever this node's "
-                "own say; the status lists them. custom: this node's own.",
-            },
+        "preset": widget(
+            VideoInputs,
+            "preset",
+            "Sets scheduler, sample_steps, shift, guidance and boundary together, whatever this node's "
+            "own say; the status lists them. custom: this node's own.",
         ),
         "low_noise_model": (
             "WANVIDEOMODEL",
@@ -162,23 +153,19 @@ def _appended() -> dict[str, Any]:
                 "fits. Another choice wins over the model's.",
             },
         ),
-        "preview": (
-            "BOOLEAN",
-            {
-                "default": True,
-                "tooltip": "Show on the node, while it samples, what the video is going to be: its middle, about ten "
-                "times. Changes nothing of the video. ComfyUI's own preview setting is about its samplers.",
-            },
+        "preview": widget(
+            VideoInputs,
+            "preview",
+            "Show on the node, while it samples, what the video is going to be: its middle, about ten "
+            "times. Changes nothing of the video. ComfyUI's own preview setting is about its samplers.",
         ),
         "plan": config_input("plan"),
-        "dynamic_resolution": (
-            "BOOLEAN",
-            {
-                "default": False,
-                "tooltip": "A video that does not fit the GPUs' memory is made at the largest size of the same aspect "
-                "ratio that does, and the status says so. Off: it is refused before anything starts, with that size. "
-                "Needs plan auto.",
-            },
+        "dynamic_resolution": widget(
+            VideoInputs,
+            "dynamic_resolution",
+            "A video that does not fit the GPUs' memory is made at the largest size of the same aspect "
+            "ratio that does, and the status says so. Off: it is refused before anything starts, with that size. "
+            "Needs plan auto.",
         ),
     }
 

@@ -11,6 +11,7 @@ from ...distributed.job.job import ModelFiles, Parallel, Sampling
 from ..host import host, warm
 from ..host.status import Status
 from ..settings.spread import AS_SET, DistributedConfig
+from ..sockets.video_inputs import VideoInputs
 
 if TYPE_CHECKING:
     from ...distributed.machine.gpus import Gpu
@@ -20,15 +21,12 @@ if TYPE_CHECKING:
     from ...distributed.planning.policies import Request
     from ...wan.model.variants import Variant
 
-SIDE_BY_SIDE = "jobs side by side"
-"""Among the inputs: how many jobs share this machine's memory; without it one."""
 USUALLY_FREE = 0.95
 """Of a GPU's memory, when no job is on it: each ComfyUI keeps a little."""
 
 
 def planned(
-    settings: Mapping[str, Any],
-    chosen: DistributedConfig,
+    asked: VideoInputs,
     literal: Callable[[], Parallel],
     model: ModelFiles,
     sampling: Sampling,
@@ -51,7 +49,7 @@ def planned(
     from ...distributed.planning.plan import DoesNotFit, as_set
     from ...distributed.planning.workload import workload_of
 
-    dynamic = settings.get("dynamic_resolution", False)
+    chosen, dynamic = asked.config, asked.dynamic_resolution
     here = chosen.plan != AS_SET and not chosen.hosts
     if here:
         # What ComfyUI itself holds is not in the job's way.
@@ -67,18 +65,18 @@ def planned(
     taken = {gpu.index: who for gpu in gpus if (who := holder(gpu.index))}
     gpus.sort(key=lambda gpu: gpu.index in taken)
     request = _request(chosen, model, sampling)
-    image = settings.get("start_image") is not None
-    sized = settings.get("samples") is not None or settings.get("image_embeds") is not None
+    image = asked.start_image is not None
+    sized = asked.samples is not None or asked.image_embeds is not None
     work = workload_of(
         model,
         sampling,
         request.base,
         encodes_text=encodes_text,
         given_frames=variant.known_frames and image,
-        decode=settings.get("decode_video", True) or image,
+        decode=asked.decode_video or image,
     )
     host_bytes = warm.pool().host_bytes()
-    share = None if host_bytes is None else host_bytes // settings.get(SIDE_BY_SIDE, 1)
+    share = None if host_bytes is None else host_bytes // asked.side_by_side
     plan = functools.partial(_plan_waiting, request=request, gpus=gpus, taken=taken, links=_links(), host_bytes=share)
     try:
         made = plan(work)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from ...distributed.job.sampling import SamplingSettings
 from ...wan.model.variants import VARIANTS, Variant
 from ..host.status import Status
+from .widgets import INPUT_NAMES
 
 CUSTOM = "custom"
 
@@ -39,31 +42,24 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def with_preset(settings: dict[str, Any], variant: Variant, status: Status) -> dict[str, Any]:
-    """The node's settings with those of its preset, if it has one.
+def with_preset(sampling: SamplingSettings, name: str, variant: Variant, status: Status) -> SamplingSettings:
+    """The settings with those of the preset `name`.
 
     Args:
-        settings: the node's inputs by name.
         variant: of the model.
     """
-    name = settings.get("preset", CUSTOM)
     if name == CUSTOM:
-        return settings
+        return sampling
     preset = PRESETS[name]
-    values: dict[str, Any] = {
-        "scheduler": preset.solver,
-        "sample_steps": preset.steps,
-        "shift": preset.shift,
-        "guidance_low": preset.guidance_low,
-        "guidance_high": preset.guidance_high,
-    }
+    values = {name: value for name, value in dataclasses.asdict(preset).items() if name != "variant"}
     tuned_for = variant if preset.variant is None else VARIANTS[preset.variant]
     if tuned_for.boundary is not None:
         values["boundary"] = tuned_for.boundary
-    status.note(f"preset {name} set " + ", ".join(f"{key} {_shown(value)}" for key, value in values.items()))
+    shown = (f"{INPUT_NAMES.get(key, key)} {_shown(value)}" for key, value in values.items())
+    status.note(f"preset {name} set {', '.join(shown)}")
     if tuned_for != variant:
         status.note(f"preset {name} is for {tuned_for.name} models; this one is {variant.name}")
-    return {**settings, **values}
+    return dataclasses.replace(sampling, **values)
 
 
 def _shown(value: Any) -> str:

@@ -6,6 +6,9 @@ from typing import Any
 
 from ...distributed.job.setting import Choice, Number, default_of, setting_of
 
+INPUT_NAMES = {"steps": "sample_steps", "solver": "scheduler"}
+"""Settings whose inputs have another name."""
+
 
 def widget(kind: type, name: str, tooltip: str, **more: Any) -> tuple[Any, dict[str, Any]]:
     """The declaration, for INPUT_TYPES, of the input for a dataclass's field.

@@ -16,6 +16,7 @@ from ...wan.model.config import TEXT_LEN
 from ..host.declared import kind_of
 from ..host.status import Status
 from ..host.tensors import tensor_of
+from .video_inputs import VideoInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,17 +46,13 @@ class Embedding:
 
 
 def text_inputs(
-    settings: dict[str, Any], model: ModelFiles, sampling: Sampling, status: Status
+    asked: VideoInputs, model: ModelFiles, sampling: Sampling, status: Status
 ) -> tuple[Text | None, dict[str, Tensor]]:
-    """The prompts to encode inside the job; or None and the tensors to send with it: context, context_null.
-
-    Args:
-        settings: the inference node's inputs by name.
-    """
+    """The prompts to encode inside the job; or None and the tensors to send with it: context, context_null."""
     from ...distributed.planning.preflight import needs_negative
 
-    text_embeds, negative_embeds = settings.get("text_embeds"), settings.get("negative_embeds")
-    prompt, negative_prompt = settings["prompt"], settings.get("negative_prompt", "")
+    text_embeds, negative_embeds = asked.text_embeds, asked.negative_embeds
+    prompt, negative_prompt = asked.prompt, asked.negative_prompt
     if text_embeds is None:
         if negative_embeds is not None:
             raise ValueError("negative_embeds is connected but text_embeds is not; connect both or neither")

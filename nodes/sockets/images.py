@@ -17,6 +17,7 @@ from ..host.status import Status
 from ..host.tensors import tensor_of
 from .embeds import conditioning_entry
 from .latent_input import check_video_size
+from .video_inputs import VideoInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,11 +36,9 @@ EMBEDS_KEYS = frozenset(
 """What this pack understands of WANVIDIMAGE_EMBEDS; every other key asks for a model that it does not run."""
 
 
-def image_tensors(settings: dict[str, Any], sampling: Sampling, config: WanConfig, status: Status) -> dict[str, Tensor]:
+def image_tensors(asked: VideoInputs, sampling: Sampling, config: WanConfig, status: Status) -> dict[str, Tensor]:
     """What the node's image inputs and the conditioning hold, by the names that a job knows.
 
-    Args:
-        settings: the node's inputs by name.
     Raises:
         ValueError: in the user's words, if an image cannot be used or comes twice.
     """
@@ -47,15 +46,14 @@ def image_tensors(settings: dict[str, Any], sampling: Sampling, config: WanConfi
 
     found = {}
     for name in ("start_image", "end_image"):
-        if settings.get(name) is not None:
-            picture = _picture(settings[name], name, sampling, status)
+        if (value := getattr(asked, name)) is not None:
+            picture = _picture(value, name, sampling, status)
             found[name] = fit_image(picture, sampling.width, sampling.height, config.variant)
-    conditioning = _from_texts(settings, sampling, status)
-    image_embeds = settings.get("image_embeds")
-    if image_embeds is not None:
+    conditioning = _from_texts(asked, sampling, status)
+    if asked.image_embeds is not None:
         if conditioning is not None:
             raise ValueError("an image comes twice: with image_embeds and with text_embeds; take one of them out")
-        found |= _from_embeds(image_embeds, sampling, config, status)
+        found |= _from_embeds(asked.image_embeds, sampling, config, status)
     return found if conditioning is None else {**found, "image_conditioning": conditioning}
 
 
@@ -76,9 +74,9 @@ def _picture(value: Any, name: str, sampling: Sampling, status: Status) -> Tenso
     return value[0, :, :, :3].float()
 
 
-def _from_texts(settings: dict[str, Any], sampling: Sampling, status: Status) -> Tensor | None:
+def _from_texts(asked: VideoInputs, sampling: Sampling, status: Status) -> Tensor | None:
     """The image that comes with the prompt; a negative prompt from the same node carries it as well."""
-    positive, negative = (_entry(settings.get(name), name) for name in ("text_embeds", "negative_embeds"))
+    positive, negative = (_entry(getattr(asked, name), name) for name in ("text_embeds", "negative_embeds"))
     latents, mask = (positive.get(key) for key in ("concat_latent_image", "concat_mask"))
     if negative.get("concat_latent_image") is not None and negative["concat_latent_image"] is not latents:
         if latents is None:

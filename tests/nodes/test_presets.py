@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from wan_pack.distributed.job.sampling import SamplingSettings
 from wan_pack.nodes.host.status import Status
 from wan_pack.nodes.settings.presets import CUSTOM, PRESETS, with_preset
 from wan_pack.wan.model.variants import VARIANTS
 from wan_pack.wan.sampling.schedule import SOLVERS
 
-OWN = {"scheduler": "dpm++", "sample_steps": 7, "shift": 2.0, "guidance_low": 9.0, "guidance_high": 9.0}
-OWN |= {"boundary": 0.5, "seed": 3}
+OWN = SamplingSettings(
+    width=64, height=48, num_frames=5, solver="dpm++", steps=7, shift=2.0, guidance_low=9.0, guidance_high=9.0,
+    boundary=0.5, seed=3,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -27,10 +30,10 @@ OWN |= {"boundary": 0.5, "seed": 3}
 )
 def test_preset_sets_what_belongs_together(preset: str, name: str, expected: tuple[Any, ...]) -> None:
     status = Status()
-    made = with_preset({**OWN, "preset": preset}, VARIANTS[name], status)
-    names = ("scheduler", "sample_steps", "shift", "guidance_low", "guidance_high", "boundary")
-    assert tuple(made[name] for name in names) == expected
-    assert made["seed"] == 3
+    made = with_preset(OWN, preset, VARIANTS[name], status)
+    names = ("solver", "steps", "shift", "guidance_low", "guidance_high", "boundary")
+    assert tuple(getattr(made, name) for name in names) == expected
+    assert made.seed == 3
     assert len(status.warnings) == 1
     assert status.warnings[0].startswith(f"preset {preset} set scheduler {expected[0]}, sample_steps {expected[1]},")
     assert ("boundary" in status.warnings[0]) == (name != "TI2V-5B")
@@ -38,15 +41,14 @@ def test_preset_sets_what_belongs_together(preset: str, name: str, expected: tup
 
 def test_custom_changes_nothing() -> None:
     status = Status()
-    assert with_preset({**OWN, "preset": CUSTOM}, VARIANTS["T2V"], status) == {**OWN, "preset": CUSTOM}
-    assert with_preset(OWN, VARIANTS["T2V"], status) == OWN
+    assert with_preset(OWN, CUSTOM, VARIANTS["T2V"], status) == OWN
     assert status.warnings == []
 
 
 def test_preset_of_another_model_is_said() -> None:
     status = Status()
-    made = with_preset({**OWN, "preset": "official I2V-A14B"}, VARIANTS["T2V"], status)
-    assert made["boundary"] == 0.9
+    made = with_preset(OWN, "official I2V-A14B", VARIANTS["T2V"], status)
+    assert made.boundary == 0.9
     assert status.warnings[1] == "preset official I2V-A14B is for I2V models; this one is T2V"
 
 

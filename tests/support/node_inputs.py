@@ -11,6 +11,7 @@ from wan_pack.demo.example import TinyModel
 from wan_pack.distributed.job.job import FileIdentity, ModelFiles, Sampling
 from wan_pack.nodes.host import host
 from wan_pack.nodes.inference.inference import WanVideoDistributedInference
+from wan_pack.nodes.sockets.video_inputs import VideoInputs
 
 
 def rows(n: int, padding: int = 0, dim: int = 8) -> torch.Tensor:
@@ -71,6 +72,11 @@ def settings(**values: Any) -> dict[str, Any]:
     """The node's inputs as ComfyUI passes them: defaults, then `values`. Needs `use_model_folders`."""
     defaults = {name: options["default"] for name, (_, options) in widgets().items()}
     return {**defaults, **values}
+
+
+def asked_for(**values: Any) -> VideoInputs:
+    """The same as the node takes them: typed. `model` is none unless given."""
+    return VideoInputs.of({"model": None, **settings(**values)})
 
 
 def widgets() -> dict[str, tuple[Any, dict[str, Any]]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from jobs import stub_job
-from node_inputs import BOTH, settings, tiny_files, use_model_folders
+from node_inputs import BOTH, asked_for, tiny_files, use_model_folders
 from wan_pack.distributed.job.job import Job, ModelFiles
 from wan_pack.distributed.launch import pool
 from wan_pack.distributed.launch.pool import Pool
@@ -58,7 +58,7 @@ def make(tiny_models: Path, tmp_path: Path, smi: SimpleNamespace, monkeypatch: p
     def build(**values: Any) -> tuple[Job, Status]:
         status = Status()
         given = {"width": 64, "height": 48, "num_frames": 5, "gpu_count": 0, "text_embeds": BOTH, **values}
-        job, _ = inference_module.build_job(settings(model=model, **given), status)
+        job, _ = inference_module.build_job(asked_for(model=model, **given), status)
         return job, status
 
     build.freed = freed  # type: ignore[attr-defined]

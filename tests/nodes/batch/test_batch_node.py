@@ -12,7 +12,7 @@ import pytest
 import torch
 from batching import Interrupted, Node, OutOfMemory
 from mount import ROOT
-from node_inputs import BOTH, inputs_of, settings, tiny_files, use_model_folders
+from node_inputs import BOTH, asked_for, inputs_of, tiny_files, use_model_folders
 from wan_pack.distributed.job.job import Job
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.launch.launcher import MAX_LOG, JobFailed
@@ -67,7 +67,9 @@ def test_every_job_is_the_one_of_the_inference_node(node: Node) -> None:
     node.run(**values, batch_count=3, gpu_count=1)
     one = {"model": node.model, "width": 64, "height": 48, "gpu_count": 1, "use_fsdp": False, **values}
     for job, tensors in zip(node.jobs, node.tensors, strict=True):
-        alone, its_tensors = inference_module.build_job(settings(**one, seed=job.sampling.seed, preview=True), Status())
+        alone, its_tensors = inference_module.build_job(
+            asked_for(**one, seed=job.sampling.seed, preview=True), Status()
+        )
         assert job.parallel.keep_warm_seconds > 0, "the group makes more videos"
         same = dataclasses.replace(job.parallel, keep_warm_seconds=0.0)
         assert dataclasses.replace(job, id=alone.id, parallel=same) == alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from wan_pack.nodes.host import host
 from wan_pack.nodes.host.status import Status
 from wan_pack.nodes.inference import inference as inference_module
 from wan_pack.nodes.inference import planning
+from wan_pack.nodes.sockets.video_inputs import VideoInputs
 
 
 @pytest.fixture
@@ -53,21 +55,21 @@ def test_groups_that_stay_are_planned_as_such(
     """They decode with the weights still on the GPU. How long they stay after the batch is the user's matter."""
     seen: list[int] = []
 
-    def build(inputs: dict[str, Any], status: Status) -> Any:
-        seen.append(inputs["config"].keep_warm_seconds)
-        return inference_module.build_job(inputs, status)
+    def build(asked: VideoInputs, status: Status) -> Any:
+        seen.append(asked.config.keep_warm_seconds)
+        return inference_module.build_job(asked, status)
 
     monkeypatch.setattr(batch, "build_job", build)
-    made = batch._Batch([Request("", seed) for seed in range(videos)], node.inputs(text_embeds=BOTH), 0)
+    made = batch._Batch([Request("", seed) for seed in range(videos)], VideoInputs.of(node.inputs(text_embeds=BOTH)), 0)
     assert seen == [planned]
     assert [group.keep_warm_seconds for group in made.groups] == [0]
 
 
 def test_groups_grow_until_the_video_fits(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(inputs: dict[str, Any], status: Status) -> Any:
-        if inputs["config"].gpu_count == 1:
+    def build(asked: VideoInputs, status: Status) -> Any:
+        if asked.config.gpu_count == 1:
             raise DoesNotFit("it needs more than one", None)
-        return inference_module.build_job(inputs, status)
+        return inference_module.build_job(asked, status)
 
     monkeypatch.setattr(batch, "build_job", build)
     status = node.run(text_embeds=BOTH, batch_count=2, gpu_count=2)["result"][3]
@@ -96,11 +98,12 @@ def test_each_group_is_planned_for_its_own_gpus(node: Node, monkeypatch: pytest.
 def test_all_videos_have_the_size_that_fits_every_group(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
 
-    def build(inputs: dict[str, Any], status: Status) -> Any:
+    def build(asked: VideoInputs, status: Status) -> Any:
         """The second group's GPUs are the smaller ones: dynamic_resolution lowers its video."""
-        built.append(inputs["width"])
+        built.append(asked.sampling.width)
         small = {"width": 32} if len(built) == 2 else {}
-        return inference_module.build_job({**inputs, **small}, status)
+        sampling = dataclasses.replace(asked.sampling, **small)
+        return inference_module.build_job(dataclasses.replace(asked, sampling=sampling), status)
 
     monkeypatch.setattr(batch, "build_job", build)
     status = node.run(text_embeds=BOTH, batch_count=2, gpu_count=2)["result"][3]

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from node_inputs import BOTH, rows, settings, tiny_files, use_model_folders
+from node_inputs import BOTH, asked_for, rows, settings, tiny_files, use_model_folders
 from safetensors.torch import load_file, save_file
 from wan_pack.distributed.job.job import FileIdentity, Job, ModelFiles, Sampling
 from wan_pack.distributed.planning.preflight import check_model
 from wan_pack.nodes.host import host
 from wan_pack.nodes.host.status import Status
 from wan_pack.nodes.inference import inference as inference_module
+from wan_pack.nodes.sockets.video_inputs import VideoInputs
 from wan_pack.wan.files import stored_model
 
 
@@ -49,7 +50,7 @@ def job_of(model: Any, status: Status, monkeypatch: pytest.MonkeyPatch, **values
     monkeypatch.setattr(host, "visible_gpus", lambda: "")
     monkeypatch.setattr(host, "free_memory", lambda: None)
     given = {"width": 64, "height": 48, "num_frames": 5, "gpu_count": 1, "use_fsdp": False, "text_embeds": BOTH}
-    return inference_module.build_job(settings(model=model, **{**given, **values}), status)
+    return inference_module.build_job(asked_for(model=model, **{**given, **values}), status)
 
 
 def test_defaults_ask_for_nothing_new(t2v: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,8 +97,8 @@ def test_a_workflow_saved_before_the_newer_inputs_makes_the_same_job(
     monkeypatch.setattr(host, "free_memory", lambda: None)
     given = settings(model=t2v, text_embeds=BOTH, gpu_count=1, use_fsdp=False)
     assert newer < set(given)
-    now, _ = inference_module.build_job(given, Status())
-    before, _ = inference_module.build_job({name: given[name] for name in set(given) - newer}, Status())
+    now, _ = inference_module.build_job(VideoInputs.of(given), Status())
+    before, _ = inference_module.build_job(VideoInputs.of({name: given[name] for name in set(given) - newer}), Status())
     assert dataclasses.replace(before, id=now.id) == now
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from node_inputs import BOTH, model_files, rows, settings, tiny_files, use_model_folders
+from node_inputs import BOTH, asked_for, model_files, rows, settings, tiny_files, use_model_folders
 from safetensors.torch import save_file
 from wan_pack.distributed.job.job import JobError, ModelFiles
 from wan_pack.distributed.launch.launcher import JobCancelled, JobFailed
@@ -37,7 +37,7 @@ def model(tmp_path: Path) -> ModelFiles:
 @pytest.mark.parametrize(("asked", "made"), [(1, 1), (2, 5), (80, 81), (81, 81), (84, 85), (121, 121)])
 def test_frames_are_raised_to_the_next_possible_number(asked: int, made: int) -> None:
     status = Status()
-    assert inference_module._sampling(settings(num_frames=asked), status).num_frames == made
+    assert inference_module._sampling(asked_for(num_frames=asked).sampling, status).num_frames == made
     assert bool(status.warnings) == (asked != made)
 
 
@@ -61,8 +61,10 @@ def test_config_wins_and_the_status_says_so(model: ModelFiles, monkeypatch: pyte
         gpu_count=2, use_ulysses=True, use_fsdp=False, offload_model=True, mixed_precision="fp32"
     )
     assert isinstance(config, DistributedConfig)
-    given = settings(gpu_count=1, config=config)
-    parallel = inference_module._parallel(given, model, inference_module._sampling(given, Status()), status)
+    given = asked_for(gpu_count=1, config=config)
+    sampled = inference_module._sampling(given.sampling, Status())
+    parallel = inference_module._parallel(given.config, model, sampled, status)
+    given.say_overruled(status)
     assert (parallel.gpu_count, parallel.use_fsdp, parallel.offload_model) == (2, False, True)
     assert parallel.mixed_precision == "fp32"
     assert status.warnings == [
@@ -87,15 +89,16 @@ def test_two_groups_of_gpus_for_two_prompts(
     config = DistributedConfig(
         gpu_count=gpus, use_ulysses=True, use_fsdp=True, offload_model=False, cfg_parallel=chosen
     )
-    given = settings(config=config, guidance_low=guidance, guidance_high=4.0)
-    parallel = inference_module._parallel(given, model, inference_module._sampling(given, Status()), Status())
+    given = asked_for(config=config, guidance_low=guidance, guidance_high=4.0)
+    sampled = inference_module._sampling(given.sampling, Status())
+    parallel = inference_module._parallel(given.config, model, sampled, Status())
     assert parallel.cfg_parallel is expected
     assert parallel.ulysses_size == (gpus // 2 if expected else gpus)
 
 
 def text_of(model: ModelFiles, status: Status, **values: Any) -> Any:
-    given = settings(**values)
-    return embeds.text_inputs(given, model, inference_module._sampling(given, Status()), status)
+    given = asked_for(**values)
+    return embeds.text_inputs(given, model, inference_module._sampling(given.sampling, Status()), status)
 
 
 def test_connected_embeddings_win_over_the_prompt(model: ModelFiles) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from wan_pack.nodes.host.status import Status
 from wan_pack.nodes.sockets import embeds
 from wan_pack.nodes.sockets.images import image_tensors
+from wan_pack.nodes.sockets.video_inputs import VideoInputs
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.vae.latents import denormalise, normalise
 
@@ -25,8 +26,8 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def tensors_of(status: Status | None = None, config: WanConfig = I2V, **settings: Any) -> dict[str, Tensor]:
-    return image_tensors(settings, sampling(), config, status or Status())
+def tensors_of(status: Status | None = None, config: WanConfig = I2V, **inputs: Any) -> dict[str, Tensor]:
+    return image_tensors(VideoInputs.of({"model": None, **inputs}), sampling(), config, status or Status())
 
 
 # IMAGE
