@@ -121,9 +121,11 @@ def test_the_table_names_no_light_file_as_heavy():
             assert loads, f"{path} needs no torch"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_file_is_short(path: Path):
-    assert len(path.read_text().splitlines()) <= MOST_LINES
+def test_files_are_short():
+    """Those of the tests, the benchmarks and the demo as well."""
+    files = [*FILES, *(path for part in ("tests", "benchmarks", "demo") for path in (ROOT / part).rglob("*.py"))]
+    lines = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in files}
+    assert {path: count for path, count in lines.items() if count > MOST_LINES} == {}
 
 
 def test_rooms_are_small():

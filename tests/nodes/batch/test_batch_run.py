@@ -72,7 +72,6 @@ class Batch:
         return Result(JobDir.create(self._folder), {"seed": job.sampling.seed}, "")
 
     def run(self, videos: int, groups: list[tuple[str, ...]], keep_warm: float = 0.0) -> None:
-        jobs = [(stub_job(seed=seed), {}) for seed in range(videos)]
         layouts = [Parallel(gpu_count=len(ids), gpu_ids=ids, keep_warm_seconds=keep_warm) for ids in groups]
 
         def keep(index: int, group: int, result: Result) -> None:
@@ -81,7 +80,7 @@ class Batch:
             result.remove()
 
         BatchRun(
-            jobs,
+            [(stub_job(seed=seed), {}) for seed in range(videos)],
             layouts,
             self.pool,  # type: ignore[arg-type]
             on_result=keep,

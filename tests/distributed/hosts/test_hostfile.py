@@ -1,0 +1,63 @@
+"""Hostfiles: how they are read, who may stand in one, and which of them a workflow picks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from wan_pack.distributed.hosts import hostfile as hosts
+from wan_pack.distributed.hosts.hostfile import Hosts, read_hostfile
+from wan_pack.distributed.job.job import Parallel
+from wan_pack.nodes.host import host
+from wan_pack.nodes.host.status import Status
+from wan_pack.nodes.settings.hostfiles import hostfile_names, parallel_over
+from wan_pack.nodes.settings.spread import DistributedConfig
+
+
+def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path):
+    file = tmp_path / "hostfile"
+    file.write_text("# ours\n\nnode-1.lan slots=8\n10.0.0.2   slots=8  # the second\n")
+    assert read_hostfile(file) == Hosts(("node-1.lan", "10.0.0.2"), 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "names no machine"),
+        ("a slots=2\na slots=2\n", "names 'a' twice"),
+        ("a slots=2\nb slots=4\n", r"different slots \(a 2, b 4\)"),
+        ("a\n", "the line 'a'; it must be NAME slots=N"),
+        ("a slots=2; reboot\n", "it must be NAME slots=N"),
+        ("x" * 70_000, "over 65536 bytes"),
+    ],
+)
+def test_a_hostfile_that_is_wrong_is_refused_with_its_name_and_line(tmp_path: Path, text: str, says: str):
+    (tmp_path / "cluster").write_text(text)
+    with pytest.raises(ValueError, match=says) as caught:
+        read_hostfile(tmp_path / "cluster")
+    assert "cluster" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["-oProxyCommand=id", "a,b", "root@a", "a b", "$(id)", "[1-9]", ""])
+def test_a_host_that_a_shell_or_ssh_would_take_apart_is_refused(name: str):
+    with pytest.raises(ValueError, match="names or IPv4 addresses"):
+        Parallel(gpu_count=2, hosts=("a", name))
+
+
+def test_a_workflow_picks_a_hostfile_that_is_there_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(host, "hostfiles_folder", lambda: tmp_path / "hostfiles")
+    assert hostfile_names() == []
+    (tmp_path / "hostfiles").mkdir()
+    (tmp_path / "hostfiles" / "cluster").write_text("a slots=2\nb slots=2\n")
+    (tmp_path / "secret").write_text("c slots=2\n")
+    monkeypatch.setattr(hosts, "list_gpus", list)
+    chosen = DistributedConfig(gpu_count=0, use_ulysses=True, use_fsdp=False, offload_model=False, hostfile="cluster")
+    status = Status()
+    base = Parallel(gpu_count=1, keep_warm_seconds=60.0)
+    parallel = parallel_over(chosen, base, guided=True, status=status)
+    assert (parallel.hosts, parallel.gpu_count, parallel.keep_warm_seconds) == (("a", "b"), 4, 0)
+    assert any("keep_warm_seconds has no effect" in line for line in status.warnings)
+    for name in ("../secret", str(tmp_path / "secret"), "gone"):
+        with pytest.raises(ValueError, match="hostfile is"):
+            parallel_over(dataclasses.replace(chosen, hostfile=name), base, guided=True, status=status)
