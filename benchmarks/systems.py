@@ -83,7 +83,8 @@ class Ours(System):
         from wan_pack.distributed.parallel.sequence import SequenceShard
         from wan_pack.wan.model.attention_kernels import KERNELS, choose_kernel
         from wan_pack.wan.model.kernels.choice import check_kernels
-        from wan_pack.wan.model.linear import E4M3, FP8_PRODUCTS, Fp8Weight, check_precision, quantise_rows
+        from wan_pack.wan.model.linear import E4M3, FP8_PRODUCTS, Fp8Weight, quantise_rows
+        from wan_pack.wan.model.precisions import check_precision
         from wan_pack.wan.model.sparse import sparse_kernel
         from wan_pack.wan.model.transformer import meta_model
 

@@ -10,7 +10,8 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..machine import nvidia_smi
+from ..job.needs import refused_values
+from ..machine.gpus import compute_capabilities
 from .findings import NOTE, OK, WRONG, Finding
 
 
@@ -33,7 +34,8 @@ def _findings(model: Sequence[str]) -> Iterator[Finding]:
     if cuda and torch.cuda.is_available():
         nccl = f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
     yield Finding("torch", f"{torch.__version__}, CUDA {cuda or 'none'}{nccl}")
-    capabilities = _capabilities()
+    # Not by torch, which would make a context on each GPU.
+    capabilities = sorted(compute_capabilities().values())
     if capabilities and not (cuda and torch.cuda.is_available()):
         reason = "this torch is built without CUDA" if not cuda else "torch sees no GPU, though nvidia-smi does"
         remedy = "Install a torch for CUDA that the driver supports" if not cuda else "Update the NVIDIA driver"
@@ -41,6 +43,7 @@ def _findings(model: Sequence[str]) -> Iterator[Finding]:
     elif capabilities:
         yield from architecture_findings(capabilities, torch.cuda.get_arch_list())
     yield from _kernel_findings(bool(capabilities))
+    yield from switch_findings(capabilities)
     if model:
         yield from model_findings(model)
 
@@ -68,16 +71,6 @@ def _runs(name: str, major: int, minor: int) -> bool:
     return number // 10 == major and number % 10 <= minor
 
 
-def _capabilities() -> list[tuple[int, int]]:
-    # Not by torch, which would make a context on each GPU.
-    try:
-        rows = nvidia_smi.query("gpu", "compute_cap")
-    except nvidia_smi.FAILURES:
-        return []
-    pairs = [row[0].split(".") for row in rows]
-    return [(int(pair[0]), int(pair[1])) for pair in pairs if len(pair) == 2 and all(part.isdecimal() for part in pair)]
-
-
 def _kernel_findings(gpu: bool) -> Iterator[Finding]:
     """Each package that brings an attention kernel: imported, for most are built for one torch and fail with others."""
     from ...wan.model.attention_kernels import KERNELS
@@ -96,6 +89,18 @@ def _kernel_findings(gpu: bool) -> Iterator[Finding]:
             yield _broken(package, error, gpu)
         else:
             yield Finding(package, "installed, can be imported")
+
+
+def switch_findings(capabilities: Sequence[tuple[int, int]]) -> Iterator[Finding]:
+    """Which values of the switches cannot run, on each kind of GPU.
+
+    Args:
+        capabilities: compute capability of each GPU; empty without one.
+    """
+    for capability in sorted(set(capabilities)) or [None]:
+        where = "without a GPU" if capability is None else "on compute capability " + ".".join(map(str, capability))
+        names = [name if value is True else f"{name} {value}" for name, value in refused_values(capability)]
+        yield Finding("switches", f"cannot run here, {where}: {', '.join(names) or 'none'}")
 
 
 def _broken(package: str, error: Exception, gpu: bool) -> Finding:

@@ -13,6 +13,7 @@ from ..job.errors import JobError
 from ..job.job import Job
 from ..job.model_files import FileIdentity
 from ..machine.gpus import list_gpus
+from ..machine.prerequisites import check_switches
 
 PACK = Path(__file__).resolve().parent.parent.parent
 
@@ -34,6 +35,10 @@ def check_host(job: Job, expected: Mapping[str, Any]) -> None:
     for file in job.model.all():
         _check_file(file)
     _check_gpus(job)
+    try:
+        check_switches(job.parallel)
+    except ValueError as error:
+        raise JobError(str(error)) from error
 
 
 def _check_file(file: FileIdentity) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ...wan.model import attention_kernels
 from ...wan.model.kernels.choice import OPS
+from ...wan.model.precisions import TORCH_NAMES
 from .setting import choice, number
 
 MAX_GPUS = 64
@@ -33,7 +34,7 @@ class Switches:
     """Trade speed for peak memory: chunked feed-forward, no kept cross-attention keys and values."""
     torch_compile: bool = False
     """Compile the per-block segments around attention."""
-    mixed_precision: str = choice("bf16", ("bf16", "fp16", "fp32"))
+    mixed_precision: str = choice("bf16", TORCH_NAMES)
     """Matrix products and attention; the residual, modulation and solver stay fp32."""
     linear_precision: str = choice("full", ("full", "fp8"))
     """full: the large matrix products are in `mixed_precision`. fp8: they are of e4m3 codes, scaled by rows."""

@@ -87,7 +87,7 @@ def run_job(
     """
     with cancelled_by(cancelled):
         check_cancelled()
-        check_prerequisites(encodes=job.text is not None, decodes=job.decode)
+        check_prerequisites(job.parallel, encodes=job.text is not None, decodes=job.decode)
         check_cancelled()
     if problem := writing_problem(parent):
         raise JobError(problem)

@@ -45,6 +45,20 @@ def list_gpus() -> list[Gpu]:
     return gpus
 
 
+def compute_capabilities() -> dict[str, tuple[int, int]]:
+    """Index and UUID of each GPU -> its compute capability; without those of which nvidia-smi does not tell it."""
+    try:
+        rows = nvidia_smi.query("gpu", "index", "uuid", "compute_cap")
+    except nvidia_smi.FAILURES:
+        return {}
+    found: dict[str, tuple[int, int]] = {}
+    for row in rows:
+        major, _, minor = row[-1].partition(".")
+        if len(row) == 3 and major.isdecimal() and minor.isdecimal():
+            found[row[0]] = found[row[1]] = int(major), int(minor)
+    return found
+
+
 def choose_gpus(gpu_count: int, gpu_ids: str = "", visible: str | None = None) -> tuple[int, tuple[str, ...]]:
     """Which GPUs a job runs on: the first of the suitable ones.
 

@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..job.errors import JobError
+from ..job.job import Parallel
+from ..job.needs import check_needs
 from ..job.sampling import Sampling
+from .gpus import compute_capabilities
 from .programs import ask_program
 
 MINIMUM_TORCH = (2, 6)
@@ -45,23 +48,41 @@ def require_platform() -> None:
         )
 
 
-def check_prerequisites(*, encodes: bool, decodes: bool) -> None:
+def check_prerequisites(parallel: Parallel, *, encodes: bool, decodes: bool) -> None:
     """Raises JobError with what is missing and the command that installs it.
 
     Args:
+        parallel: whose switches may need what this machine lacks.
         encodes: whether the job encodes prompts.
         decodes: whether it writes a video.
     """
     require_platform()
     unneeded = {*(() if encodes else ENCODER_ONLY), *(() if decodes else ("imageio_ffmpeg",))}
-    problems = [
-        packages_problem([module for module in PACKAGES if module not in unneeded]),
-        torch_problem(),
-        ffmpeg_problem() if decodes else "",
-    ]
-    for problem in problems:
-        if problem:
-            raise JobError(problem)
+    _refuse(packages_problem([module for module in PACKAGES if module not in unneeded]))
+    _refuse(torch_problem())
+    if not parallel.hosts:
+        # Other machines look for themselves.
+        try:
+            check_switches(parallel)
+        except ValueError as error:
+            raise JobError(str(error)) from error
+    if decodes:
+        _refuse(ffmpeg_problem())
+
+
+def _refuse(problem: str) -> None:
+    if problem:
+        raise JobError(problem)
+
+
+def check_switches(parallel: Parallel) -> None:
+    """Raises ValueError with the first switch that cannot run on this machine, on one of the GPUs that were chosen."""
+    if not parallel.gpu_ids:
+        check_needs(parallel, None)
+        return
+    known = compute_capabilities()
+    for capability in {known[gpu] for gpu in parallel.gpu_ids if gpu in known}:
+        check_needs(parallel, capability)
 
 
 def packages_problem(modules: Sequence[str] = tuple(PACKAGES)) -> str:

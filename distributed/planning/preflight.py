@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 
 from ...wan.checkpoint.checkpoint import Checkpoint
@@ -14,6 +13,7 @@ from ...wan.text.t5_keys import check_text_encoder_files
 from ...wan.vae.vae_keys import check_vae_file
 from ..job.input_tensors import Shape, check_inputs
 from ..job.job import Job, ModelFiles, Sampling
+from ..machine.prerequisites import check_switches
 
 SPARSE_HEAD_DIM = 128
 """Of `attention` sol."""
@@ -118,6 +118,9 @@ def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
             f"cfg_parallel is on, but guidance is {sampling.guidance_low:g} (low) and {sampling.guidance_high:g} "
             "(high): there is no second pass for the other GPUs; turn it off"
         )
+    if not parallel.hosts:
+        # Other machines look for themselves.
+        check_switches(parallel)
     warnings += _side_warnings(model, sampling)
     if parallel.gpu_count == 1:
         for name in ("use_fsdp", "master_port"):
@@ -130,15 +133,12 @@ def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
 
 def _check_engine(job: Job, heads: int) -> list[str]:
     parallel, ranks = job.parallel, job.parallel.ulysses_size
-    if parallel.ulysses_engine == "deepspeed":
-        if heads % ranks:
-            divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
-            raise ValueError(
-                f"ulysses_engine is 'deepspeed' and {ranks} GPUs share a sequence, which does not divide the "
-                f"model's {heads} heads. Choose gpu_count {', '.join(divisors)}, or ulysses_engine 'packed'"
-            )
-        if importlib.util.find_spec("deepspeed") is None:
-            raise ValueError("ulysses_engine is 'deepspeed', which is not installed; choose 'packed' or install it")
+    if parallel.ulysses_engine == "deepspeed" and heads % ranks:
+        divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+        raise ValueError(
+            f"ulysses_engine is 'deepspeed' and {ranks} GPUs share a sequence, which does not divide the "
+            f"model's {heads} heads. Choose gpu_count {', '.join(divisors)}, or ulysses_engine 'packed'"
+        )
     if heads % ranks:
         most, least = -(-heads // ranks), heads // ranks
         return [

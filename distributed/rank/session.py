@@ -15,13 +15,13 @@ import torch.distributed as dist
 from ...wan.checkpoint.weights import COMPUTE_DTYPES
 from ...wan.model.attention_kernels import AttentionKernel, choose_kernel
 from ...wan.model.kernels.choice import choose_ops
-from ...wan.model.linear import check_precision
 from ...wan.model.sparse import SparseAttention, block_order, sparse_kernel, sparse_steps
 from ...wan.vae.autoencoder import load_vae
 from ...wan.vae.preview import PreviewMap, preview_of_vae
 from ..group.group_folder import GroupDir
 from ..hosts.hostfile import HostsDir
 from ..job.job import Job, JobError
+from ..job.needs import check_needs
 from ..machine.memory_file import STORE_VARIABLE
 from ..parallel.mesh import Mesh, init_mesh
 from ..parallel.sequence import SequenceShard
@@ -73,11 +73,11 @@ class Session:
         parallel = job.parallel
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         try:
+            check_needs(parallel, capability)
             dtype = COMPUTE_DTYPES[parallel.mixed_precision]
             kernel = choose_kernel(capability, dtype, parallel.attention)
             if kernel.sparse:
                 kernel = sparse_kernel(kernel, choose_kernel(capability, dtype), parallel.sparse_tau)
-            check_precision(capability, parallel.linear_precision)
             ops, reason = choose_ops(capability, parallel.kernels, compiled=parallel.torch_compile)
             vae_ops, _ = choose_ops(capability, parallel.kernels)
         except ValueError as error:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..files.stored_tensor import STAGING_BYTES
 from ..lora.lora import Lora, changes, merge
 from ..model.linear import E4M3, FP8_DTYPES, FP8_PRODUCTS, Fp8Weight, quantise_rows
+from ..model.precisions import TORCH_NAMES
 from ..model.transformer import WanModel, meta_model
 from .checkpoint import Checkpoint
 
@@ -21,7 +22,7 @@ CUDA_READERS = 4
 """Threads that read and copy at the same time: one cannot keep both the disk and the bus busy."""
 MERGED_ELEMENTS = 16 << 20
 """Of a weight, in float32 at once, while LoRAs are merged into it."""
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+COMPUTE_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, known) for name, known in TORCH_NAMES.items()}
 """Of matrix products, by the names that a job gives them."""
 
 

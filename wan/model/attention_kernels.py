@@ -60,7 +60,7 @@ class AttentionKernel:
 
         return sdpa_kernel([getattr(SDPBackend, name) for name in self.backends], set_priority=True)
 
-    def obstacle(self, capability: Capability | None, dtype: torch.dtype) -> str:
+    def obstacle(self, capability: Capability | None, dtype: torch.dtype | str) -> str:
         """What keeps it from running; empty if nothing does."""
         if (self.oldest is None) != (capability is None):
             return "needs a GPU" if capability is None else "is for machines without a GPU"
@@ -118,14 +118,14 @@ KERNELS: dict[str, AttentionKernel] = {kernel.name: kernel for kernel in _ALL}
 """In the order of "auto", which never takes one that changes the video. The names are those of `Parallel.attention`."""
 
 
-def choose_kernel(capability: Capability | None, dtype: torch.dtype, wanted: str = "auto") -> AttentionKernel:
+def choose_kernel(capability: Capability | None, dtype: torch.dtype | str, wanted: str = "auto") -> AttentionKernel:
     """The kernel named `wanted`, or for "auto" the fastest exact one by what was measured.
 
     Asks no GPU, so any process may call it.
 
     Args:
         capability: of the GPU; None without one.
-        dtype: of q, k and v.
+        dtype: of q, k and v; also as torch's name of it.
     Raises:
         ValueError: `wanted` is unknown or cannot run there.
     """

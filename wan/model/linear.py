@@ -19,8 +19,6 @@ FP8_PRODUCTS = (
     "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"
 )  # fmt: skip
 """The layers of a block that "fp8" multiplies in fp8: those that every token goes through."""
-FP8_CAPABILITY = (8, 9)
-"""The oldest GPUs that multiply fp8 matrices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +129,3 @@ def quantise_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     # Rounding may push a row's largest just over the type's, which casts to NaN.
     return (values / scale).clamp_(-largest, largest).to(dtype), scale
-
-
-def check_precision(capability: tuple[int, int] | None, precision: str) -> None:
-    """Raises ValueError if a GPU cannot multiply in `precision`. Without a GPU (None) the arithmetic is emulated."""
-    if precision == "fp8" and capability is not None and capability < FP8_CAPABILITY:
-        have, need = (".".join(map(str, pair)) for pair in (capability, FP8_CAPABILITY))
-        raise ValueError(
-            f"linear_precision is 'fp8', which needs a GPU of compute capability {need} or newer; this one has {have}. "
-            "Choose 'full'"
-        )

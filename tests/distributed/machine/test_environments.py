@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 from mount import ROOT, SUPPORT
 from wan_pack.distributed.job.errors import JobError
+from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.launch import launcher
 from wan_pack.distributed.machine import prerequisites
 from wan_pack.distributed.machine.prerequisites import PACKAGES, check_prerequisites, torch_problem, writing_problem
 from wan_pack.nodes.host import host
 from wan_pack.nodes.inference import saved_video
+
+PARALLEL = Parallel(gpu_count=1)
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
@@ -29,27 +32,27 @@ def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
 
 @pytest.mark.processes
 def test_this_machine_has_all():
-    check_prerequisites(encodes=True, decodes=True)
+    check_prerequisites(PARALLEL, encodes=True, decodes=True)
 
 
 @pytest.mark.parametrize("platform", ["win32", "darwin"])
 def test_other_systems(monkeypatch: pytest.MonkeyPatch, platform: str):
     monkeypatch.setattr(sys, "platform", platform)
     with pytest.raises(JobError, match=rf"^this system is {platform}; videos are made on Linux \(or WSL2\) only"):
-        check_prerequisites(encodes=False, decodes=False)
+        check_prerequisites(PARALLEL, encodes=False, decodes=False)
 
 
 def test_missing_packages_come_with_the_command(monkeypatch: pytest.MonkeyPatch):
     without(monkeypatch, "diffusers", "transformers")
     with pytest.raises(JobError, match=r"^not installed .*diffusers, transformers; run .* -m pip install .*diffusers"):
-        check_prerequisites(encodes=True, decodes=False)
+        check_prerequisites(PARALLEL, encodes=True, decodes=False)
 
 
 def test_what_a_job_does_not_need_may_be_missing(monkeypatch: pytest.MonkeyPatch):
     without(monkeypatch, "transformers", "sentencepiece", "ftfy", "imageio_ffmpeg")
-    check_prerequisites(encodes=False, decodes=False)
+    check_prerequisites(PARALLEL, encodes=False, decodes=False)
     with pytest.raises(JobError, match="ftfy"):
-        check_prerequisites(encodes=True, decodes=False)
+        check_prerequisites(PARALLEL, encodes=True, decodes=False)
 
 
 def test_the_packages_are_those_of_the_requirements():
@@ -88,8 +91,8 @@ def test_no_ffmpeg(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(
         JobError, match=r"^ffmpeg is missing: No ffmpeg exe .* set IMAGEIO_FFMPEG_EXE .* decode_video off"
     ):
-        check_prerequisites(encodes=False, decodes=True)
-    check_prerequisites(encodes=False, decodes=False)
+        check_prerequisites(PARALLEL, encodes=False, decodes=True)
+    check_prerequisites(PARALLEL, encodes=False, decodes=False)
 
 
 @pytest.mark.processes
@@ -167,7 +170,7 @@ def test_an_output_folder_that_cannot_be_made_is_no_matter_of_the_prefix(monkeyp
 
 
 def test_a_job_starts_nothing_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    job = types.SimpleNamespace(text=None, decode=False)
+    job = types.SimpleNamespace(text=None, decode=False, parallel=PARALLEL)
 
     def run() -> None:
         launcher.run_job(job, lambda path: None, parent=tmp_path / "jobs", failed=tmp_path / "failed")  # type: ignore[arg-type]

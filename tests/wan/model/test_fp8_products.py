@@ -26,9 +26,9 @@ from wan_pack.wan.model.linear import (  # fmt: skip
     Fp8Weight,
     Linear,
     cast_rows,
-    check_precision,
     quantise_rows,
 )
+from wan_pack.wan.model.precisions import check_precision
 from wan_pack.wan.model.rope import rope_table
 from wan_pack.wan.model.transformer import TextContext, WanModel, pad_text
 

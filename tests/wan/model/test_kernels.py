@@ -30,7 +30,7 @@ def test_triton_kernels_equal_their_plain_forms():
 
 
 def test_fused_kernels_need_a_gpu(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("wan_pack.wan.model.kernels.choice._lacks_for_launchers", lambda: "")
+    monkeypatch.setattr("wan_pack.wan.model.kernels.choice._lacks_for_triton", lambda: "")
     for name in OPS:
         check_kernels((8, 0), name)
     check_kernels(None, "plain")
@@ -78,6 +78,6 @@ def test_fused_kernels_are_taken_where_they_were_measured(monkeypatch: pytest.Mo
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, of torch's CUDA builds")
 def test_plain_kernels_are_taken_where_triton_does_not_start(monkeypatch: pytest.MonkeyPatch):
     """As here, without a driver."""
-    monkeypatch.setattr("wan_pack.wan.model.kernels.choice._lacks_for_launchers", lambda: "")
+    monkeypatch.setattr("wan_pack.wan.model.kernels.choice._lacks_for_triton", lambda: "")
     name, reason = choose_ops((9, 0))
     assert name == "plain" and "driver" in reason, reason

@@ -151,6 +151,8 @@ def test_tau_is_the_last_of_the_nodes_inputs_and_is_checked():
 
 def test_a_model_with_other_heads_is_refused_before_it_starts(tiny_models: Path, monkeypatch: pytest.MonkeyPatch):
     job, shapes = tiny_job(tiny_models, gpu_count=1, attention="sol"), {"context": (3, 64), "context_null": (3, 64)}
+    # Neither is it for machines without a GPU.
+    monkeypatch.setattr(preflight, "check_switches", lambda parallel: None)
     preflight.check_job(job, shapes)
     monkeypatch.setattr(preflight, "SPARSE_HEAD_DIM", 64)
     with pytest.raises(ValueError, match="which is for heads of 64 channels; this model's have 128"):

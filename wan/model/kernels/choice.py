@@ -66,13 +66,25 @@ def check_kernels(capability: tuple[int, int] | None, name: str) -> None:
         return
     if capability is None:
         raise ValueError("kernels is 'triton', which needs a GPU; choose 'plain'")
-    if importlib.util.find_spec("triton") is None:
-        raise ValueError("kernels is 'triton', but the package triton is not installed; choose 'plain' or install it")
-    lacking = _lacks_for_launchers()
-    if lacking:
+    if lacking := _lacks_for_triton():
         raise ValueError(
             f"kernels is 'triton', which needs {lacking} to start its kernels; choose 'plain' or install it"
         )
+
+
+def check_compiling(capability: tuple[int, int] | None) -> None:
+    """Raises ValueError if torch.compile cannot make kernels for such a GPU, or for the CPU (None)."""
+    lacking = _lacks_for_triton() if capability else _lacks(("CXX",), ("g++",), "a C++ compiler (g++)")
+    if lacking:
+        raise ValueError(f"torch_compile is on, which needs {lacking} to make its kernels; turn it off or install it")
+
+
+def _lacks_for_triton() -> str:
+    """What its launchers are built from, which it would miss at the first kernel and so after the weights; empty:
+    nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    return _lacks(("CC",), ("gcc", "clang"), "a C compiler (gcc or clang)")
 
 
 def _start_triton() -> None:
@@ -82,12 +94,12 @@ def _start_triton() -> None:
     driver.active.get_current_target()
 
 
-def _lacks_for_launchers() -> str:
-    """What Triton's `runtime.build` would not find, at the first kernel and so after the weights; empty: nothing."""
+def _lacks(variables: tuple[str, ...], programs: tuple[str, ...], compiler: str) -> str:
+    """What compiling for Python lacks here: a compiler, named by a variable or found, or Python's headers."""
     if sys.platform != "linux":
         return ""
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "a C compiler (gcc or clang)"
+    if not (any(map(os.environ.get, variables)) or any(map(shutil.which, programs))):
+        return compiler
     scheme = sysconfig.get_default_scheme()
     # Debian's scheme for what users install has no headers.
     header = Path(sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme), "Python.h")
