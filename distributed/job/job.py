@@ -58,6 +58,8 @@ class Parallel(Switches):
     """What FSDP gathers: block: one block at a time; expert: a whole one, kept until the other expert takes over."""
     hosts: tuple[str, ...] = ()
     """Machines, as ssh takes their names, with equally many of the processes each; empty: this one."""
+    more_follow: bool = False
+    """Further videos of a batch: the processes stay for them, and after the last one for `keep_warm_seconds`."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -102,11 +104,17 @@ class Parallel(Switches):
         check(self.gpu_count % count == 0, "gpu_count", self.gpu_count, f"a multiple of the {count} hosts")
         seconds = self.keep_warm_seconds
         check(seconds == 0, "keep_warm_seconds", seconds, "0 with several machines: their processes end with the job")
+        check(not self.more_follow, "more_follow", True, "off with several machines: their processes end with the job")
 
     @property
     def gpus_per_host(self) -> int:
         """Processes on each machine."""
         return self.gpu_count // max(1, len(self.hosts))
+
+    @property
+    def stays(self) -> bool:
+        """The processes wait for another job."""
+        return self.more_follow or self.keep_warm_seconds > 0
 
     @property
     def parks_experts(self) -> bool:

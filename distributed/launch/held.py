@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from .pool import Pool
 class HeldGroup:
     """In the place of a pool for `run_job`: its first job takes a group from the pool, the next ones run on the same.
 
-    Its jobs must be of one kind, with `keep_warm_seconds` over 0: it tells their ranks to stay.
+    Its jobs must be of one kind; `more_follow` tells the ranks of all but a lone one to stay.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -44,12 +43,11 @@ class HeldGroup:
         self._group = self._last = None
         self._pool.forget(group)
 
-    def close(self, keep_warm_seconds: float) -> None:
-        """Lets the pool have the group: it waits for other jobs that long, or ends."""
+    def close(self) -> None:
+        """Lets the pool have the group: it waits for other jobs as long as its last one says, or ends."""
         if self._group is None:
             return
         group, job = self._group, self._last
         assert job is not None, "run_job gives back or forgets what it took"
         self._group = self._last = None
-        parallel = dataclasses.replace(job.parallel, keep_warm_seconds=keep_warm_seconds)
-        self._pool.give_back(group, dataclasses.replace(job, parallel=parallel))
+        self._pool.give_back(group, job)

@@ -60,7 +60,7 @@ class GroupView:
     """Empty during its first job."""
 
 
-OF_ONE_JOB = frozenset({"start_timeout", "stall_timeout", "keep_warm_seconds", "cfg_parallel"})
+OF_ONE_JOB = frozenset({"start_timeout", "stall_timeout", "keep_warm_seconds", "more_follow", "cfg_parallel"})
 """Fields of `Parallel` that may differ from job to job of a group; which ranks work on which prompt is one of them, as
 the weights lie the same either way."""
 

@@ -92,7 +92,7 @@ class Estimate:
 
 def estimate(work: Workload, parallel: Parallel) -> Estimate:
     """The largest of a job's phases: prompts encoded, video denoised, video decoded."""
-    warm = parallel.keep_warm_seconds > 0
+    warm = parallel.stays
     rest = weights_at_rest(work, parallel)
     phases = [
         (rest, gathered_bytes(work, parallel), kept_text_bytes(work, parallel), activation_bytes(work, parallel),
@@ -136,8 +136,8 @@ def parked_bytes(work: Workload, parallel: Parallel) -> int:
     Where the processes end with the job, an expert is dropped when the other takes over.
     """
     if parallel.stream_blocks:
-        return (sum if parallel.keep_warm_seconds else max)(work.experts) * parallel.gpu_count
-    if not parallel.offload_model or not parallel.keep_warm_seconds or len(work.experts) < 2:
+        return (sum if parallel.stays else max)(work.experts) * parallel.gpu_count
+    if not parallel.offload_model or not parallel.stays or len(work.experts) < 2:
         return 0
     return max(work.experts) * (1 if parallel.use_fsdp else parallel.gpu_count)
 

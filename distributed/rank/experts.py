@@ -217,7 +217,7 @@ class RankExperts:
     ) -> None:  # fmt: skip
         """Loads an expert after the other one has left the device."""
         for other in list(self.weights):
-            if job.parallel.keep_warm_seconds:
+            if job.parallel.stays:
                 self.weights[other].park()
             else:
                 # Nobody asks for it again.

@@ -70,7 +70,7 @@ class PromptEncoder:
         kept = self._parking is not None and self._parking.has_copy
         available = available_bytes()
         # Experts that wait in host memory were planned with all of it.
-        stays = job.parallel.keep_warm_seconds > 0 and not job.parallel.parks_experts
+        stays = job.parallel.stays and not job.parallel.parks_experts
         if not stays or not (kept or available is None or available > 2 * size):
             self._drop()
         elif self._parking is not None:

@@ -83,6 +83,12 @@ def _sparse(job: Job, session: Session) -> str:
     return f", tau {job.parallel.sparse_tau:g}, in {len(session.sparse.steps)} of {len(job.sampling.step_range)} steps"
 
 
+def _keep_warm(parallel: Parallel) -> str:
+    if parallel.more_follow:
+        return "until the batch is done"
+    return f"{parallel.keep_warm_seconds:g} s" if parallel.stays else "off"
+
+
 def _linears(parallel: Parallel) -> str:
     return "" if parallel.linear_precision == "full" else f", large matrix products {parallel.linear_precision}"
 
@@ -124,6 +130,6 @@ def settings_of(job: Job, session: Session) -> dict[str, str | int | float | boo
         "LoRAs": _loras(job.model),
         "solver": f"{sampling.solver}, {sampling.steps} steps{part}, shift {sampling.shift:g}",
         "guidance": f"{sampling.guidance_high:g} high, {sampling.guidance_low:g} low",
-        "keep warm": f"{parallel.keep_warm_seconds:g} s" if parallel.keep_warm_seconds else "off",
+        "keep warm": _keep_warm(parallel),
         "torch": torch.__version__,
     }

@@ -56,7 +56,7 @@ def _run(group: GroupDir, folder: JobDir, files: RankFiles, session: Session | N
         set_up_logging(int(os.environ["RANK"]), lambda: files.phase, verbose=job.verbose)
         from .worker import main as run_worker
 
-        return run_worker(group, folder, files, session), job.parallel.keep_warm_seconds > 0
+        return run_worker(group, folder, files, session), job.parallel.stays
     except BaseException as error:
         files.error(error)
         raise

@@ -184,7 +184,7 @@ class Worker:
             )  # fmt: skip
             experts.release()
             tokens = shard.gather(tokens, group)
-        if self.job.parallel.keep_warm_seconds == 0:
+        if not self.job.parallel.stays:
             session.experts.drop()
         return unpatchify(tokens, grid)
 

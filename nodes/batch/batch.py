@@ -19,7 +19,7 @@ from ..settings.spread import AS_SET, DistributedConfig
 from ..sockets.video_inputs import VideoInputs
 from . import batch_inputs
 from .requests import Request, requests_of
-from .run import STAY, BatchProgress, BatchRun
+from .run import BatchProgress, BatchRun
 from .split import splits
 
 
@@ -100,9 +100,8 @@ class _Batch:
         self._statuses: list[Status] = []
         """One per group: what is to be said of its jobs."""
         built = self._first_jobs(asked, gpus_per_video)
-        keep_warm = float(asked.config.keep_warm_seconds)
         self._as_set = asked.config.plan == AS_SET
-        self.groups = [dataclasses.replace(job.parallel, keep_warm_seconds=keep_warm) for job, _ in built]
+        self.groups = [job.parallel for job, _ in built]
         first, tensors = built[0]
         # Nothing else differs between the videos.
         self.jobs = [
@@ -141,18 +140,15 @@ class _Batch:
         self, asked: VideoInputs, configs: list[DistributedConfig], common: Status
     ) -> list[tuple[Job, dict[str, Any]]]:
         self._statuses = [Status() for _ in configs]
-        if len(self._requests) > len(configs):
-            # Planned as what they are: groups that have the weights on their GPUs while they decode, too.
-            configs = [
-                dataclasses.replace(config, keep_warm_seconds=max(config.keep_warm_seconds, int(STAY)))
-                for config in configs
-            ]
+        # Then they have the weights on their GPUs while they decode, too.
+        more_follow = len(self._requests) > len(configs)
         built = []
         for config, status in zip(configs, self._statuses, strict=True):
             status.note(*common.warnings)
             one = dataclasses.replace(
-                asked, config=config, overruled=(), prompt=self._requests[0].prompt, side_by_side=len(configs)
-            )
+                asked, config=config, overruled=(), prompt=self._requests[0].prompt,
+                side_by_side=len(configs), more_follow=more_follow,
+            )  # fmt: skip
             built.append(build_job(one, status))
         sizes = {(job.sampling.width, job.sampling.height) for job, _ in built}
         if len(sizes) == 1:
@@ -177,8 +173,6 @@ class _Batch:
             except JobError as error:
                 self.failures[index] = error
                 return
-            if run.groups_stay:
-                made.info["settings"]["keep warm"] = "until the batch is done"
             self.made[index] = made
 
         def show(progress: BatchProgress) -> None:

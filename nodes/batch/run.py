@@ -19,8 +19,6 @@ from ..host import host
 from ..inference.outcome import inputs_writer
 
 POLL = 0.1
-STAY = 1.0
-"""Seconds, more than none: tells ranks to wait for the next job. How long they do is up to the thread that has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +77,6 @@ class BatchRun:
         self._done = 0
         # Asked here: ComfyUI's folders are a matter of the thread that runs the node.
         self._parent, self._failed = host.jobs_folder(), host.failed_folder()
-
-    @property
-    def groups_stay(self) -> bool:
-        """Whether the groups wait for the next video: some will make more than one."""
-        return len(self._jobs) > len(self._groups)
 
     def run(self) -> None:
         """Returns when every job has ended, well or not. No process of a job outlives an exception."""
@@ -162,19 +155,18 @@ class BatchRun:
         self._events.put(_Event(group, None, ending))
 
     def _make_videos(self, group: int) -> None:
-        held, parallel = HeldGroup(self._pool), self._groups[group]
-        staying = dataclasses.replace(parallel, keep_warm_seconds=max(parallel.keep_warm_seconds, STAY))
+        held = HeldGroup(self._pool)
         try:
             while not self._stop.is_set() and (video := self._next()) is not None:
                 try:
-                    what: Any = self._one(group, video, held, staying if self.groups_stay else parallel)
+                    what: Any = self._one(group, video, held)
                 except JobCancelled:
                     raise
                 except (JobError, ValueError, OSError) as error:
                     what = error
                 self._events.put(_Event(group, video, what))
         finally:
-            held.close(parallel.keep_warm_seconds)
+            held.close()
 
     def _next(self) -> int | None:
         try:
@@ -182,10 +174,10 @@ class BatchRun:
         except IndexError:
             return None
 
-    def _one(self, group: int, video: int, held: HeldGroup, parallel: Parallel) -> Result:
+    def _one(self, group: int, video: int, held: HeldGroup) -> Result:
         job, tensors = self._jobs[video]
         return run_job(
-            dataclasses.replace(job, parallel=parallel),
+            dataclasses.replace(job, parallel=self._groups[group]),
             inputs_writer(tensors),
             parent=self._parent,
             failed=self._failed,

@@ -14,7 +14,6 @@ from ..models import catalogue
 from ..models.loras import distilled_warnings, refreshed
 from ..settings.hostfiles import parallel_over
 from ..settings.presets import with_preset
-from ..settings.spread import DistributedConfig
 from ..sockets import embeds, wrapper_model
 from ..sockets.images import image_tensors
 from ..sockets.latent_input import latent_tensors
@@ -102,7 +101,7 @@ def build_job(asked: VideoInputs, status: Status) -> tuple[Job, dict[str, Any]]:
     asked.say_overruled(status)
     parallel, sampling = planned(
         asked,
-        lambda: _parallel(asked.config, model, sampling, status),
+        lambda: _parallel(asked, model, sampling, status),
         model,
         sampling,
         variant=config.variant,
@@ -145,19 +144,20 @@ def model_of(asked: VideoInputs, status: Status) -> ModelFiles:
     return refreshed(model)
 
 
-def _parallel(chosen: DistributedConfig, model: ModelFiles, sampling: Sampling, status: Status) -> Parallel:
+def _parallel(asked: VideoInputs, model: ModelFiles, sampling: Sampling, status: Status) -> Parallel:
     from ...distributed.machine.gpus import choose_gpus
     from ...distributed.planning.preflight import always_guided
 
+    chosen = asked.config
     if chosen.hosts:
-        return parallel_over(chosen, chosen.parallel(), guided=always_guided(model, sampling), status=status)
+        return parallel_over(chosen, asked.parallel(), guided=always_guided(model, sampling), status=status)
     gpu_count, gpu_ids = choose_gpus(chosen.gpu_count, chosen.gpu_ids, host.visible_gpus())
     cfg_parallel = chosen.cfg_parallel == "on"
     if chosen.cfg_parallel == "auto":
         # With both ways of sharing work off the user is asked what is meant, not served with a third.
         shares = chosen.use_ulysses or chosen.use_fsdp
         cfg_parallel = shares and gpu_count % 2 == 0 and always_guided(model, sampling)
-    return chosen.parallel(gpu_count=gpu_count, gpu_ids=gpu_ids, cfg_parallel=cfg_parallel)
+    return asked.parallel(gpu_count=gpu_count, gpu_ids=gpu_ids, cfg_parallel=cfg_parallel)
 
 
 def _sampling(settings: SamplingSettings, status: Status) -> Sampling:

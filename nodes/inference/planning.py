@@ -64,7 +64,7 @@ def planned(
     # Of jobs of another ComfyUI, which this one would wait for.
     taken = {gpu.index: who for gpu in gpus if (who := holder(gpu.index))}
     gpus.sort(key=lambda gpu: gpu.index in taken)
-    request = _request(chosen, model, sampling)
+    request = _request(asked, model, sampling)
     image = asked.start_image is not None
     sized = asked.samples is not None or asked.image_embeds is not None
     work = workload_of(
@@ -136,14 +136,14 @@ def _unplanned(chosen: DistributedConfig, total_bytes: list[int]) -> str | None:
     return None
 
 
-def _request(chosen: DistributedConfig, model: ModelFiles, sampling: Sampling) -> Request:
+def _request(asked: VideoInputs, model: ModelFiles, sampling: Sampling) -> Request:
     from ...distributed.planning.policies import Request
     from ...distributed.planning.preflight import always_guided
 
     return Request(
-        base=chosen.parallel(),
-        gpu_count=chosen.gpu_count,
-        cfg_parallel=chosen.cfg_parallel,
+        base=asked.parallel(),
+        gpu_count=asked.config.gpu_count,
+        cfg_parallel=asked.config.cfg_parallel,
         always_guided=always_guided(model, sampling),
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...distributed.job.job import Parallel
 from ...distributed.job.sampling import SamplingSettings
 from ...distributed.job.setting import choice, default_of
 from ..host.declared import kind_of
@@ -46,7 +47,9 @@ class VideoInputs:
     preview: bool = True
     dynamic_resolution: bool = False
     side_by_side: int = 1
-    """Jobs that share this machine's memory; no input."""
+    """Jobs that share this machine's memory; no input, as the next."""
+    more_follow: bool = False
+    """As `Parallel` has it."""
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> VideoInputs:
@@ -71,6 +74,10 @@ class VideoInputs:
         rest = {name: value for name, value in given.items() if name in fields}
         made = {"sampling": SamplingSettings(**sampling), "config": config, "overruled": overruled}
         return cls(**{**rest, **made})
+
+    def parallel(self, **layout: Any) -> Parallel:
+        """The switches as they are."""
+        return self.config.parallel(more_follow=self.more_follow, **layout)
 
     def say_overruled(self, status: Status) -> None:
         if self.overruled:

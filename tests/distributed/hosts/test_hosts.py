@@ -41,6 +41,7 @@ GPU = Gpu(index="0", uuid="GPU-0", name="H100", total_bytes=80 << 30, free_bytes
         ({"gpu_count": 3}, "multiple of the 2 hosts"),
         ({"hosts": ("a", "a")}, "without repeats"),
         ({"keep_warm_seconds": 5.0}, "keep_warm_seconds is 5.0"),
+        ({"more_follow": True}, "more_follow is True; it must be off with several machines"),
         ({"gpu_ids": ("0", "1", "2", "3")}, r"one per GPU of a machine \(2\)"),
     ],
 )

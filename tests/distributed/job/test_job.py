@@ -38,6 +38,14 @@ def test_text_that_no_file_takes_is_refused(of: Any, field: str, value: str, wor
         dataclasses.replace(of, **{field: value})
 
 
+@pytest.mark.parametrize(
+    ("layout", "stays"),
+    [({}, False), ({"keep_warm_seconds": 0.5}, True), ({"more_follow": True}, True)],
+)
+def test_processes_stay_for_a_time_or_for_a_batch(layout: dict[str, Any], stays: bool):
+    assert Parallel(gpu_count=1, **layout).stays is stays
+
+
 def test_a_prompt_needs_a_text_encoder():
     with pytest.raises(ValueError, match="text_encoder"):
         dataclasses.replace(JOB, model=dataclasses.replace(MODEL, text_encoder=()))

@@ -68,7 +68,8 @@ def test_streaming_holds_two_blocks():
 def test_processes_that_stay_keep_what_others_drop():
     work = workload()
     for waits, warm, cold in (({"stream_blocks": True}, 2 * A14B[0], A14B[0]), ({"offload_model": True}, A14B[0], 0)):
-        assert memory.parked_bytes(work, Parallel(gpu_count=1, keep_warm_seconds=60.0, **waits)) == warm
+        for stays in ({"keep_warm_seconds": 60.0}, {"more_follow": True}):
+            assert memory.parked_bytes(work, Parallel(gpu_count=1, **stays, **waits)) == warm
         assert memory.parked_bytes(work, Parallel(gpu_count=1, **waits)) == cold
 
 
@@ -94,8 +95,9 @@ def test_the_phase_that_takes_most_counts():
     assert (text.text, text.weights, text.activations) == (100 * GIB, 0, 0)
     large = estimate(workload(width=1280, height=720), streamed)
     assert large.activations or large.vae > 10 * GIB
-    warm = estimate(workload(text_bytes=100 * GIB), Parallel(gpu_count=1, keep_warm_seconds=1.0))
-    assert warm.weights == 2 * A14B[0]
+    for stays in ({"keep_warm_seconds": 1.0}, {"more_follow": True}):
+        warm = estimate(workload(text_bytes=100 * GIB), Parallel(gpu_count=1, **stays))
+        assert warm.weights == 2 * A14B[0]
 
 
 @pytest.mark.parametrize("gpus", [2, 3, 4])

@@ -161,9 +161,9 @@ def test_steps_begin_before_the_other_expert_is_read(
 
 
 @pytest.mark.parametrize("waits", ["offload_model", "stream_blocks"])
-@pytest.mark.parametrize("keep_warm_seconds", [0.0, 300.0])
+@pytest.mark.parametrize("stays", [{}, {"keep_warm_seconds": 300.0}, {"more_follow": True}], ids=str)
 def test_an_expert_that_waits_its_turn_takes_the_place_of_the_other(
-    rank: Rank, waits: str, keep_warm_seconds: float, monkeypatch: pytest.MonkeyPatch
+    rank: Rank, waits: str, stays: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held, load = [], experts.RankExperts._load
 
@@ -172,10 +172,10 @@ def test_an_expert_that_waits_its_turn_takes_the_place_of_the_other(
         load(experts, *rest)
 
     monkeypatch.setattr(experts.RankExperts, "_load", watch)
-    job = rank.job(keep_warm_seconds=keep_warm_seconds, **{waits: True})
+    job = rank.job(**stays, **{waits: True})
     latents = rank.run(job)
     # Nothing of the first expert is on the device while the second is loaded; nobody keeps what nobody asks for again.
-    assert held == [{}, {"high_noise": 0} if keep_warm_seconds else {}]
+    assert held == [{}, {"high_noise": 0} if stays else {}]
     rank.session = None
     assert torch.equal(latents, rank.run(rank.job()))
 

@@ -44,7 +44,10 @@ def run(pool: Pool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
         texts: list[str] = [] if told is None else told
         BatchRun(
             [(stub_job(seed=seed), {}) for seed in range(videos)],
-            [Parallel(gpu_count=len(ids), gpu_ids=ids, keep_warm_seconds=keep_warm) for ids in groups],
+            [
+                Parallel(gpu_count=len(ids), gpu_ids=ids, keep_warm_seconds=keep_warm, more_follow=videos > len(groups))
+                for ids in groups
+            ],
             pool,
             on_result=look,
             on_failure=failures.__setitem__,

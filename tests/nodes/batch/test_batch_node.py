@@ -70,8 +70,8 @@ def test_every_job_is_the_one_of_the_inference_node(node: Node) -> None:
         alone, its_tensors = inference_module.build_job(
             asked_for(**one, seed=job.sampling.seed, preview=True), Status()
         )
-        assert job.parallel.keep_warm_seconds > 0, "the group makes more videos"
-        same = dataclasses.replace(job.parallel, keep_warm_seconds=0.0)
+        assert job.parallel.more_follow, "the group makes more videos"
+        same = dataclasses.replace(job.parallel, more_follow=False)
         assert dataclasses.replace(job, id=alone.id, parallel=same) == alone
         assert tensors.keys() == its_tensors.keys()
         assert all(torch.equal(tensors[name], its_tensors[name]) for name in tensors)

@@ -48,21 +48,13 @@ def test_groups_share_the_hosts_memory(node: Node, monkeypatch: pytest.MonkeyPat
     assert seen == [30, 60]
 
 
-@pytest.mark.parametrize(("videos", "planned"), [(2, 1), (1, 0)])
+@pytest.mark.parametrize(("videos", "more_follow"), [(2, True), (1, False)])
 def test_groups_that_stay_are_planned_as_such(
-    node: Node, monkeypatch: pytest.MonkeyPatch, videos: int, planned: int
+    node: Node, monkeypatch: pytest.MonkeyPatch, videos: int, more_follow: bool
 ) -> None:
     """They decode with the weights still on the GPU. How long they stay after the batch is the user's matter."""
-    seen: list[int] = []
-
-    def build(asked: VideoInputs, status: Status) -> Any:
-        seen.append(asked.config.keep_warm_seconds)
-        return inference_module.build_job(asked, status)
-
-    monkeypatch.setattr(batch, "build_job", build)
     made = batch._Batch([Request("", seed) for seed in range(videos)], VideoInputs.of(node.inputs(text_embeds=BOTH)), 0)
-    assert seen == [planned]
-    assert [group.keep_warm_seconds for group in made.groups] == [0]
+    assert [(group.more_follow, group.keep_warm_seconds) for group in made.groups] == [(more_follow, 0)]
 
 
 def test_groups_grow_until_the_video_fits(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ class Batch:
         self._folder = folder
         self.pool = FakePool()
         self.act: Act = lambda job, callbacks: None
-        self.ran: list[tuple[int, tuple[str, ...], float]] = []
+        self.ran: list[tuple[int, tuple[str, ...], bool]] = []
         self.results: dict[int, Result] = {}
         self.failures: dict[int, Exception] = {}
         self.shown: list[BatchProgress] = []
@@ -63,7 +63,7 @@ class Batch:
         group = pool.take(job, self._folder, cancelled=callbacks["cancelled"], on_wait=str)
         try:
             assert group.gpu_ids == job.parallel.gpu_ids
-            self.ran.append((job.sampling.seed, job.parallel.gpu_ids, job.parallel.keep_warm_seconds))
+            self.ran.append((job.sampling.seed, job.parallel.gpu_ids, job.parallel.stays))
             self.act(job, callbacks)
         except BaseException:
             pool.forget(group)
@@ -72,7 +72,8 @@ class Batch:
         return Result(JobDir.create(self._folder), {"seed": job.sampling.seed}, "")
 
     def run(self, videos: int, groups: list[tuple[str, ...]], keep_warm: float = 0.0) -> None:
-        layouts = [Parallel(gpu_count=len(ids), gpu_ids=ids, keep_warm_seconds=keep_warm) for ids in groups]
+        stay = {"keep_warm_seconds": keep_warm, "more_follow": videos > len(groups)}
+        layouts = [Parallel(gpu_count=len(ids), gpu_ids=ids, **stay) for ids in groups]
 
         def keep(index: int, group: int, result: Result) -> None:
             assert threading.current_thread() is threading.main_thread()
@@ -121,15 +122,13 @@ def test_each_group_starts_once_and_the_free_one_goes_on(batch: Batch) -> None:
     assert sorted(seconds for _, seconds in batch.pool.back) == [0, 0], "and ends with the batch"
 
 
-@pytest.mark.parametrize(
-    ("videos", "keep_warm", "told", "after"), [(3, 0.0, 1.0, 0.0), (3, 60.0, 60.0, 60.0), (2, 0.0, 0.0, 0.0)]
-)
+@pytest.mark.parametrize(("videos", "keep_warm", "stays"), [(3, 0.0, True), (3, 60.0, True), (2, 0.0, False)])
 def test_ranks_are_told_to_stay_only_while_more_videos_may_come(
-    batch: Batch, videos: int, keep_warm: float, told: float, after: float
+    batch: Batch, videos: int, keep_warm: float, stays: bool
 ) -> None:
     batch.run(videos, [("0",), ("1",)], keep_warm)
-    assert {seconds for _, _, seconds in batch.ran} == {told}
-    assert {seconds for _, seconds in batch.pool.back} == {after}
+    assert {told for _, _, told in batch.ran} == {stays}
+    assert {seconds for _, seconds in batch.pool.back} == {keep_warm}
 
 
 def test_a_failed_video_does_not_end_the_others(batch: Batch) -> None:

@@ -63,7 +63,7 @@ def test_config_wins_and_the_status_says_so(model: ModelFiles, monkeypatch: pyte
     assert isinstance(config, DistributedConfig)
     given = asked_for(gpu_count=1, config=config)
     sampled = inference_module._sampling(given.sampling, Status())
-    parallel = inference_module._parallel(given.config, model, sampled, status)
+    parallel = inference_module._parallel(given, model, sampled, status)
     given.say_overruled(status)
     assert (parallel.gpu_count, parallel.use_fsdp, parallel.offload_model) == (2, False, True)
     assert parallel.mixed_precision == "fp32"
@@ -91,7 +91,7 @@ def test_two_groups_of_gpus_for_two_prompts(
     )
     given = asked_for(config=config, guidance_low=guidance, guidance_high=4.0)
     sampled = inference_module._sampling(given.sampling, Status())
-    parallel = inference_module._parallel(given.config, model, sampled, Status())
+    parallel = inference_module._parallel(given, model, sampled, Status())
     assert parallel.cfg_parallel is expected
     assert parallel.ulysses_size == (gpus // 2 if expected else gpus)
 

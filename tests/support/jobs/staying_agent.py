@@ -28,7 +28,7 @@ def main() -> None:
         for rank in range(parallel["gpu_count"]):
             alive = {"pid": pid, "started": started, "phase": "done", "step": 0}
             (folder / f"rank{rank}.alive").write_text(json.dumps(alive))
-        if parallel["keep_warm_seconds"] == 0:
+        if not (parallel["more_follow"] or parallel["keep_warm_seconds"]):
             return
 
 
