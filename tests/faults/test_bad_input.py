@@ -59,6 +59,15 @@ JOB = Job(id="0f", model=MODEL, parallel=PARALLEL, sampling=SAMPLING, text=Text(
         (MODEL, "vae", (), "at least one file"),
         (LoraFile(file=FILE, strength=1.0), "strength", float("inf"), "-100 to 100"),
         (JOB, "id", "../x", "hexadecimal"),
+        (JOB, "id", "", "hexadecimal"),
+        (JOB, "id", "a" * 65, "hexadecimal"),
+        (JOB, "id", "0F", "hexadecimal"),
+        (PARALLEL, "stall_timeout", 86401.0, "1 to 86400 seconds"),
+        (PARALLEL, "start_timeout", 0.5, "1 to 86400 seconds"),
+        (PARALLEL, "gpu_ids", ("0", "; x"), "indices of nvidia-smi or UUIDs"),
+        (PARALLEL, "sparse_tau", 0.0, "0.1 to 3"),
+        (PARALLEL, "sparse_tau", 3.1, "0.1 to 3"),
+        (dataclasses.replace(PARALLEL, gpu_count=3), "cfg_parallel", True, "off with an odd number"),
         (JOB, "version", 1, "version is 1"),
     ],
 )
@@ -91,6 +100,8 @@ def test_fault_19_random_values_only_raise_value_error():
         ),
         ({"width": 250}, {}, "width is 250; it must be a multiple of 16. The nearest are 240 and 256"),
         ({}, {"context": (0, 64)}, r"text_embeds has shape \(0, 64\); it must be \[1 to 512, 64\]"),
+        ({}, {"context": (513, 64)}, r"text_embeds has shape \(513, 64\)"),
+        ({}, {"context_null": (0, 64)}, r"negative_embeds has shape \(0, 64\)"),
         ({}, {"context": (3, 4096)}, r"text_embeds has shape \(3, 4096\)"),
         ({}, {"samples": (16, 9, 9, 9)}, r"samples has shape \[16, 9, 9, 9\]; .* call for \[16, 2, 6, 8\]"),
     ],
@@ -102,6 +113,35 @@ def test_fault_19_a_job_that_does_not_fit_its_model_is_refused(
     check_job(tiny_job(tiny_models), good)
     with pytest.raises(ValueError, match=words):
         check_job(tiny_job(tiny_models, **settings), {**good, **shapes})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"gpu_count": 1, "use_fsdp": True}, ["use_fsdp has no effect on one GPU"]),
+        ({"gpu_count": 1, "master_port": 5000}, ["master_port has no effect on one GPU"]),
+        ({"gpu_count": 1}, []),
+        ({"gpu_count": 2}, []),
+        ({"gpu_count": 3}, ["2 heads do not divide by 3 GPUs: some compute 1, some 0"]),
+        ({"gpu_count": 3, "use_ulysses": False, "use_fsdp": True}, []),
+        ({"gpu_count": 4, "cfg_parallel": True}, []),
+    ],
+)
+def test_what_has_no_effect_or_costs_time_is_said(tiny_models: Path, settings: dict[str, Any], words: list[str]):
+    warnings = check_job(tiny_job(tiny_models, **settings), {"context": (1, 64), "context_null": (512, 64)})
+    assert [found[: len(word)] for found, word in zip(warnings, words, strict=True)] == words
+
+
+def test_a_second_prompt_is_asked_for_where_there_is_a_second_pass(tiny_models: Path):
+    for low, high, needed in ((1.0, 1.0, False), (3.0, 1.0, True), (1.0, 3.0, True)):
+        job = tiny_job(tiny_models, guidance_low=low, guidance_high=high)
+        if needed:
+            with pytest.raises(ValueError, match=rf"guidance is {low} \(low\) and {high} \(high\)"):
+                check_job(job, {"context": (1, 64)})
+        else:
+            check_job(job, {"context": (1, 64)})
+    with pytest.raises(ValueError, match="cfg_parallel is on"):
+        check_job(tiny_job(tiny_models, cfg_parallel=True, guidance_low=1.0, guidance_high=1.0), {"context": (1, 64)})
 
 
 def test_fault_19_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch):

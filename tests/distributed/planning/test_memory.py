@@ -126,3 +126,108 @@ def test_the_feed_forward_is_chunked_as_estimated():
         torch_compile=False, memory_optimization=True,
     )  # fmt: skip
     assert {block.ffn_chunk for block in model.blocks} == {memory.FFN_CHUNK}
+
+
+S_C = 32_760 * 5_120
+"""Tokens times channels of T2V-A14B at 832x480x81."""
+ROTARY = 32_760 * 128 * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "units", "more"),
+    [
+        # By hand. Fullest behind the attention: residual 8, five of 2 bytes, the feed-forward's 2.7 twice in bf16.
+        ({}, {}, 8 + 10 + 10.8, 0),
+        ({"torch_compile": True}, {}, 8 + 10 + 5.4, 0),
+        ({"mixed_precision": "fp32"}, {}, 8 + 20 + 21.6, 0),
+        # 4096 tokens at a time, with room for the parts: then q and k before the attention, 24 + 4, are as much.
+        ({"memory_optimization": True}, {}, 28, 0),
+        ({"memory_optimization": True, "torch_compile": True}, {}, 8 + 10 + 5.4 / 8 + 4, 0),
+        ({}, {"given_frames": True}, 8 + 10 + 10.8 + 24, 0),
+        ({"torch_compile": True}, {"given_frames": True}, 8 + 10 + 5.4 + 24, 0),
+        # One feed-forward weight unpacked.
+        ({}, {"fp8": True}, 8 + 10 + 10.8, 13_824 * 5_120 * 2),
+    ],
+)
+def test_activations_are_those_of_the_fullest_moment(
+    settings: dict[str, Any], changes: dict[str, Any], units: float, more: int
+):
+    parallel = Parallel(**{"gpu_count": 1, **settings})
+    expected = units * S_C + ROTARY + more
+    assert memory.activation_bytes(workload(**changes), parallel) == pytest.approx(expected, rel=2e-3)
+
+
+def test_two_gpus_hold_half_of_the_tokens_and_what_they_exchange():
+    """With a short feed-forward q, k and v, three times, are the fullest: 4 and ten of 2 bytes; on one GPU 12."""
+    import dataclasses
+
+    work = workload()
+    work = dataclasses.replace(work, config=dataclasses.replace(work.config, ffn_dim=512))
+    compiled = {"torch_compile": True}
+    two = memory.activation_bytes(work, Parallel(gpu_count=2, **compiled))
+    assert two == pytest.approx(24 * S_C / 2 + ROTARY / 2, rel=2e-3)
+    assert memory.activation_bytes(work, Parallel(gpu_count=1, **compiled)) == pytest.approx(
+        max(16, 8 + 10 + 0.2) * S_C + ROTARY, rel=2e-3
+    )
+    odd = dataclasses.replace(work, width=16, height=16, num_frames=1)
+    assert memory.rank_tokens(odd, Parallel(gpu_count=2)) == 1
+    assert memory.rank_tokens(workload(), Parallel(gpu_count=7)) == 4680
+    assert memory.rank_tokens(workload(num_frames=77), Parallel(gpu_count=7)) == 4458
+
+
+def test_weights_that_wait_in_host_memory_are_those_of_all_processes():
+    expert = A14B[0]
+    for settings, experts in (
+        ({}, 0), ({"offload_model": True}, 0), ({"offload_model": True, "keep_warm_seconds": 1.0}, 2),
+        ({"offload_model": True, "keep_warm_seconds": 1.0, "use_fsdp": True}, 1), ({"stream_blocks": True}, 2),
+        ({"stream_blocks": True, "keep_warm_seconds": 1.0}, 4),
+    ):  # fmt: skip
+        assert memory.parked_bytes(workload(), Parallel(gpu_count=2, **settings)) == experts * expert, settings
+    alone = Parallel(gpu_count=2, offload_model=True, keep_warm_seconds=1.0)
+    assert memory.parked_bytes(workload(experts=1), alone) == 0
+
+
+def test_weights_on_a_gpu():
+    expert, block, _ = A14B
+    outside = expert - 40 * block
+    for settings, rest, gathered in (
+        ({}, 2 * expert, 0), ({"offload_model": True}, expert, 0), ({"use_fsdp": True}, expert, outside + 3 * block),
+        ({"use_fsdp": True, "gather": "expert"}, expert, expert + block),
+        ({"use_fsdp": True, "offload_model": True}, expert // 2, outside + 3 * block),
+        ({"stream_blocks": True}, outside + 2 * block, 0),
+    ):  # fmt: skip
+        parallel = Parallel(gpu_count=2, **settings)
+        assert memory.weights_at_rest(workload(), parallel) == rest, settings
+        assert memory.gathered_bytes(workload(), parallel) == gathered, settings
+    assert memory.gathered_bytes(workload(), Parallel(gpu_count=1, use_fsdp=True)) == 0
+
+
+def test_kept_text_is_two_tensors_of_every_block_and_prompt():
+    one = 2 * 40 * 512 * 5120 * 2
+    for settings, guided, expected in (
+        ({}, False, one), ({}, True, 2 * one), ({"cfg_parallel": True}, True, one),
+        ({"mixed_precision": "fp32"}, False, 2 * one), ({"memory_optimization": True}, True, 0),
+    ):  # fmt: skip
+        assert memory.kept_text_bytes(workload(guided=guided), Parallel(gpu_count=2, **settings)) == expected
+
+
+def test_the_vae_is_split_where_there_are_rows_for_all():
+    frame, vae = 832 * 480 * 15_100, KINDS["t2v-A14B"][2]
+    for gpus, precision, height, expected in (
+        (1, "bf16", 480, frame + vae), (1, "fp32", 480, 2 * (frame + vae)), (2, "bf16", 480, frame // 2 + vae),
+        (8, "bf16", 480, frame * 8 // 60 + vae), (8, "bf16", 32, frame * 32 // 480 + vae),
+        (4, "bf16", 32, frame * 8 // 480 + vae),
+    ):  # fmt: skip
+        parallel = Parallel(gpu_count=gpus, mixed_precision=precision)
+        assert memory.vae_decode_bytes(workload(height=height), parallel) == pytest.approx(expected, rel=1e-6)
+
+
+def test_processes_that_stay_keep_their_weights_while_the_rest_runs():
+    """Encoding a prompt on GPUs that hold the model already is the fullest moment there."""
+    text = 90 * GIB
+    cold, warm = (
+        estimate(workload(text_bytes=text), Parallel(gpu_count=1, keep_warm_seconds=seconds)) for seconds in (0.0, 1.0)
+    )
+    assert (cold.weights, warm.weights) == (0, 2 * A14B[0])
+    assert cold.text == warm.text == text
+    assert estimate(workload(decode=False), Parallel(gpu_count=1)).weights == 2 * A14B[0]

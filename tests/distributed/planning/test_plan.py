@@ -191,3 +191,21 @@ def test_many_gpus_are_planned_in_little_time():
     made = plan(workload(guided=True), request(**GUIDED), machine(*[79.0] * 64))
     assert made.parallel.gpu_count > 8
     assert time.perf_counter() - start < 20
+
+
+def test_of_unequal_gpus_the_ones_with_most_memory_are_named():
+    with pytest.raises(DoesNotFit, match=r"on the GPU, where 5\.0 GiB are free"):
+        plan(workload(), request(1), machine(3.0, 5.0, 4.0), "host")
+    with pytest.raises(DoesNotFit, match=r"on each of 2 GPUs, where 4\.0 GiB are free"):
+        plan(workload(), request(2), machine(3.0, 5.0, 4.0), "host")
+
+
+def test_the_block_says_where_the_weights_are():
+    for asked, weights in (
+        ({"offload_model": True, "gpu_count": 1}, "weights whole, the idle expert in host memory"),
+        ({"offload_model": True, "gpu_count": 2}, "weights whole on each, the idle expert in host memory"),
+        ({"memory_optimization": True, "gpu_count": 1}, "weights whole, memory optimization"),
+    ):
+        assert f"; {weights}\n" in plan(workload(), request(**asked, use_fsdp=False), machine(140.0, 140.0)).block()
+    two = plan(workload(), request(2, use_fsdp=True), machine(47.0, 47.0)).block()
+    assert "sharded (FSDP), gathered one" in two

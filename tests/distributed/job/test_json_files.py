@@ -1,0 +1,88 @@
+"""Files between processes: what is read of a whole one, and that a damaged one is an error by its name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from wan_pack.distributed.job.errors import JobError
+from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.job.json_files import MAX_JSON_BYTES, read_bounded, read_json, replace_text, write_json
+from wan_pack.distributed.job.progress import Progress, place, read_progress, steady_seconds
+
+
+def test_what_is_written_is_read(tmp_path: Path):
+    value = {"text": "狐狸 \u00e9 \U0001f98a", "n": [1, 2.5, None, True], "deep": {"a": {"b": []}}}
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == value
+    assert os.listdir(tmp_path) == ["x.json"] and (tmp_path / "x.json").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[1]", b'"x"', b"null", b"\xff", b'{"a": NaN}', b'{"a": -Infinity}', b"[" * 100_000, b'{"a": 1} x'],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, data: bytes):
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(JobError, match=r"^x\.json (cannot be read|holds a)"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(JobError, match=r"^x\.json cannot be read"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_bound_is_allowed_and_one_byte_more_is_not(tmp_path: Path):
+    path = tmp_path / "x"
+    path.write_bytes(b"y" * 10)
+    assert read_bounded(path, 10) == "y" * 10
+    with pytest.raises(ValueError, match="over 9 bytes"):
+        read_bounded(path, 9)
+    (tmp_path / "x.json").write_bytes(json.dumps({"x": "y" * MAX_JSON_BYTES}).encode())
+    with pytest.raises(JobError, match="over"):
+        read_json(tmp_path / "x.json")
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_one_and_no_draft(tmp_path: Path):
+    replace_text(tmp_path / "x", "old")
+    with pytest.raises(UnicodeEncodeError):
+        replace_text(tmp_path / "x", "\ud800")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        replace_text(tmp_path / "folder", "new")
+    assert (tmp_path / "x").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["folder", "x"]
+
+
+GOOD = {"phase": "denoise", "step": 3, "total": 20, "seconds_per_step": 1.5, "message": "expert"}
+
+
+def test_progress_is_read_as_it_was_written(tmp_path: Path):
+    folder = JobDir(tmp_path)
+    folder.write_json(folder.progress, GOOD)
+    assert read_progress(folder) == Progress(**GOOD)
+    folder.write_json(folder.progress, {"phase": "load", "step": 0, "total": 0})
+    assert read_progress(folder) == Progress(phase="load")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"phase": None}, {"step": "x"}, {"step": None}, {"total": [1]}, {"seconds_per_step": "fast"}],
+)
+def test_progress_that_makes_no_sense_is_none_yet(tmp_path: Path, changes: dict[str, object]):
+    folder = JobDir(tmp_path)
+    assert read_progress(folder) is None
+    value = {**GOOD, **changes}
+    if changes == {"phase": None}:
+        del value["phase"]
+    folder.write_json(folder.progress, value)
+    assert read_progress(folder) is None
+    folder.progress.write_text("{")
+    assert read_progress(folder) is None
+
+
+def test_where_a_rank_is_and_how_fast():
+    assert (place("load", 0), place("denoise", 3)) == ("load", "denoise at step 3")
+    assert steady_seconds([9.0, 1.0, 3.0]) == 2.0 and steady_seconds([9.0]) == 9.0
