@@ -3,7 +3,7 @@
 # Seen: peft 0.21.2 with its scale at 0 keeps the learned lengths of the rows (here 20 % off the base). LyCORIS 4.1.3,
 # merged with multiplier 0, adds the whole low-rank update instead: its multiplier only fades the lengths.
 # Costs: a slider at 0, or faded out over the steps, gives two different models, and neither is the base.
-# Here: DoRA files are refused by name (wan/lora/module_names.py); a LoRA of strength 0 is not even opened.
+# Here: a line between W and the whole change; a LoRA of strength 0 is not even opened (wan/lora/dora.py).
 #
 # Output on 2026-11-28:
 #   peft 0.21.2 lycoris-lora 4.1.3 torch 2.13.0+cpu

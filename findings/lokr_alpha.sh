@@ -3,7 +3,7 @@
 # Seen: where both factors are full matrices (a large rank), LyCORIS 4.1.3 takes alpha for the rank, whatever was set, so
 # the update is kron(w1, w2). peft 0.21.2 multiplies it by alpha / r: with r 1000 and alpha 8 by 0.008.
 # Costs: a converter that copies w1, w2 and alpha makes a LoKr of another strength, here 125 times weaker or stronger.
-# Here: LoKr files are refused by name (wan/lora/module_names.py).
+# Here: by the file: with alpha in it as LyCORIS, with the settings beside it as peft (wan/lora/lora.py).
 #
 # Output on 2026-11-28:
 #   peft 0.21.2 lycoris-lora 4.1.3 torch 2.13.0+cpu

@@ -4,7 +4,7 @@
 # entries of 0.01 the result is a rotation to 3e-5, of 0.1 it is off by 0.3, of 0.3 the weights grow sevenfold. And it
 # turns the inputs of a layer (rows keep their length), where LyCORIS 4.1.3 turns the outputs (columns do).
 # Costs: a reader that computes the exact rotation, or turns the other side, makes another model from the same file.
-# Here: OFT and BOFT files are refused by name (wan/lora/module_names.py).
+# Here: LyCORIS' OFT is merged, peft's and BOFT are refused by name (wan/lora/families.py, module_names.py).
 #
 # Output on 2026-11-28:
 #   peft 0.21.2 lycoris-lora 4.1.3 torch 2.13.0+cpu

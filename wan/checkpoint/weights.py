@@ -156,12 +156,19 @@ def _read_merged(
     Computes on `device`, also for rows that wait in host memory.
     """
     per_row = rows.numel() // rows.shape[0]
+
+    def read_rows(first: int, count: int) -> Tensor:
+        """Of the whole weight."""
+        values = torch.empty(count, per_row, dtype=torch.float32, device=device)
+        checkpoint.read_into(name, values, start=first * per_row, staging=staging)
+        return values
+
     count = max(MERGED_ELEMENTS // per_row, 1)
     for first in range(0, rows.shape[0], count):
         part = rows[first : first + count]
         values = torch.empty(part.shape, dtype=torch.float32, device=device)
         checkpoint.read_into(name, values, start=start + first * per_row, staging=staging)
-        merge(loras, name, values, start // per_row + first)
+        merge(loras, name, values, start // per_row + first, read_rows)
         if scales is not None:
             values, scales[first : first + count] = quantise_rows(values, rows.dtype)
         part.copy_(values)

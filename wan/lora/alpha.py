@@ -36,6 +36,8 @@ class AdapterConfig:
     """End of a module's name -> its place among them, the first of which counts, and its own alpha."""
     rank_stabilised: bool
     """Divide alpha by the root of the rank (Kalajdzievski, 2023, arXiv 2312.03732)."""
+    rank: int | None = None
+    """Of all modules, for those whose factors do not tell; None: not known, or not of all."""
 
     def module_alpha(self, module: str) -> float | None:
         """module: as the trainer names it, such as "blocks.0.attn1.to_q"."""
@@ -93,7 +95,9 @@ def _adapter_config(source: str, config: Mapping[str, Any]) -> AdapterConfig:
         # PEFT takes them for regular expressions; trainers write plain names.
         if not re.fullmatch(r"\^?[\w.]+\$?", pattern):
             raise ValueError(f"alpha_pattern {pattern!r} is not a module's name")
-    alpha = config.get("lora_alpha")
+    # PEFT's name in LoHa and LoKr is the plain one.
+    alpha = config.get("lora_alpha", config.get("alpha"))
+    rank = config.get("r")
     return AdapterConfig(
         source=source,
         alpha=None if alpha is None else _number("lora_alpha", alpha),
@@ -102,6 +106,7 @@ def _adapter_config(source: str, config: Mapping[str, Any]) -> AdapterConfig:
             for i, (name, value) in enumerate(patterns.items())
         },
         rank_stabilised=config.get("use_rslora") is True,
+        rank=rank if type(rank) is int and rank > 0 and not config.get("rank_pattern") else None,
     )
 
 

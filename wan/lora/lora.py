@@ -2,8 +2,8 @@
 
     W += strength * (alpha / rank * up @ down + diff)      (Hu et al., 2021, arXiv 2106.09685)
 
-A rank that keeps rows [a, b) of W reads rows [a, b) of `up` and `diff` only, and the product is added chunk by chunk:
-neither a whole update nor a whole file is ever in memory.
+and its kin (families.py). A rank that keeps rows [a, b) of W reads rows [a, b) of `up` and `diff` only, and the product
+is added chunk by chunk: neither a whole update nor a whole file is ever in memory.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from ..files.stored_model import open_file
 from ..files.stored_tensor import StoredTensor
 from ..model.config import HIGH_NOISE, LOW_NOISE
 from .alpha import AdapterConfig, read_adapter_config
+from .dora import Decomposed
+from .families import Family, family_of, matrix_size
 from .module_names import LoraModule, ModuleNames, Role, lora_modules, skip_reason
 from .origin import describe_origin
-from .updates import Difference, LowRank, read_elements
+from .updates import Difference, ReadRows, Update, read_elements
 
 CHUNK_BYTES = 32 << 20
 """Of the float32 rows that are summed at a time."""
@@ -51,7 +53,7 @@ class Lora:
         assert expert in (None, HIGH_NOISE, LOW_NOISE), expert
         self.path = str(path)
         self.strength = strength
-        self.updates: dict[str, list[LowRank | Difference]] = {}
+        self.updates: dict[str, list[Update]] = {}
         """By official parameter name."""
         self.skipped: dict[str, list[str]] = {}
         """Reason -> modules of the file that are left out."""
@@ -116,8 +118,13 @@ class Lora:
             for role in module.tensors:
                 if changed.setdefault((official, role), module.spelled) != module.spelled:
                     raise ValueError(f"{changed[official, role]} and {module.spelled} both change {official}")
-            if Role.DOWN in module.tensors or Role.UP in module.tensors:
-                self._add_low_rank(module, official, configs[module.second])
+            family = family_of(module)
+            if family is not None:
+                self._add_product(module, official, family, configs[module.second])
+            elif Role.MAGNITUDE in module.tensors:
+                raise ValueError(
+                    f"{module.spelled} has {module.tensors[Role.MAGNITUDE]} but no change that it belongs to"
+                )
             for role, parameter in _DIFFERENCES.items():
                 if role in module.tensors:
                     self._add_difference(module, official, role, parameter, self.strength)
@@ -130,37 +137,59 @@ class Lora:
             self._notes.append(f"{self._without_alpha} without alpha, taken as the rank")
         self._notes += [f"alpha from {source}" for source in sorted(self._alpha_sources)]
 
-    def _add_low_rank(self, module: LoraModule, official: str, config: AdapterConfig) -> None:
-        for role, other in ((Role.DOWN, Role.UP), (Role.UP, Role.DOWN)):
-            if role not in module.tensors:
-                raise ValueError(f"{module.spelled} has {module.tensors[other]} but no {role.value}")
-        down, up = self._tensor(module, Role.DOWN), self._tensor(module, Role.UP)
-        rank = down.shape[0] if down.shape else 0
-        if len(down.shape) < 2 or len(up.shape) < 2 or rank == 0 or math.prod(up.shape[1:]) != rank:
-            raise ValueError(
-                f"{module.spelled} is {list(up.shape)} times {list(down.shape)}, which are not factors of a matrix"
-            )
-        target, found = f"{official}.weight", (up.shape[0], math.prod(down.shape[1:]))
+    def _add_product(self, module: LoraModule, official: str, family: Family, config: AdapterConfig) -> None:
+        tensors = {role: self._tensor(module, role) for role in module.tensors if role not in _DIFFERENCES}
+        try:
+            size = family.size(tensors)
+        except ValueError as error:
+            raise ValueError(f"{module.spelled} is {error}") from error
+        target = f"{official}.weight"
         if target not in self._targets:
             self._skip(_NO_PARAMETER, module.spelled)
-        elif found != _matrix(self._targets[target]):
-            self._wrong_size(module, official, found, _matrix(self._targets[target]))
+            return
+        expected = matrix_size(self._targets[target])
+        # What turns rows takes any width.
+        found = (size[0], size[1] or expected[1])
+        if found != expected:
+            self._wrong_size(module, official, found, expected)
+            return
+        alpha = self._alpha(module) if Role.ALPHA in module.tensors else None
+        scale = self._scale(module, config, family.rank(tensors), alpha)
+        if Role.MAGNITUDE in tensors:
+            magnitude = self._magnitude(module, tensors[Role.MAGNITUDE], size[0])
+            self._use(target, Decomposed(family.make(tensors, scale, alpha or 0.0), magnitude, self.strength))
         else:
-            scale = self._scale(module, config, rank)
-            self._use(target, LowRank(down, up, scale))
-            if Role.UP_BIAS in module.tensors:
-                self._add_difference(module, official, Role.UP_BIAS, "bias", scale)
+            self._use(target, family.make(tensors, scale * self.strength, alpha or 0.0))
+        if Role.UP_BIAS in module.tensors:
+            self._add_difference(module, official, Role.UP_BIAS, "bias", scale * self.strength)
 
-    def _scale(self, module: LoraModule, config: AdapterConfig, rank: int) -> float:
-        if Role.ALPHA in module.tensors:
-            return self.strength * self._alpha(module) / rank
+    def _scale(self, module: LoraModule, config: AdapterConfig, rank: int | None, alpha: float | None) -> float:
+        """Of the change at strength 1.
+
+        Args:
+            rank: None where the file's alpha is none.
+            alpha: in the file.
+        """
+        if alpha is not None:
+            return 1.0 if rank is None else alpha / rank
         alpha = config.module_alpha(module.path)
         if alpha is None:
-            self._without_alpha += 1
-            alpha = rank
-        else:
-            self._alpha_sources.add(config.source)
-        return self.strength * alpha / (math.sqrt(rank) if config.rank_stabilised else rank)
+            self._without_alpha += rank is not None
+            return 1.0 if rank is None or not config.rank_stabilised else math.sqrt(rank)
+        self._alpha_sources.add(config.source)
+        rank = config.rank if rank is None else rank
+        if rank is None:
+            raise ValueError(f"{config.source} has an alpha for {module.spelled} but no r")
+        return alpha / (math.sqrt(rank) if config.rank_stabilised else rank)
+
+    def _magnitude(self, module: LoraModule, stored: StoredTensor, rows: int) -> StoredTensor:
+        shape = tuple(stored.shape)
+        if math.prod(shape) != rows or (len(shape) == 2 and shape[0] != rows):
+            raise ValueError(
+                f"{module.tensors[Role.MAGNITUDE]} has shape {list(shape)}; supported is one length for each of the "
+                f"weight's {rows} rows (DoRA of output channels)"
+            )
+        return stored
 
     def _alpha(self, module: LoraModule) -> float:
         stored, name = self._tensor(module, Role.ALPHA), module.tensors[Role.ALPHA]
@@ -181,12 +210,12 @@ class Lora:
             return
         shape = self._targets[target]
         # Some write a convolution as its matrix, or leave out sizes of 1; the order of the elements is the same.
-        if diff.shape != shape and _matrix(diff.shape) != _matrix(shape) and _wide(diff.shape) != _wide(shape):
+        if diff.shape != shape and matrix_size(diff.shape) != matrix_size(shape) and _wide(diff.shape) != _wide(shape):
             self._wrong_size(module, official, diff.shape, shape)
             return
         self._use(target, Difference(diff, scale))
 
-    def _use(self, target: str, update: LowRank | Difference) -> None:
+    def _use(self, target: str, update: Update) -> None:
         self.updates.setdefault(target, []).append(update)
         self.applied += 1
 
@@ -220,13 +249,15 @@ def changes(loras: Iterable[Lora], name: str) -> bool:
     return any(name in lora.updates for lora in loras)
 
 
-def merge(loras: Iterable[Lora], name: str, rows: Tensor, first_row: int) -> None:
+def merge(loras: Iterable[Lora], name: str, rows: Tensor, first_row: int, read_rows: ReadRows | None = None) -> None:
     """Adds in place what `loras` change in rows [first_row, ...) of parameter `name`.
 
-    Summed in float32 and rounded once, however many there are.
+    Summed in float32 and rounded once, however many there are. Changes that depend on the weight see it as it is in the
+    checkpoint, and add up.
 
     Args:
         rows: [n, ...], contiguous, of any device and a float dtype that torch can round to.
+        read_rows: gives any rows of the parameter as it is in the checkpoint; None: nobody asks for other ones.
     Raises:
         OSError: a file cannot be read any more, or ended early.
     """
@@ -234,19 +265,21 @@ def merge(loras: Iterable[Lora], name: str, rows: Tensor, first_row: int) -> Non
     if not updates or rows.numel() == 0:
         return
     flat = rows.view(rows.shape[0], -1)
-    adders = [update.adder(first_row, flat.shape[0], flat.device) for update in updates]
+
+    def these(first: int, count: int) -> Tensor:
+        assert first_row <= first and first + count <= first_row + flat.shape[0], "rows that nobody reads"
+        return flat[first - first_row :][:count].float()
+
+    adders = [update.adder(first_row, flat.shape[0], flat.device, read_rows or these) for update in updates]
+    needs_base = any(update.needs_base for update in updates)
     step = max(CHUNK_BYTES // (4 * flat.shape[1]), 1)
     for start in range(0, flat.shape[0], step):
         piece = flat[start : start + step]
         total = piece.float()
+        base = total.clone() if needs_base else total
         for add in adders:
-            add(total, start)
+            add(total, start, base)
         piece.copy_(total)
-
-
-def _matrix(shape: Shape) -> tuple[int, int]:
-    """Rows, and everything else: a convolution [out, in, t, h, w] is a matrix [out, in * t * h * w]."""
-    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
 def _wide(shape: Shape) -> Shape:

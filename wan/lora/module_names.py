@@ -30,6 +30,19 @@ class Role(Enum):
     DIFF = "diff"
     DIFF_BIAS = "diff_b"
     DIFF_MODULATION = "diff_m"
+    MAGNITUDE = "dora_scale"
+    HADA_W1_A = "hada_w1_a"
+    HADA_W1_B = "hada_w1_b"
+    HADA_W2_A = "hada_w2_a"
+    HADA_W2_B = "hada_w2_b"
+    LOKR_W1 = "lokr_w1"
+    LOKR_W1_A = "lokr_w1_a"
+    LOKR_W1_B = "lokr_w1_b"
+    LOKR_W2 = "lokr_w2"
+    LOKR_W2_A = "lokr_w2_a"
+    LOKR_W2_B = "lokr_w2_b"
+    OFT_BLOCKS = "oft_blocks"
+    OFT_RESCALE = "rescale"
 
 
 # The end of a tensor's name -> its role. An adapter's name ("default") may stand before "weight".
@@ -41,14 +54,20 @@ _ROLES = (
     (Role.DIFF, re.compile(r"\.(?:diff|w_norm)$")),
     (Role.DIFF_BIAS, re.compile(r"\.(?:diff_b|b_norm)$")),
     (Role.DIFF_MODULATION, re.compile(r"\.diff_m$")),
+    (Role.MAGNITUDE, re.compile(r"\.(?:dora_scale|lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?)$")),
+    *(
+        (role, re.compile(rf"\.{role.value}(?:\.[^.]+)?$"))
+        for role in Role
+        if role.value.startswith(("hada_", "lokr_", "oft_", "rescale"))
+    ),
 )
 
 # Formulas other than W += up @ down + diff, and encodings that a plain cast would read wrongly.
 _UNSUPPORTED = (
-    ("DoRA", re.compile(r"\.(?:dora_scale$|lora_magnitude_vector)")),
-    ("LoHa", re.compile(r"\.hada_")),
-    ("LoKr", re.compile(r"\.lokr_")),
-    ("OFT", re.compile(r"\.b?oft_")),
+    ("Tucker-decomposed LoHa or LoKr", re.compile(r"\.(?:hada_t[12]|lokr_t2)")),
+    ("BOFT", re.compile(r"\.boft_")),
+    # Which series its rotation is, and whether it is bounded, stands outside of the file.
+    ("PEFT OFT", re.compile(r"\.oft_(?:R|r)\b")),
     ("GLoRA", re.compile(r"\.[ab][12]\.weight$")),
     ("(IA)^3", re.compile(r"\.on_input$")),
     ("Tucker-decomposed LoCon", re.compile(r"\.lora_mid\.")),
@@ -98,14 +117,17 @@ def lora_modules(names: Collection[str]) -> tuple[list[LoraModule], list[str]]:
     """Groups tensor names by module. Returns the modules, and the names that have no role.
 
     Raises:
-        ValueError: the file is of another kind than LoRA and differences, or holds two adapters.
+        ValueError: the file is of a kind that cannot be merged, or holds two adapters.
     """
     modules: dict[str, LoraModule] = {}
     rest = []
     for name in names:
         for kind, pattern in _UNSUPPORTED:
             if pattern.search(name):
-                raise ValueError(f"it is a {kind} file ({name}); supported are plain LoRA and weight differences")
+                raise ValueError(
+                    f"it is a {kind} file ({name}); supported are LoRA, DoRA, LoHa, LoKr, LyCORIS' OFT and weight "
+                    "differences"
+                )
         role, end = next(((role, m.start()) for role, pattern in _ROLES if (m := pattern.search(name))), (None, 0))
         if role is None:
             rest.append(name)

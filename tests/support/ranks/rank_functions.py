@@ -158,7 +158,16 @@ def fp8_under_fsdp(rank: int, world: int, *, fp8: str, bf16: str, lora: str) -> 
             parking.fetch()
             velocities.append(_evaluate(model, parallel, mesh, _shard(parallel, rank, world))[0])
     assert all(torch.equal(velocity, velocities[0]) for velocity in velocities)
-    files, loras = [str(file) for file in Path(fp8).glob("*.safetensors")], [(lora, 1.0)]
+    merged_shards(rank, world, folder=fp8, loras=[(lora, 1.0)], mixed_precision="bf16")
+    return kept
+
+
+def merged_shards(
+    rank: int, world: int, *, folder: str, loras: list[tuple[str, float]], mixed_precision: str = "fp32"
+) -> dict[str, int]:
+    """Each rank's shard of weights with LoRAs has the rows of what one process makes. Returns the rows that it has."""
+    mesh, parallel = Mesh.of("cpu", world), _parallel(world, mixed_precision=mixed_precision)
+    files = [str(file) for file in Path(folder).glob("*.safetensors")]
     whole = load_expert(files, loras, parallel=parallel, mesh=None, shard=SequenceShard(length=45), device=CPU)
     sharded = load_expert(files, loras, parallel=parallel, mesh=mesh, shard=SequenceShard(length=45), device=CPU)
     parameters = dict(whole.named_parameters())
@@ -166,7 +175,7 @@ def fp8_under_fsdp(rank: int, world: int, *, fp8: str, bf16: str, lora: str) -> 
         rows, start = local_rows(parameter)
         expected = parameters[name].flatten()[start : start + rows.numel()]
         assert torch.equal(rows.flatten().float(), expected.float()), name
-    return kept
+    return {name: len(local_rows(parameter)[0]) for name, parameter in sharded.named_parameters()}
 
 
 def fp8_products_sharded(rank: int, world: int, *, folder: str) -> dict[str, int]:

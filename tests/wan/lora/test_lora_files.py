@@ -169,11 +169,10 @@ def test_a_t2v_lora_fits_an_i2v_model_but_for_its_patch_embedding(tmp_path: Path
 @pytest.mark.parametrize(
     ("kind", "role"),
     [
-        ("DoRA", "dora_scale"),
-        ("DoRA", "lora_magnitude_vector.weight"),
-        ("LoHa", "hada_w1_a"),
-        ("LoKr", "lokr_w1"),
-        ("OFT", "oft_blocks"),
+        ("Tucker-decomposed LoHa or LoKr", "hada_t1"),
+        ("Tucker-decomposed LoHa or LoKr", "lokr_t2"),
+        ("BOFT", "boft_R"),
+        ("PEFT OFT", "oft_R.weight"),
         ("GLoRA", "a1.weight"),
         ("(IA)^3", "on_input"),
         ("Tucker-decomposed LoCon", "lora_mid.weight"),
