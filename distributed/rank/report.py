@@ -80,7 +80,7 @@ def _sequence(job: Job, session: Session) -> str:
 def _sparse(job: Job, session: Session) -> str:
     if session.sparse is None:
         return ""
-    return f", tau {job.parallel.sparse_tau:g}, in {len(session.sparse.steps)} of {len(job.sampling.step_range)} steps"
+    return f", tau {session.sparse.tau:g}, in {len(session.sparse.steps)} of {len(job.sampling.step_range)} steps"
 
 
 def _keep_warm(parallel: Parallel) -> str:

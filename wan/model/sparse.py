@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import torch
@@ -41,11 +40,12 @@ class SparseAttention:
     """An attention kernel that is sparse in some steps.
 
     Args:
-        sparse, dense: kernels for the same GPU.
+        dense: a kernel for the same GPU.
+        tau: of `sol_attention`.
     """
 
-    def __init__(self, sparse: Attention, dense: Attention) -> None:
-        self._sparse, self._dense = sparse, dense
+    def __init__(self, dense: Attention, tau: float) -> None:
+        self._dense, self.tau = dense, tau
         self._on = False
         self.steps = range(0)
         """Which of a job's steps are sparse."""
@@ -55,12 +55,12 @@ class SparseAttention:
         self._on = step in self.steps
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._sparse(q, k, v) if self._on else self._dense(q, k, v)
+        return sol_attention(q, k, v, tau=self.tau) if self._on else self._dense(q, k, v)
 
 
 def sparse_kernel(kernel: AttentionKernel, dense: AttentionKernel, tau: float) -> AttentionKernel:
     """The sparse `kernel` ready to run, with `dense` in the steps that are not."""
-    run = SparseAttention(functools.partial(sol_attention, tau=tau), dense.run)
+    run = SparseAttention(dense.run, tau)
     reason = f"{kernel.reason}; else {dense.name}"
     return dataclasses.replace(kernel, function=run, backends=dense.backends, reason=reason)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,9 @@ def changed(job: Job, **values) -> Job:
     return dataclasses.replace(job, parallel=dataclasses.replace(job.parallel, **values))
 
 
-def test_a_warm_rank_reads_its_text_encoder_once(job: Job, loads: list[list[str]]):
+@pytest.mark.parametrize("stays", [{}, {"keep_warm_seconds": 0.0, "more_follow": True}], ids=["warm", "in a batch"])
+def test_a_rank_that_stays_reads_its_text_encoder_once(stays: dict[str, Any], job: Job, loads: list[list[str]]):
+    job = changed(job, **stays)
     prompts, other = PromptEncoder(torch.device("cpu")), dataclasses.replace(job, text=Text(prompt="a white cat"))
     rows = [
         prompts.encode(job, negative=True),
