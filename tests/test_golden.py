@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 @pytest.mark.parametrize(
     ("world", "layouts"),
     [
-        (1, "packed"),
         (2, "packed packed+fsdp symmetric+fsdp deepspeed packed+cfg"),
         (3, "packed packed+fsdp symmetric"),
         (4, "packed packed+fsdp deepspeed+fsdp packed+fsdp+cfg"),

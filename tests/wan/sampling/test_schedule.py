@@ -54,6 +54,20 @@ def test_noise_is_the_same_bits_for_a_seed():
     assert draw_noise((16, 1, 2, 2), 2**64 - 1).isfinite().all()
 
 
+def test_noise_is_drawn_in_float32_on_the_cpu():
+    """As the official code draws it; in another dtype or on a GPU the generator gives other numbers."""
+    drawn = draw_noise((16, 3, 4, 6), 7)
+    expected = torch.randn(16, 3, 4, 6, generator=torch.Generator("cpu").manual_seed(7), dtype=torch.float32)
+    assert drawn.dtype == torch.float32 and torch.equal(drawn, expected)
+
+
+def test_a_model_of_one_expert_runs_it_at_every_step():
+    for only, scale in ((HIGH_NOISE, 4.0), (LOW_NOISE, 3.0)):
+        guidance = Guidance(low=3.0, high=4.0, boundary=0.875, only=only)
+        assert {guidance.expert(t) for t in (0.0, 500.0, 1000.0)} == {only}
+        assert guidance.scale(only) == scale
+
+
 def run_loop(guidance: Guidance) -> list[tuple[str, bool]]:
     asked: list[tuple[str, bool]] = []
 

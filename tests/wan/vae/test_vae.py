@@ -119,6 +119,16 @@ def test_latent_scale_round_trip() -> None:
         normalise(latents, 48)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_latents_of_any_dtype_are_scaled_in_float32(dtype: torch.dtype) -> None:
+    latents = torch.randn(1, 16, 2, 3, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for scale in (normalise, denormalise):
+        out = scale(latents, 16)
+        assert out.dtype == torch.float32 and torch.equal(out, scale(latents.float(), 16))
+    with pytest.raises(ValueError, match=r"have 5 channels; they must have one of \[16, 48\]"):
+        latent_statistics(5)
+
+
 def test_inputs_are_checked() -> None:
     vae = load_vae([_model("vae_wan21")])
     with pytest.raises(ValueError, match="4n \\+ 1"):

@@ -1,0 +1,23 @@
+"""Every golden case on one rank, in this process: what is wrong is seen without starting one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from golden import LIMIT, GoldenRun, Layout, Ranks, cases
+from mount import GOLDEN
+from wan_pack.distributed.parallel import peer_memory
+
+CASES = {case.name: (case, run) for case, run in cases(GOLDEN)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_official_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    for replaced in ("SymmetricMemory", "_obstacle"):
+        monkeypatch.setattr(peer_memory, replaced, getattr(peer_memory, replaced))
+    layout = Layout("packed")
+    rank = GoldenRun(Ranks(rank=0, world=1, store=tmp_path / "store", layouts=(layout,)))
+    rank.use(layout)
+    case, run = CASES[name]
+    assert run(rank, case) <= LIMIT

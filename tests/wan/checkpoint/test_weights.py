@@ -1,0 +1,143 @@
+"""Which rows of a parameter a rank reads, and that the ranks' rows make the whole; without ranks."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_formats import write_gguf, write_plain_fp8, write_scaled
+from safetensors.torch import save_file
+from tiny import random_weights
+from torch import Tensor
+from wan_pack.wan.checkpoint import weights
+from wan_pack.wan.checkpoint.checkpoint import Checkpoint
+from wan_pack.wan.checkpoint.weights import empty_model, local_rows, read_weights
+from wan_pack.wan.lora.lora import Lora
+from wan_pack.wan.model.config import WanConfig
+
+CONFIG = WanConfig(dim=128, ffn_dim=80, num_heads=1, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32)
+CPU = torch.device("cpu")
+CHANGED = ("blocks.0.self_attn.q.weight", "blocks.1.ffn.0.weight")
+
+
+class Shard:
+    """What a rank keeps of a parameter under FSDP: rows, as many on every rank, fewer or none on the last ones."""
+
+    def __init__(self, whole: Tensor, rank: int, world: int) -> None:
+        self.shape, self.dtype, self.nbytes = whole.shape, whole.dtype, whole.nbytes
+        self.placements = (SimpleNamespace(is_shard=lambda dimension: dimension == 0),)
+        self.device_mesh = SimpleNamespace(size=lambda: world, get_local_rank=lambda: rank)
+        count = -(-whole.shape[0] // world)
+        self.rows = torch.full_like(whole[rank * count : (rank + 1) * count], 7)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def to_local(self) -> Tensor:
+        return self.rows
+
+
+class Model:
+    """Named parameters."""
+
+    def __init__(self, parameters: dict[str, Any]) -> None:
+        self.parameters = parameters
+
+    def named_parameters(self) -> Any:
+        return self.parameters.items()
+
+
+def write(path: Path, kind: str) -> Path:
+    tensors = random_weights(CONFIG)
+    # Rows that differ by far more than rounding does.
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2:
+            tensors[name] = tensor * torch.linspace(1, 5, tensor.shape[0])[:, None]
+    if kind == "bf16":
+        save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, path)
+    elif kind == "gguf":
+        write_gguf(path, tensors, "Q8_0")
+    elif kind == "fp8":
+        write_plain_fp8(path, tensors, torch.float8_e4m3fn)
+    else:
+        dtype = torch.int8 if "int8" in kind else torch.float8_e4m3fn
+        write_scaled(path, tensors, dtype, scale="weight_scale", per_row="row" in kind)
+    return path
+
+
+def write_lora(path: Path) -> Path:
+    generator, tensors = torch.Generator().manual_seed(4), {}
+    for name in CHANGED:
+        out, width = {name: tuple(tensor.shape) for name, tensor in random_weights(CONFIG).items()}[name]
+        module = f"diffusion_model.{name.removesuffix('.weight')}"
+        tensors[f"{module}.lora_B.weight"] = torch.randn(out, 2, generator=generator)
+        tensors[f"{module}.lora_A.weight"] = torch.randn(2, width, generator=generator)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("world", [2, 3, 7])
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "fp8 by tensor", "fp8 by row", "int8 by row", "gguf"])
+def test_the_rows_of_all_ranks_are_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, world: int, lora: bool
+):
+    checkpoint = Checkpoint([write(tmp_path / f"m.{'gguf' if kind == 'gguf' else 'safetensors'}", kind)])
+    loras = [Lora(write_lora(tmp_path / "l.safetensors"), 0.5, checkpoint.shapes)] if lora else []
+    whole = empty_model(checkpoint, torch.bfloat16, loras).to_empty(device=CPU)
+    read_weights(whole, checkpoint, device=CPU, loras=loras)
+    expected = dict(whole.named_parameters())
+    # Merged a few rows at a time on the ranks, all at once in the whole.
+    monkeypatch.setattr(weights, "MERGED_ELEMENTS", 5 * 128)
+    for rank in range(world):
+        shards = {name: Shard(parameter, rank, world) for name, parameter in expected.items()}
+        read_weights(Model(shards), checkpoint, device=CPU, loras=loras)
+        for name, shard in shards.items():
+            count = -(-shard.shape[0] // world)
+            there = expected[name][rank * count : (rank + 1) * count]
+            if name.removesuffix("_scale") in CHANGED and lora:
+                # A product over other rows is rounded otherwise; a code may be the next one.
+                error = (shard.rows.float() - there.float()).norm()
+                assert error <= 0.01 * there.float().norm(), name
+            else:
+                assert torch.equal(shard.rows.float(), there.float()), name
+
+
+def test_a_ranks_part_begins_where_the_one_before_ends():
+    for rows in (1, 2, 7, 8):
+        begin = 0
+        for rank in range(4):
+            part, start = local_rows(Shard(torch.zeros(rows, 3), rank, 4))
+            assert start == begin
+            begin += part.numel()
+        assert begin == rows * 3
+    whole = torch.zeros(4, 2)
+    assert local_rows(whole)[1] == 0 and local_rows(whole)[0].data_ptr() == whole.data_ptr()
+
+
+def test_reading_tells_how_far_it_is_and_stops_when_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoint = Checkpoint([write(tmp_path / "m.safetensors", "bf16")])
+    model = empty_model(checkpoint, torch.bfloat16).to_empty(device=CPU)
+    told: list[tuple[int, int]] = []
+    read_weights(model, checkpoint, ["head.head.bias", CHANGED[0]], device=CPU, on_tensor=lambda *at: told.append(at))
+    assert told == [(1, 2), (2, 2)]
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    def slowly(*arguments: Any, **options: Any) -> None:
+        time.sleep(0.02)
+        read_into(*arguments, **options)
+
+    read_into = checkpoint.read_into
+    monkeypatch.setattr(Checkpoint, "read_into", lambda self, *arguments, **options: slowly(*arguments, **options))
+    names = [name for name, _ in model.named_parameters()]
+    for parameter in model.parameters():
+        parameter.data.fill_(7)
+    with pytest.raises(KeyboardInterrupt):
+        read_weights(model, checkpoint, names, device=CPU, on_tensor=stop)
+    assert (dict(model.named_parameters())[names[-1]] == 7).all()
