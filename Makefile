@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # A hundred processes import torch in the tests; told to keep no bytecode, each of them would compile it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick test soak object-info lint format clean
+.PHONY: demo quick test soak mutants object-info lint format clean
 
 # A tiny model through the whole path in a real ComfyUI, to an mp4. No GPU needed.
 demo: $(READY)
@@ -25,6 +25,10 @@ soak: $(READY)
 # After a change of the nodes' inputs or outputs that is meant.
 object-info: $(READY)
 	WRITE_OBJECT_INFO=1 $(PYTHON_IN_VENV) -m pytest -q tests/nodes/test_object_info.py
+
+# Small wrong changes that some test should notice: a quarter of an hour, no part of the CI.
+mutants: $(READY)
+	$(PYTHON_IN_VENV) tests/mutation --seed 2 --count 200
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
