@@ -160,6 +160,12 @@ def test_steps_begin_before_the_other_expert_is_read(
     assert torch.equal(cold, warm)
 
 
+@pytest.mark.parametrize("stays", [{}, {"keep_warm_seconds": 300.0}, {"more_follow": True}], ids=str)
+def test_experts_are_kept_by_processes_that_stay(rank: Rank, stays: dict[str, Any]) -> None:
+    rank.run(rank.job(**stays))
+    assert bool(rank.session.experts.models) == bool(stays)
+
+
 @pytest.mark.parametrize("waits", ["offload_model", "stream_blocks"])
 @pytest.mark.parametrize("stays", [{}, {"keep_warm_seconds": 300.0}, {"more_follow": True}], ids=str)
 def test_an_expert_that_waits_its_turn_takes_the_place_of_the_other(
