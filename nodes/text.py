@@ -11,6 +11,7 @@ from ..distributed.job.job import MAX_PROMPT
 from .host import host
 from .host.declared import as_declared, kind_of
 from .models import catalogue
+from .sockets.embeds import NOTES
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -119,11 +120,17 @@ class WanVideoTextEncode:
             encoder = load_text_encoder(
                 t5.encoder, t5.tokenizer, dtype=dtype, device=host.device(), check=_stop_if_cancelled
             )
-            prompt, negative = encoder.encode([positive_prompt, negative_prompt or DEFAULT_NEGATIVE_PROMPT])
+            prompts = {
+                "positive_prompt": positive_prompt,
+                "negative_prompt": negative_prompt or DEFAULT_NEGATIVE_PROMPT,
+            }
+            prompt, negative = encoder.encode(list(prompts.values()))
+            notes = encoder.tokenizer.notes(**prompts)
         finally:
             del encoder
             host.free_memory()
-        return ({"prompt_embeds": [prompt.cpu()], "negative_prompt_embeds": [negative.cpu()], "echoshot": False},)
+        embeds = {"prompt_embeds": [prompt.cpu()], "negative_prompt_embeds": [negative.cpu()], "echoshot": False}
+        return ({**embeds, NOTES: notes},)
 
 
 def _stop_if_cancelled() -> None:

@@ -65,8 +65,6 @@ def check_model(model: ModelFiles, on_report: Callable[[str], None] = lambda lin
         raise ValueError(
             f"{vae} is a {found.kind.vae}; a {config.describe()} model goes with the {latents.vae} ({latents.example})"
         )
-    if found.upscale > 1:
-        on_report(f"{vae} makes {found.upscale} x the size: the video is {found.upscale} times as wide and high")
     for report in _lora_reports(model, experts):
         on_report(report)
     if model.text_encoder:
@@ -100,6 +98,10 @@ def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
     sampling, parallel, model = job.sampling, job.parallel, job.model
     warnings: list[str] = []
     config = check_model(model, warnings.append)
+    scale = check_vae_file(model.vae[0].path).upscale
+    if scale > 1:
+        size = f"{scale * sampling.width}x{scale * sampling.height}"
+        warnings.append(f"{model.vae[0].path} makes {scale} x the size: the video is {size}")
     for name in ("width", "height"):
         check_size(name, getattr(sampling, name), config.variant.latents.pixel_multiple)
     check_inputs(job, config, shapes)

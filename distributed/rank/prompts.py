@@ -27,6 +27,8 @@ class PromptEncoder:
         self._made_of: tuple[FileIdentity, ...] = ()
         self._encoder: TextEncoder | None = None
         self._parking: HostParking | None = None
+        self.notes: list[str] = []
+        """On the prompts that were encoded last."""
 
     def encode(self, job: Job, *, negative: bool) -> list[Tensor]:
         """The job's prompt and, if asked for, its negative one -> their rows [n, text_dim], n <= 512.
@@ -38,7 +40,11 @@ class PromptEncoder:
 
         text, encoder = job.text, self._load(job)
         assert text is not None, "asked only where a job has prompts"
-        rows = encoder.encode([text.prompt] + [text.negative_prompt or DEFAULT_NEGATIVE_PROMPT] * negative)
+        prompts = {"prompt": text.prompt}
+        if negative:
+            prompts["negative_prompt"] = text.negative_prompt or DEFAULT_NEGATIVE_PROMPT
+        rows = encoder.encode(list(prompts.values()))
+        self.notes = encoder.tokenizer.notes(**prompts)
         self._rest(job)
         return rows
 

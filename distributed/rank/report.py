@@ -45,12 +45,14 @@ def result_of(
     phases: dict[str, float],
     step_seconds: list[float],
     peaks: Peaks,
+    notes: list[str],
 ) -> dict[str, Any]:
     """The object for result.json.
 
     Args:
         frames: of the video; 0 if none was made.
         phases: name -> seconds.
+        notes: for the status, of what only the run could know.
     """
     sampling = job.sampling
     video = {**video_size(job, session), "frames": frames, "fps": sampling.fps} if frames else None
@@ -64,7 +66,7 @@ def result_of(
         "peak_gpu_bytes": [gpu for gpu, _ in peaks],
         "peak_rss_bytes": [host for _, host in peaks],
         "settings": settings_of(job, session),
-        "warnings": list(job.warnings),
+        "warnings": [*job.warnings, *notes],
     }
 
 

@@ -66,6 +66,8 @@ class Worker:
         self.rank, self.device = session.rank, session.device
         self.phase_seconds: dict[str, float] = {}
         self.step_seconds: list[float] = []
+        self.notes: list[str] = []
+        """For the status: what only the run could know."""
 
     def run(self) -> None:
         with self.phase("start"):
@@ -129,6 +131,7 @@ class Worker:
         rows = torch.zeros(1 + negative, TEXT_LEN, self.config.text_dim, device=self.device)
         if self.rank == 0:
             encoded = self.session.prompts.encode(self.job, negative=negative)
+            self.notes += self.session.prompts.notes
             rows = torch.stack([pad_text(row.to(rows)) for row in encoded])
         if self.session.mesh is not None:
             dist.broadcast(rows, src=0)
@@ -245,7 +248,7 @@ class Worker:
         if self.rank == 0:
             result = result_of(
                 self.job, self.session, frames=frames, latents_shape=shape, phases=self.phase_seconds,
-                step_seconds=self.step_seconds, peaks=peaks,
+                step_seconds=self.step_seconds, peaks=peaks, notes=self.notes,
             )  # fmt: skip
             self.folder.write_json(self.folder.result, result)
 

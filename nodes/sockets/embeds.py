@@ -21,10 +21,21 @@ from .video_inputs import VideoInputs
 if TYPE_CHECKING:
     from torch import Tensor
 
+NOTES = "wan_distributed_notes"
+"""Of WANVIDEOTEXTEMBEDS that WanVideo TextEncode made: lines for the status of the job."""
 IMAGE_KEYS = frozenset({"concat_latent_image", "concat_mask"})
 """Of a CONDITIONING's dict; images.py reads them."""
-NO_EFFECT = frozenset({"clip_vision_output", "guidance", "frame_rate"})
-"""Of a CONDITIONING's dict: said, not followed. Wan2.2 has no image encoder, and guidance is this node's own."""
+CHANGING = frozenset(
+    {
+        *("area", "mask", "mask_strength", "set_area_to_bounds", "control", "control_apply_to_uncond", "hooks"),
+        *("gligen", "reference_latents", "reference_motion", "reference_audio_embeds", "control_video", "model_conds"),
+        *("vace_frames", "vace_mask", "vace_strength", "camera_conditions", "audio_embed", "audio_embed_scale"),
+        *("time_dim_concat", "face_video_pixels", "pose_video_latent", "unclip_conditioning", "track_path"),
+        *("lora_strengths", "timestep_start", "timestep_end", "noise_mask"),
+    }
+)
+"""Of a CONDITIONING's dict: what asks ComfyUI for another video, by another model or in part; it is refused. Other keys
+have no effect on the models that run here: they are said, not followed."""
 NEUTRAL = {
     "strength": 1.0,
     "start_percent": 0.0,
@@ -84,6 +95,8 @@ def prompt_of(value: Any, name: str) -> Embedding:
         ignored = tuple(
             f"{name}: {key} is not used by this node" for key in ("nag_prompt_embeds",) if value.get(key) is not None
         )
+        notes = value.get(NOTES)
+        ignored += tuple(f"{name}: {listed([note])}" for note in (notes if isinstance(notes, list) else ()))
         return _one(value.get("prompt_embeds"), name, ignored)
     return _from_conditioning(value, name)
 
@@ -120,13 +133,13 @@ def _read_extras(extras: dict[str, Any], name: str) -> list[str]:
         for key, value in NEUTRAL.items()
         if key in carried and isinstance(extras[key], int | float) and extras[key] == value
     }
-    unsupported = sorted(carried - NO_EFFECT, key=str)
+    unsupported = sorted((carried & CHANGING) | (carried & NEUTRAL.keys()), key=str)
     if unsupported:
         raise ValueError(
             f"{name} carries {listed(unsupported)}, which this node does not support; "
             "take out the nodes between the text encoder and this node that add it"
         )
-    return [f"{name} carries {', '.join(sorted(carried))}, which has no effect here"] if carried else []
+    return [f"{name} carries {listed(sorted(carried, key=str))}, which has no effect here"] if carried else []
 
 
 def _one(value: Any, name: str, notes: tuple[str, ...]) -> Embedding:

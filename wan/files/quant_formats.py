@@ -22,8 +22,13 @@ MAX_FORMAT_NAME = 64
 READABLE = ("float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e5m2", "int8_tensorwise")
 """Turned back into floats by one factor per tensor or per output row."""
 
-_OPTIONS = ("format", "full_precision_matrix_mult")
-"""Keys of a layer that do not change the values it stands for beyond its format."""
+_CHANGING = (
+    *("rot", "hadamard", "group", "block", "param", "zero", "offset", "shift", "smooth", "pack", "perm", "transpos"),
+    *("svd", "low_rank", "codebook", "lut", "bits", "swizzle", "clip"),
+)
+"""In the names of options by which codes and scale are not the values: the format is another one."""
+_NEUTRAL = (None, False, 0, -1, "", "none")
+"""Values that switch such an option off; -1 is a group as long as the row."""
 
 
 def quant_formats(path: str | Path, header: SafetensorsHeader, file: BinaryIO) -> dict[str, str]:
@@ -66,5 +71,8 @@ def _format(layer: str, entry: Any) -> str:
     name = entry.get("format") if isinstance(entry, dict) else entry
     if not isinstance(name, str) or len(name) > MAX_FORMAT_NAME:
         raise ValueError(f"the format of {layer} is {brief(entry)}")
-    options = sorted(key for key in entry if key not in _OPTIONS and entry[key]) if isinstance(entry, dict) else []
-    return " ".join((name, *options))
+    entry = entry if isinstance(entry, dict) else {}
+    # What else is said only describes: per_row, orig_dtype, orig_shape. Of a rotation that is off, so does its size.
+    told = {key: value for key, value in entry.items() if entry.get("convrot") or not key.startswith("convrot")}
+    changing = (key for key, value in told.items() if key != "format" and value not in (*_NEUTRAL, [], {}))
+    return " ".join((name, *sorted(key for key in changing if any(word in key.lower() for word in _CHANGING))))

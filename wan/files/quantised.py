@@ -5,6 +5,7 @@
     ComfyUI, Kijai (fp8_scaled)     X.scale_weight, often X.scale_input; once per file: scaled_fp8
     ComfyUI with metadata           X.weight_scale, X.input_scale; formats in the header or in X.comfy_quant
     LightX2V (fp8, int8)            X.weight_scale with one number per output row
+    quanto (fp8, int8)              X.weight._data and X.weight._scale in place of X.weight
 
 Scales of inputs serve products of fp8 by fp8 only; products here take the unpacked weight.
 """
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 READS = "this version reads fp32, bf16, fp16, fp8 (plain or scaled by rows or tensors), int8 and GGUF files"
 
 _SCALES = (".scale_weight", ".weight_scale")
-_IGNORED = (".scale_input", ".input_scale", ".comfy_quant")
+_IGNORED = (".scale_input", ".input_scale", ".output_scale", ".comfy_quant")
 _MARKER = "scaled_fp8"
 
 # The end of a tensor's name -> the format that has it.
@@ -42,6 +43,7 @@ _REFUSED = {
     ".weight.absmax": "bitsandbytes (4 bit)",
     ".weight.SCB": "bitsandbytes (int8)",
     ".SCB": "bitsandbytes (int8)",
+    ".weight._shift": "quanto with zero points (4 bit or fewer)",
 }
 _REFUSED_DTYPES = {
     "F4": "a 4-bit float format (nvfp4 or mxfp4)",

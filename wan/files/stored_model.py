@@ -135,7 +135,8 @@ def open_file(path: str) -> OpenedFile:
 def _open_file(path: str, *identity: int) -> OpenedFile:
     suffix = Path(path).suffix.lower()
     if suffix in PTH_SUFFIXES:
-        return OpenedFile(path, *read_pth(path))
+        tensors, nbytes = read_pth(path)
+        return OpenedFile(path, _usual(tensors), nbytes)
     if suffix == GGUF_SUFFIX:
         from .gguf_files import GgufFile
 
@@ -153,4 +154,29 @@ def _open_file(path: str, *identity: int) -> OpenedFile:
             formats = quant_formats(path, header, file)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    return OpenedFile(path, header.tensors, header.nbytes, formats, header.metadata)
+    return OpenedFile(path, _usual(header.tensors), header.nbytes, formats, header.metadata)
+
+
+_SPELLINGS = (
+    # quanto, which keeps a weight's codes and scale as parts of it.
+    (".weight._data", ".weight"),
+    (".weight._scale", ".weight_scale"),
+)
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What torch puts into the names of modules that are compiled, sharded or checkpointed."""
+
+
+def _usual(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """By the names that all others write. Raises ValueError if two become one."""
+    renamed: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        usual = name
+        for wrapper in _WRAPPERS:
+            usual = usual.replace(wrapper, "")
+        for ending, plain in _SPELLINGS:
+            if usual.endswith(ending):
+                usual = usual.removesuffix(ending) + plain
+        if usual in renamed:
+            raise ValueError(f"tensor {usual} stands there in two spellings")
+        renamed[usual] = info
+    return renamed

@@ -97,6 +97,25 @@ REFUSED = (
     Refused(
         name="a Wan Animate transformer", parts=frozenset({"face_adapter", "motion_encoder", "pose_patch_embedding"})
     ),
+    Refused(name="a Wan SCAIL-2 transformer", parts=frozenset({"patch_embedding_mask"})),
+    Refused(name="a Wan SCAIL transformer", parts=frozenset({"patch_embedding_pose"})),
+    Refused(
+        name="a SkyReels DF (diffusion forcing) transformer",
+        parts=frozenset({"fps_embedding", "fps_projection"}),
+    ),
+    Refused(
+        name="a Wan transformer with Lynx adapters",
+        parts=frozenset({"ip_adapter", "ref_adapter", "to_k_ip", "to_k_ref"}),
+    ),
+    Refused(name="a Wan transformer with Stand-In merged into it", parts=frozenset({"q_loras", "k_loras", "v_loras"})),
+    Refused(
+        name="a Wan transformer with a Uni3C controlnet",
+        parts=frozenset({"controlnet", "controlnet_patch_embedding", "controlnet_blocks"}),
+    ),
+    Refused(name="a Wan transformer with video sparse attention (FastWan)", parts=frozenset({"to_gate_compress"})),
+    Refused(name="a ReCamMaster transformer", parts=frozenset({"cam_encoder"})),
+    Refused(name="a UniAnimate transformer", parts=frozenset({"dwpose_embedding", "randomref_embedding_pose"})),
+    Refused(name="a FlashVSR transformer", parts=frozenset({"LQ_proj_in"})),
     Refused(name="a Wan2.1 FLF2V transformer", parts=frozenset({"emb_pos"})),
     Refused(name="a Wan2.1 I2V transformer", parts=frozenset({"img_emb", "k_img"})),
     Refused(name="a Wan Fun-Control or camera transformer", channels=((32, 16), (48, 16), (52, 16))),

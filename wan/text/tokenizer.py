@@ -75,11 +75,19 @@ class Tokenizer:
 
     def __call__(self, text: str) -> list[int]:
         """Token ids of a prompt: cleaned, at most 512, the last one is the end of text; longer ones are cut."""
+        return [*self._ids(text)[: TEXT_LEN - 1], self.end_id]
+
+    def notes(self, **prompts: str) -> list[str]:
+        """What the user should know of prompts, by what he calls them: those that are cut."""
+        lengths = {name: len(self._ids(text)) + 1 for name, text in prompts.items()}
+        return [
+            f"{name} has {length} tokens; it was cut to {TEXT_LEN}, which is what the model takes"
+            for name, length in lengths.items()
+            if length > TEXT_LEN
+        ]
+
+    def _ids(self, text: str) -> list[int]:
         text = clean(text)
         if self._json is not None:
-            ids = self._json.encode(text, add_special_tokens=False).ids
-        else:
-            ids = self._pieces.encode(text)
-        if len(ids) >= TEXT_LEN:
-            _log.warning("the prompt has %d tokens; the last %d are cut", len(ids), len(ids) - TEXT_LEN + 1)
-        return [*ids[: TEXT_LEN - 1], self.end_id]
+            return self._json.encode(text, add_special_tokens=False).ids
+        return self._pieces.encode(text)

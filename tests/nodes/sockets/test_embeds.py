@@ -48,6 +48,18 @@ def test_what_has_no_effect_is_said() -> None:
     extras = {"pooled_output": rows(1), "guidance": 3.5, "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
     found = embeds.prompt_of([[rows(3)[None], extras]], "text_embeds")
     assert found.notes == ("text_embeds carries guidance, which has no effect here",)
+    of_other_packs = {"nag_scale": 11.0, "token_type": "umt5", "my_pack/info": {}, "x" * 500: 1, "empty": None}
+    (note,) = embeds.prompt_of([[rows(3)[None], of_other_packs]], "text_embeds").notes
+    assert note.startswith("text_embeds carries my_pack/info, nag_scale, token_type, 'xxx")
+    assert "which has no effect here" in note and len(note) < 400
+
+
+def test_what_text_encode_notes_reaches_the_status() -> None:
+    value = {"prompt_embeds": [rows(3)], embeds.NOTES: ["positive_prompt has 600 tokens; it was cut to 512", 7]}
+    assert embeds.prompt_of(value, "text_embeds").notes == (
+        "text_embeds: positive_prompt has 600 tokens; it was cut to 512",
+        "text_embeds: 7",
+    )
 
 
 @pytest.mark.parametrize(

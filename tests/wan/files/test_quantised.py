@@ -206,6 +206,43 @@ def test_a_scale_that_is_not_a_number_is_an_error(tmp_path: Path):
         load(path, torch.float32)
 
 
+DESCRIBED = {
+    "per_row": (torch.int8, True, {"per_row": True}),
+    "no convrot": (torch.int8, True, {"convrot": False, "convrot_groupsize": 256, "per_row": True}),
+    "int8 dtype": (torch.int8, False, {"orig_dtype": "torch.bfloat16", "group_size": -1}),
+    "fp8 dtype": (E4M3, False, {"orig_dtype": "torch.bfloat16", "orig_shape": [128, 128], "params": {}}),
+    "rowwise": (E4M3, True, {"orig_dtype": "torch.bfloat16", "quantized_by": "x", "scale_dtype": "float32"}),
+}
+
+
+@pytest.mark.parametrize("case", DESCRIBED)
+def test_options_that_only_describe_change_nothing(tmp_path: Path, case: str):
+    dtype, per_row, more = DESCRIBED[case]
+    weights, path = random_weights(CONFIG), tmp_path / "m.safetensors"
+    form = "int8_tensorwise" if dtype == torch.int8 else "float8_e4m3fn_rowwise" if per_row else "float8_e4m3fn"
+    says = {f"{layer}.comfy_quant": comfy_quant(format=form, **more) for layer in quantised_layers(weights)}
+    values = write_scaled(path, weights, dtype, scale="weight_scale", per_row=per_row, extra=says)
+    model = load(path, torch.float32)
+    for name, parameter in model.named_parameters():
+        if name in values:
+            layer = model.get_submodule(name.rpartition(".")[0])
+            got = layer.unpacked_weight() if parameter.dtype == E4M3 else parameter
+            assert torch.equal(got, values[name]), name
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"convrot": True}, {"group_size": 64}, {"block_size": 128}, {"params": {"bits": 4}}, {"hadamard": True}],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_that_change_the_values_are_refused_by_name(tmp_path: Path, option: dict[str, object]):
+    weights, path = random_weights(CONFIG), tmp_path / "m.safetensors"
+    says = {f"{Q.removesuffix('.weight')}.comfy_quant": comfy_quant(format="int8_tensorwise", per_row=True, **option)}
+    write_scaled(path, weights, torch.int8, scale="weight_scale", per_row=True, extra=says)
+    with pytest.raises(ValueError, match=f"quantised as int8_tensorwise {next(iter(option))}"):
+        Checkpoint([path])
+
+
 ODD_SCALES = {
     "blocks": ({"weight_scale": torch.ones(128, 8)}, r"q\.weight has shape \(128, 8\); expected one number"),
     "of uint8": ({"weight_scale": torch.ones(128, 4, dtype=torch.uint8)}, "quantised as mxfp8"),

@@ -1,0 +1,43 @@
+"""What only the run can know reaches its result: a prompt that was cut, a video of another size than asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from jobs import run_tiny, tiny_job
+from safetensors.torch import load_file, save_file
+from wan_pack.distributed.job.job import FileIdentity, Job
+from wan_pack.distributed.planning.preflight import check_job
+from wan_pack.wan.vae.video import probe
+
+
+@pytest.fixture(scope="module")
+def job(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Of two ranks, with a prompt that is too long and a VAE whose decoder makes four pixels for each."""
+    plain = tiny_job(tiny_models, text="a red fox walks through deep snow " * 150, steps=2)
+    state = load_file(plain.model.vae[0].path)
+    for name in ("decoder.head.2.weight", "decoder.head.2.bias"):
+        state[name] = state[name].repeat_interleave(4, 0)
+    path = tmp_path_factory.mktemp("vae") / "Wan2.1_VAE_upscale2x.safetensors"
+    save_file(state, path)
+    return dataclasses.replace(plain, model=dataclasses.replace(plain.model, vae=(FileIdentity.of(path),)))
+
+
+@pytest.mark.ranks
+def test_the_result_says_what_was_cut_and_how_large_the_video_is(job: Job, tmp_path: Path):
+    result = run_tiny(job, tmp_path)
+    video = probe(result.folder.video)
+    assert (video.width, video.height, video.frames) == (128, 96, 5)
+    assert (result.info["video"]["width"], result.info["video"]["height"]) == (128, 96)
+    (note,) = [line for line in result.info["warnings"] if line.startswith("prompt has ")]
+    assert note.endswith(" tokens; it was cut to 512, which is what the model takes")
+    assert int(note.split()[2]) > 512
+    result.remove()
+
+
+def test_the_preflight_says_that_the_vae_makes_twice_the_size(job: Job):
+    assert [line for line in check_job(job, {}) if "makes 2 x the size" in line] == [
+        f"{job.model.vae[0].path} makes 2 x the size: the video is 128x96"
+    ]
