@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from ..job.job_folder import JobDir
+from ..job.job_folder import JobDir, remove_folder
 from ..job.json_files import read_json, write_json
 
 GROUP_PREFIX = "wan-group-"
@@ -87,6 +86,6 @@ class GroupDir:
 
     def remove(self) -> None:
         """Deletes the folder and what it holds. A second call does nothing."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_folder(self.path)
         if self.lock is not None:
             self.lock.close()

@@ -7,7 +7,6 @@ import dataclasses
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,6 @@ from ..job.json_files import read_bounded, read_json, replace_text, write_json
 from ..machine.gpus import list_gpus
 
 MAX_HOSTFILE_BYTES = 64 << 10
-REMOVALS = 20
-REMOVAL_SECONDS = 0.05
 _LINE = re.compile(r"(\S+)\s+slots=(\d{1,3})\s*(?:#.*)?", re.ASCII)
 _SAFE_PATH = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 """What DeepSpeed's launcher hands to a remote shell as it is, and the shell leaves alone."""
@@ -137,14 +134,6 @@ class HostsDir(GroupDir):
             shutil.rmtree(folder.path, ignore_errors=True)
             raise
         return folder
-
-    def remove(self) -> None:
-        # An agent that came up late may write into it meanwhile, so that it is not empty when its turn comes.
-        for _ in range(REMOVALS):
-            super().remove()
-            if not self.path.exists():
-                return
-            time.sleep(REMOVAL_SECONDS)
 
     def mark(self, node: int) -> Path:
         """What the processes below the agent of machine `node` are known by, also where two agents share a machine."""

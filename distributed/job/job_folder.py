@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +16,8 @@ from .job import Job, JobError
 from .json_files import MAX_JSON_BYTES, read_bounded, read_json, replace_text, write_json
 
 PREFIX = "wan-job-"
+REMOVALS = 20
+REMOVAL_SECONDS = 0.05
 
 
 class JobDir:
@@ -82,6 +85,16 @@ class JobDir:
 
     def remove(self) -> None:
         """Deletes the folder and what it holds. A second call does nothing."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_folder(self.path)
         if self.lock is not None:
             self.lock.close()
+
+
+def remove_folder(path: Path) -> None:
+    """Deletes a folder and what it holds, as far as that can be deleted."""
+    # A process that ends, or a rank that stays, may write into it meanwhile: then it is not empty when its turn comes.
+    for _ in range(REMOVALS):
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(REMOVAL_SECONDS)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
+from typing import Any
 
+import pytest
+from jobs import stub_job
 from wan_pack.distributed.group.group_folder import GroupDir
 from wan_pack.distributed.group.leftovers import GRACE_SECONDS, KEPT, claim, keep_failed, remove_abandoned
+from wan_pack.distributed.hosts.hostfile import HostsDir
 from wan_pack.distributed.job.job_folder import JobDir
 
 
@@ -84,3 +89,24 @@ def test_abandoned_jobs_and_groups_go_when_they_are_old_enough(tmp_path: Path):
     assert (tmp_path / "wan-other").exists()
     for folder in (owned, young):
         folder.remove()
+
+
+@pytest.mark.parametrize("kind", ["job", "group", "hosts"])
+def test_a_folder_that_is_written_into_meanwhile_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
+    """By a rank that stays or an agent that ends: the folder is not empty when all that was listed is gone."""
+    if kind == "hosts":
+        folder = HostsDir.create_for(tmp_path, stub_job(hosts=("a",)), {})
+    else:
+        folder = JobDir.create(tmp_path) if kind == "job" else GroupDir.create(tmp_path, 1)
+    real, late = shutil.rmtree, ["first", "second"]
+
+    def remove(path: Path, **options: Any) -> None:
+        real(path, **options)
+        if late:
+            path.mkdir()
+            (path / late.pop()).touch()
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    folder.remove()
+    assert not late and not folder.path.exists()
+    folder.remove()

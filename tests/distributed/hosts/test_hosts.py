@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -138,22 +137,6 @@ def test_a_folder_that_a_remote_shell_would_take_apart_is_refused(tmp_path: Path
     with pytest.raises(JobError, match="a remote shell may take apart"):
         HostsDir.create_for(tmp_path / "a $(id)", stub_job(hosts=("a",)), {})
     assert not list((tmp_path / "a $(id)").iterdir())
-
-
-def test_a_folder_that_an_agent_writes_into_meanwhile_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = HostsDir.create_for(tmp_path, stub_job(hosts=("a",)), {})
-    real, late = shutil.rmtree, [folder.ready(0), folder.ended(0)]
-
-    def remove(path: Path, **options: Any) -> None:
-        """Finds the folder not empty when all that it listed is gone."""
-        if late:
-            late.pop().touch()
-        else:
-            real(path, **options)
-
-    monkeypatch.setattr(shutil, "rmtree", remove)
-    folder.remove()
-    assert not folder.path.exists()
 
 
 def test_a_folder_that_is_not_shared_is_named(tmp_path: Path):
