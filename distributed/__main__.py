@@ -1,5 +1,5 @@
-"""`python <pack>/distributed run JOB_FOLDER` or `doctor`; `agent|hosts|host|worker GROUP_FOLDER` and the doctor's
-`exchange` and `libraries` are started by the pack itself.
+"""`python <pack>/distributed run JOB_FOLDER` or `doctor`; `agent|hosts|host|worker GROUP_FOLDER`, `imports` and the
+doctor's `exchange` and `libraries` are started by the pack itself.
 
 Mounts the pack under one private name, whatever its folder is called, and runs one role. The pack's root never gets on
 `sys.path`: it holds a `nodes`, and ComfyUI has a module of that name.
@@ -21,6 +21,7 @@ COMMANDS = {
     "doctor": "doctor.examine",
     "exchange": "doctor.exchange",
     "libraries": "doctor.libraries",
+    "imports": "rank.library_check",
 }
 """Role that reads its own arguments -> module."""
 
@@ -31,6 +32,7 @@ def main() -> int:
     package = types.ModuleType(PACKAGE)
     package.__path__ = [str(ROOT)]
     sys.modules[PACKAGE] = package
+    importlib.import_module(f"{PACKAGE}.distributed.machine.import_paths").take_on()
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in COMMANDS and (name not in ROLES or len(sys.argv) < 3):
         print(__doc__, file=sys.stderr)

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import functools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,12 +19,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..group import installation
+from ..group.environment import child_environment
+from ..job.job import Parallel
 from ..machine.gpus import list_gpus
 from ..machine.programs import END_SECONDS
 from . import exchange
 from .findings import WRONG, Finding, Report, shortened
 from .gpu_findings import driver_findings, exchange_findings, gpu_findings
-from .system import disk_findings, ffmpeg_findings, memory_findings, variable_findings, version_findings
+from .system import (  # fmt: skip
+    disk_findings,
+    ffmpeg_findings,
+    memory_findings,
+    package_findings,
+    variable_findings,
+    version_findings,
+)
 
 LIBRARIES_TIMEOUT = 120.0
 """Seconds to import torch and the attention kernels, and to read the model's headers."""
@@ -60,6 +69,7 @@ def probes(*, model: Sequence[Path] = (), output: Path | None = None, temp: Path
     tries = (exchange.START_TIMEOUT + exchange.TIMEOUT) * (1 + len(exchange.CURES)) + 30
     return [
         Probe("versions", version_findings, 20),
+        Probe("imports", package_findings, installation.TIMEOUT + 10),
         Probe("driver", driver_findings, 15),
         Probe("GPUs", gpu_findings, 60),
         Probe("libraries", functools.partial(library_findings, model), LIBRARIES_TIMEOUT + 10),
@@ -106,13 +116,14 @@ def library_findings(model: Sequence[Path]) -> list[Finding]:
     # Absolute: the process works elsewhere.
     arguments = [str(path.absolute()) for path in model]
     command = [sys.executable, "-u", str(Path(__file__).resolve().parent.parent), "libraries", *arguments]
-    # What torch makes of all GPUs: those that the user hides are no fault of it.
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     with (
         tempfile.TemporaryDirectory(prefix="wan-doctor-", ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryFile() as out,
         tempfile.TemporaryFile() as errors,
     ):
+        environment = child_environment(Parallel(gpu_count=1), Path(folder))
+        # What torch makes of all GPUs: those that the user hides are no fault of it.
+        del environment["CUDA_VISIBLE_DEVICES"]
         # Into files: a pipe stays open for as long as anything that the libraries have started.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..job.errors import JobCancelled, JobError
+from ..machine import import_paths
 from ..machine.processes import descendants, kill_all
 
 PACK = Path(__file__).resolve().parent.parent
@@ -51,7 +52,8 @@ def run_doctor(
     ):
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors,
-            env={**environment, "TMPDIR": scratch}, start_new_session=True,
+            env={**environment, "TMPDIR": scratch, import_paths.VARIABLE: import_paths.handed_on(environment)},
+            start_new_session=True,
         )  # fmt: skip
         try:
             deadline = time.monotonic() + TIMEOUT

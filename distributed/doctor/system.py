@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from ..group.environment import ALLOCATOR
+from ..group.installation import installation_problem
 from ..job.errors import JobError
 from ..machine.host_memory import read_sizes
-from ..machine.prerequisites import ffmpeg_problem, packages_problem, require_platform, torch_problem, writing_problem
+from ..machine.prerequisites import ffmpeg_problem, require_platform, torch_problem, writing_problem
 from .findings import NOTE, OK, WRONG, Finding
 
 LITTLE_DISK = 2 << 30
@@ -46,10 +47,16 @@ def version_findings() -> list[Finding]:
         found.append(Finding("platform", str(error), WRONG, "Run ComfyUI on Linux, or in WSL2"))
     versions = ", ".join(f"{name} {_version(name)}" for name in LIBRARIES)
     found.append(Finding("packages", versions))
-    for topic, problem in (("packages", packages_problem()), ("torch", torch_problem())):
-        if problem:
-            found.append(Finding(topic, problem, WRONG))
+    if problem := torch_problem():
+        found.append(Finding("torch", problem, WRONG))
     return found
+
+
+def package_findings() -> list[Finding]:
+    """Whether the processes of a job can import what they need: all of it, as a rank does and in its environment."""
+    problem = installation_problem()
+    words = problem or "the processes of a job can import all that they need"
+    return [Finding("imports", words, WRONG if problem else OK)]
 
 
 def _version(name: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..job.job import Parallel
+from ..machine import import_paths
 from ..machine.processes import GROUP_VARIABLE
 
 NAMES = frozenset(
@@ -54,6 +55,7 @@ def child_environment(parallel: Parallel, group_folder: Path, source: Mapping[st
     }
     fixed = {
         GROUP_VARIABLE: str(group_folder),
+        import_paths.VARIABLE: import_paths.handed_on(source),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
@@ -72,16 +74,22 @@ def child_environment(parallel: Parallel, group_folder: Path, source: Mapping[st
     return {**defaults, **kept, **fixed}
 
 
+def cache_folder(source: Mapping[str, str] = os.environ) -> Path | None:
+    """Where this pack keeps what can be made again, for the user whose environment it is; None without a home."""
+    caches = source.get("XDG_CACHE_HOME") or (f"{source['HOME']}/.cache" if source.get("HOME") else "")
+    return Path(caches, "wan-distributed") if caches else None
+
+
 def _caches(source: Mapping[str, str]) -> dict[str, str]:
     """Where compiled kernels stay for the next job: torch's own choice is the temporary folder, often emptied.
 
     Python's own compiled files too, where ComfyUI keeps none, as in most container images: to compile torch, diffusers
     and transformers anew took each process of each video ten seconds.
     """
-    caches = source.get("XDG_CACHE_HOME") or (f"{source['HOME']}/.cache" if source.get("HOME") else "")
-    if not caches:
+    caches = cache_folder(source)
+    if caches is None:
         return {}
     folders = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
     if source.get("PYTHONDONTWRITEBYTECODE"):
         folders["PYTHONPYCACHEPREFIX"] = "pycache"
-    return {name: f"{caches}/wan-distributed/{folder}" for name, folder in folders.items()}
+    return {name: str(caches / folder) for name, folder in folders.items()}

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from ..group import worker_group
 from ..group.failures import RankFailure, advice, read_failures, root_cause
+from ..group.installation import check_installation
 from ..group.leftovers import claim, keep_failed, remove_abandoned
 from ..group.logs import LogFollower, log_tail
 from ..group.lost_ranks import LostRanks
@@ -87,7 +88,8 @@ def run_job(
     """
     with cancelled_by(cancelled):
         check_cancelled()
-        check_prerequisites(job.parallel, encodes=job.text is not None, decodes=job.decode)
+        check_prerequisites(job.parallel, decodes=job.decode)
+        check_installation(encodes=job.text is not None, decodes=job.decode)
         check_cancelled()
     if problem := writing_problem(parent):
         raise JobError(problem)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from ..job.errors import JobError
@@ -21,18 +19,6 @@ from .programs import ask_program
 
 MINIMUM_TORCH = (2, 6)
 """The first with fully_shard in torch.distributed.fsdp and set_priority in sdpa_kernel."""
-PACKAGES = {
-    "torch": "torch",
-    "safetensors": "safetensors",
-    "diffusers": "diffusers",
-    "transformers": "transformers",
-    "sentencepiece": "sentencepiece",
-    "ftfy": "ftfy",
-    "imageio_ffmpeg": "imageio-ffmpeg",
-}
-"""Module that a job imports -> the name under which pip installs it."""
-ENCODER_ONLY = ("transformers", "sentencepiece", "ftfy")
-"""Of these, what only encoding a prompt needs."""
 FFMPEG_TIMEOUT = 30.0
 """Seconds for a video of one frame."""
 MIN_FREE_BYTES = 64 << 20
@@ -48,17 +34,14 @@ def require_platform() -> None:
         )
 
 
-def check_prerequisites(parallel: Parallel, *, encodes: bool, decodes: bool) -> None:
+def check_prerequisites(parallel: Parallel, *, decodes: bool) -> None:
     """Raises JobError with what is missing and the command that installs it.
 
     Args:
         parallel: whose switches may need what this machine lacks.
-        encodes: whether the job encodes prompts.
-        decodes: whether it writes a video.
+        decodes: whether the job writes a video.
     """
     require_platform()
-    unneeded = {*(() if encodes else ENCODER_ONLY), *(() if decodes else ("imageio_ffmpeg",))}
-    _refuse(packages_problem([module for module in PACKAGES if module not in unneeded]))
     _refuse(torch_problem())
     if not parallel.hosts:
         # Other machines look for themselves.
@@ -85,21 +68,12 @@ def check_switches(parallel: Parallel) -> None:
         check_needs(parallel, capability)
 
 
-def packages_problem(modules: Sequence[str] = tuple(PACKAGES)) -> str:
-    """What is not installed, with the command that does; empty if all is there."""
-    missing = [PACKAGES[module] for module in modules if importlib.util.find_spec(module) is None]
-    if not missing:
-        return ""
-    names = " ".join(missing)
-    return f"not installed in ComfyUI's Python: {', '.join(missing)}; run {sys.executable} -m pip install {names}"
-
-
 def torch_problem() -> str:
     """Why torch's version does not do; empty if it does."""
     try:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        # A build from source without metadata: packages_problem looks whether it is there at all.
+        # A build from source without metadata: whether it is there at all is asked with the other packages.
         return ""
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if numbers >= MINIMUM_TORCH:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from .cancelling import check_cancelled
 
@@ -14,19 +15,29 @@ END_SECONDS = 1.0
 POLL = 0.1
 
 
-def ask_program(command: Sequence[str], *, timeout: float, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def ask_program(
+    command: Sequence[str],
+    *,
+    timeout: float,
+    given: bytes = b"",
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+) -> subprocess.CompletedProcess[bytes]:
     """Runs a program to its end.
 
     Args:
         timeout: seconds.
         given: to its standard input.
+        environment, folder: in which it runs; None for this process's.
     Raises:
         OSError: it cannot be started.
         subprocess.TimeoutExpired: it did not end in time, and was killed.
         JobCancelled: meanwhile, and it was killed; asked for every 0.1 s (cancelling.py).
     """
     # Not subprocess.run, which waits for a program that it has killed, however long that takes.
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=folder
+    )
     try:
         out, errors = _communicate(process, given, timeout)
     except BaseException:
