@@ -59,15 +59,11 @@ class Trial:
         self.acted = self.gone = 0.0
 
     def prompt(self, way: Way, **values: Any) -> Words:
-        from wan_pack.demo.example import BATCH, TEXT_TO_VIDEO, node_of, small_example, video_node
+        from wan_pack.demo.example import BATCH, TEXT_TO_VIDEO, node_of, small_example
 
         values = {"sample_steps": 1000, "num_frames": 17, "seed": self.seed, **way.values, **values}
         prompt = small_example(self.model, BATCH if way.batch else TEXT_TO_VIDEO, **values)
         node_of(prompt, "WanVideoDistributedConfig")["inputs"]["keep_warm_seconds"] = 600 if way.warm else 0
-        if way.when == "encode":
-            inputs = node_of(prompt, video_node(prompt))["inputs"]
-            del inputs["text_embeds"]
-            inputs["prompt"] = "a fox"
         return prompt
 
     def run(self, way: Way) -> dict[str, float]:
@@ -163,7 +159,6 @@ LONG_DECODING = {"sample_steps": 1, "num_frames": 201}
 WAYS = {
     "cancel, before the job starts": Way("queued", Trial.cancel),
     "cancel, processes starting": Way("agent", Trial.cancel),
-    "cancel, encoding": Way("encode", Trial.cancel),
     "cancel, loading": Way("load", Trial.cancel),
     "cancel, sampling": Way("denoise", Trial.cancel),
     "cancel, decoding": Way("decode", Trial.cancel, LONG_DECODING),

@@ -7,8 +7,8 @@ processes, where only processes are watched.
 
     python benchmarks/endings.py --server 5
 
-measures cancels in every phase, and kills, in a real ComfyUI on tiny models, each five times on the idle machine and
-beside four busy processes per core, and writes the table into README.md.
+measures cancels in every phase that lasts, and kills, in a real ComfyUI on tiny models, each five times on the idle
+machine and beside four busy processes per core, and writes the table into README.md.
 """
 
 from __future__ import annotations
