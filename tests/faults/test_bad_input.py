@@ -58,6 +58,8 @@ JOB = Job(id="0f", model=MODEL, parallel=PARALLEL, sampling=SAMPLING, text=Text(
         (SAMPLING, "end_step", -1, "1 to 20"),
         (MODEL, "vae", (), "at least one file"),
         (LoraFile(file=FILE, strength=1.0), "strength", float("inf"), "-100 to 100"),
+        (LoraFile(file=FILE, strength=1.0), "strength", 100.5, "-100 to 100"),
+        (LoraFile(file=FILE, strength=1.0), "strength", -100.5, "-100 to 100"),
         (JOB, "id", "../x", "hexadecimal"),
         (JOB, "id", "", "hexadecimal"),
         (JOB, "id", "a" * 65, "hexadecimal"),

@@ -47,6 +47,7 @@ ORIGINS = [
 def test_the_origin_is_told_from_what_followed():
     for first, failure in enumerate(ORIGINS):
         assert root_cause(ORIGINS[first:]) is root_cause([*ORIGINS[:first:-1], failure]) is failure
+    assert root_cause([RankFailure(rank=0, signal="SIGINT", seconds=100.0), ORIGINS[3]]) is ORIGINS[3]
     assert root_cause([]) is None
     late = RankFailure(rank=0, signal="SIGKILL", seconds=102.0)
     assert root_cause([late, ORIGINS[0]]) is ORIGINS[0] and root_cause([late, *ORIGINS[3:]]) is ORIGINS[3]

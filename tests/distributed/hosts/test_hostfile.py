@@ -61,3 +61,12 @@ def test_a_workflow_picks_a_hostfile_that_is_there_and_nothing_else(tmp_path: Pa
     for name in ("../secret", str(tmp_path / "secret"), "gone"):
         with pytest.raises(ValueError, match="hostfile is"):
             parallel_over(dataclasses.replace(chosen, hostfile=name), base, guided=True, status=status)
+
+
+def test_slots_of_all_machines_together_have_a_bound(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hosts, "list_gpus", list)
+    base = Parallel(gpu_count=1)
+    assert hosts.over_hosts(base, hosts.Hosts(("a", "b"), 32), guided=False).gpu_count == 64
+    for slots in (0, 33):
+        with pytest.raises(ValueError, match=f"has {2 * slots} slots in all; it must be 1 to 64"):
+            hosts.over_hosts(base, hosts.Hosts(("a", "b"), slots), guided=False)

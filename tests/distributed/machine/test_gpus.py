@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from wan_pack.distributed.machine import nvidia_smi
-from wan_pack.distributed.machine.gpus import choose_gpus, list_gpus
+from wan_pack.distributed.machine.gpus import choose_gpus, list_gpus, suitable_gpus
 
 LISTING = "\n".join(f"{i}, GPU-{i}{i}{i}, NVIDIA H200, 143771, {140000 - i}" for i in range(4))
 
@@ -99,3 +99,9 @@ def test_a_hanging_driver_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(nvidia_smi, "ask_program", hang)
     assert list_gpus() == []
+
+
+@pytest.mark.parametrize("count", [-1, 65])
+def test_a_number_of_gpus_beyond_the_bounds_is_refused(count: int):
+    with pytest.raises(ValueError, match=rf"gpu_count is {count}; it must be 0 \(all\) to 64"):
+        suitable_gpus(count)

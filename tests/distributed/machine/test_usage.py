@@ -42,6 +42,11 @@ def test_without_an_answer_there_is_nothing_to_say(monkeypatch: pytest.MonkeyPat
     assert in_words([]) == ""
 
 
+def test_a_line_that_makes_no_sense_hides_no_other(monkeypatch: pytest.MonkeyPatch):
+    machine(monkeypatch, "an error\n0, GPU-0, [N/A], [N/A], 3\n1, GPU-1, 100, 81559, 5")
+    assert set(all_gpus()) == {"1", "GPU-1"}
+
+
 def test_words_stay_one_short_line(monkeypatch: pytest.MonkeyPatch):
     machine(monkeypatch, LISTING)
     gpus = all_gpus()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -159,8 +160,6 @@ def test_activations_are_those_of_the_fullest_moment(
 
 def test_two_gpus_hold_half_of_the_tokens_and_what_they_exchange():
     """With a short feed-forward q, k and v, three times, are the fullest: 4 and ten of 2 bytes; on one GPU 12."""
-    import dataclasses
-
     work = workload()
     work = dataclasses.replace(work, config=dataclasses.replace(work.config, ffn_dim=512))
     compiled = {"torch_compile": True}
@@ -183,6 +182,8 @@ def test_weights_that_wait_in_host_memory_are_those_of_all_processes():
         ({"stream_blocks": True, "keep_warm_seconds": 1.0}, 4),
     ):  # fmt: skip
         assert memory.parked_bytes(workload(), Parallel(gpu_count=2, **settings)) == experts * expert, settings
+    warm = Parallel(gpu_count=2, use_fsdp=True, offload_model=True, keep_warm_seconds=1.0)
+    assert memory.parked_bytes(dataclasses.replace(workload(), experts=(GIB, 3 * GIB)), warm) == 3 * GIB
     alone = Parallel(gpu_count=2, offload_model=True, keep_warm_seconds=1.0)
     assert memory.parked_bytes(workload(experts=1), alone) == 0
 
