@@ -163,6 +163,9 @@ class DeepSpeedUlysses:
         import deepspeed
         from deepspeed.sequence.layer import DistributedAttention
 
+        # On a CPU it would compile an operation for its own all-reduce, which nothing here calls, under a lock that
+        # outlives a process that is killed meanwhile: the next job would wait for it without end.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         # DeepSpeed wraps the process group that is already there.
         deepspeed.init_distributed(dist_backend=dist.get_backend(group), verbose=False)
 

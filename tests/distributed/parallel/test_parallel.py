@@ -42,6 +42,16 @@ def test_deepspeed_attention_where_heads_divide():
     run_ranks("attention_equals_plain", 4, engine="deepspeed", sizes=[4], heads=[4, 40], lengths=[16, 45])
 
 
+def test_deepspeed_builds_nothing_and_waits_for_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A process that was killed while it built left a lock, for which every later one would wait."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    run_ranks("attention_equals_plain", 2, engine="deepspeed", sizes=[2], heads=[4], lengths=[16])
+    assert list(tmp_path.rglob("*")) == [lock.parent, lock]
+
+
 def test_rows_and_columns_of_ranks_have_the_jobs_time_limit():
     run_ranks("a_missing_peer_is_noticed_in_time", 4)
 
