@@ -22,6 +22,10 @@ test: $(READY) lint
 soak: $(READY)
 	SOAK_JOBS=300 $(PYTHON_IN_VENV) -m pytest -s tests/comfyui/test_soak.py
 
+# The pack with the oldest and with the newest packages that requirements.txt allows; minutes, and 6 GB each meanwhile.
+oldest newest:
+	tests/versions.sh $@
+
 # After a change of the nodes' inputs or outputs that is meant.
 object-info: $(READY)
 	WRITE_OBJECT_INFO=1 $(PYTHON_IN_VENV) -m pytest -q tests/nodes/test_object_info.py
@@ -38,7 +42,7 @@ format: $(READY)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-$(READY): requirements.txt requirements-dev.txt demo/setup.sh demo/comfyui.py
+$(READY): requirements.txt requirements-deepspeed.txt requirements-dev.txt demo/setup.sh demo/comfyui.py
 	demo/setup.sh $(VENV)
 	touch $@
 

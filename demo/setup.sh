@@ -29,5 +29,5 @@ comfyui=$("$venv/bin/python" demo/comfyui.py)
 grep -E '^torch' requirements-dev.txt >"$venv/constraints.txt"
 "${install[@]}" --constraint "$venv/constraints.txt" -r requirements-dev.txt -r "$comfyui/requirements.txt" setuptools wheel ninja
 # DeepSpeed's setup looks for torch in the environment, so it comes after it and without an isolated build.
-"${install[@]}" --constraint "$venv/constraints.txt" --no-build-isolation -r requirements.txt
+"${install[@]}" --constraint "$venv/constraints.txt" --no-build-isolation -r requirements.txt -r requirements-deepspeed.txt
 say "Done."

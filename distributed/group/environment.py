@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..job.job import Parallel
 from ..machine import import_paths
+from ..machine.prerequisites import torch_release
 from ..machine.processes import GROUP_VARIABLE
 
 NAMES = frozenset(
@@ -26,6 +27,12 @@ PREFIXES = (
     "DS_",
 )  # fmt: skip
 SECRETS = ("TOKEN", "SECRET", "PASSWORD", "API_KEY")
+RENAMED = (
+    ((2, 9), "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+    ((2, 9), "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"),
+    ((2, 9), "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"),
+)
+"""The torch since which a variable has a new name, that and its old one."""
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
@@ -44,6 +51,10 @@ def child_environment(parallel: Parallel, group_folder: Path, source: Mapping[st
             ]
             if options:
                 kept[name] = ",".join(options)
+    numbers = torch_release()[1]
+    renamed = {new: old for since, new, old in RENAMED if numbers and numbers < since}
+    if "PYTORCH_ALLOC_CONF" in kept and "PYTORCH_ALLOC_CONF" in renamed:
+        kept.setdefault("PYTORCH_CUDA_ALLOC_CONF", kept["PYTORCH_ALLOC_CONF"])
     caches = _caches(source)
     if "PYTHONPYCACHEPREFIX" in caches:
         del kept["PYTHONDONTWRITEBYTECODE"]
@@ -71,6 +82,8 @@ def child_environment(parallel: Parallel, group_folder: Path, source: Mapping[st
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_FR_DUMP_TEMP_FILE": str(group_folder / "nccl_trace_rank_"),
     }
+    # Under the new names alone an old torch would record nothing; under both a new one complains of each.
+    fixed |= {renamed[name]: value for name, value in fixed.items() if name in renamed}
     return {**defaults, **kept, **fixed}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,10 +34,18 @@ def check_needs(parallel: Parallel, capability: Capability | None) -> None:
     if parallel.torch_compile:
         check_compiling(capability)
     exchanges = parallel.use_ulysses and parallel.ulysses_size > 1
-    if exchanges and parallel.ulysses_engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+    if exchanges and parallel.ulysses_engine == "deepspeed" and not deepspeed_there():
         raise ValueError(
-            "ulysses_engine is 'deepspeed', which is not installed; choose 'packed', or run pip install deepspeed"
+            f"ulysses_engine is 'deepspeed', which is not installed; choose 'packed', or run {DEEPSPEED_COMMAND}"
         )
+
+
+DEEPSPEED_COMMAND = f"{sys.executable} -m pip install --no-build-isolation deepspeed"
+
+
+def deepspeed_there() -> bool:
+    """Whether the optional package is installed: an exchange is its, and the launcher for several machines."""
+    return importlib.util.find_spec("deepspeed") is not None
 
 
 def every_value() -> Iterator[tuple[str, Any]]:

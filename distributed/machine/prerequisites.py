@@ -12,13 +12,13 @@ from pathlib import Path
 
 from ..job.errors import JobError
 from ..job.job import Parallel
-from ..job.needs import check_needs
+from ..job.needs import DEEPSPEED_COMMAND, check_needs, deepspeed_there
 from ..job.sampling import Sampling
 from .gpus import compute_capabilities
 from .programs import ask_program
 
-MINIMUM_TORCH = (2, 6)
-"""The first with fully_shard in torch.distributed.fsdp and set_priority in sdpa_kernel."""
+MINIMUM_TORCH = (2, 7)
+"""As ComfyUI itself asks for, and the first whose FSDP2 runs on CPU processes."""
 FFMPEG_TIMEOUT = 30.0
 """Seconds for a video of one frame."""
 MIN_FREE_BYTES = 64 << 20
@@ -43,8 +43,10 @@ def check_prerequisites(parallel: Parallel, *, decodes: bool) -> None:
     """
     require_platform()
     _refuse(torch_problem())
-    if not parallel.hosts:
-        # Other machines look for themselves.
+    if parallel.hosts:
+        # The machines look for the rest themselves.
+        _refuse("" if deepspeed_there() else f"several machines are reached with DeepSpeed; run {DEEPSPEED_COMMAND}")
+    else:
         try:
             check_switches(parallel)
         except ValueError as error:
@@ -68,15 +70,20 @@ def check_switches(parallel: Parallel) -> None:
         check_needs(parallel, capability)
 
 
-def torch_problem() -> str:
-    """Why torch's version does not do; empty if it does."""
+def torch_release() -> tuple[str, tuple[int, ...]]:
+    """Of the torch that is installed: its version, and of that the first two numbers. Empty without its metadata, as
+    where it was built from source; whether it is there at all is asked with the other packages."""
     try:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        # A build from source without metadata: whether it is there at all is asked with the other packages.
-        return ""
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if numbers >= MINIMUM_TORCH:
+        return "", ()
+    return version, tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def torch_problem() -> str:
+    """Why torch's version does not do; empty if it does."""
+    version, numbers = torch_release()
+    if not numbers or numbers >= MINIMUM_TORCH:
         return ""
     return f"torch is {version}; it must be {'.'.join(map(str, MINIMUM_TORCH))} or newer"
 

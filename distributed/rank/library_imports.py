@@ -27,7 +27,8 @@ def import_diffusers() -> None:
     other."""
     if all(name in sys.modules for name in MODULES):
         return
-    with hidden(OPTIONAL):
+    # The first import looks once and for all for what is installed: what a solver's has found must not be gone now.
+    with hidden(() if "diffusers" in sys.modules else OPTIONAL):
         for name in MODULES:
             importlib.import_module(name)
 

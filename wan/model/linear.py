@@ -105,9 +105,17 @@ def _multiply(x: Fp8Rows, weight: Tensor, scale: Tensor | None, bias: Tensor | N
         scale = torch.ones(weight.shape[0], 1, device=weight.device)
     bias = None if bias is None else bias.to(torch.bfloat16)
     # Adding up within the tensor cores is twice as fast; what it rounds is far below what the codes do.
-    y = torch._scaled_mm(
-        x.codes, weight.t(), x.scale, scale.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
+    if hasattr(F, "scaled_mm"):
+        rows = F.ScalingType.RowWise
+        y = F.scaled_mm(
+            x.codes, weight.t(), x.scale, rows, scale.t(), rows,
+            bias=bias, output_dtype=torch.bfloat16, use_fast_accum=True,
+        )  # fmt: skip
+    else:
+        # Before torch 2.10.
+        y = torch._scaled_mm(
+            x.codes, weight.t(), x.scale, scale.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
     return y.to(out)
 
 

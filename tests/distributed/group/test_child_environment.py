@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from wan_pack.distributed.group import environment
 from wan_pack.distributed.group.environment import NAMES, PREFIXES, SECRETS, child_environment
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.machine.processes import GROUP_VARIABLE
@@ -96,6 +97,26 @@ def test_one_option_of_the_allocator_is_taken_out(name: str):
             "backend:cudaMallocAsync,max_split_size_mb:64": "max_split_size_mb:64"}  # fmt: skip
     for value, expected in kept.items():
         assert child({name: value}).get(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("version", "old"), [("2.7.0+cu126", True), ("2.8.1", True), ("2.9.0", False), ("2.15.0", False), (None, False)]
+)
+def test_an_old_torch_is_told_under_the_names_that_it_knows(
+    version: str | None, old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    numbers = () if version is None else tuple(map(int, version.split("+")[0].split(".")[:2]))
+    monkeypatch.setattr(environment, "torch_release", lambda: (version or "", numbers))
+    got = child({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, tmp_path)
+    for name, before in (
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"),
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"),
+        ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"),
+    ):
+        assert got.get(before) == (got[name] if old else None)
+    # The user's own value of the old name stays.
+    both = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert child(both)["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
 
 
 def test_compiled_kernels_stay_in_the_users_cache():

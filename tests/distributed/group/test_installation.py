@@ -45,8 +45,21 @@ def answers(monkeypatch: pytest.MonkeyPatch, **found: dict[str, str]) -> None:
 def test_the_packages_are_those_of_the_requirements():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     named = {re.split(r"[<>=; ]", line)[0] for line in lines if line and not line.startswith("#")}
-    # Only for ulysses_engine deepspeed, whose own check names it.
-    assert named - {"deepspeed"} == set(PACKAGES.values())
+    assert named == set(PACKAGES.values())
+
+
+def test_the_registrys_dependencies_are_those_of_the_requirements():
+    tomllib = pytest.importorskip("tomllib", reason="of Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def listed(name: str) -> list[str]:
+        lines = (ROOT / name).read_text().splitlines()
+        return [line.replace('"', "'") for line in lines if line and not line.startswith("#")]
+
+    assert project["dependencies"] == listed("requirements.txt")
+    # Built from source, it would fail an installation of everything by one command.
+    assert not any("deepspeed" in line for line in project["dependencies"])
+    assert project["optional-dependencies"]["deepspeed"] == listed("requirements-deepspeed.txt")
 
 
 def test_missing_packages_come_with_the_command(monkeypatch: pytest.MonkeyPatch):

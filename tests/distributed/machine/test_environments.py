@@ -39,9 +39,10 @@ def test_other_systems(monkeypatch: pytest.MonkeyPatch, platform: str):
 @pytest.mark.parametrize(
     ("version", "problem"),
     [
-        ("2.5.1+cu124", "torch is 2.5.1+cu124; it must be 2.6 or newer"),
-        ("1.13.1", "torch is 1.13.1; it must be 2.6 or newer"),
-        ("2.6.0", ""),
+        ("2.5.1+cu124", "torch is 2.5.1+cu124; it must be 2.7 or newer"),
+        ("1.13.1", "torch is 1.13.1; it must be 2.7 or newer"),
+        ("2.6.0", "torch is 2.6.0; it must be 2.7 or newer"),
+        ("2.7.0", ""),
         ("2.10.0a0+git123", ""),
         ("3.0", ""),
     ],

@@ -17,7 +17,7 @@ from wan_pack.distributed.job.needs import every_value
 from wan_pack.distributed.job.switches import Switches
 from wan_pack.distributed.launch import launcher
 from wan_pack.distributed.machine.gpus import compute_capabilities
-from wan_pack.distributed.machine.prerequisites import check_switches
+from wan_pack.distributed.machine.prerequisites import check_prerequisites, check_switches
 from wan_pack.distributed.planning.preflight import check_job
 from wan_pack.distributed.rank.session import Session
 from wan_pack.wan.model import attention_kernels
@@ -132,6 +132,15 @@ def test_an_engine_that_exchanges_nothing_may_be_missing(machine: Any):
     machine("", packages=False)
     check_switches(Parallel(gpu_count=1, ulysses_engine="deepspeed"))
     check_switches(parallel_with((), ulysses_engine="deepspeed", use_ulysses=False))
+
+
+def test_several_machines_need_deepspeed(machine: Any):
+    over_hosts = Parallel(gpu_count=2, hosts=("a", "b"))
+    machine("", packages=True)
+    check_prerequisites(over_hosts, decodes=False)
+    machine("", packages=False)
+    with pytest.raises(JobError, match=r"^several machines are reached with DeepSpeed; run .* deepspeed$"):
+        check_prerequisites(over_hosts, decodes=False)
 
 
 def test_what_nvidia_smi_does_not_tell_is_left_to_the_ranks(smi: Any):

@@ -30,6 +30,36 @@ import scipy.stats
 """
 
 
+AFTER_OTHERS = """
+from mount import mount_pack
+mount_pack()
+from wan_pack.distributed.rank import library_imports
+
+hides = []
+hidden = library_imports.hidden
+library_imports.hidden = lambda names: hides.append(bool(names)) or hidden(names)
+{first}
+library_imports.import_diffusers()
+print(*hides)
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("first", "hides"),
+    [("", "True"), ("from diffusers import UniPCMultistepScheduler", "False")],
+    ids=["first", "later"],
+)
+def test_what_the_first_import_has_found_stays_found(first: str, hides: str):
+    """diffusers 0.37 imports what it had found then, whatever is hidden now: a solver may have been there before."""
+    ended = subprocess.run(
+        [sys.executable, "-c", AFTER_OTHERS.format(first=first)],
+        capture_output=True, text=True, timeout=120, check=False,
+        env={"PYTHONPATH": str(mount.__file__).rpartition("/")[0], "HOME": "/nonexistent", "PATH": "/usr/bin"},
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout.split()) == (0, [hides]), ended.stderr[-2000:]
+
+
 @pytest.mark.processes
 def test_optional_packages_are_not_imported_and_stay_importable():
     ended = subprocess.run(

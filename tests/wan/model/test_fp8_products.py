@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,11 +107,15 @@ def test_each_row_keeps_its_precision():
     assert torch.equal(out[2], layer.bias.float())
 
 
-def test_gpu_product_gets_what_the_documentation_asks_for(monkeypatch: pytest.MonkeyPatch):
-    """e4m3 codes, the first row-major, the second column-major; scales [M, 1] and [1, N] of float32; a bf16 bias."""
+@pytest.mark.parametrize("public", [True, False], ids=["scaled_mm", "_scaled_mm"])
+def test_gpu_product_gets_what_the_documentation_asks_for(public: bool, monkeypatch: pytest.MonkeyPatch):
+    """e4m3 codes, the first row-major, the second column-major; scales [M, 1] and [1, N] of float32; a bf16 bias.
+
+    By torch's public function where it has one, and before torch 2.10 by the other.
+    """
     from wan_pack.wan.model import linear
 
-    def scaled_mm(a, b, scale_a, scale_b, *, bias, out_dtype, use_fast_accum):  # type: ignore[no-untyped-def]
+    def product(a, b, scale_a, scale_b, *, bias, out_dtype, use_fast_accum):  # type: ignore[no-untyped-def]
         assert a.dtype == b.dtype == E4M3
         assert a.is_contiguous()
         assert b.t().is_contiguous()
@@ -119,9 +124,20 @@ def test_gpu_product_gets_what_the_documentation_asks_for(monkeypatch: pytest.Mo
         assert scale_a.dtype == scale_b.dtype == torch.float32
         assert scale_a.is_contiguous() and scale_b.is_contiguous()
         assert bias.dtype == out_dtype == BF16
+        assert use_fast_accum
         return (a.float() @ b.float() * scale_a * scale_b + bias.float()).to(out_dtype)
 
-    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    def scaled_mm(a, b, scale_a, recipe_a, scale_b, recipe_b, *, output_dtype, **more):  # type: ignore[no-untyped-def]
+        assert (recipe_a, recipe_b) == ("by rows", "by rows")
+        return product(a, b, scale_a, scale_b, out_dtype=output_dtype, **more)
+
+    if public:
+        monkeypatch.setattr(F, "ScalingType", SimpleNamespace(RowWise="by rows"), raising=False)
+        monkeypatch.setattr(F, "scaled_mm", scaled_mm, raising=False)
+        monkeypatch.delattr(torch, "_scaled_mm", raising=False)
+    else:
+        monkeypatch.delattr(F, "scaled_mm", raising=False)
+        monkeypatch.setattr(torch, "_scaled_mm", product)
     layer, x = fp8_layer()
     rows = cast_rows(x, E4M3)
     assert isinstance(rows, Fp8Rows)
