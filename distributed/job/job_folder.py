@@ -33,6 +33,8 @@ class JobDir:
         self.progress = self.path / "progress.json"
         self.preview = self.path / "preview.jpg"
         """What the video is going to be, as of the last steps."""
+        self.stop = self.path / "stop.json"
+        """Its appearance asks the ranks to stop after their step, and to wait for another job."""
         self.failures = self.path / "failures.json"
         """The agent's, of the group that the job ended."""
         self.result = self.path / "result.json"

@@ -31,7 +31,6 @@ from ..group.leftovers import claim, keep_failed, remove_abandoned
 from ..group.logs import LogFollower, log_tail
 from ..group.lost_ranks import LostRanks
 from ..group.signs_of_life import Problem, Seen, SignsOfLife, dump_stacks, find_suspect
-from ..job.errors import JobCancelled
 from ..job.job import Job, JobError
 from ..job.job_folder import JobDir
 from ..job.progress import Progress, place, read_progress
@@ -41,6 +40,7 @@ from ..machine.usage import Usage, UsageMonitor, all_gpus, gpu_usage, in_words, 
 from .changed_file import ChangedFile
 from .pool import Pool
 from .result import Result, checked_result
+from .stopping import Stopping, cancel
 
 POLL = 0.1
 MAX_LOG = 64 << 10
@@ -106,7 +106,8 @@ def run_job(
             if folder.inputs.exists():
                 folder.inputs.chmod(0o600)
             return _Run(job, folder, failed, on_progress, on_log_line, cancelled, pool).to_the_end()
-        except JobFailed:
+        except (JobFailed, Stopping):
+            # The folder of the one is kept; ranks still write into the other's, which the pool removes after them.
             raise
         except _GroupLost as error:
             # In a folder without that group's traces. This comes to an end: each time a group fewer waits.
@@ -146,13 +147,13 @@ class _Run:
         # Not before: the time-outs are the ranks', and waiting for a GPU is not their fault.
         self._signs = SignsOfLife(self._folder, self._job.parallel)
         self._lost = LostRanks(self._folder)
-        lost = good = False
+        lost = good = stays = False
         try:
             self._group.submit(self._folder)
             self._usage.start()
             while self._group.exit_code is None and not self._signs.all_done():
                 if self._cancelled():
-                    raise JobCancelled("cancelled")
+                    raise cancel(self._pool, self._group, self._job, self._folder, self._signs.ranks(), self._shown)
                 self._report()
                 self._report_wait()
                 if lost := self._lost.look(self._ranks()):
@@ -174,12 +175,15 @@ class _Run:
                 self._end()
                 raise self._failure(f"the job ended without a valid result: {error}", None) from error
             good = True
+        except Stopping:
+            stays = True
+            raise
         finally:
             try:
                 if good and self._group.exit_code is None:
                     self._group.ranks = [seen.process for seen in self._signs.ranks().values()]
                     self._pool.give_back(self._group, self._job)
-                else:
+                elif not stays:
                     self._end()
             finally:
                 # Last: what waits for a reading must not keep a GPU.

@@ -12,12 +12,16 @@ from typing import Any
 
 from ..group.worker_group import WorkerGroup
 from ..hosts.hosts_group import HostsGroup
+from ..job.errors import JobCancelled
 from ..job.job import Job, ModelFiles, Parallel
 from ..job.job_folder import JobDir
 from ..machine.gpu_locks import GpuLocks, wait_for_gpus
 from ..machine.gpus import Gpu, list_gpus
 from ..machine.host_memory import available_bytes
 from ..machine.processes import Process
+from .stopping import stopped_ranks
+
+POLL = 0.1
 
 
 @dataclass(slots=True)
@@ -32,6 +36,8 @@ class _Member:
     idle: bool = False
     released: bool = False
     """To end with its job."""
+    stopping: threading.Thread | None = None
+    """Waits for the ranks of a cancelled job to stop; afterwards it is idle, or has ended."""
     timer: threading.Timer | None = None
     expires: float = 0.0
     """By `time.monotonic()`; of an idle one."""
@@ -93,9 +99,10 @@ class Pool:
         """
         before: dict[str, int] = {}
         host_bytes = self.host_bytes()
+        self._wait_for_stopping(_kind(job), cancelled, on_wait)
         with self._lock:
-            for member in [member for member in self._members if member.idle]:
-                if member.kind == _kind(job) and member.group.usable:
+            for member in self._resting():
+                if member.idle and member.kind == _kind(job) and member.group.usable:
                     member.idle, member.parallel = False, job.parallel
                     if member.timer is not None:
                         member.timer.cancel()
@@ -134,6 +141,49 @@ class Pool:
         # Not under the lock: nobody else touches a group that is not idle, and those of a batch end side by side.
         self._end(member)
 
+    def stop(self, group: WorkerGroup, job: Job, folder: JobDir, seconds: float) -> None:
+        """After a cancel: asks the group's ranks to stop after their step. Returns at once.
+
+        Once they have stopped the group waits as after a good job; if they have not within `seconds`, it is ended. The
+        job's folder is removed then.
+        """
+        with self._lock:
+            member = self._member(group)
+            member.stopping = threading.Thread(
+                target=self._see_it_stop, args=(member, job, folder, seconds), name="wan-stop", daemon=True
+            )
+            folder.write_json(folder.stop, {})
+            member.stopping.start()
+
+    def _see_it_stop(self, member: _Member, job: Job, folder: JobDir, seconds: float) -> None:
+        ranks = stopped_ranks(member.group, job, folder, seconds)
+        with self._lock:
+            # Otherwise it was ended meanwhile.
+            if member in self._members:
+                member.stopping = None
+                if ranks is None:
+                    self._end(member)
+                else:
+                    member.group.ranks = ranks
+                    self.give_back(member.group, job)
+        folder.remove()
+
+    def _wait_for_stopping(self, kind: Any, cancelled: Callable[[], bool], on_wait: Callable[[str], None]) -> None:
+        """Until no group of this kind is about to stop. Raises JobCancelled."""
+        with self._lock:
+            threads = [member.stopping for member in self._members if member.stopping and member.kind == kind]
+        if threads:
+            on_wait("waiting for the end of the step that was cancelled")
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(POLL)
+                if cancelled():
+                    raise JobCancelled("cancelled")
+
+    def _resting(self) -> list[_Member]:
+        """Those without a job: idle, or about to be."""
+        return [member for member in self._members if member.idle or member.stopping is not None]
+
     def forget(self, group: WorkerGroup) -> None:
         """After the group has ended: its GPUs are free for others."""
         with self._lock:
@@ -152,7 +202,7 @@ class Pool:
         """
         with self._lock:
             meant = [member for member in self._members if group_id in (None, _id(member))]
-            idle = [member for member in meant if member.idle]
+            idle = [member for member in self._resting() if member in meant]
             for member in meant:
                 member.released = True
             for member in idle:
@@ -165,7 +215,7 @@ class Pool:
         What others have taken since a group started is not seen.
         """
         with self._lock:
-            idle = [member for member in self._members if member.idle]
+            idle = self._resting()
             before = {index: free for member in idle for index, free in member.free_bytes.items()}
         return [_with_free(gpu, before) for gpu in gpus]
 
@@ -175,7 +225,7 @@ class Pool:
         Those on GPUs that the next job leaves alone count as well.
         """
         with self._lock:
-            before = [member.host_bytes for member in self._members if member.idle]
+            before = [member.host_bytes for member in self._resting()]
         return max((size for size in (available_bytes(), *before) if size is not None), default=None)
 
     def view(self) -> list[GroupView]:

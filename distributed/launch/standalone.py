@@ -12,10 +12,11 @@ import tempfile
 from pathlib import Path
 
 from ..hosts.hostfile import host_warnings, over_hosts, read_hostfile
+from ..job.errors import JobCancelled
 from ..job.job import Job, JobError
 from ..job.job_folder import JobDir
 from ..job.progress import Progress, steady_seconds
-from .launcher import JobCancelled, Result, new_job_id, run_job
+from .launcher import Result, new_job_id, run_job
 
 
 def main(arguments: list[str]) -> int:

@@ -17,7 +17,7 @@ from ...wan.model.transformer import WanModel
 from ..job.job import FileIdentity, Job, LoraFile
 from ..machine.host_memory import available_bytes
 from ..parallel.mesh import Mesh
-from ..parallel.parallelize import set_shard, spread_tokens
+from ..parallel.parallelize import release_gathered, set_shard, spread_tokens
 from ..parallel.sequence import SequenceShard
 from ..parallel.shared_reading import SharedReading
 from .expert import Weights, build_expert, load_expert, relora_expert
@@ -156,6 +156,16 @@ class RankExperts:
         """Ends what is read during the steps: the job has failed."""
         for coming in self._coming.values():
             coming.reading.stop(wait=1.0)
+
+    def settle(self) -> None:
+        """After a job that stopped between two steps: an expert that was still being read is let go."""
+        for name, coming in self._coming.items():
+            coming.reading.stop()
+            if name in self.models:
+                self._drop(name)
+        self._coming.clear()
+        for model in self.models.values():
+            release_gathered(model)
 
     def drop(self) -> None:
         """Frees all memory."""

@@ -21,16 +21,21 @@ from ...wan.vae.preview import PreviewMap, preview_of_vae
 from ..group.group_folder import GroupDir
 from ..hosts.hostfile import HostsDir
 from ..job.job import Job, JobError
+from ..job.job_folder import JobDir
 from ..job.needs import check_needs
 from ..machine.memory_file import STORE_VARIABLE
 from ..parallel.mesh import Mesh, init_mesh
-from ..parallel.sequence import SequenceShard
+from ..parallel.sequence import SequenceShard, gather_bytes
 from ..parallel.split_vae import RankVae
 from .experts import RankExperts
 from .library_imports import import_diffusers
 from .prompts import PromptEncoder
 
 log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """The job is cancelled; this process keeps what it has loaded and waits for the next one."""
 
 
 @dataclass(slots=True)
@@ -142,6 +147,17 @@ class Session:
             return
         self.mesh = self._meshes.get(cfg) or self.mesh.laid_out(cfg, timedelta(seconds=timeout))
         self._remember_mesh()
+
+    def check_stop(self, folder: JobDir, job: Job) -> None:
+        """After each step, on every rank. Raises Stopped on all of them if one has seen the request by now."""
+        if job.parallel.keep_warm_seconds == 0:
+            return
+        wanted = folder.stop.exists()
+        # Each by itself would stop at another step, and wait in vain for those behind it.
+        if self.mesh is not None:
+            wanted = any(seen != b"\0" for seen in gather_bytes(b"\1" if wanted else b"\0", self.device))
+        if wanted:
+            raise Stopped
 
     def memory(self) -> str:
         """For a line of the log: what is in use on the GPU now, and at most so far."""

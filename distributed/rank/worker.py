@@ -32,7 +32,7 @@ from ..planning.preflight import needs_negative
 from .expert import Experts
 from .live_preview import PreviewWriter
 from .report import gather_peaks, result_of, video_size
-from .session import Session
+from .session import Session, Stopped
 from .signs import MIN_INTERVAL, RankFiles
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,11 @@ def main(group: GroupDir, folder: JobDir, files: RankFiles, session: Session | N
     session = Session.of(job) if session is None else session
     try:
         with torch.no_grad():
-            Worker(job, group, folder, files, session).run()
+            try:
+                Worker(job, group, folder, files, session).run()
+            except Stopped:
+                log.info("stopped: the job is cancelled")
+                session.experts.settle()
             session.rest()
     except BaseException as error:
         # Before the group is left: with NCCL that may wait for peers, which wait for this rank.
@@ -222,6 +226,7 @@ class Worker:
         self._step_start = now
         self.report_steps()
         log.info("step %d of %d: %.2f s", done, len(self.steps), self.step_seconds[-1])
+        self.session.check_stop(self.folder, self.job)
 
     def report_steps(self, message: str = "") -> None:
         done = len(self.step_seconds)

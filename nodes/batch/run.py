@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...distributed.job.errors import JobCancelled
 from ...distributed.job.job import Job, JobError, Parallel
 from ...distributed.job.progress import Progress
 from ...distributed.launch.held import HeldGroup
-from ...distributed.launch.launcher import JobCancelled, Result, run_job
+from ...distributed.launch.launcher import Result, run_job
 from ...distributed.launch.pool import Pool
 from ..host import host
 from ..inference.outcome import inputs_writer

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ...distributed.job.errors import JobCancelled
 from ...distributed.job.job import JobError
-from ...distributed.launch.launcher import JobCancelled, JobFailed
+from ...distributed.launch.launcher import JobFailed
 from ...distributed.machine.cancelling import cancelled_by
 from ..host import host
 from ..host.declared import problem_of, taken

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from jobs import Watch, run_stub, stub_job
-from wan_pack.distributed.launch.launcher import JobCancelled
+from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.machine import gpus, nvidia_smi, prerequisites, processes
 from wan_pack.distributed.machine.cancelling import cancelled_by
 from wan_pack.distributed.machine.processes import Process, kill_all

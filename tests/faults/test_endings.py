@@ -15,8 +15,9 @@ from jobs import Watch, agent_of, gone_within, rank_of, run_stub
 from mount import SUPPORT
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.group.leftovers import remove_abandoned
+from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.job.job_folder import JobDir
-from wan_pack.distributed.launch.launcher import JobCancelled, JobFailed, Result
+from wan_pack.distributed.launch.launcher import JobFailed, Result
 from wan_pack.distributed.machine.processes import Process, descendants
 
 StubPack = Callable[..., None]

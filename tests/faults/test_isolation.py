@@ -15,9 +15,10 @@ import pytest
 from jobs import FAKE_AGENT, ODD_NAME, Watch, agent_of, rank_of, run_stub, run_tiny, stub_job, tiny_job
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.group.environment import child_environment
+from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.job.job import JobError, Parallel, Text
 from wan_pack.distributed.job.job_folder import JobDir
-from wan_pack.distributed.launch.launcher import JobCancelled, Result
+from wan_pack.distributed.launch.launcher import Result
 from wan_pack.distributed.machine.processes import Process
 
 RunFake = Callable[..., Result]

@@ -22,9 +22,10 @@ from machines import Machines
 from mount import SUPPORT
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.hosts import host_check as hosts_check
+from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.job.job import FileIdentity
 from wan_pack.distributed.job.job_folder import JobDir
-from wan_pack.distributed.launch.launcher import JobCancelled, JobFailed
+from wan_pack.distributed.launch.launcher import JobFailed
 
 Light = Callable[..., Path]
 GONE = 10.0

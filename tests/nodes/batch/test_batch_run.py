@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 from jobs import stub_job
+from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.job.job import Job, Parallel
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.job.progress import Progress
-from wan_pack.distributed.launch.launcher import JobCancelled, JobFailed, Result
+from wan_pack.distributed.launch.launcher import JobFailed, Result
 from wan_pack.nodes.batch import run
 from wan_pack.nodes.batch.run import BatchProgress, BatchRun
 from wan_pack.nodes.host import host

@@ -10,8 +10,9 @@ import pytest
 import torch
 from node_inputs import BOTH, asked_for, model_files, rows, settings, tiny_files, use_model_folders
 from safetensors.torch import save_file
+from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.job.job import JobError, ModelFiles
-from wan_pack.distributed.launch.launcher import JobCancelled, JobFailed
+from wan_pack.distributed.launch.launcher import JobFailed
 from wan_pack.nodes.host import host
 from wan_pack.nodes.host.status import Status
 from wan_pack.nodes.inference import inference as inference_module
