@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mount import ROOT
 from wan_pack.demo.meaning.arithmetic import attention_of_codes, eight_bits
+from wan_pack.demo.meaning.clips import read_gif
 from wan_pack.demo.meaning.measure import agreement, measure, psnr
 from wan_pack.demo.meaning.pipeline import FOUR_STEPS, I2V, T2V, Pipeline, as_video, bounded, guided
 from wan_pack.demo.meaning.ranks import same_on_ranks
@@ -94,3 +96,16 @@ def test_the_measured_arithmetics_are_a_jobs_own() -> None:
     arithmetics = eight_bits(torch.device("cpu"))
     assert [each.parallel.linear_precision for each in arithmetics.values()] == ["full", "fp8", "fp8"]
     assert all(each.parallel.mixed_precision == "bf16" for each in arithmetics.values())
+
+
+def test_the_clips_of_the_readme_show_what_they_say():
+    """As they are in the file, zoomed and with 128 colours; and the page says how many positions they hold."""
+    scenes = {plain_caption(scene): scene for scene in held_out_scenes(100)}
+    clips = read_gif(ROOT / "web" / "docs" / "images" / "demo.gif")
+    assert len(clips) == 6 and len({scenes[caption].things[0].kind.motion for caption, _ in clips}) == 6
+    for caption, clip in clips:
+        assert clip.shape == (3, 17, 64, 96)
+        assert all(agreement(scenes[caption], measure(clip)).values()), caption
+        changes = (clip[:, 1:] - clip[:, :-1]).abs().mean(dim=(0, 2, 3)) > 5e-3
+        assert int(changes.sum()) + 1 == 5, caption
+    assert "17 frames and five positions" in (ROOT / "README.md").read_text()
