@@ -116,14 +116,6 @@ def test_import_is_light_and_has_no_side_effects(tmp_path: Path) -> None:
 # The files beside the code
 
 
-def test_dependencies_are_the_same_in_both_files_and_leave_torch_alone() -> None:
-    wanted = [line.replace('"', "'") for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip()]
-    project = (ROOT / "pyproject.toml").read_text()
-    listed = project[project.index("\ndependencies = [") + 1 : project.index("]\noptional-dependencies")]
-    assert [line.strip().strip(",").strip('"') for line in listed.splitlines()[1:] if line.strip()] == wanted
-    assert "torch" in wanted
-
-
 def test_example_workflow_holds_a_value_for_every_widget() -> None:
     workflow = json.loads((ROOT / "example_workflows" / "distributed_inference_workflow.json").read_text())
     for node in workflow["nodes"]:
