@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .headers import HeadersTogether, TensorInfo, brief, describe_file, read_header
 from .pth_files import read_pth
-from .quant_formats import quant_formats
+from .quant_formats import QuantFormat, quant_formats
 from .regular_files import read_range, regular
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class OpenedFile:
     tensors: Mapping[str, TensorInfo]
     nbytes: int
     """Of the header itself."""
-    formats: Mapping[str, str] = field(default_factory=dict)
+    formats: Mapping[str, QuantFormat] = field(default_factory=dict)
     """Layer -> the quantised format that the file says it is stored in."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Of a safetensors file."""
@@ -59,8 +59,8 @@ class StoredModel:
         return {name: info.shape for name, info in self.tensors.items()}
 
     @property
-    def formats(self) -> dict[str, str]:
-        return {layer: name for file in self.files for layer, name in file.formats.items()}
+    def formats(self) -> dict[str, QuantFormat]:
+        return {layer: kind for file in self.files for layer, kind in file.formats.items()}
 
     @property
     def gguf(self) -> GgufFile | None:

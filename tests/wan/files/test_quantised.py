@@ -232,7 +232,7 @@ def test_options_that_only_describe_change_nothing(tmp_path: Path, case: str):
 
 @pytest.mark.parametrize(
     "option",
-    [{"convrot": True}, {"group_size": 64}, {"block_size": 128}, {"params": {"bits": 4}}, {"hadamard": True}],
+    [{"group_size": 64}, {"block_size": 128}, {"params": {"bits": 4}}, {"hadamard": True}],
     ids=lambda option: next(iter(option)),
 )
 def test_options_that_change_the_values_are_refused_by_name(tmp_path: Path, option: dict[str, object]):
@@ -244,16 +244,22 @@ def test_options_that_change_the_values_are_refused_by_name(tmp_path: Path, opti
 
 
 ODD_SCALES = {
-    "blocks": ({"weight_scale": torch.ones(128, 8)}, r"q\.weight has shape \(128, 8\); expected one number"),
-    "of uint8": ({"weight_scale": torch.ones(128, 4, dtype=torch.uint8)}, "quantised as mxfp8"),
-    "of fp8": ({"weight_scale": torch.ones(128, 8).to(E4M3)}, "quantised as nvfp4"),
-    "two levels": ({"weight_scale": torch.ones(()), "weight_scale_2": torch.ones(())}, "quantised as nvfp4"),
-    "inverse": ({"weight_scale_inv": torch.ones(1, 1)}, "quantised as fp8 scaled by blocks"),
+    "uneven blocks": ({"weight_scale": torch.ones(128, 7)}, r"q\.weight has shape \(128, 7\); expected one number"),
+    "three axes": ({"weight_scale": torch.ones(2, 8, 8)}, r"q\.weight has shape \(2, 8, 8\); expected one number"),
+    "of uint8": ({"weight_scale": torch.ones(128, 3, dtype=torch.uint8)}, r"has shape \(128, 3\); expected one number"),
+    "two levels": ({"weight_scale": torch.ones(()), "weight_scale_2": torch.ones(())}, "expected one number"),
+    "second level alone": ({"weight_scale_2": torch.ones(())}, "a scale for tensor .*, but no such weight"),
     "twice": ({"weight_scale": torch.ones(()), "scale_weight": torch.ones(())}, "has two scales"),
     "nunchaku": ({"wscales": torch.ones(2, 128)}, r"quantised as Nunchaku"),
     "nf4": ({"weight.absmax": torch.ones(8)}, r"quantised as bitsandbytes \(4 bit\)"),
-    "nvfp4": ({"comfy_quant": comfy_quant(format="nvfp4")}, "quantised as nvfp4"),
-    "convrot": ({"comfy_quant": comfy_quant(format="int8_tensorwise", convrot=True)}, "int8_tensorwise convrot"),
+    "convrot": (
+        {"comfy_quant": comfy_quant(format="int8_tensorwise", convrot=True, convrot_groupsize=100)},
+        "convrot_groupsize of .* is 100; it must be a power of 4",
+    ),
+    "wide convrot": (
+        {"comfy_quant": comfy_quant(format="int8_tensorwise", convrot=True), "weight_scale": torch.ones(())},
+        r"\(128, 128\) is said to be rotated by groups of 256 inputs",
+    ),
     "awq": ({"comfy_quant": comfy_quant(format="awq_w4a16")}, "quantised as awq_w4a16"),
     "broken": ({"comfy_quant": torch.zeros(9, dtype=torch.uint8)}, "describes its quantisation in an unknown way"),
 }
@@ -282,8 +288,8 @@ def test_packed_weights_are_named(tmp_path: Path):
         save_file(random_weights(CONFIG) | {Q: tensor}, path)
         with pytest.raises(ValueError, match=words):
             Checkpoint([path])
-    layers = {layer: {"format": "mxfp8"} for layer in quantised_layers(random_weights(CONFIG))}
+    layers = {layer: {"format": "svdquant_w4a4"} for layer in quantised_layers(random_weights(CONFIG))}
     says = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
     save_file(random_weights(CONFIG), path, metadata=says)
-    with pytest.raises(ValueError, match="quantised as mxfp8"):
+    with pytest.raises(ValueError, match="quantised as svdquant_w4a4"):
         Checkpoint([path])

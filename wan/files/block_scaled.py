@@ -1,0 +1,114 @@
+"""Matrices of codes with a scale for each block of them, unpacked into floats while they are read.
+
+    format           codes of X.weight            scales                                        block, rows x columns
+    nvfp4            e2m1, two in a byte          X.weight_scale e4m3, X.weight_scale_2 fp32    1 x 16
+    mxfp8            e4m3                         X.weight_scale e8m0                           1 x 32
+    fp8 by blocks    e4m3, e5m2                   X.weight_scale_inv fp32                       128 x 128
+    int8 by blocks   int8                         X.weight_scale fp32                           any
+
+The first two follow OCP's Microscaling Formats 1.0; their scales lie in the tiles of 128 x 4 that tensor cores read
+(cuBLAS, "block scaling factors layout").
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .stored_tensor import PlainTensor
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The magnitudes of three bits; the fourth is the sign."""
+PIECE = 1 << 22
+"""Elements that exist in float32 at once."""
+TILE = (128, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScaled:
+    """values[r, c] = codes[r, c] * scales[r // rows, c // columns] * factor."""
+
+    codes: PlainTensor
+    """[out, in], or [out, in / 2] of bytes that hold two e2m1 codes, the first in the high bits."""
+    scales: PlainTensor
+    block: tuple[int, int]
+    tiled: bool
+    """The scales lie in tiles."""
+    factor: PlainTensor | None = None
+    """One number for all."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, stored = self.codes.shape
+        return rows, stored * 2 if self.codes.dtype == torch.uint8 else stored
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
+        flat, width, stored = out.view(-1), self.shape[1], self.codes.shape[1]
+        assert start % width == 0 and flat.numel() % width == 0, "scaled tensors are read in whole rows"
+        scales = self._scales().to(out.device)
+        per_read = max(PIECE // width, 1)
+        for first in range(0, flat.numel() // width, per_read):
+            piece = flat[first * width : (first + per_read) * width].view(-1, width)
+            codes = torch.empty(piece.shape[0], stored, dtype=self.codes.dtype)
+            row = start // width + first
+            self.codes.read_into(codes, start=row * stored)
+            values = _decoded(codes.to(out.device))
+            blocks = torch.arange(row, row + piece.shape[0], device=out.device) // self.block[0]
+            piece.copy_(values.mul_(scales[blocks].repeat_interleave(self.block[1], dim=1)[:, :width]))
+
+    def _scales(self) -> Tensor:
+        """[ceil(out / rows), ceil(in / columns)] float32."""
+        across = [math.ceil(size / step) for size, step in zip(self.shape, self.block, strict=True)]
+        stored = torch.empty(self.scales.shape, dtype=self.scales.dtype)
+        self.scales.read_into(stored)
+        if self.tiled:
+            stored = untile(stored, *across)
+        values = _powers_of_two(stored) if stored.dtype == torch.uint8 else stored.float()
+        if self.factor is not None:
+            factor = torch.empty(self.factor.shape, dtype=self.factor.dtype)
+            self.factor.read_into(factor)
+            values = values * factor.float().view(())
+        if not values.isfinite().all():
+            raise ValueError(f"{self.scales.path} is damaged: a weight's scale is not a finite number")
+        return values.view(across)
+
+
+def tiled_size(rows: int, columns: int) -> int:
+    """Scales in the tiles that hold [rows, columns] of them."""
+    return math.ceil(rows / TILE[0]) * TILE[0] * math.ceil(columns / TILE[1]) * TILE[1]
+
+
+def untile(stored: Tensor, rows: int, columns: int) -> Tensor:
+    """Scales as tensor cores read them -> [rows, columns].
+
+    A tile of 128 rows and 4 columns lies as 32 runs of 16: run i has rows i, i + 32, i + 64, i + 96, four columns each.
+    """
+    down, across = math.ceil(rows / TILE[0]), math.ceil(columns / TILE[1])
+    tiles = stored.reshape(down, across, 32, 4, TILE[1]).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(down * TILE[0], across * TILE[1])[:rows, :columns]
+
+
+def _decoded(codes: Tensor) -> Tensor:
+    if codes.dtype != torch.uint8:
+        return codes.float()
+    table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
+    return table[torch.stack((codes >> 4, codes & 15), dim=-1).int()].flatten(1)
+
+
+def _powers_of_two(exponents: Tensor) -> Tensor:
+    """e8m0 -> float32; 255 is no number."""
+    values = torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
+    return values.masked_fill(exponents == 255, torch.nan)

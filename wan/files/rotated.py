@@ -1,0 +1,65 @@
+"""Weights that were rotated before they were rounded, turned back while they are read (ConvRot).
+
+W = codes * scale, group by group of neighbouring inputs times the normalised regular Hadamard matrix, its own inverse:
+rotated, no group has a value that is much larger than the rest. Regular: all rows of the matrix have the same sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .quant_formats import is_group
+
+if TYPE_CHECKING:
+    from .stored_tensor import StoredTensor
+
+PIECE = 1 << 22
+"""Elements that exist in float32 at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rotated:
+    """A matrix [out, in] in the basis of the model."""
+
+    inner: StoredTensor
+    """As it was rotated."""
+    group: int
+    """A power of 4 that divides `in`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.inner.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
+        flat, width = out.view(-1), self.shape[1]
+        assert start % width == 0 and flat.numel() % width == 0, "rotated tensors are read in whole rows"
+        turn = hadamard(self.group).to(out.device)
+        for first in range(0, flat.numel(), max(PIECE // width, 1) * width):
+            piece = flat[first : first + max(PIECE // width, 1) * width]
+            values = torch.empty(piece.shape, dtype=torch.float32, device=out.device)
+            self.inner.read_into(values, start=start + first, staging=staging)
+            piece.copy_((values.view(-1, self.group) @ turn).view(-1))
+
+
+@cache
+def hadamard(size: int) -> Tensor:
+    """[size, size] float32: the Kronecker power of the smallest regular one, symmetric and orthogonal."""
+    assert is_group(size), size
+    smallest = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    matrix = smallest
+    while matrix.shape[0] < size:
+        matrix = torch.kron(matrix, smallest)
+    return matrix
