@@ -24,8 +24,9 @@ from ..job.errors import JobError
 from ..job.job import Job, Parallel
 from ..job.json_files import read_json, write_json
 from ..machine.gpu_locks import GpuLocks, wait_for_gpus
+from ..machine.import_paths import VARIABLE, take_on
 from ..machine.processes import GROUP_VARIABLE, descendants
-from .host_check import check_host
+from .host_check import IMPORT_PATHS, check_host
 from .hostfile import HostsDir
 from .network import ADDRESS_VARIABLE, LOOPBACK, address_toward, interface_of, open_store
 
@@ -48,9 +49,12 @@ def main(folder: HostsDir) -> int:
         job = folder.read_job()
         write_json(folder.started(node), {"hostname": socket.gethostname(), "pid": os.getpid()})
         Tether(folder, node, job.parallel).start()
-        check_host(job, read_json(folder.expected))
+        expected = read_json(folder.expected)
+        paths = str(expected.get(IMPORT_PATHS, "{}"))
+        take_on(paths)
+        check_host(job, expected)
         locks = take_gpus(folder, job, node)
-        _enter_environment(folder, job, node)
+        _enter_environment(folder, job, node, paths)
         code = _run(folder, job, node)
         locks.release()
     except Exception as error:
@@ -132,10 +136,10 @@ def _rendezvous(folder: HostsDir, job: Job, node: int, parameters: RendezvousPar
     return create_handler(store, Backend(store, parameters.run_id), parameters)
 
 
-def _enter_environment(folder: HostsDir, job: Job, node: int) -> None:
+def _enter_environment(folder: HostsDir, job: Job, node: int, import_paths: str) -> None:
     """The allowlist for what starts below, and the interface that it talks over."""
     address = address_toward(job.parallel.hosts, node)
-    environment = child_environment(job.parallel, folder.path)
+    environment = child_environment(job.parallel, folder.path) | {VARIABLE: import_paths}
     if address != LOOPBACK:
         interface = interface_of(address)
         environment |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}

@@ -15,6 +15,8 @@ from ..job.model_files import FileIdentity
 from ..machine.gpus import list_gpus
 from ..machine.prerequisites import check_switches
 
+IMPORT_PATHS = "import paths"
+"""Beside the versions: the folders in which the machine that starts the job finds its packages."""
 PACK = Path(__file__).resolve().parent.parent.parent
 
 

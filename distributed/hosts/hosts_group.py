@@ -14,7 +14,8 @@ from ..group.worker_group import WorkerGroup
 from ..job.errors import JobError
 from ..job.job import Job
 from ..job.json_files import read_json, write_json
-from .host_check import versions
+from ..machine.import_paths import handed_on
+from .host_check import IMPORT_PATHS, versions
 from .hostfile import HostsDir, check_path
 
 CONNECT_SECONDS = 120.0
@@ -41,7 +42,7 @@ class HostsGroup(WorkerGroup):
         super().__init__(job.parallel, parent)
 
     def _create_folder(self, parent: Path) -> HostsDir:
-        return HostsDir.create_for(parent, self._job, dict(versions()))
+        return HostsDir.create_for(parent, self._job, {**versions(), IMPORT_PATHS: handed_on(os.environ)})
 
     def _environment(self) -> dict[str, str]:
         environment = super()._environment()

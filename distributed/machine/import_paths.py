@@ -41,9 +41,13 @@ def usable(entries: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(entry for entry in folders if Path(entry).resolve() not in own))
 
 
-def take_on() -> None:
-    """Puts what was handed on into this process's `sys.path`."""
-    value = json.loads(os.environ.get(VARIABLE, "{}"))
+def take_on(given: str | None = None) -> None:
+    """Puts what was handed on into this process's `sys.path`.
+
+    Args:
+        given: what `handed_on` returned; None for the environment's.
+    """
+    value = json.loads(os.environ.get(VARIABLE, "{}") if given is None else given)
     first, last = (usable(value.get(name, ())) for name in ("first", "last"))
     sys.path[:] = [*first, *(entry for entry in sys.path if entry not in first)]
     sys.path.extend(entry for entry in last if entry not in sys.path)

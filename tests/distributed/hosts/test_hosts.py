@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -22,10 +26,12 @@ from wan_pack.distributed.hosts import network as hosts_network
 from wan_pack.distributed.hosts.host_agent import Tether
 from wan_pack.distributed.hosts.host_check import check_host, versions
 from wan_pack.distributed.hosts.hostfile import Hosts, HostsDir, host_warnings, over_hosts
+from wan_pack.distributed.hosts.hosts_group import HostsGroup
 from wan_pack.distributed.hosts.network import address_toward, interface_of, open_store
 from wan_pack.distributed.job.errors import JobError
 from wan_pack.distributed.job.job import FileIdentity, Job, Parallel
 from wan_pack.distributed.launch.launcher import JobFailed
+from wan_pack.distributed.machine import import_paths
 from wan_pack.distributed.machine.gpu_locks import GpuLocks
 from wan_pack.distributed.machine.gpus import Gpu
 from wan_pack.distributed.parallel.mesh import Mesh
@@ -238,3 +244,29 @@ def test_a_wait_for_gpus_elsewhere_is_shown_and_no_time_out(tmp_path: Path, monk
         )
     assert time.monotonic() - begin >= 1.5, "not while it waited"
     assert shown == [f"starting processes - {reason}"]
+
+
+def test_every_machine_finds_packages_where_the_first_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on one machine, folders of PYTHONPATH first; the agent itself and, by its environment, its ranks."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    monkeypatch.setenv("PYTHONPATH", f"{packages}:relative")
+    job = stub_job(hosts=("a", "b"), gpu_count=2)
+    group = SimpleNamespace(_job=job)
+    folder = HostsGroup._create_folder(group, tmp_path)  # type: ignore[arg-type]
+    monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(packages)])
+    seen: list[Any] = []
+    for name in ("_end_with_stdin", "Tether"):
+        monkeypatch.setattr(hosts_agent, name, lambda *_: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(hosts_agent, "check_host", lambda job, expected: seen.append(list(sys.path)))
+    monkeypatch.setattr(hosts_agent, "take_gpus", lambda *_: SimpleNamespace(release=lambda: None))
+    monkeypatch.setattr(hosts_agent, "address_toward", lambda *_: "127.0.0.1")
+    monkeypatch.setattr(hosts_agent, "_run", lambda *_: seen.append(dict(os.environ)) or 0)
+    with mock.patch.dict(os.environ):
+        assert hosts_agent.main(folder) == 0
+    path, environment = seen
+    assert path[0] == str(packages) and "relative" not in path
+    assert json.loads(environment[import_paths.VARIABLE])["first"] == [str(packages)]
+    folder.remove()
