@@ -139,7 +139,7 @@ class GoldenRun:
     def generate(self, folder: Path) -> float:
         """A whole loop: noise from the seed, two experts, guidance, solver."""
         import torch
-        from wan_pack.distributed.rank.expert import Experts
+        from wan_pack.distributed.rank.expert import VelocityPredictor
         from wan_pack.wan.model.config import HIGH_NOISE, LOW_NOISE
         from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
         from wan_pack.wan.sampling.conditioning import first_frame_known
@@ -171,7 +171,7 @@ class GoldenRun:
         if "first_frame" in io:
             latents, mask = first_frame_known(noise, torch.zeros(3, 1, 1), lambda picture: io["first_frame"][None])
             known = Known(shard.split(patchify(latents)), shard.split(patchify(mask.expand_as(latents))))
-        experts = Experts(
+        predictor = VelocityPredictor(
             models, {True: io["context"], False: io["context_null"]},
             grid=grid, shard=shard, device=self.device, keep_text=True, parkings={},
             image=image, timestep_rows=None if known is None else known.timestep_rows, mesh=self.mesh,
@@ -182,7 +182,7 @@ class GoldenRun:
         ):
             raise ValueError(f"{folder}: the experts run at other steps than recorded")
         tokens = denoise(
-            shard.split(patchify(noise)), solver=solver, guidance=guidance, predict=experts.predict, known=known
+            shard.split(patchify(noise)), solver=solver, guidance=guidance, predict=predictor.predict, known=known
         )
         return relative_error(unpatchify(self.gather(tokens, shard), grid), io["latents"])
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...distributed.parallel.sequence import SequenceShard
-from ...distributed.rank.expert import Experts, load_expert
+from ...distributed.rank.expert import VelocityPredictor, load_expert
 from ...wan.model.config import HIGH_NOISE, LOW_NOISE
 from ...wan.model.latent_space import WAN21
 from ...wan.model.patch import patchify, token_grid, unpatchify
@@ -89,7 +89,7 @@ class Pipeline:
             channels = image_channels(picture, None, settings.frames, shape[1:], lambda video: encode(self.vae, video))
             image = patchify(channels).to(self.device)
         rows = self.text.encode([prompt, negative or DEFAULT_NEGATIVE_PROMPT])
-        ask = Experts(
+        ask = VelocityPredictor(
             self._experts, dict(zip((True, False), rows, strict=True)), grid=grid,
             shard=SequenceShard(length=math.prod(grid)), device=self.device, keep_text=True, parkings={}, image=image,
         )  # fmt: skip

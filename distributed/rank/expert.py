@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Expert:
+class UnreadExpert:
     """One expert with its memory, whose weights are still to be read."""
 
     model: WanModel
@@ -56,7 +56,7 @@ def build_expert(
     expert: str | None = None,
     attention: Attention = attention,
     ops: str = "plain",
-) -> Expert:
+) -> UnreadExpert:
     """One expert on `device`, parallelized over `mesh` as `parallel` says.
 
     Args:
@@ -95,7 +95,7 @@ def build_expert(
         with weights.writable():
             reading.read(model, checkpoint, device=device, loras=opened, **how)
 
-    return Expert(model, weights, read, partial(reading.send, model))
+    return UnreadExpert(model, weights, read, partial(reading.send, model))
 
 
 def load_expert(
@@ -155,7 +155,7 @@ def relora_expert(
     return True
 
 
-class Experts:
+class VelocityPredictor:
     """What the sampling loop asks for velocities (`wan.sampling.denoise.Predict`).
 
     Args:

@@ -32,14 +32,14 @@ OnTensor = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
+class _ExpertFiles:
     """What an expert was made from."""
 
     files: tuple[FileIdentity, ...]
     loras: tuple[LoraFile, ...]
 
     @classmethod
-    def of(cls, job: Job, name: str) -> _Loaded:
+    def of(cls, job: Job, name: str) -> _ExpertFiles:
         return cls(getattr(job.model, name), getattr(job.model, f"{name}_loras"))
 
     @property
@@ -53,16 +53,16 @@ class _Loaded:
 
 
 @dataclass(frozen=True, slots=True)
-class _Coming:
+class _PendingExpert:
     """An expert whose files are read during the steps of the other."""
 
-    made_of: _Loaded
+    made_of: _ExpertFiles
     reading: Prefetch
     finish: Callable[[OnRead], None]
     """Afterwards it is loaded."""
 
 
-class RankExperts:
+class ExpertCache:
     """Loads the experts of one job after another, and keeps what the next one can use.
 
     While the first expert runs, the weights of the second are read: onto the device where both have room there, else
@@ -77,8 +77,8 @@ class RankExperts:
         self._rank, self._device, self._attention, self._ops = rank, device, attention, ops
         self.models: dict[str, WanModel] = {}
         self.weights: dict[str, Weights] = {}
-        self._loaded: dict[str, _Loaded] = {}
-        self._coming: dict[str, _Coming] = {}
+        self._made_of: dict[str, _ExpertFiles] = {}
+        self._pending: dict[str, _PendingExpert] = {}
         self._mesh: Mesh | None = None
         """That the models' attention talks over."""
 
@@ -93,12 +93,12 @@ class RankExperts:
         Args:
             names: of the experts that the schedule runs, in its order.
         """
-        wanted = {name: _Loaded.of(job, name) for name in EXPERTS}
+        wanted = {name: _ExpertFiles.of(job, name) for name in EXPERTS}
         settings = {
             "parallel": job.parallel, "mesh": mesh, "shard": shard, "device": self._device,
             "attention": self._attention, "ops": self._ops,
         }  # fmt: skip
-        for name in [name for name, loaded in self._loaded.items() if loaded.files != wanted[name].files]:
+        for name in [name for name, made_of in self._made_of.items() if made_of.files != wanted[name].files]:
             self._drop(name)
         if mesh is not self._mesh:
             for model in self.models.values():
@@ -106,7 +106,7 @@ class RankExperts:
                     model, mesh, shard=shard, attention=self._attention, ulysses_engine=job.parallel.ulysses_engine
                 )
             self._mesh = mesh
-        stale = [name for name in names if self._loaded.get(name) != wanted[name]]
+        stale = [name for name in names if self._made_of.get(name) != wanted[name]]
         later = [name for name in stale if name != names[0] and name not in self.models]
         now = [name for name in stale if name not in later]
         # With one core per rank both would only wait for each other.
@@ -125,14 +125,14 @@ class RankExperts:
             known = "loaded now" if name in now else "read during the steps" if name in later else "kept"
             log.debug("%s expert: %s", name, known)
             if name in later:
-                self._coming[name] = self._read_ahead(name, wanted[name], job, settings)
+                self._pending[name] = self._read_ahead(name, wanted[name], job, settings)
             else:
                 set_shard(self.models[name], shard)
 
-    def check_coming(self) -> None:
+    def check_pending(self) -> None:
         """Raises what has gone wrong with an expert that is still being read."""
-        for coming in self._coming.values():
-            coming.reading.check()
+        for pending in self._pending.values():
+            pending.reading.check()
 
     def arrive(self, name: str, on_tensor: OnTensor) -> None:
         """Must be called before an expert takes over: loads its weights, unless they are there.
@@ -141,29 +141,29 @@ class RankExperts:
             JobError: a file changed while it was read.
             OSError, ValueError: a file is damaged.
         """
-        coming = self._coming.get(name)
-        if coming is None:
+        pending = self._pending.get(name)
+        if pending is None:
             return
         start = time.perf_counter()
-        coming.finish(lambda done, total: on_tensor(f"{name} expert", done, total))
-        for file in (*coming.made_of.files, *(lora.file for lora in coming.made_of.loras)):
+        pending.finish(lambda done, total: on_tensor(f"{name} expert", done, total))
+        for file in (*pending.made_of.files, *(lora.file for lora in pending.made_of.loras)):
             file.check_unchanged()
         log.info("the steps waited %.2f s for the %s expert", time.perf_counter() - start, name)
-        self._loaded[name] = coming.made_of
-        del self._coming[name]
+        self._made_of[name] = pending.made_of
+        del self._pending[name]
 
     def stop_reading(self) -> None:
         """Ends what is read during the steps: the job has failed."""
-        for coming in self._coming.values():
-            coming.reading.stop(wait=1.0)
+        for pending in self._pending.values():
+            pending.reading.stop(wait=1.0)
 
     def settle(self) -> None:
         """After a job that stopped between two steps: an expert that was still being read is let go."""
-        for name, coming in self._coming.items():
-            coming.reading.stop()
+        for name, pending in self._pending.items():
+            pending.reading.stop()
             if name in self.models:
                 self._drop(name)
-        self._coming.clear()
+        self._pending.clear()
         for model in self.models.values():
             release_gathered(model)
 
@@ -175,10 +175,10 @@ class RankExperts:
             torch.cuda.empty_cache()
 
     def _load(
-        self, name: str, wanted: _Loaded, settings: dict[str, Any], report: OnRead, meanwhile: Callable[[], None]
+        self, name: str, wanted: _ExpertFiles, settings: dict[str, Any], report: OnRead, meanwhile: Callable[[], None]
     ) -> None:
         if name in self.models:
-            before = [lora.file.path for lora in self._loaded.pop(name).loras]
+            before = [lora.file.path for lora in self._made_of.pop(name).loras]
             with self.weights[name].writable():
                 changed = relora_expert(
                     self.models[name], wanted.paths, before, wanted.strengths,
@@ -192,9 +192,9 @@ class RankExperts:
                 wanted.paths, wanted.strengths, expert=name, **settings,
                 on_tensor=report, meanwhile=meanwhile, on_weights=partial(self.weights.__setitem__, name),
             )  # fmt: skip
-        self._loaded[name] = wanted
+        self._made_of[name] = wanted
 
-    def _read_ahead(self, name: str, wanted: _Loaded, job: Job, settings: dict[str, Any]) -> _Coming:
+    def _read_ahead(self, name: str, wanted: _ExpertFiles, job: Job, settings: dict[str, Any]) -> _PendingExpert:
         if not job.parallel.parks_experts:
             # Its memory is taken now: a device that is too small is to be noticed before the first step.
             built = build_expert(wanted.paths, wanted.strengths, expert=name, **settings)
@@ -205,7 +205,7 @@ class RankExperts:
                 reading.wait(on_read)
                 built.send()
 
-            return _Coming(wanted, reading, finish)
+            return _PendingExpert(wanted, reading, finish)
         # Its place on the device is taken: only the system can keep it.
         paths, available = wanted.paths, available_bytes()
         if available is not None and available < sum(file.size for file in wanted.files):
@@ -220,10 +220,10 @@ class RankExperts:
             reading.check()
             self._take_the_place(name, wanted, job, settings, on_read)
 
-        return _Coming(wanted, reading, take_the_place)
+        return _PendingExpert(wanted, reading, take_the_place)
 
     def _take_the_place(
-        self, name: str, wanted: _Loaded, job: Job, settings: dict[str, Any], on_read: OnRead
+        self, name: str, wanted: _ExpertFiles, job: Job, settings: dict[str, Any], on_read: OnRead
     ) -> None:  # fmt: skip
         """Loads an expert after the other one has left the device."""
         for other in list(self.weights):
@@ -238,7 +238,7 @@ class RankExperts:
         # Not left to the garbage collector: FSDP's hooks and the model refer to each other.
         self.weights.pop(name).drop()
         del self.models[name]
-        self._loaded.pop(name, None)
+        self._made_of.pop(name, None)
 
 
 def _nothing() -> None: ...

@@ -27,7 +27,7 @@ from ..machine.memory_file import STORE_VARIABLE
 from ..parallel.mesh import Mesh, init_mesh
 from ..parallel.sequence import SequenceShard, gather_bytes
 from ..parallel.split_vae import RankVae
-from .experts import RankExperts
+from .experts import ExpertCache
 from .library_imports import import_diffusers
 from .prompts import PromptEncoder
 
@@ -56,7 +56,7 @@ class Session:
     vae_ops: str
     """A name in `wan.vae.vae_ops.VAE_OPS`."""
     mesh: Mesh | None = None
-    experts: RankExperts = field(init=False)
+    experts: ExpertCache = field(init=False)
     prompts: PromptEncoder = field(init=False)
     _joined: bool = False
     _meshes: dict[int, Mesh] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Session:
     _preview_map: PreviewMap | None = None
 
     def __post_init__(self) -> None:
-        self.experts = RankExperts(self.rank, self.device, self.kernel.run, self.ops)
+        self.experts = ExpertCache(self.rank, self.device, self.kernel.run, self.ops)
         self.prompts = PromptEncoder(self.device)
 
     @classmethod

@@ -29,7 +29,7 @@ from ..job.job_folder import JobDir
 from ..job.progress import steady_seconds
 from ..parallel.sequence import gather_bytes
 from ..planning.preflight import needs_negative
-from .expert import Experts
+from .expert import VelocityPredictor
 from .live_preview import PreviewWriter
 from .report import gather_peaks, result_of, video_size
 from .session import Session, Stopped
@@ -175,7 +175,7 @@ class Worker:
             if conditioning.known is not None:
                 mask = conditioning.known_mask.expand_as(conditioning.known)
                 known = Known(tokens_of(conditioning.known), tokens_of(mask))
-            experts = Experts(
+            predictor = VelocityPredictor(
                 session.experts.models, texts, grid=grid, shard=shard, device=self.device,
                 keep_text=not parallel.memory_optimization,
                 parkings=session.experts.weights if parallel.parks_experts else {},
@@ -186,10 +186,10 @@ class Worker:
             self.report_steps()
             self._step_start = time.perf_counter()
             tokens = denoise(
-                tokens_of(conditioning.latents), solver=self.solver, guidance=self.guidance, predict=experts.predict,
+                tokens_of(conditioning.latents), solver=self.solver, guidance=self.guidance, predict=predictor.predict,
                 steps=self.steps, known=known, on_step=self.on_step, on_estimate=preview,
             )  # fmt: skip
-            experts.release()
+            predictor.release()
             tokens = shard.gather(tokens, group)
         if not self.job.parallel.stays:
             session.experts.drop()
@@ -217,7 +217,7 @@ class Worker:
     def on_step(self, done: int) -> None:
         if self.session.sparse is not None:
             self.session.sparse.enter(self.steps.start + done)
-        self.session.experts.check_coming()
+        self.session.experts.check_pending()
         if self.device.type == "cuda":
             # The step is timed and reported when it is done, not when it is queued.
             torch.cuda.synchronize(self.device)

@@ -171,13 +171,13 @@ def test_experts_are_kept_by_processes_that_stay(rank: Rank, stays: dict[str, An
 def test_an_expert_that_waits_its_turn_takes_the_place_of_the_other(
     rank: Rank, waits: str, stays: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held, load = [], experts.RankExperts._load
+    held, load = [], experts.ExpertCache._load
 
-    def watch(experts: experts.RankExperts, *rest: Any) -> None:
+    def watch(experts: experts.ExpertCache, *rest: Any) -> None:
         held.append({name: weights.resident_bytes for name, weights in experts.weights.items()})
         load(experts, *rest)
 
-    monkeypatch.setattr(experts.RankExperts, "_load", watch)
+    monkeypatch.setattr(experts.ExpertCache, "_load", watch)
     job = rank.job(**stays, **{waits: True})
     latents = rank.run(job)
     # Nothing of the first expert is on the device while the second is loaded; nobody keeps what nobody asks for again.
