@@ -164,7 +164,7 @@ def test_a_rank_tells_the_kernel_of_every_step():
     entered: list[int] = []
     session: Any = SimpleNamespace(
         rank=0, device=torch.device("cpu"), sparse=SimpleNamespace(enter=entered.append),
-        experts=SimpleNamespace(check_pending=lambda: None),
+        experts=SimpleNamespace(check_pending=lambda: None), check_stop=lambda *_: None,
     )  # fmt: skip
     files: Any = SimpleNamespace(progress=lambda *_, **__: None)
     worker = Worker(stub_job(gpu_count=1), None, None, files, session)
