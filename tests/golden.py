@@ -173,7 +173,7 @@ class GoldenRun:
             known = Known(shard.split(patchify(latents)), shard.split(patchify(mask.expand_as(latents))))
         predictor = VelocityPredictor(
             models, {True: io["context"], False: io["context_null"]},
-            grid=grid, shard=shard, device=self.device, keep_text=True, parkings={},
+            grid=grid, shard=shard, device=self.device, keep_text=True, weights={},
             image=image, timestep_rows=None if known is None else known.timestep_rows, mesh=self.mesh,
         )  # fmt: skip
         solver = make_solver(case["solver"], case["steps"], case["shift"])

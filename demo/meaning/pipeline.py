@@ -91,7 +91,7 @@ class Pipeline:
         rows = self.text.encode([prompt, negative or DEFAULT_NEGATIVE_PROMPT])
         ask = VelocityPredictor(
             self._experts, dict(zip((True, False), rows, strict=True)), grid=grid,
-            shard=SequenceShard(length=math.prod(grid)), device=self.device, keep_text=True, parkings={}, image=image,
+            shard=SequenceShard(length=math.prod(grid)), device=self.device, keep_text=True, weights={}, image=image,
         )  # fmt: skip
         tokens = denoise(
             patchify(draw_noise(shape, seed)).to(self.device), guidance=settings.guidance, predict=ask.predict,

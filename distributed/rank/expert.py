@@ -163,13 +163,13 @@ class VelocityPredictor:
         texts: conditional? -> text rows [n, text_dim].
         grid: tokens per axis.
         keep_text: keep each expert's cross-attention keys and values between steps.
-        parkings: expert name -> its host parking, where the idle expert is offloaded.
+        weights: expert name -> what holds its weights, where the idle expert is offloaded.
         image: this rank's tokens of an I2V model's further input channels, [S, 4 * (in_dim - out_dim)].
         mesh: the ranks; with CFG parallel each computes one of the two passes of a guided step.
         timestep_rows: [S], 0 for tokens that are given (`wan.sampling.denoise.Known`), 1 for the others;
             None: none is given.
         arrive: called with an expert's name before its first evaluation, and whenever it takes over from the other;
-            `models` and `parkings` must have it afterwards.
+            `models` and `weights` must have it afterwards.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class VelocityPredictor:
         shard: SequenceShard,
         device: torch.device,
         keep_text: bool,
-        parkings: dict[str, Weights],
+        weights: dict[str, Weights],
         image: Tensor | None = None,
         timestep_rows: Tensor | None = None,
         mesh: Mesh | None = None,
@@ -190,7 +190,7 @@ class VelocityPredictor:
         self._models = models
         self._rows = {conditional: pad_text(rows).to(device) for conditional, rows in texts.items()}
         self._keep_text = keep_text
-        self._parkings = parkings
+        self._weights = weights
         self._device = device
         self._image = None if image is None else image.unflatten(1, (PATCH_SIZE[1] * PATCH_SIZE[2], -1))
         self._timestep_rows = timestep_rows
@@ -230,14 +230,14 @@ class VelocityPredictor:
     def _activate(self, expert: str) -> None:
         self.release()
         self._arrive(expert)
-        for name, parking in self._parkings.items():
+        for name, weights in self._weights.items():
             if name != expert:
-                parking.park()
-        if expert in self._parkings:
-            self._parkings[expert].fetch()
-        resident = sum(parking.resident_bytes for parking in self._parkings.values())
-        if self._parkings:
-            other = ", the other in host memory" if len(self._parkings) > 1 else ""
+                weights.park()
+        if expert in self._weights:
+            self._weights[expert].fetch()
+        resident = sum(weights.resident_bytes for weights in self._weights.values())
+        if self._weights:
+            other = ", the other in host memory" if len(self._weights) > 1 else ""
             log.info("offload: %s expert on the device (%.2f GiB)%s", expert, resident / 2**30, other)
         self._contexts = {c: TextContext(rows, keep=self._keep_text) for c, rows in self._rows.items()}
         self._active = expert

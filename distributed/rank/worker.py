@@ -178,7 +178,7 @@ class Worker:
             predictor = VelocityPredictor(
                 session.experts.models, texts, grid=grid, shard=shard, device=self.device,
                 keep_text=not parallel.memory_optimization,
-                parkings=session.experts.weights if parallel.parks_experts else {},
+                weights=session.experts.weights if parallel.parks_experts else {},
                 image=tokens_of(conditioning.image),
                 timestep_rows=None if known is None else known.timestep_rows, mesh=session.mesh,
                 arrive=self.arrive,
