@@ -1,4 +1,4 @@
-"""Makes the tables of what whole_job.py, memory.py and switches.py measured.
+"""Makes the tables of what whole_job.py, memory.py and every_switch.py measured.
 
     python benchmarks/tables.py results.jsonl            prints them
     python benchmarks/tables.py results.jsonl --readme   writes them into README.md
@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import every_switch
 import memory
-import switches
 from table import replace_marked
 
 HERE = Path(__file__).resolve().parent
@@ -68,11 +68,11 @@ def main() -> None:
     parts = [
         ("Whole jobs", whole_jobs, read_lines(path, "whole_job", WHOLE_JOB)),
         ("Planner and truth", memory.table, read_lines(path, "memory", MEMORY)),
-        ("Every switch once", switches.table, read_lines(path, "switches", SWITCHES)),
+        ("Every switch once", every_switch.table, read_lines(path, "switches", SWITCHES)),
     ]
     content = "\n\n".join(f"### {title}\n\n{table(lines)}" for title, table, lines in parts if lines)
     if not content:
-        raise ValueError(f"{path} holds no line of whole_job.py, memory.py or switches.py")
+        raise ValueError(f"{path} holds no line of whole_job.py, memory.py or every_switch.py")
     if "--readme" not in sys.argv[2:]:
         print(content)
         return

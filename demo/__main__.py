@@ -1,6 +1,6 @@
 """`python demo`: runs the demo."""
 
 if __name__ == "__main__":
-    from mount import run
+    from start import run
 
-    raise SystemExit(run("run"))
+    raise SystemExit(run("show"))

@@ -49,6 +49,7 @@ def read_table() -> dict[str, Room]:
 
 ROOMS = read_table()
 FILES = sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py"))
+ALL_FILES = [*FILES, *(path for part in ("tests", "benchmarks", "demo") for path in (ROOT / part).rglob("*.py"))]
 
 
 def room_of(path: Path) -> str:
@@ -123,8 +124,7 @@ def test_the_table_names_no_light_file_as_heavy():
 
 def test_files_are_short():
     """Those of the tests, the benchmarks and the demo as well."""
-    files = [*FILES, *(path for part in ("tests", "benchmarks", "demo") for path in (ROOT / part).rglob("*.py"))]
-    lines = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in files}
+    lines = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in ALL_FILES}
     assert {path: count for path, count in lines.items() if count > MOST_LINES} == {}
 
 
@@ -134,7 +134,8 @@ def test_rooms_are_small():
 
 
 def test_no_file_name_stands_twice():
-    names = [path.name for path in FILES if path.stem not in ("__init__", "__main__")]
+    """Those of the tests, the benchmarks and the demo as well."""
+    names = [path.name for path in ALL_FILES if path.stem not in ("__init__", "__main__", "conftest")]
     assert sorted(name for name in set(names) if names.count(name) > 1) == []
 
 

@@ -6,6 +6,6 @@ from pathlib import Path
 if __name__ == "__main__":
     # Instead of this folder, which Python put there.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    from mount import run
+    from start import run
 
-    raise SystemExit(run("meaning.run"))
+    raise SystemExit(run("meaning.verdict"))

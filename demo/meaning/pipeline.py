@@ -23,7 +23,7 @@ from ...wan.sampling.schedule import make_solver
 from ...wan.text.text_encoder import DEFAULT_NEGATIVE_PROMPT, load_text_encoder
 from ...wan.vae.autoencoder import decode_frames, encode, load_vae
 from ...wan.vae.video import VideoWriter
-from ..train.checkpoint import NAMES, place
+from ..train.trained_files import NAMES, place
 from ..train.world import FRAMES, HEIGHT, WIDTH
 from .arithmetic import FULL, Arithmetic
 

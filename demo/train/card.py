@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from .checkpoint import trained
+from .trained_files import trained
 from .world import BACKGROUNDS, COLOURS, FRAMES, HEIGHT, MOTIONS, SHAPES, WIDTH, kinds
 
 _TEXT = """\

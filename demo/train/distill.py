@@ -21,14 +21,14 @@ from ...wan.model.rope import rope_table
 from ...wan.sampling.denoise import Guidance
 from ...wan.sampling.schedule import NUM_TRAIN_TIMESTEPS, make_solver
 from ...wan.text.tokenizer import Tokenizer
-from . import text
+from . import small_umt5
 from .batched import BatchedModel
 from .captions import draw_caption
-from .checkpoint import NAMES, place, read_expert, write
+from .clip_pool import GRID, LATENTS, tokens_of
 from .dit import T2V, Velocity
 from .loop import Budget, autocast, fit, generator
-from .pool import GRID, LATENTS, tokens_of
 from .sizes import Sizes
+from .trained_files import NAMES, place, read_expert, write
 from .world import draw_scenes
 
 STEPS, SHIFT = 4, 5.0
@@ -82,12 +82,12 @@ class Paths:
     ) -> None:  # fmt: skip
         solver = make_solver("euler", STEPS, SHIFT)
         self.sigmas, self.timesteps = solver.sigmas, solver.timesteps
-        rows = text.longest(tokenizer)
-        nothing = text.pad_ids([tokenizer(text.NO_TEXT[1])] * sizes.block, rows).to(device)
+        rows = small_umt5.longest(tokenizer)
+        nothing = small_umt5.pad_ids([tokenizer(small_umt5.NO_TEXT[1])] * sizes.block, rows).to(device)
         points, texts, lengths = [], [], []
         for block in range(sizes.trajectories // sizes.block):
             captions = _captions(sizes.block, block)
-            conditional = encode(text.pad_ids([tokenizer(c) for c in captions], rows).to(device))
+            conditional = encode(small_umt5.pad_ids([tokenizer(c) for c in captions], rows).to(device))
             random_ = generator(device, block)
             noise = torch.randn(sizes.block, *LATENTS, generator=random_, device=device)
             both = conditional, encode(nothing)
@@ -124,7 +124,7 @@ def _path(
 
 def train(folder: Path, sizes: Sizes, budget: Budget, device: torch.device) -> None:
     """Makes the teacher's paths, trains both LoRAs and writes their files. Needs the files of the part "dit"."""
-    encoder = text.load(folder, device)
+    encoder = small_umt5.load(folder, device)
     encoder.model.requires_grad_(False)
     experts = [read_expert(place(folder, name), device).requires_grad_(False) for name in T2V.files]
     rope = rope_table(GRID, experts[0].config.head_dim, device=device)
@@ -133,7 +133,7 @@ def train(folder: Path, sizes: Sizes, budget: Budget, device: torch.device) -> N
         velocities = [torch.compile(velocity) for velocity in velocities]
     with torch.no_grad():
         paths = Paths(
-            velocities, lambda ids: text.encode(encoder.model, ids), encoder.tokenizer, sizes, rope, device
+            velocities, lambda ids: small_umt5.encode(encoder.model, ids), encoder.tokenizer, sizes, rope, device
         )  # fmt: skip
     updates = nn.ModuleList(Update(model, sizes.lora_rank, seed) for seed, model in enumerate(experts)).to(device)
 

@@ -19,12 +19,12 @@ from ...wan.model.ops import Rope
 from ...wan.model.rope import rope_table
 from ...wan.sampling.schedule import NUM_TRAIN_TIMESTEPS
 from ...wan.vae.autoencoder import load_vae
-from . import text
+from . import small_umt5
 from .batched import BatchedModel, initialise
-from .checkpoint import NAMES, place, read_expert, write
+from .clip_pool import GRID, Batch, Pool, tokens_of
 from .loop import Budget, fit, generator
-from .pool import GRID, Batch, Pool, tokens_of
 from .sizes import Sizes
+from .trained_files import NAMES, place, read_expert, write
 
 Velocity = Callable[..., Tensor]
 """`BatchedModel.velocity`."""
@@ -55,11 +55,11 @@ T2V = Task(shift=12.0, boundary=0.875, files=(NAMES.high_noise, NAMES.low_noise)
 def train(folder: Path, sizes: Sizes, budget: Budget, device: torch.device) -> None:
     """Trains the experts and the text encoder and writes their files. Needs the VAE's."""
     if place(folder, NAMES.text_encoder).exists():
-        encoder = text.load(folder, device)
+        encoder = small_umt5.load(folder, device)
         spiece = spiece_model(place(folder, NAMES.text_encoder))
     else:
-        spiece = text.train_spiece()
-        encoder = text.build(sizes, spiece)
+        spiece = small_umt5.train_spiece()
+        encoder = small_umt5.build(sizes, spiece)
     # At the end it stays as it is: other parts may have been trained with it.
     encoder.model.to(device).requires_grad_(not budget.finish)
     experts = nn.ModuleList(
@@ -78,7 +78,7 @@ def train(folder: Path, sizes: Sizes, budget: Budget, device: torch.device) -> N
         learning_rate=sizes.learning_rate,
         warm_up=sizes.warm_up,
     )
-    text.save(folder, encoder.model, spiece)
+    small_umt5.save(folder, encoder.model, spiece)
     for name, model in zip(T2V.files, experts, strict=True):
         write(place(folder, name), model.state_dict())
 
@@ -119,7 +119,7 @@ def _loss(
     x = torch.lerp(batch.latents, noise, sigma.view(-1, 1, 1, 1, 1))
     if batch.image is not None:
         x = torch.cat((x, batch.image), dim=1)
-    rows, lengths = text.encode(text_model, batch.ids)
+    rows, lengths = small_umt5.encode(text_model, batch.ids)
     out = velocity(tokens_of(x), NUM_TRAIN_TIMESTEPS * sigma, rows, lengths, rope)
     return F.mse_loss(out.float(), tokens_of(noise - batch.latents))
 

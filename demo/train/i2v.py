@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from ...wan.vae.autoencoder import load_vae
-from . import text
+from . import small_umt5
 from .batched import BatchedModel
-from .checkpoint import NAMES, place, read_expert, write
+from .clip_pool import Pool
 from .dit import T2V, Task, expert_losses
 from .loop import Budget, fit
-from .pool import Pool
 from .sizes import Sizes
+from .trained_files import NAMES, place, read_expert, write
 
 I2V = Task(shift=5.0, boundary=0.9, files=(NAMES.i2v_high_noise, NAMES.i2v_low_noise))
 IN_DIM = 36
@@ -23,7 +23,7 @@ IN_DIM = 36
 
 def train(folder: Path, sizes: Sizes, budget: Budget, device: torch.device) -> None:
     """Trains both and writes their files. Needs the files of the parts "vae" and "dit"; the text encoder stays."""
-    encoder = text.load(folder, device)
+    encoder = small_umt5.load(folder, device)
     encoder.model.requires_grad_(False)
     experts = nn.ModuleList()
     for name, start in zip(I2V.files, T2V.files, strict=True):

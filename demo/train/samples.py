@@ -9,10 +9,10 @@ import torch
 from ...wan.vae.autoencoder import decode_frames, encode, load_vae
 from ..meaning.pipeline import FOUR_STEPS, I2V, T2V, Pipeline, sheet
 from .captions import held_out_scenes, plain_caption
-from .checkpoint import NAMES, place
 from .distill import FILES
 from .dit import T2V as T2V_TASK
 from .i2v import I2V as I2V_TASK
+from .trained_files import NAMES, place
 from .world import render
 
 

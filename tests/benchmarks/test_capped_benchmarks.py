@@ -65,8 +65,8 @@ def test_estimates_are_held_against_peaks_and_failures_kept(tmp_path: Path, monk
 
 
 def test_switches_are_compared_with_the_reference_of_their_guidance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import every_switch
     import random_models
-    import switches
 
     random_models.write_model(tmp_path, "tiny")
     results = tmp_path / "results.jsonl"
@@ -79,17 +79,21 @@ def test_switches_are_compared_with_the_reference_of_their_guidance(tmp_path: Pa
         return finished(job, write, 0, change, **given)
 
     monkeypatch.setattr(launcher, "run_job", run_job)
-    measurement = switches.Measurement(
+    measurement = every_switch.Measurement(
         argparse.Namespace(folder=tmp_path, model="tiny", size="128x96x9", steps=2, results=results)
     )
-    wanted = (switches.PLAIN, switches.GUIDED, "preview", "attention sage", "CFG parallel")
-    for case in switches.cases():
+    wanted = (every_switch.PLAIN, every_switch.GUIDED, "preview", "attention sage", "CFG parallel")
+    for case in every_switch.cases():
         if case.name in wanted:
             measurement.run(case, [])
     measurement.compare()
     lines = {line["switch"]: line for line in map(json.loads, results.read_text().splitlines())}
     assert "1 pictures of 4 bytes" in lines["preview"]["what"]
     assert lines["attention sage"]["what"].startswith("ValueError: attention is 'sage', which needs a GPU")
-    assert [float(lines[name]["difference"]) for name in (switches.PLAIN, "preview", switches.GUIDED)] == [0, 0, 0]
+    assert [float(lines[name]["difference"]) for name in (every_switch.PLAIN, "preview", every_switch.GUIDED)] == [
+        0,
+        0,
+        0,
+    ]
     assert float(lines["CFG parallel"]["difference"]) == pytest.approx(0.25, abs=0.01)
     assert lines["CFG parallel"]["gpus"] == 2

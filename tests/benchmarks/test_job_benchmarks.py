@@ -185,19 +185,19 @@ def test_the_cap_decides_the_plan(tmp_path: Path):
 
 
 def test_every_kernel_and_engine_has_its_case():
-    import switches
+    import every_switch
 
-    settings = [case.settings for case in switches.cases()]
+    settings = [case.settings for case in every_switch.cases()]
     assert {s["attention"] for s in settings if "attention" in s} == set(KERNELS)
     assert {s.get("ulysses_engine", "packed") for s in settings} == set(ULYSSES_ENGINES)
-    names = [case.name for case in switches.cases()]
-    assert len(set(names)) == len(names) and names[:2] == [switches.PLAIN, switches.GUIDED]
+    names = [case.name for case in every_switch.cases()]
+    assert len(set(names)) == len(names) and names[:2] == [every_switch.PLAIN, every_switch.GUIDED]
 
 
 def test_tables_show_the_last_of_each_kind(tmp_path: Path):
     """A job that failed, and a line without what only a GPU gives, have a row too."""
+    import every_switch
     import memory
-    import switches
     import tables
 
     job = {
@@ -229,4 +229,4 @@ def test_tables_show_the_last_of_each_kind(tmp_path: Path):
     assert "832x480x81, 4 steps, guided, CFG parallel" in row and "2.0 of 20.0 GB/s" in row and "| 61.5 |" in row
     assert len({line.count("|") for line in text.splitlines()[2:]}) == 1
     assert "streamed; failed: OutOfMemory" in memory.table(tables.read_lines(path, "memory", tables.MEMORY))
-    assert "| preview |" in switches.table(tables.read_lines(path, "switches", tables.SWITCHES))
+    assert "| preview |" in every_switch.table(tables.read_lines(path, "switches", tables.SWITCHES))

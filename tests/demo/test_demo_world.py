@@ -9,20 +9,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from wan_pack.demo import run as demo
+from wan_pack.demo import show as demo
 from wan_pack.demo.example import node_of
 from wan_pack.demo.meaning.measure import agreement, measure, psnr
 from wan_pack.demo.meaning.pipeline import as_video
-from wan_pack.demo.train import text
+from wan_pack.demo.train import small_umt5
 from wan_pack.demo.train.batched import BatchedModel, initialise
 from wan_pack.demo.train.captions import draw_caption, held_out_scenes, plain_caption, sentences
-from wan_pack.demo.train.checkpoint import MAX_ALL, MAX_FILE, NAMES, place
 from wan_pack.demo.train.distill import Update, student
 from wan_pack.demo.train.dit import T2V
 from wan_pack.demo.train.i2v import IN_DIM, widened
 from wan_pack.demo.train.loop import Budget, fit, generator
 from wan_pack.demo.train.sizes import FULL, SMOKE
-from wan_pack.demo.train.vae import Z_DIM, build, decode, emphasis, encode, fold_statistics, training_clips
+from wan_pack.demo.train.small_vae import Z_DIM, build, decode, emphasis, encode, fold_statistics, training_clips
+from wan_pack.demo.train.trained_files import MAX_ALL, MAX_FILE, NAMES, place
 from wan_pack.demo.train.world import (
     BACKGROUNDS,
     COLOURS,
@@ -220,13 +220,15 @@ def test_pixels_of_things_weigh_more() -> None:
 
 
 def test_a_text_encoder_that_was_read_has_the_parameters_of_a_new_one(tmp_path: Path) -> None:
-    new = text.build(SMOKE, spiece := text.train_spiece())
-    text.save(tmp_path, new.model, spiece)
-    again = text.load(tmp_path, torch.device("cpu"))
+    new = small_umt5.build(SMOKE, spiece := small_umt5.train_spiece())
+    small_umt5.save(tmp_path, new.model, spiece)
+    again = small_umt5.load(tmp_path, torch.device("cpu"))
     shapes = [[(name, p.shape) for name, p in each.model.named_parameters()] for each in (new, again)]
     assert shapes[0] == shapes[1]
-    ids = text.pad_ids([again.tokenizer("a red circle moves left")], 16)
-    torch.testing.assert_close(text.encode(again.model, ids)[0], text.encode(new.model, ids)[0], atol=2e-2, rtol=0)
+    ids = small_umt5.pad_ids([again.tokenizer("a red circle moves left")], 16)
+    torch.testing.assert_close(
+        small_umt5.encode(again.model, ids)[0], small_umt5.encode(new.model, ids)[0], atol=2e-2, rtol=0
+    )
 
 
 def test_a_run_cut_into_two_calls_ends_as_an_uncut_one(tmp_path: Path) -> None:
@@ -261,7 +263,7 @@ def test_the_files_fit_the_repository() -> None:
     def count(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
-    tokenizer = Tokenizer(text.train_spiece())
+    tokenizer = Tokenizer(small_umt5.train_spiece())
     with torch.device("meta"):
         experts = [BatchedModel(FULL.expert(channels)) for channels in (16, 16, IN_DIM, IN_DIM)]
         umt5 = FULL.text_dim * (tokenizer.vocab + FULL.text_layers * 20 * FULL.text_dim)
@@ -270,7 +272,7 @@ def test_the_files_fit_the_repository() -> None:
     # Beside the numbers a file has a header.
     assert max(sizes) < MAX_FILE - (1 << 20)
     assert sum(sizes) < MAX_ALL - (1 << 20)
-    assert text.longest(tokenizer) < 64
+    assert small_umt5.longest(tokenizer) < 64
     assert set(COLOURS) & set(BACKGROUNDS) == {"white"}
 
 

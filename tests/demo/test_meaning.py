@@ -11,15 +11,15 @@ from wan_pack.demo.meaning.arithmetic import attention_of_codes, eight_bits
 from wan_pack.demo.meaning.clips import read_gif
 from wan_pack.demo.meaning.measure import agreement, measure, psnr
 from wan_pack.demo.meaning.pipeline import FOUR_STEPS, I2V, T2V, Pipeline, as_video, bounded, guided
-from wan_pack.demo.meaning.ranks import same_on_ranks
-from wan_pack.demo.meaning.run import KEPT, SAME
-from wan_pack.demo.run import CAPTION, TRAINED
+from wan_pack.demo.meaning.same_on_ranks import same_on_ranks
+from wan_pack.demo.meaning.verdict import KEPT, SAME
+from wan_pack.demo.show import CAPTION, TRAINED
 from wan_pack.demo.train.captions import held_out_scenes, plain_caption
-from wan_pack.demo.train.checkpoint import MAX_ALL, MAX_FILE, trained
 from wan_pack.demo.train.distill import FILES
 from wan_pack.demo.train.dit import T2V as T2V_TASK
 from wan_pack.demo.train.i2v import I2V as I2V_TASK
 from wan_pack.demo.train.loop import generator
+from wan_pack.demo.train.trained_files import MAX_ALL, MAX_FILE, trained
 from wan_pack.demo.train.world import render
 from wan_pack.wan.model.attention import attention
 

@@ -25,7 +25,7 @@ from wan_pack.wan.text.tokenizer import Tokenizer
 from wan_pack.wan.text.tokenizer_bounds import MAX_PIECES, MAX_SPIECE_BYTES, MAX_STRING_BYTES
 from wan_pack.wan.text.tokenizer_files import choose_tokenizer_file
 
-BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "headers.py"
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "opening_files.py"
 MAX_MIB = 150
 """Of memory, for any file that is opened."""
 VOCABULARY_MIB = 1200

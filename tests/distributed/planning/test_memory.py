@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from planning import A14B, GIB, KINDS, workload
+from plan_inputs import A14B, GIB, KINDS, workload
 from tiny import TINY
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.parallel.parallelize import parallelize_wan

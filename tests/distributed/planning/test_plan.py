@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from planning import Wires, machine, plan, request, words, workload
+from plan_inputs import Wires, machine, plan, request, words, workload
 from wan_pack.distributed.planning.plan import DoesNotFit, as_set, rank
 from wan_pack.distributed.planning.policies import policies
 

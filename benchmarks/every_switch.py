@@ -1,6 +1,6 @@
 """Every switch once: what it does to the result, the time and the memory, or why it does not run here.
 
-    python benchmarks/switches.py --folder /scratch/wan
+    python benchmarks/every_switch.py --folder /scratch/wan
 
 Jobs of one small model (Wan2.1 T2V-1.3B) that differ in one setting from the first, in processes of their own; then the
 doctor. Prints a table and appends a JSON line for each to benchmarks/results.jsonl. Cases run side by side, each on
@@ -84,7 +84,7 @@ class Measurement:
         line: dict[str, Any] = {
             "benchmark": "switches", "switch": case.name, "model": self.arguments.model, "gpus": case.gpus,
             "size": self.arguments.size, "steps": self.arguments.steps,
-            "command": " ".join(["python", "benchmarks/switches.py", *sys.argv[1:]]),
+            "command": " ".join(["python", "benchmarks/every_switch.py", *sys.argv[1:]]),
         }  # fmt: skip
         try:
             self._measure(case, ids, line)

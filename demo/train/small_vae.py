@@ -20,9 +20,9 @@ from ...wan.vae.autoencoder import encode as encode_clip
 from ...wan.vae.latents import denormalise, latent_statistics, normalise
 from ...wan.vae.vae_keys import diffusers_to_official
 from .captions import held_out_scenes
-from .checkpoint import NAMES, place, write
 from .loop import Budget, autocast, fit, generator
 from .sizes import Sizes
+from .trained_files import NAMES, place, write
 from .world import FRAMES, draw_scenes, render
 
 if TYPE_CHECKING:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from . import distill, dit, i2v, vae
+from . import distill, dit, i2v, small_vae
 from .card import write_card
-from .checkpoint import MAX_ALL, trained
 from .loop import Budget
 from .samples import write_samples
 from .sizes import FULL, SMOKE
+from .trained_files import MAX_ALL, trained
 
-PARTS = {"vae": vae.train, "dit": dit.train, "i2v": i2v.train, "distill": distill.train}
+PARTS = {"vae": small_vae.train, "dit": dit.train, "i2v": i2v.train, "distill": distill.train}
 """In the order in which they need each other."""
 
 

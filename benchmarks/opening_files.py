@@ -1,6 +1,6 @@
 """What the largest headers, indexes and tokenizers that are let through cost: seconds and memory.
 
-    python benchmarks/headers.py
+    python benchmarks/opening_files.py
 
 Prints a row for each kind of file: the size of what is read, processor seconds to open it, and by how much the peak
 of the process's memory is over what it held before. Each is opened in a process of its own, a fork of one that has

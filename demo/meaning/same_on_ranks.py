@@ -11,7 +11,7 @@ from torch import Tensor
 from ...distributed.job.job import FileIdentity, Job, ModelFiles, Parallel, Sampling, Text
 from ...distributed.launch.launcher import new_job_id, run_job
 from ...distributed.machine.gpus import choose_gpus, list_gpus
-from ..train.checkpoint import NAMES, place
+from ..train.trained_files import NAMES, place
 from ..train.world import FRAMES, HEIGHT, WIDTH
 from .measure import psnr
 from .pipeline import FPS, T2V, read_video

@@ -16,7 +16,7 @@ from typing import Any
 from .client import Run, run_prompt
 from .comfyui import Server
 from .example import ROOT, Prompt, TinyModel, node_id, node_of, small_example
-from .train.checkpoint import NAMES, place, trained
+from .train.trained_files import NAMES, place, trained
 from .train.world import FRAMES, HEIGHT, WIDTH
 
 OUTPUT = ROOT / "demo" / "output"

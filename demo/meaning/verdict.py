@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from ..train.captions import held_out_scenes, plain_caption
-from ..train.checkpoint import NAMES, place
 from ..train.distill import FILES
 from ..train.dit import T2V as T2V_TASK
 from ..train.i2v import I2V as I2V_TASK
+from ..train.trained_files import NAMES, place
 from ..train.world import Scene, render
 from .arithmetic import eight_bits
 from .measure import agreement, measure, psnr
 from .pipeline import FOUR_STEPS, I2V, T2V, Pipeline, Settings, as_video, bounded, guided
-from .ranks import same_on_ranks
+from .same_on_ranks import same_on_ranks
 
 ASPECTS = ("colour", "shape", "place", "direction", "motion", "background", "number", "all")
 MUST = ("colour", "shape", "place", "direction")

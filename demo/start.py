@@ -11,7 +11,7 @@ DEMO = Path(__file__).resolve().parent
 
 
 def run(module: str) -> int:
-    """Calls `main` of a module of this folder, such as "train.run". Returns its exit code."""
+    """Calls `main` of a module of this folder, such as "train.command_line". Returns its exit code."""
     # This folder was put on the path for this file alone; its names are not meant as top-level modules.
     sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != DEMO]
     pack = types.ModuleType("_wan_distributed")

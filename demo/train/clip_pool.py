@@ -17,8 +17,8 @@ from ...wan.text.tokenizer import Tokenizer
 from .captions import draw_caption
 from .loop import autocast, generator
 from .sizes import Sizes
-from .text import NO_TEXT, longest, pad_ids
-from .vae import encode, grey_behind_first
+from .small_umt5 import NO_TEXT, longest, pad_ids
+from .small_vae import encode, grey_behind_first
 from .world import FRAMES, HEIGHT, WIDTH, draw_scenes, render
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from torch import Tensor
 from ...wan.text.text_encoder import DEFAULT_NEGATIVE_PROMPT, TextEncoder, load_text_encoder
 from ...wan.text.tokenizer import Tokenizer
 from .captions import sentences
-from .checkpoint import NAMES, place, write
 from .sizes import Sizes
+from .trained_files import NAMES, place, write
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
