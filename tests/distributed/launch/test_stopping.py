@@ -33,6 +33,7 @@ from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.launch import pool as pools
 from wan_pack.distributed.launch.pool import Pool
 from wan_pack.distributed.launch.stopping import seconds_to_stop
+from wan_pack.distributed.machine.gpus import Gpu
 from wan_pack.distributed.machine.processes import Process
 
 WARM = {"keep_warm_seconds": 60.0}
@@ -91,7 +92,7 @@ def test_the_next_seed_runs_on_the_same_processes_and_is_right(tiny_models: Path
 
 
 @pytest.mark.processes
-def test_a_rank_that_does_not_stop_is_ended_and_the_cancel_does_not_wait(
+def test_fault_07_a_rank_that_does_not_stop_is_ended_and_the_cancel_does_not_wait(
     tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(worker_group, "AGENT", pack_with(STUB_WORKER, tmp_path, action="good", seconds=60.0))
@@ -99,6 +100,11 @@ def test_a_rank_that_does_not_stop_is_ended_and_the_cancel_does_not_wait(
     cancelled = Cancelled(tmp_path)
     assert cancelled.run(lambda **more: run_stub(tmp_path, stub_job(**WARM), pool=pool, **more)) < 1
     assert all(process.alive() for process in cancelled.processes)
+    # For the plan of the next job their memory is free already, as that of a group that waits.
+    (member,) = pool._members
+    member.free_bytes = {"0": 7}
+    gpu = Gpu(index="0", uuid="GPU-a", name="", total_bytes=9, free_bytes=1)
+    assert [known.free_bytes for known in pool.without_idle([gpu])] == [7]
     settled()
     assert gone_within(1, *cancelled.processes, cancelled.agent)
     assert not list((tmp_path / "jobs").iterdir()) and pool.view() == []
@@ -106,7 +112,7 @@ def test_a_rank_that_does_not_stop_is_ended_and_the_cancel_does_not_wait(
 
 @pytest.mark.processes
 @pytest.mark.parametrize("way", ["release", "another kind"])
-def test_who_needs_the_gpus_does_not_wait_for_the_step(
+def test_fault_07_who_needs_the_gpus_does_not_wait_for_the_step(
     way: str, tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(worker_group, "AGENT", pack_with(STUB_WORKER, tmp_path, action="good", seconds=8.0))
@@ -124,7 +130,7 @@ def test_who_needs_the_gpus_does_not_wait_for_the_step(
 
 
 @pytest.mark.processes
-def test_the_next_job_waits_for_the_step_and_can_be_cancelled_meanwhile(
+def test_fault_07_08_the_next_job_waits_for_the_step_and_can_be_cancelled_meanwhile(
     tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ):
     """The stub's ranks end their step, and with it their job, after a while."""
