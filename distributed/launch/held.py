@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..group.worker_group import WorkerGroup
 from ..job.job import Job
-from .pool import Pool
+from ..job.job_folder import JobDir
+from .group_source import GroupSource
 
 
 class HeldGroup:
@@ -16,7 +17,7 @@ class HeldGroup:
     Its jobs must be of one kind; `more_follow` tells the ranks of all but a lone one to stay.
     """
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: GroupSource) -> None:
         self._pool = pool
         self._group: WorkerGroup | None = None
         self._last: Job | None = None
@@ -36,6 +37,12 @@ class HeldGroup:
         """After a good job."""
         assert group is self._group
         self._last = job
+
+    def stop(self, group: WorkerGroup, job: Job, folder: JobDir, seconds: float) -> None:
+        """As Pool.stop: after a cancel there is no next job, and the pool has the group."""
+        assert group is self._group
+        self._group = self._last = None
+        self._pool.stop(group, job, folder, seconds)
 
     def forget(self, group: WorkerGroup) -> None:
         """After the group has ended."""

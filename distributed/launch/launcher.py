@@ -38,6 +38,7 @@ from ..machine.cancelling import cancelled_by, check_cancelled
 from ..machine.prerequisites import check_prerequisites, space_problem, writing_problem
 from ..machine.usage import Usage, UsageMonitor, all_gpus, gpu_usage, in_words, process_usage
 from .changed_file import ChangedFile
+from .group_source import GroupSource
 from .pool import Pool
 from .result import Result, checked_result
 from .stopping import Stopping, cancel
@@ -72,7 +73,7 @@ def run_job(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_log_line: Callable[[str], None] = lambda line: None,
     cancelled: Callable[[], bool] = lambda: False,
-    pool: Pool | None = None,
+    pool: GroupSource | None = None,
 ) -> Result:
     """Runs a job to its end. Must be called on a thread that outlives the job.
 
@@ -129,7 +130,7 @@ class _Run:
         on_progress: Callable[[Progress], None],
         on_log_line: Callable[[str], None],
         cancelled: Callable[[], bool],
-        pool: Pool,
+        pool: GroupSource,
     ) -> None:
         self._job, self._folder, self._failed = job, folder, failed
         self._on_progress, self._on_log_line, self._cancelled = on_progress, on_log_line, cancelled

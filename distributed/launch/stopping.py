@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Protocol
 
 from ..group.signs_of_life import Seen, SignsOfLife
 from ..group.worker_group import WorkerGroup
@@ -13,6 +12,7 @@ from ..job.job import Job
 from ..job.job_folder import JobDir
 from ..job.progress import Progress
 from ..machine.processes import Process
+from .group_source import GroupSource
 
 SECONDS = 5.0
 """That ranks get beyond the rest of their step."""
@@ -25,14 +25,8 @@ class Stopping(JobCancelled):
     """The job's processes stop after their step, and stay. Its folder goes when they have."""
 
 
-class Stops(Protocol):
-    """A pool that keeps the groups of cancelled jobs."""
-
-    def stop(self, group: WorkerGroup, job: Job, folder: JobDir, seconds: float) -> None: ...
-
-
 def cancel(
-    pool: Stops, group: WorkerGroup, job: Job, folder: JobDir, ranks: Mapping[int, Seen], shown: Progress | None
+    pool: GroupSource, group: WorkerGroup, job: Job, folder: JobDir, ranks: Mapping[int, Seen], shown: Progress | None
 ) -> JobCancelled:
     """What is to be raised: Stopping, if the ranks were asked to stop and nobody needs to end them.
 

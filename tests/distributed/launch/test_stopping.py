@@ -31,6 +31,7 @@ from wan_pack.distributed.group.signs_of_life import Seen
 from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.launch import pool as pools
+from wan_pack.distributed.launch.held import HeldGroup
 from wan_pack.distributed.launch.pool import Pool
 from wan_pack.distributed.launch.stopping import seconds_to_stop
 from wan_pack.distributed.machine.gpus import Gpu
@@ -92,13 +93,16 @@ def test_the_next_seed_runs_on_the_same_processes_and_is_right(tiny_models: Path
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize("held", [False, True], ids=["", "of a batch"])
 def test_fault_07_a_rank_that_does_not_stop_is_ended_and_the_cancel_does_not_wait(
-    tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+    held: bool, tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ):
+    """Also that of a batch's last job, whose ranks stay as those of any other."""
     monkeypatch.setattr(worker_group, "AGENT", pack_with(STUB_WORKER, tmp_path, action="good", seconds=60.0))
     monkeypatch.setattr("wan_pack.distributed.launch.stopping.SECONDS", 1.0)
     cancelled = Cancelled(tmp_path)
-    assert cancelled.run(lambda **more: run_stub(tmp_path, stub_job(**WARM), pool=pool, **more)) < 1
+    source = HeldGroup(pool) if held else pool
+    assert cancelled.run(lambda **more: run_stub(tmp_path, stub_job(**WARM), pool=source, **more)) < 1
     assert all(process.alive() for process in cancelled.processes)
     # For the plan of the next job their memory is free already, as that of a group that waits.
     (member,) = pool._members
