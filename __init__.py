@@ -7,8 +7,8 @@ if __package__:
     warm.register()
 else:
     # pytest imports this file alone while it collects: there is no package to be relative to.
-    NODE_CLASS_MAPPINGS: dict[str, type] = {}
-    NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
+    NODE_CLASS_MAPPINGS = {}
+    NODE_DISPLAY_NAME_MAPPINGS = {}
 
 WEB_DIRECTORY = "./web"
 

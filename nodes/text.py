@@ -124,12 +124,12 @@ class WanVideoTextEncode:
                 "positive_prompt": positive_prompt,
                 "negative_prompt": negative_prompt or DEFAULT_NEGATIVE_PROMPT,
             }
-            prompt, negative = encoder.encode(list(prompts.values()))
+            positive, negative = encoder.encode(list(prompts.values()))
             notes = encoder.tokenizer.notes(**prompts)
         finally:
             del encoder
             host.free_memory()
-        embeds = {"prompt_embeds": [prompt.cpu()], "negative_prompt_embeds": [negative.cpu()], "echoshot": False}
+        embeds = {"prompt_embeds": [positive.cpu()], "negative_prompt_embeds": [negative.cpu()], "echoshot": False}
         return ({**embeds, NOTES: notes},)
 
 

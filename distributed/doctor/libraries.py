@@ -97,7 +97,8 @@ def switch_findings(capabilities: Sequence[tuple[int, int]]) -> Iterator[Finding
     Args:
         capabilities: compute capability of each GPU; empty without one.
     """
-    for capability in sorted(set(capabilities)) or [None]:
+    kinds: list[tuple[int, int] | None] = [*sorted(set(capabilities))] or [None]
+    for capability in kinds:
         where = "without a GPU" if capability is None else "on compute capability " + ".".join(map(str, capability))
         names = [name if value is True else f"{name} {value}" for name, value in refused_values(capability)]
         yield Finding("switches", f"cannot run here, {where}: {', '.join(names) or 'none'}")

@@ -179,9 +179,10 @@ class Job:
     def from_json(cls, text: str) -> Job:
         """Reads what `to_json` wrote. Raises JobError naming the field that is missing, unknown or wrong."""
         try:
-            return _build(cls, json.loads(text), "job.json")
+            job: Job = _build(cls, json.loads(text), "job.json")
         except (ValueError, RecursionError) as error:
             raise JobError(f"job.json is not a job this version can run: {error}") from error
+        return job
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
@@ -196,7 +197,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} is {type(value).__name__}; it must be a list")
         item = typing.get_args(kind)[0]
         return tuple(_build(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{where} is {type(value).__name__}; it must be an object")
         hints = typing.get_type_hints(kind)

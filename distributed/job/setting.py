@@ -6,9 +6,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection
 from dataclasses import KW_ONLY, MISSING, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import check
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _KEY = "setting"
 
@@ -77,15 +80,16 @@ def choice(default: str, names: Collection[str]) -> Any:
     return dataclasses.field(default=default, metadata={_KEY: Choice(default, tuple(names))})
 
 
-def setting_of(kind: type, name: str) -> Number | Choice | None:
+def setting_of(kind: type[DataclassInstance], name: str) -> Number | Choice | None:
     """How a dataclass declares a field; None for a plain one, such as a switch."""
-    return kind.__dataclass_fields__[name].metadata.get(_KEY)  # type: ignore[attr-defined]
+    setting: Number | Choice | None = kind.__dataclass_fields__[name].metadata.get(_KEY)
+    return setting
 
 
-def default_of(kind: type, name: str) -> Any:
+def default_of(kind: type[DataclassInstance], name: str) -> Any:
     """What a field's widget begins with."""
     setting = setting_of(kind, name)
-    return kind.__dataclass_fields__[name].default if setting is None else setting.default  # type: ignore[attr-defined]
+    return kind.__dataclass_fields__[name].default if setting is None else setting.default
 
 
 def check_settings(values: Any, *, but: Collection[str] = ()) -> None:

@@ -16,7 +16,8 @@ from ..job.errors import JobCancelled
 from ..job.job import Job, JobError
 from ..job.job_folder import JobDir
 from ..job.progress import Progress, steady_seconds
-from .launcher import Result, new_job_id, run_job
+from .launcher import new_job_id, run_job
+from .result import Result
 
 
 def main(arguments: list[str]) -> int:

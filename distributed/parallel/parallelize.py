@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ...wan.model.attention import Attention
 from ...wan.model.kernels.choice import OPS
-from ...wan.model.transformer import WanModel, local_attention
+from ...wan.model.transformer import TokenAttention, WanModel, local_attention
 from ..job.job import FFN_CHUNK
 from ..job.switches import ULYSSES_ENGINES
 from .mesh import Mesh
@@ -34,7 +34,7 @@ def set_shard(model: WanModel, shard: SequenceShard) -> None:
     """Tells a parallelized model which tokens it gets from now on: another video has another length."""
     # One engine serves all blocks; a kernel that knows nothing of ranks needs no telling.
     engine = model.blocks[0].self_attn.attention
-    if hasattr(engine, "shard"):
+    if isinstance(engine, Exchange):
         engine.shard = shard
 
 
@@ -46,7 +46,7 @@ def spread_tokens(
     Args:
         shard, attention, ulysses_engine: as of `parallelize_wan`.
     """
-    token_attention = local_attention(attention)
+    token_attention: TokenAttention = local_attention(attention)
     if shard.world > 1:
         assert mesh is not None, "several ranks have a mesh"
         token_attention = ENGINES[ulysses_engine](mesh.ulysses_group, shard, attention)
@@ -90,25 +90,31 @@ def parallelize_wan(
             block.ffn_chunk = FFN_CHUNK
     if torch_compile:
         for block in model.blocks:
-            block.attention_inputs = torch.compile(block.attention_inputs)
-            block.self_attn.queries_keys_values = torch.compile(block.self_attn.queries_keys_values)
-            block.attention_outputs = torch.compile(block.attention_outputs)
+            # Each takes its method's place in the instance.
+            segments = (
+                (block, "attention_inputs"),
+                (block.self_attn, "queries_keys_values"),
+                (block, "attention_outputs"),
+            )
+            for module, name in segments:
+                setattr(module, name, torch.compile(getattr(module, name)))
     if use_fsdp and mesh is not None:
         # Here because it takes seconds to import.
         from torch.distributed.fsdp import fully_shard
 
         drop = gather == "block"
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh.world, reshard_after_forward=drop)
+        sharded = [fully_shard(block, mesh=mesh.world, reshard_after_forward=drop) for block in model.blocks]
         # By default the root keeps what it gathered, which offload would then leave on the device.
         fully_shard(model, mesh=mesh.world, reshard_after_forward=drop)
         # Asked for before a block begins, so that its all-to-alls do not queue before the next block's weights.
-        for block, following in pairwise(model.blocks):
-            block.set_modules_to_forward_prefetch([following])
+        for one, following in pairwise(sharded):
+            one.set_modules_to_forward_prefetch([following])
 
 
 def release_gathered(model: WanModel) -> None:
     """Drops what FSDP has gathered and kept; this rank's shards stay. Nothing happens to a model without FSDP."""
     for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+        # FSDP's, known by its method: naming the class would import it, two seconds that only FSDP needs.
+        reshard = getattr(module, "reshard", None)
+        if reshard is not None:
+            reshard()

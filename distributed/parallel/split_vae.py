@@ -72,15 +72,14 @@ class RankVae:
         As `wan.vae.autoencoder.encode` does.
         """
         check_video(self._vae, video)
-        rows = self._rows(video.shape[-2] // self._vae.config.scale_factor_spatial)
+        rows = self._rows(video.shape[-2] // self._vae.config["scale_factor_spatial"])
         if rows is None:
             return encode(self._vae, video, ops=self._ops)
         return rows.gather(encode(self._vae, rows.split(video), rows=rows, ops=self._ops))
 
     def _rows(self, num_rows: int) -> RowShard | None:
         """This rank's share of `num_rows` latent rows, or None if the picture stays whole."""
-        world = 1 if self._group is None else dist.get_world_size(self._group)
-        if world == 1:
+        if self._group is None or (world := dist.get_world_size(self._group)) == 1:
             return None
         if num_rows < world:
             log.info("the VAE is not split: %d latent rows are fewer than %d ranks", num_rows, world)

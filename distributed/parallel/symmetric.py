@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -109,7 +110,7 @@ class _Layout:
         return None if self._stream is None else self._stream.record_event()
 
     def wait(self, arrival: torch.cuda.Event | None) -> None:
-        if arrival is not None:
+        if arrival is not None and self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(arrival)
 
     def outgoing(self, part: int, y: Tensor) -> Copies:
@@ -178,7 +179,7 @@ class SymmetricUlysses(PackedUlysses):
         *, first: int = FIRST, last: int = LAST, direct: Sequence[str] = DIRECT,
     ) -> None:  # fmt: skip
         super().__init__(group, shard, attention)
-        self._how = {"first": first, "last": last, "direct": frozenset(direct)}
+        self._make_layout = partial(_Layout, first=first, last=last, direct=frozenset(direct))
         self._layout: _Layout | None = None
         self._able = True
 
@@ -195,7 +196,7 @@ class SymmetricUlysses(PackedUlysses):
         heads = split_evenly(layer.num_heads, self.shard.world)
         what = self.shard, heads, layer.head_dim, self._dtypes(layer)
         memory = peer_memory(self._group, _Layout.nbytes(*what), layer.norm_q.weight.device)
-        return None if memory is None else _Layout(memory, *what, **self._how)
+        return None if memory is None else self._make_layout(memory, *what)
 
     def _hidden(self, layout: _Layout, layer: SelfAttention, x: LinearInput, rope: Rope, ops: Ops) -> Tensor:
         def on_their_way(which: int) -> None:

@@ -8,9 +8,9 @@ Only `all_to_all_single` is used, which every backend has.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ Scales = tuple[Tensor, Tensor] | None
 """Of q's and k's codes, [H] each; None where they are no codes."""
 
 
-class Exchange(Protocol):
+class Exchange(ABC):
     """Attention over the tokens of all ranks (`wan.model.transformer.TokenAttention`).
 
     One serves all blocks, in their order.
@@ -36,6 +36,7 @@ class Exchange(Protocol):
     shard: SequenceShard
     """May be replaced between videos, which have other lengths."""
 
+    @abstractmethod
     def __call__(self, layer: SelfAttention, x: LinearInput, rope: Rope, ops: Ops) -> Tensor:
         """x: this rank's [S, C], which `layer` projects -> [S, H, D]. Collective."""
 
@@ -61,26 +62,32 @@ def write_projections(
         to: for q, k and v. Where q and k are to be e4m3, they are codes.
         written: called with 0, 1 or 2 when q, k or v is.
     """
-    codes = to[0].base.dtype == E4M3
+    scales: list[Tensor | None] = [None, None, None]
     if ops.write_heads is None:
-        q, k, v = layer.queries_keys_values(x, rope, ops, codes=codes)
-        rows = (q.codes, k.codes, v) if codes else (q, k, v)
-        for which in (2, 0, 1):
-            for into, part in zip(
-                to[which].runs, rows[which].split([r.shape[1] for r in to[which].runs], 1), strict=True
-            ):
+        if to[0].base.dtype == E4M3:
+            (q, scales[0]), (k, scales[1]), v = layer.queries_keys_values(x, rope, ops.rotate_codes)
+        else:
+            q, k, v = layer.queries_keys_values(x, rope, ops.rotate)
+        for which, heads in ((2, v), (0, q), (1, k)):
+            widths = [run.shape[1] for run in to[which].runs]
+            for into, part in zip(to[which].runs, heads.split(widths, 1), strict=True):
                 into.copy_(part)
             written(which)
-        return (q.scale, k.scale) if codes else None
-    scales = []
-    for which, project, norm in ((2, layer.v, None), (0, layer.q, layer.norm_q), (1, layer.k, layer.norm_k)):
-        how = (None, None) if norm is None else (norm.weight, rope)
-        scales.append(ops.write_heads(project(x), *how, layer.head_dim, to[which].base, to[which].places))
-        written(which)
-    return (scales[1], scales[2]) if codes else None
+    else:
+        for which, project, weight in (
+            (2, layer.v, None),
+            (0, layer.q, layer.norm_q.weight),
+            (1, layer.k, layer.norm_k.weight),
+        ):
+            turned = None if weight is None else rope
+            there = to[which]
+            scales[which] = ops.write_heads(project(x), weight, turned, layer.head_dim, there.base, there.places)
+            written(which)
+    q_scale, k_scale, _ = scales
+    return None if q_scale is None or k_scale is None else (q_scale, k_scale)
 
 
-class PackedUlysses:
+class PackedUlysses(Exchange):
     """One all-to-all in for q, k and v together, one out.
 
     A token's q, k and v lie side by side in the receive buffer, so they are strided views of it: attention reads them
@@ -117,6 +124,7 @@ class PackedUlysses:
         k, v = k[: self.shard.length], v[: self.shard.length]
         if scales is None:
             return self._attention(q, k, v)
+        assert isinstance(self._attention, CodesAttention), "codes are made for it alone"
         q_scale, k_scale = (scale[heads] for scale in scales)
         return self._attention(HeadCodes(q, q_scale), HeadCodes(k, k_scale), ops.quantise_heads(v))
 
@@ -156,7 +164,7 @@ def _side_by_side(memory: Tensor, tokens: int, heads: int, dtypes: list[torch.dt
     return [part.view(dtype).view(tokens, heads, channels) for part, dtype in zip(columns, dtypes, strict=True)]
 
 
-class DeepSpeedUlysses:
+class DeepSpeedUlysses(Exchange):
     """DeepSpeed's DistributedAttention: four all-to-alls; heads must divide by the number of ranks."""
 
     def __init__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> None:
@@ -178,5 +186,5 @@ class DeepSpeedUlysses:
         self._attention = DistributedAttention(between_exchanges, group, scatter_idx=2, gather_idx=1)
 
     def __call__(self, layer: SelfAttention, x: LinearInput, rope: Rope, ops: Ops) -> Tensor:
-        q, k, v = layer.queries_keys_values(x, rope, ops)
+        q, k, v = layer.queries_keys_values(x, rope, ops.rotate)
         return self._attention(q[None], k[None], v[None], batch_dim_idx=0)[0]

@@ -20,17 +20,17 @@ COMPANIONS = ("torchaudio", "torchvision")
 """Built for one release of torch each, and imported by other packages where they are."""
 
 
-def _diffusers() -> None:
+def _diffusers() -> object:
     import_diffusers()
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-    assert AutoencoderKLWan
+    return AutoencoderKLWan
 
 
-def _transformers() -> None:
+def _transformers() -> object:
     from transformers import UMT5Config, UMT5EncoderModel
 
-    assert UMT5Config and UMT5EncoderModel
+    return UMT5Config, UMT5EncoderModel
 
 
 IMPORTS: dict[str, Callable[[], object]] = {"diffusers": _diffusers, "transformers": _transformers}

@@ -72,7 +72,7 @@ def result_of(
 
 def _sequence(job: Job, session: Session) -> str:
     parallel = job.parallel
-    if not parallel.use_ulysses or parallel.ulysses_size == 1:
+    if session.mesh is None or not parallel.use_ulysses or parallel.ulysses_size == 1:
         return "off"
     reason = refusal(session.mesh.ulysses_group)
     engine = f"packed ({parallel.ulysses_engine}: {reason})" if reason else parallel.ulysses_engine

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...wan.model.transformer import WanModel
 from .offload import HostParking, lock_pages, unlock_pages
 
 ALIGNMENT = 256
@@ -30,7 +31,7 @@ class BlockStream:
         device: where the model computes. What is not in a block stays there.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: WanModel, device: torch.device) -> None:
         self._blocks = list(model.blocks)
         self._device = device
         self._layouts = [_Layout(block) for block in self._blocks]

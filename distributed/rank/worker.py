@@ -158,8 +158,8 @@ class Worker:
         grid = token_grid(tuple(self.noise.shape))
         shard = session.shard(self.job, grid)
 
-        def tokens_of(latents: Tensor | None) -> Tensor | None:
-            return None if latents is None else shard.split(patchify(latents)).to(self.device)
+        def tokens_of(latents: Tensor) -> Tensor:
+            return shard.split(patchify(latents)).to(self.device)
 
         with self.phase("load"):
             runs = {self.guidance.expert(self.solver.timesteps[index]) for index in self.steps}
@@ -172,14 +172,14 @@ class Worker:
             ) if self.job.preview else None  # fmt: skip
         with self.phase("denoise"), session.kernel.activate():
             known = None
-            if conditioning.known is not None:
+            if conditioning.known is not None and conditioning.known_mask is not None:
                 mask = conditioning.known_mask.expand_as(conditioning.known)
                 known = Known(tokens_of(conditioning.known), tokens_of(mask))
             predictor = VelocityPredictor(
                 session.experts.models, texts, grid=grid, shard=shard, device=self.device,
                 keep_text=not parallel.memory_optimization,
                 weights=session.experts.weights if parallel.parks_experts else {},
-                image=tokens_of(conditioning.image),
+                image=None if conditioning.image is None else tokens_of(conditioning.image),
                 timestep_rows=None if known is None else known.timestep_rows, mesh=session.mesh,
                 arrive=self.arrive,
             )  # fmt: skip
@@ -274,6 +274,7 @@ class Worker:
                 vae = self.session.vae(self.job)
                 self.files.progress("decode", 0, sampling.num_frames)
                 for part in vae.decode(latents[None]):
+                    assert part is not None, "rank 0 gets whole frames"
                     video.write(part)
                     self.files.progress("decode", video.frames, sampling.num_frames)
                 if self.device.type == "cuda":

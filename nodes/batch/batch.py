@@ -7,7 +7,8 @@ import dataclasses
 from typing import Any, ClassVar
 
 from ...distributed.job.job import Job, JobError
-from ...distributed.launch.launcher import MAX_LOG, JobFailed, Result, new_job_id
+from ...distributed.launch.launcher import MAX_LOG, JobFailed, new_job_id
+from ...distributed.launch.result import Result
 from ..host import host, warm
 from ..host.status import Status
 from ..inference import saved_video

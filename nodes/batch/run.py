@@ -14,8 +14,9 @@ from ...distributed.job.errors import JobCancelled
 from ...distributed.job.job import Job, JobError, Parallel
 from ...distributed.job.progress import Progress
 from ...distributed.launch.held import HeldGroup
-from ...distributed.launch.launcher import Result, run_job
+from ...distributed.launch.launcher import run_job
 from ...distributed.launch.pool import Pool
+from ...distributed.launch.result import Result
 from ..host import host
 from ..inference.outcome import inputs_writer
 

@@ -19,7 +19,7 @@ from .other_pages import comes_from_another_page, refusal
 from .request_body import sent_object
 
 if TYPE_CHECKING:
-    from ...distributed.launch.launcher import Progress
+    from ...distributed.job.progress import Progress
 
 BAR_STEPS = 1000
 """Resolution of the progress bar over a whole job."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...distributed.group.leftovers import keep_failed
 from ...distributed.job.job import Job, JobError
-from ...distributed.launch.launcher import Result
+from ...distributed.launch.result import Result
 from ..host import host
 from . import saved_video
 

@@ -85,7 +85,7 @@ class VideoNode(ABC):
             raise
 
     @abstractmethod
-    def _run(self, **inputs: Any) -> dict[str, Any]:
+    def _run(self, *_: Any, **inputs: Any) -> dict[str, Any]:
         """What ComfyUI is given of a run that went well."""
 
     @abstractmethod

@@ -134,6 +134,7 @@ class WanVideoDistributedConfig:
             return True
         # Naming an input here switches ComfyUI's own range check off for it, and its refusal of a wrong type is late.
         setting = setting_of(Switches, "master_port")
+        assert setting is not None, "it has a range"
         problem = problem_of("master_port", config_input("master_port"), master_port)
         if problem is None and not setting.holds(master_port):
             problem = f"master_port is {master_port}; it must be {setting.allowed}"

@@ -59,7 +59,8 @@ class VideoInputs:
             given: checked by `host.declared.taken`.
         """
         own = {name: given[name] for name in LAYOUT if name in given}
-        config, overruled = given.get("config"), ()
+        config: Any = given.get("config")
+        overruled: tuple[str, ...] = ()
         if config is None:
             config = DistributedConfig(**own)
         elif not isinstance(config, DistributedConfig):

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from threading import local
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def read_weights(
     parameters = dict(model.named_parameters())
     owner = owners(model, names, parts)
     names = [name for name in owner if owner[name] == part]
-    mine = local()
+    mine = _Reader()
 
     def made_here(name: str) -> bool:
         """Whether the weight's values are not just the file's, or not in the file's codes."""
@@ -87,7 +88,7 @@ def read_weights(
         rows, start = local_rows(parameters[name])
         if rows.numel() == 0:
             return
-        if not hasattr(mine, "staging"):
+        if mine.staging is None:
             mine.staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=on_cuda)
         weight = name.removesuffix("_scale")
         if weight == name and made_here(name):
@@ -123,6 +124,13 @@ def read_weights(
         except BaseException:
             readers.shutdown(cancel_futures=True)
             raise
+
+
+class _Reader(local):
+    """What a thread that reads has to itself."""
+
+    staging: Tensor | None = None
+    """Made when it first reads."""
 
 
 def owners(model: nn.Module, names: Sequence[str] | None, parts: int) -> dict[str, int]:
@@ -182,6 +190,7 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
         return parameter.data, 0
     (placement,) = placements
     assert placement.is_shard(0), f"parameters are sharded over dimension 0, not {placement}"
-    per_rank = -(-parameter.shape[0] // parameter.device_mesh.size())
-    row = min(parameter.device_mesh.get_local_rank() * per_rank, parameter.shape[0])
-    return parameter.to_local(), row * (parameter.numel() // parameter.shape[0])
+    sharded: Any = parameter
+    per_rank = -(-parameter.shape[0] // sharded.device_mesh.size())
+    row = min(sharded.device_mesh.get_local_rank() * per_rank, parameter.shape[0])
+    return sharded.to_local(), row * (parameter.numel() // parameter.shape[0])

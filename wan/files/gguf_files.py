@@ -94,8 +94,8 @@ class GgufFile:
 
     def read_array(self, key: str) -> list[Any]:
         """A metadata array of any length."""
-        if key in self.metadata:
-            return list(self.metadata[key])
+        if isinstance(known := self.metadata.get(key), list):
+            return list(known)
         array = self.arrays[key]
         with open(self.path, "rb", opener=regular) as file:
             header = _Header(file)
@@ -126,7 +126,7 @@ class GgufFile:
         with open(self.path, "rb", buffering=0, opener=regular) as file:
             for block in range(first, last, step):
                 data = np.empty((min(block + step, last) - block) * size, dtype=np.uint8)
-                read_range(file.fileno(), memoryview(data), tensor.offset + block * size, self.path)
+                read_range(file.fileno(), data.data, tensor.offset + block * size, self.path)
                 values = gguf.quants.dequantize(data[None], kind)
                 # A range may start and end inside a block: shards are cut by rows, blocks need not be.
                 begin = block * elements - start

@@ -116,9 +116,9 @@ def _refused_format(dtypes: Mapping[str, str], formats: Mapping[str, QuantFormat
         if kind.name not in READABLE:
             return f"{kind.name} ({layer})"
     for name, dtype in dtypes.items():
-        for ending, kind in _REFUSED.items():
+        for ending, refused in _REFUSED.items():
             if name.endswith(ending):
-                return f"{kind} ({name})"
+                return f"{refused} ({name})"
         if name.endswith(".weight") and dtype in _REFUSED_DTYPES:
             return f"{_REFUSED_DTYPES[dtype]} ({name})"
     return None
@@ -147,10 +147,10 @@ def pair_scales(
         if ending is None:
             paired[name] = tensor
             continue
-        kind, weight = (factors if ending == _FACTOR else scales), f"{name.removesuffix(ending)}.weight"
-        if weight in kind:
+        found, weight = (factors if ending == _FACTOR else scales), f"{name.removesuffix(ending)}.weight"
+        if weight in found:
             raise ValueError(f"tensor {weight} has two scales")
-        kind[weight] = tensor
+        found[weight] = tensor
     for weight in (*scales, *(set(factors) - set(scales))):
         codes, scale, factor = paired.get(weight), scales.get(weight), factors.get(weight)
         if not isinstance(codes, PlainTensor) or not codes.shape or not isinstance(scale, PlainTensor):
@@ -202,13 +202,10 @@ def _block_scaled(
     if packed or scale.dtype == torch.uint8 or factor is not None:
         block = (1, 16 if packed else 32)
         fits = scale.dtype == (E4M3 if packed else torch.uint8) and packed == (factor is not None)
+        if factor is not None and not isinstance(factor, PlainTensor):
+            raise ValueError(problem)
         if factor is not None:
-            fits = (
-                fits
-                and isinstance(factor, PlainTensor)
-                and math.prod(factor.shape) == 1
-                and factor.dtype.is_floating_point
-            )
+            fits = fits and math.prod(factor.shape) == 1 and factor.dtype.is_floating_point
         width = codes.shape[1] * (2 if packed else 1)
         if not fits or width % block[1] or number != tiled_size(rows, width // block[1]):
             raise ValueError(problem)

@@ -38,11 +38,16 @@ FLOAT_PIECE = 1 << 22
 class StoredTensor(Protocol):
     """One tensor in a file."""
 
-    shape: tuple[int, ...]
-    nbytes: int
-    """In the file."""
-    dtype: torch.dtype
-    """In which no value is rounded, and nothing is cast on the way."""
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int:
+        """In the file."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which no value is rounded, and nothing is cast on the way."""
 
     def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
         """Reads the values of the elements from flat index `start` on, until `out` is full.

@@ -48,8 +48,9 @@ def family_of(module: LoraModule) -> Family | None:
     (family,) = found
     if not any(all(role in module.tensors for role in roles) for roles in family.needs):
         present = next(iter(module.tensors.values()))
-        missing = [[role.value for role in roles if role not in module.tensors] for roles in family.needs]
-        raise ValueError(f"{module.spelled} has {present} but no {' and '.join(min(missing, key=len))}")
+        lacks = [[role.value for role in roles if role not in module.tensors] for roles in family.needs]
+        fewest = min(lacks, key=len)
+        raise ValueError(f"{module.spelled} has {present} but no {' and '.join(fewest)}")
     return family
 
 

@@ -64,7 +64,7 @@ class AttentionKernel:
         """What keeps it from running; empty if nothing does."""
         if (self.oldest is None) != (capability is None):
             return "needs a GPU" if capability is None else "is for machines without a GPU"
-        if self.oldest is not None and not self.oldest <= capability <= self.newest:
+        if self.oldest and capability and not self.oldest <= capability <= self.newest:
             wanted = f"{_dotted(self.oldest)} or newer"
             if self.newest == self.oldest:
                 wanted = _dotted(self.oldest)
@@ -147,4 +147,6 @@ def _dotted(capability: Capability) -> str:
 
 def _release(text: str) -> tuple[int, ...]:
     """ "0.2.40.post1" -> (0, 2, 40)."""
-    return tuple(int(part) for part in re.match(r"[0-9.]*[0-9]", text)[0].split("."))
+    number = re.match(r"[0-9.]*[0-9]", text)
+    assert number is not None, text
+    return tuple(int(part) for part in number[0].split("."))

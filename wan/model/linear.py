@@ -85,18 +85,24 @@ class Linear(nn.Linear):
     def forward(self, x: LinearInput) -> Tensor:
         """x: [n, in], as tensors of any float type or, where products are fp8, as codes -> [n, out]."""
         if not self.fp8_product:
+            assert isinstance(x, Tensor), "codes are made for the layers that multiply them"
             return F.linear(x.to(self.compute_dtype), self.unpacked_weight(), self.bias)
-        x = cast_rows(x, E4M3)
-        product = _multiply if x.codes.is_cuda else _multiply_unpacked
-        return product(x, self.weight, self.weight_scale, self.bias, self.compute_dtype)
+        rows = fp8_rows(x)
+        product = _multiply if rows.codes.is_cuda else _multiply_unpacked
+        return product(rows, self.weight, self.weight_scale, self.bias, self.compute_dtype)
+
+
+def fp8_rows(x: LinearInput) -> Fp8Rows:
+    """x: [n, in] -> its codes with a scale per row."""
+    return x if isinstance(x, Fp8Rows) else Fp8Rows(*quantise_rows(x.float(), E4M3))
 
 
 def cast_rows(x: LinearInput, dtype: torch.dtype) -> LinearInput:
     """x: [n, in] -> the same in `dtype`; E4M3: as codes with a scale per row."""
-    if isinstance(x, Fp8Rows):
-        assert dtype == E4M3, dtype
-        return x
-    return Fp8Rows(*quantise_rows(x.float(), E4M3)) if dtype == E4M3 else x.to(dtype)
+    if dtype == E4M3:
+        return fp8_rows(x)
+    assert isinstance(x, Tensor), dtype
+    return x.to(dtype)
 
 
 def _multiply(x: Fp8Rows, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out: torch.dtype) -> Tensor:

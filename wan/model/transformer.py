@@ -11,21 +11,25 @@ are float32 (`parameter_dtype`), as in the official code under autocast. The ari
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attention, attention
-from .codes import CodesAttention, Heads
+from .codes import CodesAttention, HeadCodes
 from .config import EPS, TEXT_LEN, WanConfig
 from .latent_space import PATCH_SIZE
 from .linear import E4M3, FP8_PRODUCTS, Fp8Rows, Fp8Weight, Linear, LinearInput
 from .ops import PLAIN, Ops, Rope, rms_norm
 
 Rows = Tensor | None
+H = TypeVar("H", Tensor, HeadCodes)
+Rotate = Callable[[Tensor, Tensor, Rope, int], H]
+"""`Ops.rotate` or `Ops.rotate_codes`."""
 
 
 def parameter_dtype(name: str, compute: torch.dtype) -> torch.dtype:
@@ -70,15 +74,8 @@ class SelfAttention(nn.Module):
         self.attention: TokenAttention = local_attention(attention)
         """Sequence parallelism puts its own here."""
 
-    def queries_keys_values(
-        self, x: LinearInput, rope: Rope, ops: Ops, *, codes: bool = False
-    ) -> tuple[Heads, Heads, Tensor]:
-        """x: [S, C] -> q, k, v, [S, H, D] each, q and k rotated, in the dtype of the matrix products.
-
-        Args:
-            codes: q and k in 8 bits.
-        """
-        rotate = ops.rotate_codes if codes else ops.rotate
+    def queries_keys_values(self, x: LinearInput, rope: Rope, rotate: Rotate[H]) -> tuple[H, H, Tensor]:
+        """x: [S, C] -> q, k, v, [S, H, D] each, q and k as `rotate` gives them, in the dtype of the matrix products."""
         q = rotate(self.q(x), self.norm_q.weight, rope, self.head_dim)
         k = rotate(self.k(x), self.norm_k.weight, rope, self.head_dim)
         return q, k, self.v(x).unflatten(-1, (-1, self.head_dim))
@@ -93,11 +90,12 @@ It is given what the projections start from, so that it may send some of them wh
 
 def local_attention(kernel: Attention) -> TokenAttention:
     """Attention between the tokens that are here."""
-    codes = isinstance(kernel, CodesAttention)
 
     def attend(layer: SelfAttention, x: LinearInput, rope: Rope, ops: Ops) -> Tensor:
-        q, k, v = layer.queries_keys_values(x, rope, ops, codes=codes)
-        return kernel(q, k, ops.quantise_heads(v) if codes else v)
+        if not isinstance(kernel, CodesAttention):
+            return kernel(*layer.queries_keys_values(x, rope, ops.rotate))
+        q, k, v = layer.queries_keys_values(x, rope, ops.rotate_codes)
+        return kernel(q, k, ops.quantise_heads(v))
 
     return attend
 
@@ -156,13 +154,19 @@ class WanBlock(nn.Module):
         attn, cross, norm3, ops = self.self_attn, self.cross_attn, self.norm3, self.ops
         y = attn.o(ops.cast(y.flatten(-2), attn.o.input_dtype))
         x, normed = ops.add_norm(x, y, gate, norm3.weight, norm3.bias, cross.q.input_dtype)
-        x, normed = ops.add_norm(x, cross(normed, k, v, ops), None, 1 + scale, shift, self.ffn[0].input_dtype)
+        x, normed = ops.add_norm(x, cross(normed, k, v, ops), None, 1 + scale, shift, self._ffn_layers()[0].input_dtype)
         return ops.add(x, self._feed_forward(normed), ffn_gate)
 
-    def _feed_forward(self, x: LinearInput) -> Tensor:
+    def _ffn_layers(self) -> tuple[Linear, Linear]:
         up, _, down = self.ffn
+        assert isinstance(up, Linear) and isinstance(down, Linear), self.ffn
+        return up, down
+
+    def _feed_forward(self, x: LinearInput) -> Tensor:
+        up, down = self._ffn_layers()
         if self.ffn_chunk is None:
             return down(self.ops.gelu_linear(up, x, down.input_dtype))
+        parts: Sequence[LinearInput]
         if isinstance(x, Fp8Rows):
             parts = [Fp8Rows(*part) for part in zip(*(tensor.split(self.ffn_chunk) for tensor in x), strict=True)]
         else:
@@ -228,7 +232,8 @@ class WanModel(nn.Module):
         self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
         self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
+        # torch's list does not say of which modules it is.
+        self.blocks: Sequence[WanBlock] = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))  # type: ignore[assignment]
         self.head = Head(config)
 
     def forward(self, tokens: Tensor, timestep: Tensor, text: TextContext, rope: Rope, rows: Rows = None) -> Tensor:
@@ -284,9 +289,11 @@ def meta_model(
         parameter.data = parameter.data.to(parameter_dtype(name, compute))
         parameter.requires_grad_(False)
     for name, stored in (fp8 or {}).items():
-        model.get_submodule(name.removesuffix(".weight")).keep_fp8(stored, parameter_dtype(name, compute))
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(layer, Linear), name
+        layer.keep_fp8(stored, parameter_dtype(name, compute))
     if fp8_products:
         for layer in (block.get_submodule(name) for block in model.blocks for name in FP8_PRODUCTS):
-            assert layer.weight.dtype == E4M3, layer.weight.dtype
+            assert isinstance(layer, Linear) and layer.weight.dtype == E4M3, layer
             layer.fp8_product = True
     return model.eval()

@@ -87,7 +87,8 @@ def build_conditioning(
     if variant.image_channels:
         image = inputs.get("image_conditioning")
         if image is None:
-            image = image_channels(start, end, num_frames, tuple(noise.shape[1:]), encode)
+            frames, height, width = noise.shape[1:]
+            image = image_channels(start, end, num_frames, (frames, height, width), encode)
         return Conditioning(latents, image=image)
     if start is not None:
         return Conditioning(latents, None, *first_frame_known(latents, start, encode))

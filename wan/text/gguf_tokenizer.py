@@ -77,9 +77,11 @@ def _list(gguf: GgufFile, name: str, kind: type) -> list:
 def _field(number: int, encoding: int, value: bytes | float) -> bytes:
     """One field of a protobuf message."""
     key = _varint(number << 3 | encoding)
-    if encoding == _BYTES:
+    if isinstance(value, bytes):
         return key + _varint(len(value)) + value
-    return key + (struct.pack("<f", value) if encoding == _FLOAT else _varint(value))
+    if encoding == _VARINT and isinstance(value, int):
+        return key + _varint(value)
+    return key + struct.pack("<f", value)
 
 
 def _varint(value: int) -> bytes:

@@ -158,7 +158,13 @@ def module_shapes(info: TextEncoderInfo) -> dict[str, tuple[int, ...]]:
     """transformers module path -> shape of its weight, for an encoder of known sizes."""
     inner = info.heads * info.head_dim
     wide, narrow = (inner, info.dim), (info.dim, inner)
-    leaves = {"q": wide, "k": wide, "v": wide, "o": narrow, "wi_0": (info.ffn_dim, info.dim)}
+    leaves: dict[str, tuple[int, ...]] = {
+        "q": wide,
+        "k": wide,
+        "v": wide,
+        "o": narrow,
+        "wi_0": (info.ffn_dim, info.dim),
+    }
     leaves |= {"wi_1": (info.ffn_dim, info.dim), "wo": (info.dim, info.ffn_dim), "shared": (info.vocab, info.dim)}
     leaves |= {"relative_attention_bias": (info.buckets, info.heads), "layer_norm": (info.dim,)}
     leaves["final_layer_norm"] = (info.dim,)

@@ -21,7 +21,7 @@ from .vae_layers import Rows, Tools, WholePicture
 from .vae_ops import VAE_OPS
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 
 def load_vae(
@@ -65,11 +65,11 @@ def decode_frames(
     from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
     if latents.dim() != 5 or latents.shape[0] != 1:
-        raise ValueError(f"latents have shape {list(latents.shape)}; it must be [1, {vae.config.z_dim}, T, h, w]")
-    latents = denormalise(latents, vae.config.z_dim).to(vae.device, vae.dtype)
+        raise ValueError(f"latents have shape {list(latents.shape)}; it must be [1, {vae.config['z_dim']}, T, h, w]")
+    latents = denormalise(latents, vae.config["z_dim"]).to(vae.device, vae.dtype)
     for frames in Decoder(vae, _tools(rows, ops)).frames(latents):
-        if vae.config.patch_size is not None:
-            frames = unpatchify(frames, patch_size=vae.config.patch_size)
+        if vae.config["patch_size"] is not None:
+            frames = unpatchify(frames, patch_size=vae.config["patch_size"])
         elif (scale := upscale(vae)) > 1:
             frames = F.pixel_shuffle(frames.transpose(1, 2), scale).transpose(1, 2)
         yield frames[0].clamp_(-1.0, 1.0)
@@ -89,10 +89,10 @@ def encode(vae: AutoencoderKLWan, video: Tensor, *, rows: Rows | None = None, op
 
     check_video(vae, video)
     video = video.to(vae.device, vae.dtype)
-    if vae.config.patch_size is not None:
-        video = patchify(video, patch_size=vae.config.patch_size)
+    if vae.config["patch_size"] is not None:
+        video = patchify(video, patch_size=vae.config["patch_size"])
     moments = Encoder(vae, _tools(rows, ops)).moments(video)
-    return normalise(moments[:, : vae.config.z_dim], vae.config.z_dim)
+    return normalise(moments[:, : vae.config["z_dim"]], vae.config["z_dim"])
 
 
 def _tools(rows: Rows | None, ops: str) -> Tools:
@@ -101,12 +101,16 @@ def _tools(rows: Rows | None, ops: str) -> Tools:
 
 def upscale(vae: AutoencoderKLWan) -> int:
     """Pixels per row and column that the decoder makes for one of the video."""
-    return 1 if vae.config.patch_size is not None else math.isqrt(vae.config.out_channels // vae.config.in_channels)
+    return (
+        1
+        if vae.config["patch_size"] is not None
+        else math.isqrt(vae.config["out_channels"] // vae.config["in_channels"])
+    )
 
 
 def check_video(vae: AutoencoderKLWan, video: Tensor) -> None:
     """Raises ValueError if `video` is not [1, 3, 4n + 1, H, W] with H and W multiples of the VAE's spatial stride."""
-    stride = vae.config.scale_factor_spatial
+    stride = vae.config["scale_factor_spatial"]
     if video.dim() != 5 or tuple(video.shape[:2]) != (1, 3):
         raise ValueError(f"the video has shape {list(video.shape)}; it must be [1, 3, F, H, W]")
     frames, height, width = video.shape[2:]
@@ -119,7 +123,7 @@ def check_video(vae: AutoencoderKLWan, video: Tensor) -> None:
 
 def _build(info: VaeInfo) -> AutoencoderKLWan:
     # On first use: diffusers takes seconds to import and only workers need it.
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     mean, std = latent_statistics(info.z_dim)
     residual = info.kind == WAN22

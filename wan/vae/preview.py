@@ -19,7 +19,7 @@ from torch import Tensor
 from ..model.latent_space import LATENT_SPACES, TEMPORAL_STRIDE
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 PIXELS = 4
 """Of the video, per preview pixel and axis."""
@@ -69,7 +69,7 @@ def preview_of_vae(vae: AutoencoderKLWan) -> PreviewMap:
     """Fits the map of a VAE: one encoding of five small frames and one decoding of thirteen."""
     from .autoencoder import decode_frames, encode, upscale
 
-    stride = LATENT_SPACES[vae.config.z_dim].stride
+    stride = LATENT_SPACES[vae.config["z_dim"]].stride
     pictures = encode(vae, training_video(TRAINING_POSITIONS * stride))
     # The early steps' estimates are no picture's latents yet, so smooth noise belongs to what is fitted.
     latents = torch.cat([pictures, smooth_noise(pictures)], dim=2)

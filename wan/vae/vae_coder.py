@@ -5,9 +5,9 @@ Shapes: z = latent channels, T = latent frames, F = frames, rows = those of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,12 @@ from .vae_layers import Attention, CausalConv, Downsample, ResidualBlock, Tools,
 from .vae_ops import Sum
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import (
+        AutoencoderKLWan,
+        WanDecoder3d,
+        WanEncoder3d,
+        WanResample,
+    )
 
 FRAMES_AT_ONCE = 6
 """At the resolution of the video; coarser stages take as many as need no more memory. Fewer are slower, as each part
@@ -30,16 +35,17 @@ class Stage:
     """What works at one resolution: blocks, then the step to the next."""
 
     def __init__(
-        self, blocks: Sequence[nn.Module], resample: nn.Module | None, tools: Tools, shortcut: nn.Module | None = None
+        self, blocks: Sequence[nn.Module], resample: WanResample | None, tools: Tools, shortcut: nn.Module | None = None
     ) -> None:
         """`shortcut`: the Wan2.2 VAE's way around the stage (diffusers' DupUp3D or AvgDown3D), without weights."""
         self.blocks = [_BLOCKS[type(block).__name__](block, tools) for block in blocks]
-        self.resample, self.shortcut, self.ops = None, shortcut, tools.ops
-        tensors = 4
-        self.up = resample is not None and resample.mode.startswith("up")
+        self.shortcut, self.ops = shortcut, tools.ops
+        self.resample: Upsample | Downsample | None = None
         if resample is not None:
-            self.resample = (Upsample if self.up else Downsample)(resample, tools)
-        if self.up:
+            self.resample = (Upsample if resample.mode.startswith("up") else Downsample)(resample, tools)
+        self.up = isinstance(self.resample, Upsample)
+        tensors = 4
+        if isinstance(self.resample, Upsample):
             # Input, then what the convolution reads, four or eight times as much, and what it gives, half of that.
             tensors = 8 if self.resample.time_conv is None else 16
         widest = max(conv.out_channels for block in blocks for conv in block.modules() if isinstance(conv, nn.Conv3d))
@@ -54,17 +60,17 @@ class Stage:
         around = None
         if self.shortcut is not None:
             x = Sum(self.ops.add(x, None))
-            around = self._around(x.x)
+            around = self._around(self.shortcut, x.x)
         for block in self.blocks:
             x = block(x)
         if self.resample is not None:
             x = self.resample(x)
         return x if around is None else Sum(self.ops.add(x, None), None, around)
 
-    def _around(self, x: Tensor) -> Tensor:
+    def _around(self, shortcut: nn.Module, x: Tensor) -> Tensor:
         first = {"first_chunk": not self._started} if self.up else {}
         self._started = True
-        y = self.shortcut(x[None].permute(0, 4, 1, 2, 3), **first)
+        y = shortcut(x[None].permute(0, 4, 1, 2, 3), **first)
         return y.permute(0, 2, 3, 4, 1)[0].contiguous()
 
 
@@ -76,6 +82,7 @@ class Decoder:
         self.before = vae.post_quant_conv
         self.conv_in = CausalConv(decoder.conv_in, tools)
         self.stages = [Stage(_middle(decoder), None, tools)]
+        block: Any
         for block in decoder.up_blocks:
             # The Wan2.2 VAE's blocks name their parts otherwise.
             resample = block.upsamplers[0] if getattr(block, "upsamplers", None) else getattr(block, "upsampler", None)
@@ -109,7 +116,7 @@ class Encoder:
         self.after = vae.quant_conv
         self.channels = -(-encoder.conv_in.in_channels // ALIGNMENT) * ALIGNMENT
         self.conv_in = CausalConv(encoder.conv_in, tools, channels=(self.channels, encoder.conv_in.out_channels))
-        self.stages = [Stage(*parts, tools, shortcut) for *parts, shortcut in _down_stages(encoder)]
+        self.stages = [Stage(blocks, resample, tools, shortcut) for blocks, resample, shortcut in _down_stages(encoder)]
         self.stages.append(Stage(_middle(encoder), None, tools))
         self.head = _Head(encoder, tools)
 
@@ -141,7 +148,7 @@ class Encoder:
 class _Head:
     """What ends both: a norm and a convolution to a few channels."""
 
-    def __init__(self, coder: nn.Module, tools: Tools) -> None:
+    def __init__(self, coder: WanEncoder3d | WanDecoder3d, tools: Tools) -> None:
         conv = coder.conv_out
         self.ops, self.weight, self.channels = tools.ops, coder.norm_out.gamma.flatten(), conv.out_channels
         aligned = -(-self.channels // ALIGNMENT) * ALIGNMENT
@@ -152,21 +159,27 @@ class _Head:
         padded, inside = self.conv.room(*x.x.shape[:3])
         self.ops.norm(x, self.weight, inside, True, False)
         y, bias, _ = self.conv(padded)
+        assert bias is not None, "diffusers' convolutions have one"
         return (y[..., : self.channels] + bias[: self.channels]).permute(3, 0, 1, 2)[None]
 
 
-_BLOCKS = {"WanResidualBlock": ResidualBlock, "WanAttentionBlock": Attention}
+_BLOCKS: dict[str, Callable[[Any, Tools], Callable[[Sum], Sum]]] = {
+    "WanResidualBlock": ResidualBlock,
+    "WanAttentionBlock": Attention,
+}
 
 
-def _middle(coder: nn.Module) -> list[nn.Module]:
+def _middle(coder: WanEncoder3d | WanDecoder3d) -> list[nn.Module]:
     """diffusers' middle block in order."""
     first, *others = coder.mid_block.resnets
     return [first, *(part for pair in zip(coder.mid_block.attentions, others, strict=True) for part in pair)]
 
 
-def _down_stages(encoder: nn.Module) -> list[tuple[list[nn.Module], nn.Module | None, nn.Module | None]]:
+def _down_stages(encoder: WanEncoder3d) -> list[tuple[list[nn.Module], WanResample | None, nn.Module | None]]:
     """Blocks, resampling and shortcut of each stage."""
-    stages, blocks = [], []
+    stages: list[tuple[list[nn.Module], WanResample | None, nn.Module | None]] = []
+    blocks: list[nn.Module] = []
+    block: Any
     for block in encoder.down_blocks:
         if type(block).__name__ == "WanResidualDownBlock":
             stages.append((list(block.resnets), block.downsampler, block.avg_shortcut))

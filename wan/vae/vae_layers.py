@@ -8,13 +8,16 @@ the kept frames and the neighbours' rows around; whatever follows one adds its b
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .vae_ops import Sum, VaeOps
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResample, WanResidualBlock
 
 
 class Rows(Protocol):
@@ -87,7 +90,7 @@ class CausalConv:
 
 
 class ResidualBlock:
-    def __init__(self, block: nn.Module, tools: Tools) -> None:
+    def __init__(self, block: WanResidualBlock, tools: Tools) -> None:
         self.ops = tools.ops
         self.first, self.second = CausalConv(block.conv1, tools), CausalConv(block.conv2, tools)
         self.norms = [norm.gamma.flatten() for norm in (block.norm1, block.norm2)]
@@ -110,7 +113,7 @@ class ResidualBlock:
 class Attention:
     """Among all positions of a frame: these rows' queries, all rows' keys and values. One head."""
 
-    def __init__(self, block: nn.Module, tools: Tools) -> None:
+    def __init__(self, block: WanAttentionBlock, tools: Tools) -> None:
         self.rows, self.ops, self.block = tools.rows, tools.ops, block
 
     def __call__(self, x: Sum) -> Sum:
@@ -127,9 +130,9 @@ class Attention:
 class Upsample:
     """Twice the rows and columns and, with a convolution over time, two frames of each but the stream's first."""
 
-    def __init__(self, resample: nn.Module, tools: Tools) -> None:
+    def __init__(self, resample: WanResample, tools: Tools) -> None:
         self.rows, self.ops = tools.rows, tools.ops
-        self.conv = resample.resample[1]
+        self.conv = _conv_of(resample)
         self.time_conv = CausalConv(resample.time_conv, tools) if resample.mode == "upsample3d" else None
         self.started = False
 
@@ -160,9 +163,9 @@ class Downsample:
     The first part is one frame more than an even number, every other one an even number.
     """
 
-    def __init__(self, resample: nn.Module, tools: Tools) -> None:
+    def __init__(self, resample: WanResample, tools: Tools) -> None:
         self.rows, self.ops = tools.rows, tools.ops
-        self.conv = resample.resample[1]
+        self.conv = _conv_of(resample)
         self.time_conv = CausalConv(resample.time_conv, tools) if resample.mode == "downsample3d" else None
         self.started = False
 
@@ -189,7 +192,14 @@ class Downsample:
         return Sum(torch.cat(out))
 
 
-def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+def _conv_of(resample: WanResample) -> nn.Conv2d:
+    """The convolution behind what interpolates or pads."""
+    _, conv = resample.resample
+    assert isinstance(conv, nn.Conv2d), resample
+    return conv
+
+
+def pointwise(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     """A 1x1 or 1x1x1 convolution of [T, H, W, C]: a product of rows."""
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
@@ -210,6 +220,7 @@ def _conv2d(padded: Tensor, conv: nn.Conv2d, padding: tuple[int, int]) -> Tensor
 
 def _with_channels(conv: nn.Conv3d, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
     """The weight and bias for that many channels, of which those beyond the convolution's are zero."""
+    assert conv.bias is not None, conv
     more_in, more_out = inputs - conv.in_channels, outputs - conv.out_channels
     weight = F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, more_in, 0, more_out))
     return weight.contiguous(memory_format=torch.channels_last_3d), F.pad(conv.bias, (0, more_out))

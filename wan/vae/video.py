@@ -239,4 +239,5 @@ def probe(path: str | Path) -> VideoInfo:
         frames = sum(1 for _ in reader)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} is not a video: {str(error).strip().splitlines()[-1]}") from error
-    return VideoInfo(*about["size"], frames, about["fps"])
+    width, height = about["size"]
+    return VideoInfo(width, height, frames, about["fps"])

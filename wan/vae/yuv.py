@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +28,7 @@ def frames_to_yuv(frames: Tensor) -> Tensor:
     chroma = torch.stack([(blue - luma) / (2 - 2 * BLUE), (red - luma) / (2 - 2 * RED)], dim=1)
     chroma = F.pad(F.avg_pool2d(chroma, (1, 2)), (0, 0, 3, 3), mode="replicate")
     height = luma.shape[1]
-    chroma = sum(tap * chroma[:, :, row : row + height : 2] for row, tap in enumerate(TAPS))
+    chroma = reduce(torch.add, (tap * chroma[:, :, row : row + height : 2] for row, tap in enumerate(TAPS)))
     # Luma takes 16 to 235, chroma 16 to 240, and a little more where the filter overshoots.
     levels = torch.cat([(125.5 + 109.5 * luma).flatten(1), (128.0 + 112.0 * chroma).flatten(1)], dim=1)
     return levels.round_().clamp_(0.0, 255.0).to(torch.uint8).view(len(luma), height * 3 // 2, -1)

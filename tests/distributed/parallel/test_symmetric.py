@@ -77,7 +77,8 @@ def expected(world: int, layer: SelfAttention, x: Tensor, kernel: Attention) -> 
     for rank in range(world):
         shard = SequenceShard(length=len(x), rank=rank, world=world)
         rope = rope_table((1, 1, len(x)), layer.head_dim, start=shard.start, stop=shard.stop)
-        q, k, v = layer.queries_keys_values(shard.split(x), rope, PLAIN, codes=kernel is attention_on_codes)
+        rotate = PLAIN.rotate_codes if kernel is attention_on_codes else PLAIN.rotate
+        q, k, v = layer.queries_keys_values(shard.split(x), rope, rotate)
         if kernel is attention_on_codes:
             # The scales are the norm's, and so the same on every rank.
             (q, q_scale), (k, k_scale) = q, k

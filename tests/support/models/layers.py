@@ -25,8 +25,8 @@ class Projected:
         self.q = SimpleNamespace(compute_dtype=q.dtype)
         self.norm_q = SimpleNamespace(weight=q)
 
-    def queries_keys_values(self, *_: object, codes: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        assert not codes
+    def queries_keys_values(self, x: object, rope: object, rotate: object) -> tuple[Tensor, Tensor, Tensor]:
+        assert rotate is not PLAIN.rotate_codes
         return self._qkv
 
 

@@ -78,8 +78,8 @@ def test_codes_are_traced_without_a_break():
     x, rope = torch.randn(6, 64), rope_table((1, 2, 3), 16)
     torch._dynamo.reset()
     counters.clear()
-    compiled = torch.compile(layer.queries_keys_values, backend="eager")(x, rope, PLAIN, codes=True)
-    for heads, expected in zip(compiled[:2], layer.queries_keys_values(x, rope, PLAIN, codes=True), strict=False):
+    compiled = torch.compile(layer.queries_keys_values, backend="eager")(x, rope, PLAIN.rotate_codes)
+    for heads, expected in zip(compiled[:2], layer.queries_keys_values(x, rope, PLAIN.rotate_codes), strict=False):
         assert torch.equal(heads.codes.float(), expected.codes.float()) and torch.equal(heads.scale, expected.scale)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     torch._dynamo.reset()

@@ -106,6 +106,7 @@ def write_heads(
 ) -> Tensor | None:
     """`ops.write_heads`."""
     if out.dtype == E4M3:
+        assert weight is not None and rope is not None, "only what is rotated becomes codes"
         return _launch_codes(x, weight, rope, out, head_dim, places)
     _launch(x, weight, rope, out, head_dim, places)
     return None
