@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # A hundred processes import torch in the tests; told to keep no bytecode, each of them would compile it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick test soak mutants object-info lint format clean
+.PHONY: demo quick test soak mutants object-info lint types format clean
 
 # A tiny model through the whole path in a real ComfyUI, to an mp4. No GPU needed.
 demo: $(READY)
@@ -37,6 +37,13 @@ mutants: $(READY)
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(MAKE) --no-print-directory types
+
+# A link to this folder under the name that `pyproject.toml` has for it: it may be called anything.
+types: $(READY)
+	mkdir -p .mypy
+	ln -sfn .. .mypy/wan_pack
+	$(VENV)/bin/mypy
 
 format: $(READY)
 	$(VENV)/bin/ruff check --fix .

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,14 @@ def test_no_file_name_stands_twice():
     """Those of the tests, the benchmarks and the demo as well."""
     names = [path.name for path in ALL_FILES if path.stem not in ("__init__", "__main__", "conftest")]
     assert sorted(name for name in set(names) if names.count(name) > 1) == []
+
+
+def test_what_types_leave_out_has_its_reason_above():
+    for path in FILES:
+        lines = path.read_text().splitlines()
+        for above, line in pairwise(lines):
+            if "type: ignore" in line:
+                assert re.search(r"# type: ignore\[[a-z-]+\]$", line) and above.strip().startswith("# "), (path, line)
 
 
 def test_process_groups_are_made_in_one_place():
