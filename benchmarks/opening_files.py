@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import multiprocessing
+import json
+import os
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,20 +111,43 @@ def _kib(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
+def in_a_fork(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns, of JSON's types, in a process that ends with it."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.write(writer, json.dumps(work(*arguments), default=str).encode())
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        said = file.read()
+    _, status = os.waitpid(pid, 0)
+    if status:
+        raise SystemExit(f"{getattr(work, '__name__', work)} failed: {arguments}")
+    return json.loads(said)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     mount_pack()
     for name in ("gguf", "sentencepiece", "tokenizers", "wan_pack.wan.lora.lora", "wan_pack.wan.text.gguf_tokenizer"):
         importlib.import_module(name)
-    print("| file | MiB | seconds | memory MiB |\n| --- | --- | --- | --- |")
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as processes:
-        for make in KINDS:
-            with tempfile.TemporaryDirectory() as folder:
-                path = processes.apply(make, [Path(folder)])
-                size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir())) / 2**20
-                cost = processes.apply(measure, [make.__name__, path])
-            print(f"| {make.__name__.replace('_', ' ')} | {size:.1f} | {cost['seconds']:.2f} | {cost['mib']:.0f} |")
+    print("| file | MiB | seconds | memory MiB |\n| --- | --- | --- | --- |", flush=True)
+    for make in KINDS:
+        with tempfile.TemporaryDirectory() as folder:
+            # Not here either: what is freed here would be taken again for free there.
+            path = Path(in_a_fork(make, Path(folder)))
+            size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir())) / 2**20
+            cost = in_a_fork(measure, make.__name__, path)
+        row = f"| {make.__name__.replace('_', ' ')} | {size:.1f} | {cost['seconds']:.2f} | {cost['mib']:.0f} |"
+        print(row, flush=True)
 
 
 if __name__ == "__main__":
