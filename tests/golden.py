@@ -128,12 +128,12 @@ class GoldenRun:
         rope = rope_table(grid, model.config.head_dim, start=shard.start, stop=shard.stop)
         channels = torch.cat((io["x"], io["y"])) if "y" in io else io["x"]
         tokens = shard.split(patchify(channels))
-        timesteps, rows = io["t"].float(), None
+        timesteps, which = io["t"].float(), None
         if timesteps.numel() > 1:
             # One per token: the model takes the different ones, and which of them is a token's.
-            timesteps, rows = timesteps.flatten().unique(return_inverse=True)
-            rows = shard.split(rows[:, None])[:, 0]
-        local = model(tokens, timesteps, TextContext(pad_text(io["context"])), rope, rows)
+            timesteps, which = timesteps.flatten().unique(return_inverse=True)
+            which = shard.split(which[:, None])[:, 0]
+        local = model(tokens, timesteps, TextContext(pad_text(io["context"])), rope, which)
         return relative_error(unpatchify(self.gather(local, shard), grid), io["out"])
 
     def generate(self, folder: Path) -> float:
@@ -174,7 +174,7 @@ class GoldenRun:
         predictor = VelocityPredictor(
             models, {True: io["context"], False: io["context_null"]},
             grid=grid, shard=shard, device=self.device, keep_text=True, weights={},
-            image=image, timestep_rows=None if known is None else known.timestep_rows, mesh=self.mesh,
+            image=image, which_timestep=None if known is None else known.which_timestep, mesh=self.mesh,
         )  # fmt: skip
         solver = make_solver(case["solver"], case["steps"], case["shift"])
         if [guidance.expert(t).removesuffix("_noise") for t in solver.timesteps] != case.get(

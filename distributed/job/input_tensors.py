@@ -11,7 +11,7 @@ from .job import Job
 Shape = tuple[int, ...]
 
 CONTEXT = "context"
-"""The prompt's rows [n, text_dim]; absent where the job encodes its prompt."""
+"""The prompt's text tokens [n, text_dim]; absent where the job encodes its prompt."""
 CONTEXT_NULL = "context_null"
 """The same of the negative prompt."""
 START_IMAGE = "start_image"

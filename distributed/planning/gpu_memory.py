@@ -1,7 +1,7 @@
 """How much GPU memory a job takes, before it runs.
 
 The terms follow what the code allocates; the tests hold their sum against the measured peaks of torch's allocator.
-In the formulas S = tokens of one rank, C = channels, R = rows of text.
+In the formulas S = tokens of one rank, C = channels, R = text tokens.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def activation_bytes(work: Workload, parallel: Parallel) -> int:
     hidden = config.ffn_dim / config.dim * chunk * (1 if parallel.torch_compile else 2) * b
     outputs = 8 + 5 * b + max(hidden + (2 * b if chunk < 1 else 0), 0 if parallel.torch_compile else 12 - b)
     if work.given_frames:
-        # Modulation by token: six fp32 rows for each.
+        # Modulation by token: six fp32 vectors for each.
         inputs, outputs = inputs + 24, outputs + 24
     unpacked = config.ffn_dim * config.dim * b if work.fp8 else 0
     rotary = tokens * config.head_dim * 4

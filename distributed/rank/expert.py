@@ -160,13 +160,13 @@ class VelocityPredictor:
 
     Args:
         models: expert name -> model; only those that the schedule runs, and one of them from the start.
-        texts: conditional? -> text rows [n, text_dim].
+        texts: conditional? -> text tokens [n, text_dim].
         grid: tokens per axis.
         keep_text: keep each expert's cross-attention keys and values between steps.
         weights: expert name -> what holds its weights, where the idle expert is offloaded.
         image: this rank's tokens of an I2V model's further input channels, [S, 4 * (in_dim - out_dim)].
         mesh: the ranks; with CFG parallel each computes one of the two passes of a guided step.
-        timestep_rows: [S], 0 for tokens that are given (`wan.sampling.denoise.Known`), 1 for the others;
+        which_timestep: [S], 0 for tokens that are given (`wan.sampling.denoise.Known`), 1 for the others;
             None: none is given.
         arrive: called with an expert's name before its first evaluation, and whenever it takes over from the other;
             `models` and `weights` must have it afterwards.
@@ -183,17 +183,17 @@ class VelocityPredictor:
         keep_text: bool,
         weights: dict[str, Weights],
         image: Tensor | None = None,
-        timestep_rows: Tensor | None = None,
+        which_timestep: Tensor | None = None,
         mesh: Mesh | None = None,
         arrive: Callable[[str], None] = lambda expert: None,
     ) -> None:
         self._models = models
-        self._rows = {conditional: pad_text(rows).to(device) for conditional, rows in texts.items()}
+        self._texts = {conditional: pad_text(text).to(device) for conditional, text in texts.items()}
         self._keep_text = keep_text
         self._weights = weights
         self._device = device
         self._image = None if image is None else image.unflatten(1, (PATCH_SIZE[1] * PATCH_SIZE[2], -1))
-        self._timestep_rows = timestep_rows
+        self._which_timestep = which_timestep
         self._mesh = mesh
         self._arrive = arrive
         self._active: str | None = None
@@ -215,12 +215,12 @@ class VelocityPredictor:
         return [self._evaluate(expert, tokens, timestep, conditional) for conditional in passes]
 
     def _evaluate(self, expert: str, tokens: Tensor, timestep: float, conditional: bool) -> Tensor:
-        rows = self._timestep_rows
-        t = torch.tensor([timestep] if rows is None else [0.0, timestep], dtype=torch.float32, device=self._device)
+        which = self._which_timestep
+        t = torch.tensor([timestep] if which is None else [0.0, timestep], dtype=torch.float32, device=self._device)
         if self._image is not None:
             # Channels are fastest within a token: the image's go behind the latent's at each of its positions.
             tokens = torch.cat((tokens.unflatten(1, (self._image.shape[1], -1)), self._image), dim=2).flatten(1)
-        return self._models[expert](tokens, t, self._contexts[conditional], self._rope, rows)
+        return self._models[expert](tokens, t, self._contexts[conditional], self._rope, which)
 
     def release(self) -> None:
         """After the last step: what FSDP has gathered and kept is let go."""
@@ -239,5 +239,5 @@ class VelocityPredictor:
         if self._weights:
             other = ", the other in host memory" if len(self._weights) > 1 else ""
             log.info("offload: %s expert on the device (%.2f GiB)%s", expert, resident / 2**30, other)
-        self._contexts = {c: TextContext(rows, keep=self._keep_text) for c, rows in self._rows.items()}
+        self._contexts = {c: TextContext(text, keep=self._keep_text) for c, text in self._texts.items()}
         self._active = expert

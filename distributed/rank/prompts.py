@@ -31,7 +31,7 @@ class PromptEncoder:
         """On the prompts that were encoded last."""
 
     def encode(self, job: Job, *, negative: bool) -> list[Tensor]:
-        """The job's prompt and, if asked for, its negative one -> their rows [n, text_dim], n <= 512.
+        """The job's prompt and, if asked for, its negative one -> their tokens [n, text_dim], n <= 512.
 
         Raises:
             ValueError: the files are not an encoder and its tokenizer.
@@ -43,10 +43,10 @@ class PromptEncoder:
         prompts = {"prompt": text.prompt}
         if negative:
             prompts["negative_prompt"] = text.negative_prompt or DEFAULT_NEGATIVE_PROMPT
-        rows = encoder.encode(list(prompts.values()))
+        texts = encoder.encode(list(prompts.values()))
         self.notes = encoder.tokenizer.notes(**prompts)
         self._rest(job)
-        return rows
+        return texts
 
     def _load(self, job: Job) -> TextEncoder:
         from ...wan.text.text_encoder import load_text_encoder

@@ -127,19 +127,19 @@ class Worker:
                 raise JobError(f"rank {rank} has another job, other inputs or other noise than rank 0")
 
     def texts(self) -> dict[bool, Tensor]:
-        """Conditional? -> text rows [n, text_dim]; the unconditional ones only where guidance needs them."""
+        """Conditional? -> text tokens [n, text_dim]; the unconditional ones only where guidance needs them."""
         negative = needs_negative(self.job.model, self.job.sampling)
         if self.job.text is None:
             return {True: self.inputs[CONTEXT]} | ({False: self.inputs[CONTEXT_NULL]} if negative else {})
         # One rank encodes: the encoder is large, its output small.
-        rows = torch.zeros(1 + negative, TEXT_LEN, self.config.text_dim, device=self.device)
+        texts = torch.zeros(1 + negative, TEXT_LEN, self.config.text_dim, device=self.device)
         if self.rank == 0:
             encoded = self.session.prompts.encode(self.job, negative=negative)
             self.notes += self.session.prompts.notes
-            rows = torch.stack([pad_text(row.to(rows)) for row in encoded])
+            texts = torch.stack([pad_text(text.to(texts)) for text in encoded])
         if self.session.mesh is not None:
-            dist.broadcast(rows, src=0)
-        return dict(zip((True, False), rows, strict=False))
+            dist.broadcast(texts, src=0)
+        return dict(zip((True, False), texts, strict=False))
 
     def conditioning(self) -> Conditioning:
         """What the video starts from; pictures are encoded by all ranks together."""
@@ -180,7 +180,7 @@ class Worker:
                 keep_text=not parallel.memory_optimization,
                 weights=session.experts.weights if parallel.parks_experts else {},
                 image=None if conditioning.image is None else tokens_of(conditioning.image),
-                timestep_rows=None if known is None else known.timestep_rows, mesh=session.mesh,
+                which_timestep=None if known is None else known.which_timestep, mesh=session.mesh,
                 arrive=self.arrive,
             )  # fmt: skip
             self.report_steps()

@@ -2,7 +2,7 @@
 
 Two forms come in. WANVIDEOTEXTEMBEDS: a dict whose `prompt_embeds` and `negative_prompt_embeds` are a list of
 [n, dim] tensors, one per prompt segment, or one tensor. Core CONDITIONING: a list of [tensor [1, n, dim], dict].
-Both pad with zero rows, which the model does itself, so they are trimmed here.
+Both pad with zeros, which the model does itself, so they are trimmed here.
 """
 
 from __future__ import annotations

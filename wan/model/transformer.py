@@ -1,6 +1,6 @@
 """The Wan video diffusion transformer, with the official parameter names and dtype policy.
 
-Shapes: S = tokens held here, H = heads, D = channels per head, C = dim, R = text rows (512).
+Shapes: S = tokens held here, H = heads, D = channels per head, C = dim, R = text tokens (512).
 Everything is unbatched: a video is one sample. There is no distributed code: `forward` takes any run of tokens
 with its rotary table, and whatever joins tokens goes through `SelfAttention.attention`, which may be replaced.
 
@@ -26,7 +26,8 @@ from .latent_space import PATCH_SIZE
 from .linear import E4M3, FP8_PRODUCTS, Fp8Rows, Fp8Weight, Linear, LinearInput
 from .ops import PLAIN, Ops, Rope, rms_norm
 
-Rows = Tensor | None
+Which = Tensor | None
+"""Which of the timesteps each token is at; None: there is one."""
 H = TypeVar("H", Tensor, HeadCodes)
 Rotate = Callable[[Tensor, Tensor, Rope, int], H]
 """`Ops.rotate` or `Ops.rotate_codes`."""
@@ -118,7 +119,7 @@ class CrossAttention(nn.Module):
         return k, v
 
     def forward(self, x: LinearInput, k: Tensor, v: Tensor, ops: Ops) -> Tensor:
-        """x: [S, C] -> [S, C]. All 512 text rows are attended, padding included, as the model was trained."""
+        """x: [S, C] -> [S, C]. All 512 text tokens are attended, padding included, as the model was trained."""
         q = ops.rms_norm(self.q(x), self.norm_q.weight).unflatten(-1, (-1, self.head_dim))
         return self.o(ops.cast(attention(q, k, v).flatten(-2), self.o.input_dtype))
 
@@ -143,14 +144,14 @@ class WanBlock(nn.Module):
         """Tokens per feed-forward call; None: all at once."""
         self.ops: Ops = PLAIN
 
-    def attention_inputs(self, x: Tensor, e: Tensor, rows: Rows) -> LinearInput:
-        """x: [S, C] and e: [n, 6, C], float32; rows: see `WanModel.forward` -> [S, C], what `self_attn` projects."""
-        shift, scale, *_ = _per_token(self.modulation + e, rows)
+    def attention_inputs(self, x: Tensor, e: Tensor, which: Which) -> LinearInput:
+        """x: [S, C] and e: [n, 6, C], float32; which: see `WanModel.forward` -> [S, C], what `self_attn` projects."""
+        shift, scale, *_ = _per_token(self.modulation + e, which)
         return self.ops.norm(x, 1 + scale, shift, self.self_attn.q.input_dtype)
 
-    def attention_outputs(self, x: Tensor, y: Tensor, e: Tensor, rows: Rows, k: Tensor, v: Tensor) -> Tensor:
+    def attention_outputs(self, x: Tensor, y: Tensor, e: Tensor, which: Which, k: Tensor, v: Tensor) -> Tensor:
         """The rest of the block. y: self-attention's [S, H, D]; k, v: the text's [R, H, D]. Returns [S, C]."""
-        _, _, gate, shift, scale, ffn_gate = _per_token(self.modulation + e, rows)
+        _, _, gate, shift, scale, ffn_gate = _per_token(self.modulation + e, which)
         attn, cross, norm3, ops = self.self_attn, self.cross_attn, self.norm3, self.ops
         y = attn.o(ops.cast(y.flatten(-2), attn.o.input_dtype))
         x, normed = ops.add_norm(x, y, gate, norm3.weight, norm3.bias, cross.q.input_dtype)
@@ -174,20 +175,20 @@ class WanBlock(nn.Module):
         return torch.cat([down(self.ops.gelu_linear(up, part, down.input_dtype)) for part in parts])
 
     def forward(
-        self, x: Tensor, e: Tensor, rows: Rows, rope: Rope, context: Tensor, cached: KeysValues | None
+        self, x: Tensor, e: Tensor, which: Which, rope: Rope, context: Tensor, cached: KeysValues | None
     ) -> BlockOutput:
-        y = self.self_attn.attention(self.self_attn, self.attention_inputs(x, e, rows), rope, self.ops)
+        y = self.self_attn.attention(self.self_attn, self.attention_inputs(x, e, which), rope, self.ops)
         context_kv = self.cross_attn.keys_values(context) if cached is None else cached
-        return self.attention_outputs(x, y, e, rows, *context_kv), context_kv
+        return self.attention_outputs(x, y, e, which, *context_kv), context_kv
 
 
 KeysValues = tuple[Tensor, Tensor]
 BlockOutput = tuple[Tensor, KeysValues]
 
 
-def _per_token(e: Tensor, rows: Rows) -> tuple[Tensor, ...]:
+def _per_token(e: Tensor, which: Which) -> tuple[Tensor, ...]:
     """[n, k, C] -> k tensors that broadcast over tokens: [1, C], or [S, C] where tokens differ."""
-    return e.unbind(1) if rows is None else tuple(part[rows] for part in e.unbind(1))
+    return e.unbind(1) if which is None else tuple(part[which] for part in e.unbind(1))
 
 
 class Head(nn.Module):
@@ -197,9 +198,9 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
         self.head = Linear(config.dim, config.out_dim * PATCH_SIZE[1] * PATCH_SIZE[2])
 
-    def forward(self, x: Tensor, e: Tensor, rows: Rows) -> Tensor:
+    def forward(self, x: Tensor, e: Tensor, which: Which) -> Tensor:
         """x: [S, C], e: [n, C], float32 -> [S, 4 * out_dim]."""
-        shift, scale = _per_token(self.modulation + e[:, None], rows)
+        shift, scale = _per_token(self.modulation + e[:, None], which)
         return self.head(F.layer_norm(x, (self.dim,), eps=EPS) * (1 + scale) + shift)
 
 
@@ -207,18 +208,18 @@ class Head(nn.Module):
 class TextContext:
     """One prompt for one expert. The keys and values of its cross-attention are the same at every step."""
 
-    rows: Tensor
+    tokens: Tensor
     """[R, text_dim]: see `pad_text`."""
     keep: bool = True
-    """Keep what is derived from `rows` between steps; costs 2 * layers * R * C elements."""
+    """Keep what is derived from `tokens` between steps; costs 2 * layers * R * C elements."""
     embedded: Tensor | None = None
     keys_values: dict[int, KeysValues] = field(default_factory=dict)
 
 
-def pad_text(rows: Tensor) -> Tensor:
-    """[n, text_dim] -> [512, text_dim]: zero rows at the end, or cut. The model attends to the zero rows too."""
-    rows = rows[:TEXT_LEN]
-    return F.pad(rows, (0, 0, 0, TEXT_LEN - rows.shape[0]))
+def pad_text(tokens: Tensor) -> Tensor:
+    """[n, text_dim] -> [512, text_dim]: zeros at the end, or cut. The model attends to them too."""
+    tokens = tokens[:TEXT_LEN]
+    return F.pad(tokens, (0, 0, 0, TEXT_LEN - tokens.shape[0]))
 
 
 class WanModel(nn.Module):
@@ -236,30 +237,30 @@ class WanModel(nn.Module):
         self.blocks: Sequence[WanBlock] = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))  # type: ignore[assignment]
         self.head = Head(config)
 
-    def forward(self, tokens: Tensor, timestep: Tensor, text: TextContext, rope: Rope, rows: Rows = None) -> Tensor:
+    def forward(self, tokens: Tensor, timestep: Tensor, text: TextContext, rope: Rope, which: Which = None) -> Tensor:
         """One evaluation.
 
         Args:
             tokens: [S, 4 * in_dim], float32 (patch.py's order).
-            timestep: [n] different ones, float32, 0 to 1000; n is 1 unless `rows` is given.
+            timestep: [n] different ones, float32, 0 to 1000; n is 1 unless `which` is given.
             text: the prompt.
             rope: cos, sin of these tokens, each [S, D/2].
-            rows: [S], int64, the index into `timestep` of each token: what depends on the timestep is computed for
+            which: [S], int64, the index into `timestep` of each token: what depends on the timestep is computed for
                 the few different ones, not for every token.
         Returns:
             velocity [S, 4 * out_dim], float32.
         """
         e = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim))
         e6 = self.time_projection(e).unflatten(-1, (6, -1))
-        context = self.text_embedding(text.rows) if text.embedded is None else text.embedded
+        context = self.text_embedding(text.tokens) if text.embedded is None else text.embedded
         if text.keep:
             text.embedded = context
         x = self.patch_embedding(tokens).float()
         for i, block in enumerate(self.blocks):
-            x, keys_values = block(x, e6, rows, rope, context, text.keys_values.get(i))
+            x, keys_values = block(x, e6, which, rope, context, text.keys_values.get(i))
             if text.keep:
                 text.keys_values[i] = keys_values
-        return self.head(x, e, rows)
+        return self.head(x, e, which)
 
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:

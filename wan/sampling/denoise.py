@@ -61,7 +61,7 @@ class Known:
         return torch.where(self.mask, self.tokens, tokens)
 
     @property
-    def timestep_rows(self) -> Tensor:
+    def which_timestep(self) -> Tensor:
         """[S], int64: 0 for tokens that are known (timestep 0), 1 for the others; a token's first corner decides."""
         return 1 - self.mask[:, 0].long()
 

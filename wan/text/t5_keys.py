@@ -42,7 +42,7 @@ class TextEncoderInfo:
     """One text encoder."""
 
     dim: int
-    """Channels of the rows it gives the diffusion model."""
+    """Channels of the tokens it gives the diffusion model."""
     vocab: int
     """Token ids it knows."""
     layers: int

@@ -52,7 +52,7 @@ class TextEncoder:
 @torch.no_grad()
 def encode_ids(model: UMT5EncoderModel, ids: Sequence[int]) -> Tensor:
     """Token ids -> [len(ids), dim]."""
-    # Alone and unpadded: padding is masked as a key and its rows are dropped, so it would change nothing.
+    # Alone and unpadded: padding is masked as a key and what becomes of it is dropped, so it would change nothing.
     batch = torch.tensor([list(ids)], dtype=torch.long, device=model.device)
     return model(input_ids=batch, attention_mask=torch.ones_like(batch)).last_hidden_state[0]
 

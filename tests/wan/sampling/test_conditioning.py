@@ -95,7 +95,7 @@ def test_a_first_frame_stays_and_has_timestep_zero():
     assert built.known_mask[0].all()
     assert not built.known_mask[1:].any()
     known = Known(patchify(built.known), patchify(built.known_mask.expand_as(built.known)))
-    assert known.timestep_rows.tolist() == [0, 0] + [1] * 4
+    assert known.which_timestep.tolist() == [0, 0] + [1] * 4
     tokens = denoise(
         patchify(noise), solver=make_solver("euler", 3, 5.0), guidance=Always(), known=known,
         predict=lambda expert, tokens, timestep, passes: [tokens],
