@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from wan_pack.distributed.parallel.image_rows import RowShard
+from wan_pack.distributed.parallel.image_rows import ImageShard
 from wan_pack.wan.vae import video
 from wan_pack.wan.vae.latents import denormalise, normalise
 
 
-def decode(vae: Any, latents: Tensor, rows: RowShard | None) -> Iterator[Tensor | None]:
+def decode(vae: Any, latents: Tensor, rows: ImageShard | None) -> Iterator[Tensor | None]:
     """As `RankVae.decode`: whole frames [3, n, H, W] on the first rank, None on the others."""
     if rows is None:
         yield from _decode_frames(vae, latents)
@@ -31,7 +31,7 @@ def decode(vae: Any, latents: Tensor, rows: RowShard | None) -> Iterator[Tensor 
             yield rows.gather_to_first(frames)
 
 
-def encode(vae: Any, frames: Tensor, rows: RowShard | None) -> Tensor:
+def encode(vae: Any, frames: Tensor, rows: ImageShard | None) -> Tensor:
     """As `RankVae.encode`."""
     if rows is None:
         return normalise(vae.encode(frames.to(vae.device, vae.dtype)).latent_dist.mode(), vae.config.z_dim)
@@ -84,7 +84,7 @@ def _decode_frames(vae: Any, latents: Tensor) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _split_vae(vae: Any, rows: RowShard) -> Iterator[None]:
+def _split_vae(vae: Any, rows: ImageShard) -> Iterator[None]:
     """Inside, `vae`'s encoder and decoder work on this rank's rows. Afterwards the VAE is as it was."""
     whole = []
     try:
@@ -100,7 +100,7 @@ def _split_vae(vae: Any, rows: RowShard) -> Iterator[None]:
             setattr(parent, name, child)
 
 
-def _split_module(module: nn.Module, rows: RowShard) -> nn.Module | None:
+def _split_module(module: nn.Module, rows: ImageShard) -> nn.Module | None:
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d
 
     if isinstance(module, WanAttentionBlock):
@@ -114,7 +114,7 @@ def _split_module(module: nn.Module, rows: RowShard) -> nn.Module | None:
     return None
 
 
-def _fill_halo(rows: RowShard, padded: Tensor, *, above: bool) -> None:
+def _fill_halo(rows: ImageShard, padded: Tensor, *, above: bool) -> None:
     """Puts the neighbours' adjacent rows into the last row of [..., rows, W] and, with `above`, into the first."""
     send, send_sizes, receive_sizes = [], [0] * rows.world, [0] * rows.world
     row = padded[..., 0, :].numel()
@@ -137,7 +137,7 @@ def _fill_halo(rows: RowShard, padded: Tensor, *, above: bool) -> None:
 
 
 class _Split(nn.Module):
-    def __init__(self, module: nn.Module, rows: RowShard) -> None:
+    def __init__(self, module: nn.Module, rows: ImageShard) -> None:
         super().__init__()
         self.whole, self.rows = module, rows
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import vae_before
 from moving_picture import moving_picture, quality
 from torch.profiler import ProfilerActivity, profile
-from wan_pack.distributed.parallel.image_rows import RowShard
+from wan_pack.distributed.parallel.image_rows import ImageShard
 from wan_pack.distributed.parallel.split_vae import RankVae
 from wan_pack.wan.vae import video
 from wan_pack.wan.vae.autoencoder import load_vae
@@ -108,7 +108,7 @@ class VaeRank:
         self.ops = ops
 
     def shard(self, gpus: int, latents: Any) -> Any:
-        return None if gpus == 1 else RowShard.of(latents.shape[-2], self.groups[gpus])
+        return None if gpus == 1 else ImageShard.of(latents.shape[-2], self.groups[gpus])
 
     def kernels(self) -> None:
         """Whether the fused kernels run and compute what the plain ones do; otherwise the plain ones are measured."""

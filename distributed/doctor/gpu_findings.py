@@ -26,7 +26,7 @@ SLOW = 5.0
 def driver_findings() -> list[Finding]:
     """The driver, or why there is none to talk to."""
     try:
-        rows = nvidia_smi.query("gpu", "driver_version")
+        lines = nvidia_smi.query("gpu", "driver_version")
     except FileNotFoundError:
         return [Finding("driver", "nvidia-smi is not there: no NVIDIA driver. Jobs run on CPU processes, slowly", NOTE)]
     except subprocess.TimeoutExpired as error:
@@ -38,7 +38,7 @@ def driver_findings() -> list[Finding]:
         return [Finding("driver", f"nvidia-smi fails: {said}", WRONG, remedy)]
     except OSError as error:
         return [Finding("driver", f"nvidia-smi cannot be started: {error.strerror}", WRONG, "Repair the NVIDIA driver")]
-    versions = sorted({row[0] for row in rows if row[0]})
+    versions = sorted({values[0] for values in lines if values[0]})
     return [Finding("driver", f"NVIDIA {', '.join(versions)}")] if versions else []
 
 
@@ -123,14 +123,14 @@ def _memory(gpu: Gpu) -> Finding:
 def _users() -> dict[str, list[str]]:
     """GPU's UUID -> its processes, as far as nvidia-smi sees them: in a container often none."""
     try:
-        rows = nvidia_smi.query("compute-apps", "gpu_uuid", "pid", "process_name", "used_memory")
+        lines = nvidia_smi.query("compute-apps", "gpu_uuid", "pid", "process_name", "used_memory")
     except nvidia_smi.FAILURES:
         return {}
     found: dict[str, list[str]] = {}
-    for row in rows:
-        if len(row) >= 4 and row[1].isdecimal():
-            memory = f", {int(row[-1]) / 1024:.1f} GiB" if row[-1].isdecimal() else ""
-            found.setdefault(row[0], []).append(f"process {row[1]} ({','.join(row[2:-1])}{memory})")
+    for values in lines:
+        if len(values) >= 4 and values[1].isdecimal():
+            memory = f", {int(values[-1]) / 1024:.1f} GiB" if values[-1].isdecimal() else ""
+            found.setdefault(values[0], []).append(f"process {values[1]} ({','.join(values[2:-1])}{memory})")
     return found
 
 

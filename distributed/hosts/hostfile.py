@@ -67,7 +67,7 @@ def read_hostfile(path: Path) -> Hosts:
 def over_hosts(
     base: Parallel, hosts: Hosts, *, gpu_ids: tuple[str, ...] = (), cfg_parallel: bool | None = None, guided: bool
 ) -> Parallel:
-    """The same settings on other machines. CFG goes over them first: its two rows talk once a step.
+    """The same settings on other machines. CFG goes over them first: its two groups talk once a step.
 
     Args:
         gpu_ids: GPUs of every machine; empty for the first ones, or CPU processes where this machine has no GPU.

@@ -33,13 +33,13 @@ class Gpu:
 def list_gpus() -> list[Gpu]:
     """Every GPU of the machine; none where nvidia-smi is missing or fails."""
     try:
-        rows = nvidia_smi.query("gpu", "index", "uuid", "name", "memory.total", "memory.free")
+        lines = nvidia_smi.query("gpu", "index", "uuid", "name", "memory.total", "memory.free")
     except nvidia_smi.FAILURES:
         return []
     gpus = []
-    for row in rows:
-        if len(row) == 5 and row[0].isdecimal():
-            index, uuid, name, *sizes = row
+    for values in lines:
+        if len(values) == 5 and values[0].isdecimal():
+            index, uuid, name, *sizes = values
             total, free = (int(size) << 20 if size.isdecimal() else 0 for size in sizes)
             gpus.append(Gpu(index=index, uuid=uuid, name=name, total_bytes=total, free_bytes=free))
     return gpus
@@ -48,14 +48,14 @@ def list_gpus() -> list[Gpu]:
 def compute_capabilities() -> dict[str, tuple[int, int]]:
     """Index and UUID of each GPU -> its compute capability; without those of which nvidia-smi does not tell it."""
     try:
-        rows = nvidia_smi.query("gpu", "index", "uuid", "compute_cap")
+        lines = nvidia_smi.query("gpu", "index", "uuid", "compute_cap")
     except nvidia_smi.FAILURES:
         return {}
     found: dict[str, tuple[int, int]] = {}
-    for row in rows:
-        major, _, minor = row[-1].partition(".")
-        if len(row) == 3 and major.isdecimal() and minor.isdecimal():
-            found[row[0]] = found[row[1]] = int(major), int(minor)
+    for values in lines:
+        major, _, minor = values[-1].partition(".")
+        if len(values) == 3 and major.isdecimal() and minor.isdecimal():
+            found[values[0]] = found[values[1]] = int(major), int(minor)
     return found
 
 

@@ -27,5 +27,5 @@ def available_bytes(meminfo: Path = MEMINFO, control_group: Path = CONTROL_GROUP
 
 def read_sizes(path: Path = MEMINFO) -> dict[str, int]:
     """Name -> bytes, of a file whose lines are a name and bytes, or KiB where that is said. Raises OSError."""
-    rows = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
-    return {row[0].rstrip(":"): int(row[1]) << (10 if row[2:] == ["kB"] else 0) for row in rows}
+    entries = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
+    return {entry[0].rstrip(":"): int(entry[1]) << (10 if entry[2:] == ["kB"] else 0) for entry in entries}

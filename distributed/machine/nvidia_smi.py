@@ -26,14 +26,14 @@ def ask(*options: str, timeout: float | None = None) -> str:
 
 
 def query(what: str, *fields: str, timeout: float | None = None) -> list[list[str]]:
-    """One row of values for each GPU, or whatever is asked about. Raises one of FAILURES.
+    """One line of values for each GPU, or whatever is asked about. Raises one of FAILURES.
 
     Args:
         what: "gpu", "compute-apps": as in nvidia-smi's options `--query-...`.
         fields: their names; memory is in MiB, and a value that it does not know is no number.
         timeout: as of `ask`.
     Returns:
-        the values of each line. A line that is no row (an error's text), or a name with a comma, has another length.
+        the values of each line. A line without values (an error's text), or a name with a comma, has another length.
     """
     printed = ask(f"--query-{what}={','.join(fields)}", "--format=csv,noheader,nounits", timeout=timeout)
     return [[value.strip() for value in line.split(",")] for line in printed.splitlines()]

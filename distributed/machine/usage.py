@@ -36,16 +36,16 @@ class Usage:
 def all_gpus() -> dict[str, Usage]:
     """Index and UUID -> what the GPU's users, whoever they are, use of it. Empty if nvidia-smi does not tell."""
     try:
-        rows = nvidia_smi.query(
+        lines = nvidia_smi.query(
             "gpu", "index", "uuid", "memory.used", "memory.total", "utilization.gpu", timeout=TIMEOUT
         )
     except nvidia_smi.FAILURES:
         return {}
     found = {}
-    for row in rows:
-        if len(row) != 5 or not (row[2].isdecimal() and row[3].isdecimal()):
+    for values in lines:
+        if len(values) != 5 or not (values[2].isdecimal() and values[3].isdecimal()):
             continue
-        index, uuid, used, total, percent = row
+        index, uuid, used, total, percent = values
         found[index] = found[uuid] = Usage(
             name=f"GPU {index}",
             used_bytes=int(used) << 20,

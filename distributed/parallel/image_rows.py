@@ -18,7 +18,7 @@ from .sequence import split_evenly
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RowShard:
+class ImageShard:
     """Rank `rank`'s run of the rows, next to those of the ranks before and after it."""
 
     group: dist.ProcessGroup
@@ -27,7 +27,7 @@ class RowShard:
     """Latent rows of every rank; at least one each."""
 
     @classmethod
-    def of(cls, num_rows: int, group: dist.ProcessGroup) -> RowShard:
+    def of(cls, num_rows: int, group: dist.ProcessGroup) -> ImageShard:
         """This process's share of `num_rows` latent rows. Shares differ by at most one."""
         world = dist.get_world_size(group)
         assert num_rows >= world, f"{num_rows} rows for {world} ranks"

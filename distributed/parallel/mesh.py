@@ -16,41 +16,41 @@ from ..machine.loopback import listen
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Ranks as a table of `cfg` rows and `ulysses` columns; neighbours in a row are neighbours in rank.
+    """Ranks in `cfg` groups of `ulysses` ranks; neighbours in a group are neighbours in rank.
 
-    A row shares one sequence (Ulysses). With two rows, one computes what the prompt asks for and the other what the
+    A group shares one sequence (Ulysses). Of two groups, one computes what the prompt asks for and the other what the
     negative prompt does (CFG parallel). All ranks together share one copy of the weights under FSDP. Ranks are numbered
-    machine by machine, so that of two machines each is a row, and only CFG's one exchange per step leaves it.
+    machine by machine, so that of two machines each is a group, and only CFG's one exchange per step leaves it.
     """
 
     world: DeviceMesh
     """All ranks, in one dimension."""
     ulysses_group: dist.ProcessGroup
-    """This rank's row."""
+    """This rank's group."""
     cfg_group: dist.ProcessGroup | None
-    """This rank's column: the ranks that hold the same tokens for both prompts; None without CFG parallel."""
+    """The ranks that hold the same tokens for both prompts; None without CFG parallel."""
 
     @classmethod
     def of(cls, device_type: str, world: int, *, cfg: int = 1, timeout: timedelta | None = None) -> Mesh:
         """Over the default process group, which `world` ranks have joined.
 
         Args:
-            cfg: rows, 1 or a divisor of `world`.
-            timeout: of the rows' and columns' collectives, which do not take over the default group's; None for
+            cfg: groups, 1 or a divisor of `world`.
+            timeout: of the groups' collectives, which do not take over the default group's; None for
                 torch's own.
         """
-        assert world % cfg == 0, f"{cfg} rows do not divide {world} ranks"
+        assert world % cfg == 0, f"{cfg} groups do not divide {world} ranks"
         line = init_device_mesh(device_type, (world,))
         return cls(line, line.get_group(), None).laid_out(cfg, timeout)
 
     def laid_out(self, cfg: int, timeout: timedelta | None = None) -> Mesh:
-        """The same ranks as a table of `cfg` rows. Collective."""
+        """The same ranks in `cfg` groups. Collective."""
         if cfg == 1:
             return Mesh(self.world, self.group, None)
         table = torch.arange(self.world.size()).view(cfg, -1)
-        row, _ = dist.new_subgroups_by_enumeration(table.tolist(), timeout=timeout)
-        column, _ = dist.new_subgroups_by_enumeration(table.T.tolist(), timeout=timeout)
-        return Mesh(self.world, row, column)
+        ulysses, _ = dist.new_subgroups_by_enumeration(table.tolist(), timeout=timeout)
+        across, _ = dist.new_subgroups_by_enumeration(table.T.tolist(), timeout=timeout)
+        return Mesh(self.world, ulysses, across)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -67,7 +67,7 @@ class Mesh:
 
     @property
     def cfg_size(self) -> int:
-        """Rows of the table."""
+        """Groups that share a sequence."""
         return 1 if self.cfg_group is None else self.cfg_group.size()
 
     @property
@@ -90,7 +90,7 @@ def init_mesh(
     """Joins the process group and lays the mesh over it. None for a single rank: there is nobody to talk to.
 
     Args:
-        cfg: rows of the mesh, 1 or 2.
+        cfg: groups of the mesh, 1 or 2.
         store_file: file for the rendezvous, in memory; not used over several machines or with `master_port`.
         master_port: TCP port on 127.0.0.1 for the rendezvous instead.
         timeout: seconds after which a collective that a peer never joined fails.

@@ -41,7 +41,7 @@ def set_shard(model: WanModel, shard: SequenceShard) -> None:
 def spread_tokens(
     model: WanModel, mesh: Mesh | None, *, shard: SequenceShard, attention: Attention, ulysses_engine: str
 ) -> None:
-    """Replaces the model's attention by one over the ranks of a row of `mesh`; its weights stay where they are.
+    """Replaces the model's attention by one over the ranks of a group of `mesh`; its weights stay where they are.
 
     Args:
         shard, attention, ulysses_engine: as of `parallelize_wan`.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...wan.vae.autoencoder import check_video, decode_frames, encode, load_vae, upscale
 from ...wan.vae.vae_layers import channels_last
-from .image_rows import RowShard
+from .image_rows import ImageShard
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +77,11 @@ class RankVae:
             return encode(self._vae, video, ops=self._ops)
         return rows.gather(encode(self._vae, rows.split(video), rows=rows, ops=self._ops))
 
-    def _rows(self, num_rows: int) -> RowShard | None:
+    def _rows(self, num_rows: int) -> ImageShard | None:
         """This rank's share of `num_rows` latent rows, or None if the picture stays whole."""
         if self._group is None or (world := dist.get_world_size(self._group)) == 1:
             return None
         if num_rows < world:
             log.info("the VAE is not split: %d latent rows are fewer than %d ranks", num_rows, world)
             return None
-        return RowShard.of(num_rows, self._group)
+        return ImageShard.of(num_rows, self._group)

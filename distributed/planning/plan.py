@@ -121,9 +121,9 @@ def make_plan(
             for parallel, need in needs:
                 if need > least:
                     continue
-                rows = [chosen[i : i + parallel.ulysses_size] for i in range(0, count, parallel.ulysses_size)]
-                row_link = min((_slowest(row, links) for row in rows), key=LINK_BYTES.__getitem__)
-                time = seconds(work, parallel, row_link, link)
+                groups = [chosen[i : i + parallel.ulysses_size] for i in range(0, count, parallel.ulysses_size)]
+                ulysses_link = min((_slowest(group, links) for group in groups), key=LINK_BYTES.__getitem__)
+                time = seconds(work, parallel, ulysses_link, link)
                 # Of equally fast ones that which touches least, on the first GPUs.
                 key = (*_rank(parallel, request, time), parallel.memory_optimization, parallel.offload_model,
                        parallel.use_fsdp, [gpus.index(gpu) for gpu in chosen])  # fmt: skip

@@ -45,7 +45,7 @@ def policies(work: Workload, request: Request, gpu_count: int) -> list[Parallel]
     base = request.base
     even, shares = gpu_count % 2 == 0, base.use_ulysses or base.use_fsdp
     both = [True, False] if even and shares and request.always_guided else [False]
-    rows = {"on": [True], "off": [False], "auto": both}
+    cfg = {"on": [True], "off": [False], "auto": both}
     if request.cfg_parallel == "on" and not even:
         return []
     return [
@@ -54,7 +54,7 @@ def policies(work: Workload, request: Request, gpu_count: int) -> list[Parallel]
             use_fsdp=sharded is not None, gather=sharded or "block", offload_model=offload, stream_blocks=stream,
         )
         for cfg, chunked, (sharded, offload, stream) in product(
-            rows[request.cfg_parallel], [True] if base.memory_optimization else [False, True],
+            cfg[request.cfg_parallel], [True] if base.memory_optimization else [False, True],
             _weights(work, base, gpu_count),
         )
         if _sensible(work, base, gpu_count // (2 if cfg else 1), sharded is not None)
@@ -84,11 +84,11 @@ def intrusion(parallel: Parallel, base: Parallel) -> int:
     return int(parallel.offload_model and not base.offload_model and not base.stream_blocks)
 
 
-def seconds(work: Workload, parallel: Parallel, row_link: str, link: str) -> float:
+def seconds(work: Workload, parallel: Parallel, ulysses_link: str, link: str) -> float:
     """Denoising time of the whole job.
 
     Args:
-        row_link: the slowest link among GPUs that share a sequence, a key of `LINK_BYTES`.
+        ulysses_link: the slowest link among GPUs that share a sequence, a key of `LINK_BYTES`.
         link: the slowest one among all.
     """
     config, gpus, size = work.config, parallel.gpu_count, parallel.ulysses_size
@@ -98,7 +98,7 @@ def seconds(work: Workload, parallel: Parallel, row_link: str, link: str) -> flo
     forward = (matrices + 4 * work.tokens**2 * dim * layers * heads) / COMPUTE
     if parallel.use_ulysses and size > 1:
         exchanged = 4 * tokens * dim * compute_bytes(parallel) * (size - 1) / size
-        forward += layers * exchanged / LINK_BYTES[row_link]
+        forward += layers * exchanged / LINK_BYTES[ulysses_link]
     if parallel.memory_optimization:
         forward *= CHUNKING_SLOWDOWN
     other_ranks = (gpus - 1) / gpus

@@ -60,7 +60,7 @@ class Session:
     prompts: PromptEncoder = field(init=False)
     _joined: bool = False
     _meshes: dict[int, Mesh] = field(default_factory=dict)
-    """By their rows."""
+    """By `cfg_size`."""
     _vae: RankVae | None = None
     _preview_map: PreviewMap | None = None
 

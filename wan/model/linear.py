@@ -31,8 +31,8 @@ class Fp8Weight:
     """There is a scale per output row; without one the codes are the weight."""
 
 
-class Fp8Rows(NamedTuple):
-    """Rows of activations in e4m3."""
+class Fp8Tokens(NamedTuple):
+    """Activations in e4m3."""
 
     codes: Tensor
     """[n, in]."""
@@ -40,7 +40,7 @@ class Fp8Rows(NamedTuple):
     """[n, 1], float32."""
 
 
-LinearInput = Tensor | Fp8Rows
+LinearInput = Tensor | Fp8Tokens
 
 
 class Linear(nn.Linear):
@@ -64,7 +64,7 @@ class Linear(nn.Linear):
 
     @property
     def input_dtype(self) -> torch.dtype:
-        """What `forward` multiplies; it takes other float types too. E4M3 stands for `Fp8Rows`."""
+        """What `forward` multiplies; it takes other float types too. E4M3 stands for `Fp8Tokens`."""
         return E4M3 if self.fp8_product else self.compute_dtype
 
     def keep_fp8(self, stored: Fp8Weight, compute: torch.dtype) -> None:
@@ -87,25 +87,25 @@ class Linear(nn.Linear):
         if not self.fp8_product:
             assert isinstance(x, Tensor), "codes are made for the layers that multiply them"
             return F.linear(x.to(self.compute_dtype), self.unpacked_weight(), self.bias)
-        rows = fp8_rows(x)
+        rows = fp8_tokens(x)
         product = _multiply if rows.codes.is_cuda else _multiply_unpacked
         return product(rows, self.weight, self.weight_scale, self.bias, self.compute_dtype)
 
 
-def fp8_rows(x: LinearInput) -> Fp8Rows:
+def fp8_tokens(x: LinearInput) -> Fp8Tokens:
     """x: [n, in] -> its codes with a scale per row."""
-    return x if isinstance(x, Fp8Rows) else Fp8Rows(*quantise_rows(x.float(), E4M3))
+    return x if isinstance(x, Fp8Tokens) else Fp8Tokens(*quantise_rows(x.float(), E4M3))
 
 
-def cast_rows(x: LinearInput, dtype: torch.dtype) -> LinearInput:
-    """x: [n, in] -> the same in `dtype`; E4M3: as codes with a scale per row."""
+def cast_tokens(x: LinearInput, dtype: torch.dtype) -> LinearInput:
+    """x: [n, in] -> the same in `dtype`; E4M3: as codes with a scale per token."""
     if dtype == E4M3:
-        return fp8_rows(x)
+        return fp8_tokens(x)
     assert isinstance(x, Tensor), dtype
     return x.to(dtype)
 
 
-def _multiply(x: Fp8Rows, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out: torch.dtype) -> Tensor:
+def _multiply(x: Fp8Tokens, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out: torch.dtype) -> Tensor:
     """On the GPU's fp8 units. The sums are float32, scaled, biased and rounded once, to bf16."""
     if scale is None:
         scale = torch.ones(weight.shape[0], 1, device=weight.device)
@@ -126,7 +126,7 @@ def _multiply(x: Fp8Rows, weight: Tensor, scale: Tensor | None, bias: Tensor | N
 
 
 def _multiply_unpacked(
-    x: Fp8Rows, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out: torch.dtype
+    x: Fp8Tokens, weight: Tensor, scale: Tensor | None, bias: Tensor | None, out: torch.dtype
 ) -> Tensor:
     """The same arithmetic where there are no such units: products of fp8 codes are exact in float32."""
     y = F.linear(x.codes.float(), weight.float()) * x.scale

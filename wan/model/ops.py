@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .codes import HeadCodes, quantise_heads, spread_codes
 from .config import EPS
-from .linear import Linear, LinearInput, cast_rows
+from .linear import Linear, LinearInput, cast_tokens
 from .rope import apply_rope
 
 Rope = tuple[Tensor, Tensor]
@@ -60,15 +60,15 @@ class Ops:
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> LinearInput:
-    """Layer norm, times `weight` plus `bias`, cast (linear.cast_rows).
+    """Layer norm, times `weight` plus `bias`, cast (linear.cast_tokens).
 
     Args:
         x: [S, C] float32.
         weight, bias: float32; [C] of the layer, or a modulation's [1, C] or [S, C].
     """
     if weight.dim() == 1:
-        return cast_rows(F.layer_norm(x, weight.shape, weight, bias, eps=EPS), dtype)
-    return cast_rows(F.layer_norm(x, weight.shape[-1:], eps=EPS) * weight + bias, dtype)
+        return cast_tokens(F.layer_norm(x, weight.shape, weight, bias, eps=EPS), dtype)
+    return cast_tokens(F.layer_norm(x, weight.shape[-1:], eps=EPS) * weight + bias, dtype)
 
 
 def add_norm(
@@ -103,7 +103,7 @@ def rotate_codes(x: Tensor, weight: Tensor, rope: Rope, head_dim: int) -> HeadCo
 
 def gelu_linear(linear: Linear, x: LinearInput, dtype: torch.dtype) -> LinearInput:
     """`linear`, then GELU (its tanh form), cast."""
-    return cast_rows(F.gelu(linear(x), approximate="tanh"), dtype)
+    return cast_tokens(F.gelu(linear(x), approximate="tanh"), dtype)
 
 
-PLAIN = Ops("plain", cast_rows, norm, add_norm, add, rms_norm, rotate, gelu_linear, rotate_codes, quantise_heads)
+PLAIN = Ops("plain", cast_tokens, norm, add_norm, add, rms_norm, rotate, gelu_linear, rotate_codes, quantise_heads)

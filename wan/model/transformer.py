@@ -23,7 +23,7 @@ from .attention import Attention, attention
 from .codes import CodesAttention, HeadCodes
 from .config import EPS, TEXT_LEN, WanConfig
 from .latent_space import PATCH_SIZE
-from .linear import E4M3, FP8_PRODUCTS, Fp8Rows, Fp8Weight, Linear, LinearInput
+from .linear import E4M3, FP8_PRODUCTS, Fp8Tokens, Fp8Weight, Linear, LinearInput
 from .ops import PLAIN, Ops, Rope, rms_norm
 
 Which = Tensor | None
@@ -168,8 +168,8 @@ class WanBlock(nn.Module):
         if self.ffn_chunk is None:
             return down(self.ops.gelu_linear(up, x, down.input_dtype))
         parts: Sequence[LinearInput]
-        if isinstance(x, Fp8Rows):
-            parts = [Fp8Rows(*part) for part in zip(*(tensor.split(self.ffn_chunk) for tensor in x), strict=True)]
+        if isinstance(x, Fp8Tokens):
+            parts = [Fp8Tokens(*part) for part in zip(*(tensor.split(self.ffn_chunk) for tensor in x), strict=True)]
         else:
             parts = x.split(self.ffn_chunk)
         return torch.cat([down(self.ops.gelu_linear(up, part, down.input_dtype)) for part in parts])

@@ -17,7 +17,7 @@ from ..model.latent_space import TEMPORAL_STRIDE, WAN22
 from .latents import denormalise, latent_statistics, normalise
 from .vae_coder import Decoder, Encoder
 from .vae_keys import EXPECTED, VaeInfo, module_names, vae_info, vae_weights
-from .vae_layers import Rows, Tools, WholePicture
+from .vae_layers import ImageRows, Tools, WholePicture
 from .vae_ops import VAE_OPS
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def load_vae(
 
 @torch.no_grad()
 def decode_frames(
-    vae: AutoencoderKLWan, latents: Tensor, *, rows: Rows | None = None, ops: str = "plain"
+    vae: AutoencoderKLWan, latents: Tensor, *, rows: ImageRows | None = None, ops: str = "plain"
 ) -> Iterator[Tensor]:
     """Decodes some frames after the other, so that the whole video is never held.
 
@@ -76,7 +76,7 @@ def decode_frames(
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKLWan, video: Tensor, *, rows: Rows | None = None, ops: str = "plain") -> Tensor:
+def encode(vae: AutoencoderKLWan, video: Tensor, *, rows: ImageRows | None = None, ops: str = "plain") -> Tensor:
     """Encodes frames to the mean of their latent distribution.
 
     Args:
@@ -95,7 +95,7 @@ def encode(vae: AutoencoderKLWan, video: Tensor, *, rows: Rows | None = None, op
     return normalise(moments[:, : vae.config["z_dim"]], vae.config["z_dim"])
 
 
-def _tools(rows: Rows | None, ops: str) -> Tools:
+def _tools(rows: ImageRows | None, ops: str) -> Tools:
     return Tools(WholePicture() if rows is None else rows, VAE_OPS[ops]())
 
 

@@ -1,9 +1,9 @@
 """The layers of Wan's video VAEs over a stream of frames, with the weights of diffusers' modules.
 
 Shapes: T = frames, H = rows, W = columns, C = channels; [T, H, W, C] is contiguous. Rows may be some of a picture's:
-what looks at others gets them from `Rows`. A causal layer keeps what it needs of the frames before, so that a stream
-may come in parts of any length. Whatever precedes a convolution writes straight into the room that it convolves, with
-the kept frames and the neighbours' rows around; whatever follows one adds its bias (`vae_ops.Sum`).
+what looks at others gets them from `ImageRows`. A causal layer keeps what it needs of the frames before, so that a
+stream may come in parts of any length. Whatever precedes a convolution writes straight into the room that it convolves,
+with the kept frames and the neighbours' rows around; whatever follows one adds its bias (`vae_ops.Sum`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResample, WanResidualBlock
 
 
-class Rows(Protocol):
+class ImageRows(Protocol):
     """The rows of a picture that are here, and what the others are asked for."""
 
     def fill_halo(self, padded: Tensor, *, above: bool) -> None:
@@ -48,7 +48,7 @@ class WholePicture:
 class Tools:
     """What all layers of one coder share."""
 
-    def __init__(self, rows: Rows, ops: VaeOps) -> None:
+    def __init__(self, rows: ImageRows, ops: VaeOps) -> None:
         self.rows, self.ops = rows, ops
 
 

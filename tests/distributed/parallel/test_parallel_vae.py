@@ -9,7 +9,7 @@ import torch
 from mount import GOLDEN
 from ranks import run_ranks
 from torch import Tensor, nn
-from wan_pack.distributed.parallel.image_rows import RowShard
+from wan_pack.distributed.parallel.image_rows import ImageShard
 from wan_pack.wan.vae.autoencoder import decode_frames, encode, load_vae
 from wan_pack.wan.vae.vae_layers import WholePicture
 
@@ -35,8 +35,8 @@ def test_decodes_and_encodes_as_one_rank() -> None:
         assert [shares[rank]["4 3"] for rank in range(4)] == [[3, 3 * STRIDE]] + [[3 * STRIDE]] * 3
 
 
-def _shard(rank: int, sizes: tuple[int, ...]) -> RowShard:
-    return RowShard(group=None, rank=rank, sizes=sizes)
+def _shard(rank: int, sizes: tuple[int, ...]) -> ImageShard:
+    return ImageShard(group=None, rank=rank, sizes=sizes)
 
 
 @pytest.mark.parametrize("scale", [1, 8])

@@ -19,7 +19,7 @@ mount_pack()
 from layers import WRITING  # noqa: E402
 from tiny import TINY, random_weights  # noqa: E402
 from wan_pack.wan.model.kernels.fused import triton_ops  # noqa: E402
-from wan_pack.wan.model.linear import E4M3, FP8_PRODUCTS, Fp8Rows, Fp8Weight, quantise_rows  # noqa: E402
+from wan_pack.wan.model.linear import E4M3, FP8_PRODUCTS, Fp8Tokens, Fp8Weight, quantise_rows  # noqa: E402
 from wan_pack.wan.model.ops import PLAIN, HeadPlaces  # noqa: E402
 from wan_pack.wan.model.rope import rope_table  # noqa: E402
 from wan_pack.wan.model.transformer import TextContext, WanModel, meta_model, pad_text, parameter_dtype  # noqa: E402
@@ -36,7 +36,7 @@ def near(name: str, out: object, expected: object) -> None:
     """Equal in float32; in other types up to one code, as the interpreter cuts off where a GPU rounds."""
     pairs = zip(out, expected, strict=True) if isinstance(expected, tuple) else [(out, expected)]
     for got, want in pairs:
-        if isinstance(want, Fp8Rows):
+        if isinstance(want, Fp8Tokens):
             near(name, got, tuple(want))
             continue
         assert got.dtype == want.dtype and got.shape == want.shape, (name, got.dtype, got.shape, want.shape)

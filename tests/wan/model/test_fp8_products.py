@@ -23,10 +23,10 @@ from wan_pack.wan.model.linear import (  # fmt: skip
     E4M3,
     FP8_DTYPES,
     FP8_PRODUCTS,
-    Fp8Rows,
+    Fp8Tokens,
     Fp8Weight,
     Linear,
-    cast_rows,
+    cast_tokens,
     quantise_rows,
 )
 from wan_pack.wan.model.precisions import check_precision
@@ -94,7 +94,7 @@ def test_product_is_that_of_the_codes_rounded_once(bias: bool):
     assert out.dtype == BF16
     torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-4)
     # Cast beforehand, as a fused kernel does, it is the same in every bit.
-    assert torch.equal(layer(cast_rows(x, E4M3)), out)
+    assert torch.equal(layer(cast_tokens(x, E4M3)), out)
 
 
 def test_each_row_keeps_its_precision():
@@ -139,8 +139,8 @@ def test_gpu_product_gets_what_the_documentation_asks_for(public: bool, monkeypa
         monkeypatch.delattr(F, "scaled_mm", raising=False)
         monkeypatch.setattr(torch, "_scaled_mm", product)
     layer, x = fp8_layer()
-    rows = cast_rows(x, E4M3)
-    assert isinstance(rows, Fp8Rows)
+    rows = cast_tokens(x, E4M3)
+    assert isinstance(rows, Fp8Tokens)
     out = linear._multiply(rows, layer.weight, layer.weight_scale, layer.bias, BF16)
     torch.testing.assert_close(out, layer(x))
     unscaled = linear._multiply(rows, layer.weight, None, layer.bias, BF16)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..config import EPS
-from ..linear import E4M3, Fp8Rows, LinearInput
+from ..linear import E4M3, Fp8Tokens, LinearInput
 from .rows import next_power, quantised, warps
 
 
@@ -73,7 +73,7 @@ def _launch(
         ADD=y is not None, GATE=gate is not None, NORM=weight is not None, QUANTISE=dtype == E4M3, BLOCK=block,
         num_warps=warps(block),
     )  # fmt: skip
-    return total, (Fp8Rows(out, scale) if dtype == E4M3 else out)
+    return total, (Fp8Tokens(out, scale) if dtype == E4M3 else out)
 
 
 def _row_stride(parameter: Tensor | None, rows: int) -> int:

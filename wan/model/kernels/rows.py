@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..linear import E4M3, Fp8Rows, LinearInput, cast_rows
+from ..linear import E4M3, Fp8Tokens, LinearInput, cast_tokens
 
 
 @triton.jit
@@ -34,22 +34,22 @@ def _rows_kernel(x_ptr, out_ptr, scale_ptr, columns, GELU: tl.constexpr, BLOCK: 
 
 def cast(x: Tensor, dtype: torch.dtype) -> LinearInput:
     """`ops.cast`."""
-    return _launch(x, gelu=False) if dtype == E4M3 else cast_rows(x, dtype)
+    return _launch(x, gelu=False) if dtype == E4M3 else cast_tokens(x, dtype)
 
 
-def gelu_fp8(x: Tensor) -> Fp8Rows:
+def gelu_fp8(x: Tensor) -> Fp8Tokens:
     """GELU (its tanh form) of [S, N], as e4m3 codes."""
     return _launch(x, gelu=True)
 
 
-def _launch(x: Tensor, *, gelu: bool) -> Fp8Rows:
+def _launch(x: Tensor, *, gelu: bool) -> Fp8Tokens:
     assert x.is_contiguous(), x.stride()
     rows, columns = x.shape
     codes = torch.empty_like(x, dtype=E4M3)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = next_power(columns)
     _rows_kernel[(rows,)](x, codes, scale, columns, GELU=gelu, BLOCK=block, num_warps=warps(block))
-    return Fp8Rows(codes, scale)
+    return Fp8Tokens(codes, scale)
 
 
 def next_power(columns: int) -> int:
