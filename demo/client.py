@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,8 +10,8 @@ from typing import Any
 
 import aiohttp
 
-TEXT_EVENT = 3
-"""ComfyUI's number for a binary message that carries a line of text for a node."""
+NODE_EVENT = "wan_distributed.node"
+"""Of this pack: what a node says, and pictures."""
 ENDINGS = ("execution_success", "execution_error", "execution_interrupted")
 
 Event = tuple[str, dict[str, Any]]
@@ -78,11 +77,6 @@ async def run_prompt(
 def _event(message: aiohttp.WSMessage) -> Event | None:
     if message.type == aiohttp.WSMsgType.TEXT:
         content = json.loads(message.data)
-        return content["type"], content["data"]
-    if message.type == aiohttp.WSMsgType.BINARY:
-        (kind,) = struct.unpack_from(">I", message.data)
-        if kind == TEXT_EVENT:
-            (length,) = struct.unpack_from(">I", message.data, 4)
-            node, text = message.data[8 : 8 + length], message.data[8 + length :]
-            return "text", {"node": node.decode(), "text": text.decode()}
+        kind, data = content["type"], content["data"]
+        return ("text" if kind == NODE_EVENT and "text" in data else kind), data
     return None

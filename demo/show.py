@@ -78,7 +78,7 @@ def _model(models: Path) -> TinyModel:
 
 def _video(server: Server, run: Run, node: str) -> Path:
     """The file that the node says it saved."""
-    output = server.outputs(run.prompt_id)[node]["images"][0]
+    output = server.outputs(run.prompt_id)[node]["video"][0]
     return server.base / "output" / output["subfolder"] / output["filename"]
 
 

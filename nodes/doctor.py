@@ -12,6 +12,7 @@ from ..distributed.job.errors import JobCancelled
 from ..distributed.job.job import ModelFiles
 from .host import host
 from .host.declared import as_declared, kind_of
+from .host.node_report import NodeReport
 
 
 class WanVideoDistributedDoctor:
@@ -56,7 +57,7 @@ class WanVideoDistributedDoctor:
             # ComfyUI makes them when it first needs them; where it cannot, the report says so.
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
-        report = host.ProgressReport(unique_id)
+        report = NodeReport(unique_id)
         report.text("examining this machine")
         environment = dict(os.environ)
         if host.visible_gpus() is None:
@@ -71,10 +72,11 @@ class WanVideoDistributedDoctor:
                 environment=environment,
             )
         except JobCancelled as error:
+            report.end("cancelled")
             raise host.interruption() from error
         versions = f"ComfyUI {host.comfyui_version()}, its Python {sys.version.split()[0]}"
         text = f"{versions}\n\n{found['text']}"
-        report.text("\n".join(found["verdict"]))
+        report.end("\n".join(found["verdict"]))
         for line in found["verdict"]:
             host.log(line)
         return {"ui": {"text": (text,)}, "result": (text,)}

@@ -10,6 +10,7 @@ from ...distributed.job.job import Job, JobError
 from ...distributed.launch.launcher import MAX_LOG, JobFailed, new_job_id
 from ...distributed.launch.result import Result
 from ..host import host, warm
+from ..host.node_report import NodeReport
 from ..host.status import Status
 from ..inference import saved_video
 from ..inference.inference import build_job, model_of
@@ -48,6 +49,7 @@ class WanVideoDistributedBatch(VideoNode):
 
     def _run(
         self,
+        report: NodeReport,
         *,
         prompts: str,
         batch_count: int,
@@ -68,17 +70,17 @@ class WanVideoDistributedBatch(VideoNode):
         first = batch.jobs[0][0].sampling
         saved_video.check_prefix(filename_prefix, first.width, first.height)
         host.free_memory()
-        report = host.ProgressReport(unique_id)
         workflow = {"prompt": workflow_prompt, **(extra_pnginfo or {})}
         batch.run(report, filename_prefix, workflow)
-        report.text(batch.line)
         made = [batch.made.get(index) for index in range(len(requests))]
         saved = [one.saved for one in made if one is not None and one.saved is not None]
         self.made.remember(unique_id, [video.path for video in saved])
+        videos = saved_video.shown(saved)
+        report.end(batch.line, videos)
         if batch.failures and on_error == "raise":
             raise batch.failure()
         return {
-            "ui": saved_video.shown(saved) if saved else {},
+            "ui": {"video": videos} if videos else {},
             "result": (
                 [host.blocked_output() if one is None else one.video() for one in made],
                 ["" if one is None else str(one.path or "") for one in made],
@@ -164,7 +166,7 @@ class _Batch:
         for status in self._statuses:
             status.note(line)
 
-    def run(self, report: host.ProgressReport, filename_prefix: str, workflow: dict[str, Any]) -> None:
+    def run(self, report: NodeReport, filename_prefix: str, workflow: dict[str, Any]) -> None:
         """Makes the videos; `made` and `failures` hold what came of each."""
 
         def save(index: int, group: int, result: Result) -> None:

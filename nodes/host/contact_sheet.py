@@ -5,20 +5,17 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 GAP = 2
 """Pixels between two pictures."""
 
 
-def contact_sheet(jpegs: Sequence[bytes]) -> Image:
-    """The pictures in rows, from the left: two side by side, four in two rows. One is itself.
+def contact_sheet(jpegs: Sequence[bytes], most: int) -> bytes:
+    """The pictures in rows, from the left, as a JPEG: two side by side, four in two rows.
 
     Args:
         jpegs: at least one, all of one size.
+        most: pixels of the longer side.
     """
     from PIL import Image
 
@@ -30,4 +27,7 @@ def contact_sheet(jpegs: Sequence[bytes]) -> Image:
     for index, picture in enumerate(pictures):
         row, column = divmod(index, columns)
         sheet.paste(picture, (column * (width + GAP), row * (height + GAP)))
-    return sheet
+    sheet.thumbnail((most, most))
+    written = io.BytesIO()
+    sheet.save(written, "JPEG", quality=95)
+    return written.getvalue()

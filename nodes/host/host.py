@@ -9,20 +9,13 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...wan.files.headers import brief
-from .contact_sheet import contact_sheet
 from .other_pages import comes_from_another_page, refusal
 from .request_body import sent_object
-
-if TYPE_CHECKING:
-    from ...distributed.job.progress import Progress
-
-BAR_STEPS = 1000
-"""Resolution of the progress bar over a whole job."""
 
 
 def registered_node_ids() -> frozenset[str]:
@@ -181,43 +174,25 @@ def on_free_memory(react: Callable[[], Awaitable[Any]]) -> None:
 # The run
 
 
-class ProgressReport:
-    """The bar and the line of text on the running node.
+def progress_bar(total: int, node_id: str | None) -> Any:
+    """ComfyUI's own, whose `update_absolute` raises InterruptProcessingException after a cancel."""
+    from comfy.utils import ProgressBar
 
-    Must be called on ComfyUI's own node thread: the bar raises InterruptProcessingException there after a cancel.
-    """
+    return ProgressBar(total, node_id=node_id)
 
-    def __init__(self, node_id: str | None) -> None:
-        from comfy.utils import ProgressBar
 
-        self._node_id = node_id
-        self._bar = ProgressBar(BAR_STEPS, node_id=node_id)
-        self._shown = 0
+def preview_size() -> int:
+    """Pixels of a preview's longer side, as --preview-size says."""
+    from comfy.cli_args import args
 
-    def __call__(self, progress: Progress) -> None:
-        text = f"{progress.text}\n{progress.usage}" if progress.usage else progress.text
-        self.show(progress.fraction, text)
-        if progress.preview is not None:
-            self.pictures([progress.preview])
+    return args.preview_size
 
-    def show(self, fraction: float, text: str) -> None:
-        # A bar that runs backwards (a phase that reports late) confuses more than one that waits.
-        self._shown = max(self._shown, int(fraction * BAR_STEPS))
-        self._bar.update_absolute(self._shown)
-        self.text(text)
 
-    def pictures(self, jpegs: Sequence[bytes]) -> None:
-        """Shows them on the node, together of the size that ComfyUI's --preview-size asks for."""
-        from comfy.cli_args import args
-
-        self._bar.update_absolute(self._shown, preview=("JPEG", contact_sheet(jpegs), args.preview_size))
-
-    def text(self, line: str) -> None:
-        from server import PromptServer
-
-        server = PromptServer.instance
-        if self._node_id is not None and server is not None and server.client_id is not None:
-            server.send_progress_text(line, self._node_id, server.client_id)
+def send(event: str, content: Mapping[str, Any]) -> None:
+    """To the page that queued what runs now, if there is one."""
+    server = _server()
+    if server is not None and server.client_id is not None:
+        server.send_sync(event, dict(content), server.client_id)
 
 
 def comfyui_version() -> str:
@@ -250,6 +225,13 @@ def interruption() -> Exception:
 
     model_management.interrupt_current_processing(False)
     return model_management.InterruptProcessingException()
+
+
+def is_interruption(error: BaseException) -> bool:
+    """Whether it is the one that tells ComfyUI of a cancel."""
+    # Looked up, not imported: without ComfyUI there is none.
+    module = sys.modules.get("comfy.model_management")
+    return isinstance(error, getattr(module, "InterruptProcessingException", ()))
 
 
 def out_of_memory(message: str) -> Exception:

@@ -9,6 +9,7 @@ from ...distributed.job.job import Job, ModelFiles, Parallel, Sampling
 from ...distributed.job.sampling import SamplingSettings
 from ...distributed.launch.launcher import new_job_id, run_job
 from ..host import host, warm
+from ..host.node_report import NodeReport
 from ..host.status import Status
 from ..models import catalogue
 from ..models.loras import distilled_warnings, refreshed
@@ -49,6 +50,7 @@ class WanVideoDistributedInference(VideoNode):
 
     def _run(
         self,
+        report: NodeReport,
         *,
         filename_prefix: str = "video/wan",
         unique_id: str | None = None,
@@ -60,7 +62,6 @@ class WanVideoDistributedInference(VideoNode):
         job, tensors = build_job(VideoInputs.of(settings), status)
         saved_video.check_prefix(filename_prefix, job.sampling.width, job.sampling.height)
         host.free_memory()
-        report = host.ProgressReport(unique_id)
         result = run_job(
             job,
             inputs_writer(tensors),
@@ -73,10 +74,11 @@ class WanVideoDistributedInference(VideoNode):
         )
         made = keep(job, result, filename_prefix, {"prompt": workflow_prompt, **(extra_pnginfo or {})})
         status.note(*made.info["warnings"])
-        report.text(status.line(made.info))
+        videos = saved_video.shown([] if made.saved is None else [made.saved])
+        report.end(status.line(made.info), videos)
         self.made.remember(unique_id, () if made.path is None else (made.path,))
         return {
-            "ui": {} if made.saved is None else saved_video.shown([made.saved]),
+            "ui": {"video": videos} if videos else {},
             "result": (
                 str(made.path or ""),
                 made.log,

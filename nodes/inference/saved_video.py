@@ -30,10 +30,13 @@ class SavedVideo:
         return host.video_input(self.path)
 
 
-def shown(videos: Sequence[SavedVideo]) -> dict[str, Any]:
-    """What makes the page show the players on the node."""
-    images = [{"filename": video.path.name, "subfolder": video.subfolder, "type": "output"} for video in videos]
-    return {"images": images, "animated": (True,) * len(images)}
+def shown(videos: Sequence[SavedVideo]) -> list[dict[str, str]]:
+    """The videos as outputs of nodes name them, under "video": those under "images" the page would show itself, in each
+    version otherwise."""
+    return [
+        {"filename": video.path.name, "subfolder": video.subfolder, "type": "output", "format": "video/mp4"}
+        for video in videos
+    ]
 
 
 def check_prefix(prefix: str, width: int, height: int) -> None:

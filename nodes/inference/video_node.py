@@ -13,6 +13,7 @@ from ...distributed.launch.launcher import JobFailed
 from ...distributed.machine.cancelling import cancelled_by
 from ..host import host
 from ..host.declared import problem_of, taken
+from ..host.node_report import NodeReport
 from ..models import catalogue
 from ..sockets.wrapper_model import AUTO
 from .inference_inputs import required
@@ -71,13 +72,23 @@ class VideoNode(ABC):
         return f"{cls.made.deletions(unique_id)} {catalogue.fingerprint(files)}"
 
     def run(self, /, **inputs: Any) -> dict[str, Any]:
+        report = NodeReport(inputs.get("unique_id"), inputs.get("extra_pnginfo"))
+        report.text("checking the inputs")
+        try:
+            return self._reported(report, inputs)
+        except BaseException as error:
+            report.end("cancelled" if host.is_interruption(error) else "failed")
+            raise
+
+    def _reported(self, report: NodeReport, inputs: dict[str, Any]) -> dict[str, Any]:
         try:
             with cancelled_by(host.interrupted):
-                return self._run(**taken(type(self), inputs))
+                return self._run(report, **taken(type(self), inputs))
         except JobCancelled as error:
             raise host.interruption() from error
         except (ValueError, JobError) as error:
             if inputs.get("on_error", "raise") == "return":
+                report.end("failed")
                 log = error.log if isinstance(error, JobFailed) else ""
                 return {"result": self._failed(log, f"error: {error}")}
             if isinstance(error, JobFailed) and error.out_of_memory:
@@ -85,7 +96,7 @@ class VideoNode(ABC):
             raise
 
     @abstractmethod
-    def _run(self, *_: Any, **inputs: Any) -> dict[str, Any]:
+    def _run(self, report: NodeReport, *_: Any, **inputs: Any) -> dict[str, Any]:
         """What ComfyUI is given of a run that went well."""
 
     @abstractmethod

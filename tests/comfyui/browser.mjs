@@ -137,7 +137,7 @@ async function run(page) {
       window.app.api.addEventListener(kind, event => { window.__ending = [kind, event.detail]; });
   }, [plan.values, plan.enable ?? []]);
   const watched = plan.subgraph ? await page.evaluate(enclose, Number(plan.watch)) : Number(plan.watch);
-  await page.evaluate(watch, [watched, plan.vue]);
+  await page.evaluate(watch, watched);
   await page.evaluate(() => { window.app.queuePrompt(0, 1); });
   if (plan.panel) await openPanel(page);
   await page.waitForFunction(() => window.__ending, null, { timeout: 180000 });
@@ -175,14 +175,13 @@ function enclose(id) {
 
 // Runs in the page: notes what the node, in the graph that is open, shows of the video before there is one, and the
 // panel beside it. One after another: a small video is done in seconds.
-function watch([id, vue]) {
+function watch(id) {
   const seen = window.__seen = {};
-  const shown = widget => [widget.value, widget.element?.checkVisibility() ? widget.element.innerText : ''];
   const timer = setInterval(() => {
-    const node = window.app.canvas.graph.getNodeById(id), inside = document.querySelector(`[data-node-id="${id}"]`);
-    const image = vue ? inside?.querySelector('img[src^="blob:"]') : node.imgs?.find(image => image.src.startsWith('blob:'));
-    if (image?.naturalWidth) seen.image ??= [image.naturalWidth, image.naturalHeight];
-    const texts = (vue ? inside?.innerText : node.widgets.flatMap(shown).join('\n')) ?? '';
+    const node = window.app.canvas.graph.getNodeById(id);
+    const screen = node.widgets.find(widget => widget.name === 'wan_video').element, image = screen.querySelector('img');
+    if (image.naturalWidth && image.checkVisibility()) seen.image ??= [image.naturalWidth, image.naturalHeight];
+    const texts = screen.checkVisibility() ? screen.innerText : '';
     seen.line ??= /sampling [1-9].*/.exec(texts)?.[0];
     seen.usage ??= /.*GiB.*/.exec(texts)?.[0];
     const group = document.querySelector('.wan-groups li')?.innerText;

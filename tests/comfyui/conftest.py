@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browsing import Browser, find_browser, page_folder
 from serving import INFERENCE, Comfy
 from wan_pack.demo.client import Run
 from wan_pack.demo.comfyui import Server
@@ -16,12 +18,29 @@ from wan_pack.demo.tiny_model import write_comfyui_files, write_other_comfyui_fi
 
 @pytest.fixture(scope="session")
 def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
-    base = tmp_path_factory.mktemp("comfyui")
+    with _running(tmp_path_factory.mktemp("comfyui")) as comfy:
+        yield comfy
+
+
+@pytest.fixture(scope="session")
+def newest_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
+    """Another one, with the newest page that is known."""
+    with _running(tmp_path_factory.mktemp("newest"), "--front-end-root", str(page_folder())) as comfy:
+        yield comfy
+
+
+@pytest.fixture(scope="session")
+def browser() -> Browser:
+    return find_browser()
+
+
+@contextlib.contextmanager
+def _running(base: Path, *arguments: str) -> Iterator[Comfy]:
     model = write_comfyui_files(base / "models")
     write_other_comfyui_files(base / "models")
     (base / "custom_nodes").mkdir()
     shutil.copy(Path(__file__).with_name("core_conditioning_node.py"), base / "custom_nodes")
-    with Server(base, pack=ROOT) as server:
+    with Server(base, pack=ROOT, arguments=arguments) as server:
         comfy = Comfy(server, model)
         # The examples begin with the picture that ComfyUI brings along.
         comfy.picture(320, 200, "example.png")

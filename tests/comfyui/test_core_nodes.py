@@ -34,7 +34,7 @@ class Finished:
 
     def video(self, node: str) -> torch.Tensor:
         """[n, H, W, 3] uint8 of the mp4."""
-        (entry,) = self._shown[node]["images"]
+        (entry,) = self._shown[node]["video"]
         reader = imageio_ffmpeg.read_frames(str(self._output / entry["subfolder"] / entry["filename"]))
         next(reader)
         frames = [torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(HEIGHT, WIDTH, 3) for frame in reader]

@@ -226,16 +226,12 @@ def test_the_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     given: dict[str, Any] = {}
     shown: list[str] = []
 
-    class ProgressReport:
-        def __init__(self, node_id: str | None) -> None:
-            self.text = shown.append
-
     def run_doctor(**settings: Any) -> dict[str, Any]:
         given.update(settings)
         return data
 
     fakes = {
-        "ProgressReport": ProgressReport,
+        "send": lambda event, content: shown.append(content["text"]),
         "output_folder": lambda: tmp_path,
         "jobs_folder": lambda: tmp_path / "temp" / "x",
         "visible_gpus": lambda: None,
@@ -246,7 +242,7 @@ def test_the_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         monkeypatch.setattr(node.host, name, fake)
     monkeypatch.setattr(node, "run_doctor", run_doctor)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    answer = node.WanVideoDistributedDoctor().examine()
+    answer = node.WanVideoDistributedDoctor().examine(unique_id="1")
     (text,) = answer["result"]
     assert text.startswith("ComfyUI 0.3.75") and text.endswith("! memory: little")
     assert answer["ui"] == {"text": (text,)}

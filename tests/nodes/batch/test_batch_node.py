@@ -47,8 +47,7 @@ def test_results_come_in_the_order_of_the_prompts(node: Node, tiny_models: Path)
     assert [Path(path).read_text() for path in paths] == ["7", "8", "7", "8"]
     assert len(set(paths)) == 4, "no two videos have one name"
     assert [float(one["samples"].mean()) for one in samples] == [7, 8, 7, 8]
-    assert [entry["filename"] for entry in made["ui"]["images"]] == [Path(path).name for path in paths]
-    assert made["ui"]["animated"] == (True,) * 4
+    assert [entry["filename"] for entry in made["ui"]["video"]] == [Path(path).name for path in paths]
     blocks = status.split("\n\n")
     assert blocks[0] == "success\n- 4 videos, 2 at a time, on: 1 processes; 1 processes"
     titles = ["video 1 of 4 (seed 7, a fox)", "video 2 of 4 (seed 8, a fox)"]
@@ -56,7 +55,8 @@ def test_results_come_in_the_order_of_the_prompts(node: Node, tiny_models: Path)
     for block, title, path in zip(blocks[1:], titles, paths, strict=True):
         assert block.startswith(f"{title}\nsuccess\n- video: {path}\n")
     assert log == "\n".join(f"{title}\nthe log" for title in titles)
-    assert node.shown == ["4 of 4 done"]
+    last = node.said[-1]
+    assert (last["text"], last["ended"], last["videos"]) == ("4 of 4 done", True, made["ui"]["video"])
     assert {picture for pictures in node.pictures for picture in pictures} == {b"7", b"8"}
 
 
@@ -110,7 +110,7 @@ def test_a_failure_can_be_returned_instead(node: Node) -> None:
     assert videos == [("VIDEO", "7"), "blocked", ("VIDEO", "9")]
     assert [bool(path) for path in paths] == [True, False, True]
     assert samples[1] == "blocked"
-    assert len(made["ui"]["images"]) == 2
+    assert len(made["ui"]["video"]) == 2
     assert status.startswith("error: 1 of 3 videos failed\n")
     assert "\n\nvideo 2 of 3 (seed 8)\nerror: rank 0: ValueError: no\n" in status
     assert "video 2 of 3 (seed 8)\nits log" in log

@@ -223,7 +223,6 @@ def failing_node(t2v: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, result in {
         "visible_gpus": "",
         "free_memory": None,
-        "ProgressReport": lambda progress: None,
         "jobs_folder": tmp_path,
         "failed_folder": tmp_path,
         "interruption": Interrupted(),
@@ -284,7 +283,6 @@ def test_latents_without_a_video_are_handed_on(
     info: dict[str, Any] = {"video": None, "latents": {"shape": [1, 16, 2, 6, 8]}, "phases": {}, "step_seconds": []}
     info |= {"peak_gpu_bytes": [], "peak_rss_bytes": [], "settings": {}, "warnings": []}
     result = SimpleNamespace(folder=folder, info=info, log="the log", remove=folder.latents.unlink)
-    monkeypatch.setattr(host, "ProgressReport", lambda node_id: SimpleNamespace(text=lambda line: None))
     monkeypatch.setattr(inference_module, "run_job", lambda job, write, **_: result)
     # Of an earlier run, deleted since: this run has none that could be missed.
     monkeypatch.setattr(WanVideoDistributedInference, "made", MadeVideos())

@@ -19,6 +19,7 @@ from wan_pack.distributed.launch.launcher import Result
 from wan_pack.nodes.batch import run
 from wan_pack.nodes.batch.batch import WanVideoDistributedBatch
 from wan_pack.nodes.host import host
+from wan_pack.nodes.host.node_report import NodeReport
 from wan_pack.nodes.inference import saved_video
 
 
@@ -38,7 +39,7 @@ class Node:
         self.jobs: list[Job] = []
         self.tensors: list[dict[str, Any]] = []
         self.act: Callable[[Job], Any] = lambda job: None
-        self.shown: list[str] = []
+        self.said: list[dict[str, Any]] = []
         self.pictures: list[tuple[bytes, ...]] = []
         self.log = "the log"
         self.cancelled = threading.Event()
@@ -49,11 +50,11 @@ class Node:
             "failed_folder": folder / "failed",
             "interruption": Interrupted(),
             "blocked_output": "blocked",
-            "ProgressReport": SimpleNamespace(
-                show=lambda fraction, text: None, pictures=self.pictures.append, text=self.shown.append
-            ),
+            "progress_bar": SimpleNamespace(update_absolute=lambda value: None),
         }.items():
             monkeypatch.setattr(host, name, lambda *_, result=result: result)
+        monkeypatch.setattr(host, "send", lambda event, content: self.said.append(content))
+        monkeypatch.setattr(NodeReport, "pictures", lambda report, jpegs: self.pictures.append(jpegs))
         monkeypatch.setattr(host, "out_of_memory", OutOfMemory)
         monkeypatch.setattr(host, "interrupted", self.cancelled.is_set)
         monkeypatch.setattr(saved_video, "check_prefix", lambda *_: None)

@@ -1,0 +1,131 @@
+// What a node shows before, while and after its runs, in both renderers: node screen.mjs PLAN.json, JSON on stdout.
+//
+// PLAN: url, chromium (its path), playwright (folder of playwright-core), workflow (UI format), node (id of the one that
+// is looked at), values ({node id: {widget: value}}), seed (of the first run, each later one has the next), videos (how
+// many a run makes), runs (how many), title (for the pictures), screenshots (folder).
+import fs from 'fs';
+import path from 'path';
+import { pathToFileURL } from 'url';
+
+const plan = JSON.parse(fs.readFileSync(process.argv[2], 'utf8'));
+const { chromium } = await import(pathToFileURL(path.join(plan.playwright, 'index.mjs')));
+const browser = await chromium.launch({
+  executablePath: plan.chromium,
+  headless: true,
+  args: ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+    '--disable-background-networking', '--disable-component-update', '--disable-sync'],
+});
+const result = { pageErrors: [] };
+let seed = plan.seed;
+try {
+  for (const vue of [false, true]) result[vue ? 'nodes2' : 'canvas'] = await visit(vue);
+} finally {
+  await browser.close();
+}
+console.log(JSON.stringify(result));
+
+async function visit(vue) {
+  await fetch(plan.url + '/settings', {
+    method: 'POST',
+    headers: { 'Content-Type': 'application/json' },
+    body: JSON.stringify({ 'Comfy.TutorialCompleted': true, 'Comfy.VueNodes.Enabled': vue }),
+  });
+  const page = await browser.newPage({ viewport: { width: 1600, height: 1000 } });
+  page.on('pageerror', error => result.pageErrors.push(String(error)));
+  await page.goto(plan.url, { waitUntil: 'domcontentloaded' });
+  await page.waitForFunction(
+    () => window.app?.graph && window.app.vueAppReady && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 50,
+    null, { timeout: 90000 });
+  await page.evaluate(load, [plan.workflow, plan.values, Number(plan.node)]);
+  // The banner about the other renderer would be in the pictures.
+  await page.locator('.p-message-close-button, button[aria-label="Close"]').first().click({ timeout: 1000 }).catch(() => {});
+  const shoot = name => page.screenshot({ path: path.join(plan.screenshots, `${plan.title}_${vue ? 'nodes2' : 'canvas'}_${name}.png`) });
+  const seen = { before: await page.evaluate(look), runs: [] };
+  await shoot('before');
+  for (let run = 1; run <= plan.runs; run++) {
+    await page.evaluate(queue, seed++);
+    await page.waitForFunction(() => window.__ending || window.__look().picture, null, { timeout: 120000 });
+    const live = await page.evaluate(look);
+    await shoot(`while_${run}`);
+    await page.waitForFunction(() => window.__ending, null, { timeout: 120000 });
+    await page.waitForFunction(
+      count => window.__look().players.filter(player => player.ready === 4).length === count, plan.videos, { timeout: 10000 },
+    ).catch(() => {});
+    const after = await page.evaluate(look);
+    await shoot(`after_${run}`);
+    seen.runs.push({ live, after, ending: await page.evaluate(() => window.__ending), told: await page.evaluate(() => window.__told) });
+  }
+  // Cancelled at its first picture: the videos of the run before are there again.
+  await page.evaluate(queue, seed++);
+  await page.waitForFunction(() => window.__ending || window.__look().picture, null, { timeout: 120000 });
+  await page.evaluate(() => window.app.api.interrupt(null));
+  await page.waitForFunction(() => window.__ending, null, { timeout: 20000 });
+  await page.waitForTimeout(300);
+  seen.cancelled = await page.evaluate(look);
+  // As when another tab is opened and this one again: the page makes the nodes anew.
+  await page.evaluate(async () => {
+    await window.app.loadGraphData(window.app.graph.serialize());
+    await new Promise(resolve => setTimeout(resolve, 1000));
+  });
+  seen.reopened = await page.evaluate(look);
+  seen.saved = await page.evaluate(() => window.app.graph.serialize().nodes.map(node => ({
+    type: node.type, values: node.widgets_values ?? [] })));
+  seen.sent = await page.evaluate(async id => Object.keys((await window.app.graphToPrompt()).output[id].inputs), plan.node);
+  await page.close();
+  return seen;
+}
+
+// Runs in the page.
+async function load([workflow, values, id]) {
+  await window.app.loadGraphData(workflow, true, true, 'example');
+  await new Promise(resolve => setTimeout(resolve, 1500));
+  for (const node of window.app.graph._nodes)
+    for (const [name, value] of Object.entries(values[node.id] ?? {})) {
+      const widget = node.widgets.find(widget => widget.name === name);
+      widget.value = value;
+      widget.callback?.(value);
+    }
+  const node = () => window.app.graph.getNodeById(id);
+  // The node as the pages show it: the widget's own element, and whatever the page itself adds.
+  window.__look = () => {
+    const widget = node().widgets.find(widget => widget.name === 'wan_video');
+    const own = widget?.element, card = document.querySelector(`[data-node-id="${id}"]`);
+    const visible = element => element.checkVisibility() && element.getBoundingClientRect().height > 20;
+    const box = own?.getBoundingClientRect();
+    const picture = own?.querySelector('img');
+    return {
+      text: own?.isConnected && own.checkVisibility() ? own.innerText : null,
+      picture: picture?.isConnected && visible(picture) && picture.naturalWidth ? [picture.naturalWidth, picture.naturalHeight] : null,
+      players: [...own?.querySelectorAll('video') ?? []].filter(visible).map(video => ({
+        ready: video.readyState, width: video.videoWidth, height: video.videoHeight, error: video.error?.message ?? null,
+        src: video.src, shown: [Math.round(video.getBoundingClientRect().width), Math.round(video.getBoundingClientRect().height)],
+      })),
+      box: box && [box.left, box.top, box.width, box.height].map(Math.round),
+      // Of the page.
+      others: [...new Set([...node().widgets.map(widget => widget.name).filter(name => /^\$\$|preview$/.test(name) && name !== 'preview'),
+        ...[...card?.querySelectorAll('img, video') ?? []].filter(media => !own.contains(media)).map(media => media.outerHTML.slice(0, 200))])],
+      images: node().imgs?.length ?? 0,
+      failed: /failed to load/i.test(card?.innerText ?? ''),
+    };
+  };
+  for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
+    window.app.api.addEventListener(kind, event => { window.__ending = [kind, event.detail, performance.now()]; });
+  window.app.api.addEventListener('wan_distributed.node', ({ detail }) => {
+    if (detail.text) window.__told.push([(performance.now() - window.__queued) / 1000, detail.text]);
+  });
+}
+
+// Runs in the page.
+function look() { return window.__look(); }
+
+// Runs in the page.
+function queue(seed) {
+  for (const node of window.app.graph._nodes) {
+    const widget = node.widgets?.find(widget => widget.name === 'seed');
+    if (widget) { widget.value = seed; widget.callback?.(seed); }
+  }
+  window.__ending = null;
+  window.__told = [];
+  window.__queued = performance.now();
+  window.app.queuePrompt(0, 1);
+}

@@ -1,0 +1,94 @@
+"""What a node shows before, while and after its runs: in the oldest and the newest page, in both renderers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browsing import Browser, changes, ui_workflow
+from serving import Comfy
+from wan_pack.demo.example import BATCH, TEXT_TO_VIDEO, example, node_id, video_node
+
+CONFIG = "WanVideoDistributedConfig"
+NODES = ("LoadWanVideo", "WanVideo")
+
+
+@pytest.fixture
+def shown_by(request: pytest.FixtureRequest) -> Comfy:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("shown_by", ["comfy", "newest_page"], indirect=True)
+@pytest.mark.parametrize("name", [TEXT_TO_VIDEO, BATCH])
+def test_text_picture_and_players_are_there_in_every_run(
+    browser: Browser, shown_by: Comfy, tmp_path: Path, request: pytest.FixtureRequest, name: str
+) -> None:
+    shipped, small = example(name), shown_by.example(name, sample_steps=16)
+    node, videos = node_id(shipped, video_node(shipped)), 2 if name == BATCH else 1
+    values = changes(shipped, small)
+    # Later runs are warm ones.
+    for key, one in shipped.items():
+        if one["class_type"] == CONFIG:
+            values[key]["keep_warm_seconds"] = 100
+    version = request.node.callspec.params["shown_by"]
+    shown = browser.visit(
+        "screen.mjs", shown_by, tmp_path, name, node=node, values=values, seed=500, videos=videos,
+        runs=3 - videos,         title=f"{version}_{name}",
+    )  # fmt: skip
+    shown_by.server.request("/wan_distributed/release", {})
+    assert shown["pageErrors"] == []
+    # Small ones, two beside each other.
+    pictures = ([56, 32], [114, 32]) if name == BATCH else ([56, 32],)
+    for renderer in ("canvas", "nodes2"):
+        seen = shown[renderer]
+        assert nothing_of_the_page(seen["before"]) and not seen["before"]["text"] and not seen["before"]["players"]
+        for run in seen["runs"]:
+            assert run["ending"][0] == "execution_success", run["ending"]
+            check_live(run["live"], pictures)
+            check_after(run["after"], videos)
+        sources = [source(run["after"]) for run in seen["runs"]]
+        assert len(set.union(*sources)) == sum(map(len, sources))
+        assert seen["cancelled"]["text"] == seen["reopened"]["text"] == "cancelled"
+        assert seen["cancelled"]["picture"] is None
+        assert source(seen["cancelled"]) == source(seen["reopened"]) == sources[-1]
+        check_saved(seen["saved"], name)
+        assert "wan_video" not in seen["sent"]
+
+
+def check_live(live: dict[str, Any], pictures: tuple[list[int], ...]) -> None:
+    """In the middle of a run."""
+    assert re.search(r"sampling \d+/16", live["text"]), live
+    assert live["picture"] in pictures and live["players"] == [], live
+    assert nothing_of_the_page(live), live
+
+
+def check_after(after: dict[str, Any], videos: int) -> None:
+    assert re.match(r"done in \d+ s: " if videos == 1 else "2 of 2 done", after["text"]), after
+    assert after["picture"] is None and len(source(after)) == len(after["players"]) == videos, after
+    for player in after["players"]:
+        assert (player["ready"], player["width"], player["height"], player["error"]) == (4, 224, 128, None), after
+        assert min(player["shown"]) >= 60, after
+    assert nothing_of_the_page(after), after
+
+
+def nothing_of_the_page(seen: dict[str, Any]) -> bool:
+    """Whether the page shows no picture, player or text of its own on the node."""
+    return not (seen["others"] or seen["images"] or seen["failed"])
+
+
+def source(seen: dict[str, Any]) -> set[str]:
+    return {player["src"] for player in seen["players"]}
+
+
+def check_saved(saved: list[dict[str, Any]], name: str) -> None:
+    """As many values as the shipped workflow has, each of the type that it has there."""
+    shipped = {node["type"]: node["widgets_values"] for node in ui_workflow(name)["nodes"] if "widgets_values" in node}
+    ours = [node for node in saved if node["type"].startswith(NODES)]
+    assert len(ours) >= 3
+    for node in ours:
+        kinds = [type(value) for value in shipped[node["type"]]]
+        assert len(node["values"]) == len(kinds), node
+        for value, kind in zip(node["values"], kinds, strict=True):
+            assert isinstance(value, (int, float) if kind in (int, float) else kind), node
