@@ -14,18 +14,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .stored_tensor import PlainTensor
+from .stored_tensor import FLOAT_PIECE, PlainTensor
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of three bits; the fourth is the sign."""
-PIECE = 1 << 22
-"""Elements that exist in float32 at once."""
 TILE = (128, 4)
 
 
@@ -59,7 +55,7 @@ class BlockScaled:
         flat, width, stored = out.view(-1), self.shape[1], self.codes.shape[1]
         assert start % width == 0 and flat.numel() % width == 0, "scaled tensors are read in whole rows"
         scales = self._scales().to(out.device)
-        per_read = max(PIECE // width, 1)
+        per_read = max(FLOAT_PIECE // width, 1)
         for first in range(0, flat.numel() // width, per_read):
             piece = flat[first * width : (first + per_read) * width].view(-1, width)
             codes = torch.empty(piece.shape[0], stored, dtype=self.codes.dtype)

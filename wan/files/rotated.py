@@ -8,18 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .quant_formats import is_group
-
-if TYPE_CHECKING:
-    from .stored_tensor import StoredTensor
-
-PIECE = 1 << 22
-"""Elements that exist in float32 at once."""
+from .stored_tensor import FLOAT_PIECE, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +41,8 @@ class Rotated:
         flat, width = out.view(-1), self.shape[1]
         assert start % width == 0 and flat.numel() % width == 0, "rotated tensors are read in whole rows"
         turn = hadamard(self.group).to(out.device)
-        for first in range(0, flat.numel(), max(PIECE // width, 1) * width):
-            piece = flat[first : first + max(PIECE // width, 1) * width]
+        for first in range(0, flat.numel(), max(FLOAT_PIECE // width, 1) * width):
+            piece = flat[first : first + max(FLOAT_PIECE // width, 1) * width]
             values = torch.empty(piece.shape, dtype=torch.float32, device=out.device)
             self.inner.read_into(values, start=start + first, staging=staging)
             piece.copy_((values.view(-1, self.group) @ turn).view(-1))
