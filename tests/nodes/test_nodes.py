@@ -132,3 +132,21 @@ def test_example_workflow_holds_a_value_for_every_widget() -> None:
             later = ("strength", "start_step", "end_step", "add_noise", "decode_video", "preset", "vae", "preview")
             assert {name: values[name] for name in later} == {name: defaults[name] for name in later}
     assert (ROOT / "example_workflows" / "distributed_inference_workflow.jpg").is_file()
+
+
+def test_examples_say_where_every_file_that_they_name_comes_from() -> None:
+    """The page offers to download what is missing, into the folder where it belongs."""
+    seen = set()
+    for path in sorted((ROOT / "example_workflows").glob("*.json")):
+        for node in json.loads(path.read_text())["nodes"]:
+            files = [v for v in node.get("widgets_values") or [] if isinstance(v, str) and v.endswith(".safetensors")]
+            models = node["properties"].get("models", [])
+            assert [model["name"] for model in models] == files, (path.name, node["type"])
+            for model in models:
+                assert set(model) == {"name", "url", "directory"}
+                repository = (
+                    r"https://huggingface\.co/Comfy-Org/Wan_2\.[12]_ComfyUI_[Rr]epackaged/resolve/main/split_files"
+                )
+                assert re.fullmatch(f"{repository}/{model['directory']}/{re.escape(model['name'])}", model["url"])
+                seen.add(model["directory"])
+    assert seen == {"diffusion_models", "loras", "text_encoders", "vae"}
