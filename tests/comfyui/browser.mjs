@@ -6,7 +6,7 @@
 // from the library), draw ({name: workflow} to load one after another in both renderers), run (whether to queue the
 // workflow), players (how many will show videos then), watch (id of the node whose text and picture are noted during the
 // run), panel (whether the panel of the groups is open then, and its button used afterwards), subgraph (whether that node
-// is moved into a subgraph, which is open during the run).
+// is moved into a subgraph, which is open during the run), offer (whether the page may ask about files that are missing).
 import fs from 'fs';
 import path from 'path';
 import { pathToFileURL } from 'url';
@@ -19,7 +19,10 @@ const FRONTEND_ONLY = ['Note', 'MarkdownNote', 'Reroute', 'PrimitiveNode'];
 await fetch(plan.url + '/settings', {
   method: 'POST',
   headers: { 'Content-Type': 'application/json' },
-  body: JSON.stringify({ 'Comfy.TutorialCompleted': true, 'Comfy.VueNodes.Enabled': plan.vue }),
+  body: JSON.stringify({
+    'Comfy.TutorialCompleted': true, 'Comfy.VueNodes.Enabled': plan.vue,
+    'Comfy.Workflow.ShowMissingModelsWarning': plan.offer ?? false,
+  }),
 });
 const browser = await chromium.launch({
   executablePath: plan.chromium,

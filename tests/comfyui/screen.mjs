@@ -28,7 +28,9 @@ async function visit(vue) {
   await fetch(plan.url + '/settings', {
     method: 'POST',
     headers: { 'Content-Type': 'application/json' },
-    body: JSON.stringify({ 'Comfy.TutorialCompleted': true, 'Comfy.VueNodes.Enabled': vue }),
+    body: JSON.stringify({
+      'Comfy.TutorialCompleted': true, 'Comfy.VueNodes.Enabled': vue, 'Comfy.Workflow.ShowMissingModelsWarning': false,
+    }),
   });
   const page = await browser.newPage({ viewport: { width: 1600, height: 1000 } });
   page.on('pageerror', error => result.pageErrors.push(String(error)));

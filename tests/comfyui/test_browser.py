@@ -99,6 +99,16 @@ def check_panel(live: dict[str, Any], panel: dict[str, Any]) -> None:
     assert "No GPU is held" in panel["left"], panel
 
 
+def test_the_page_offers_to_download_what_an_example_lacks(browser: Browser, comfy: Comfy, tmp_path: Path) -> None:
+    """The demo's files have names of their own, so that all of the example's are missing."""
+    shown = browser.visit("browser.mjs", comfy, tmp_path, vue=False, offer=True)
+    (dialog,) = shown["dialogs"]
+    workflow = ui_workflow(TEXT_TO_VIDEO)
+    models = [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
+    assert len(models) == 4
+    assert all(f"{model['directory']} / {model['name']}" in dialog for model in models), dialog
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in WORKFLOWS.glob("*.json")))
 def test_example_has_a_picture_for_the_list(name: str) -> None:
     assert (WORKFLOWS / f"{name}.jpg").read_bytes().startswith(b"\xff\xd8")
