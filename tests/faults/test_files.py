@@ -16,6 +16,7 @@ from jobs import run_stub
 from mount import SUPPORT
 from wan_pack.distributed.group.leftovers import claim, keep_failed, remove_abandoned
 from wan_pack.distributed.group.logs import clean_lines
+from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.job.job import JobError
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.job.json_files import read_json
@@ -189,7 +190,7 @@ def resident_bytes() -> int:
 def test_fault_18_no_line_of_an_ordinary_log_is_lost(stub_pack: Callable[..., None], tmp_path: Path):
     stub_pack("chatter", rank=0)
     lines: list[str] = []
-    with pytest.raises(launcher.JobCancelled):
+    with pytest.raises(JobCancelled):
         run_stub(tmp_path, on_log_line=lines.append, cancelled=lambda: "line 399" in lines)
     assert [line for line in lines if line.startswith("line ")] == [f"line {n}" for n in range(400)]
 
