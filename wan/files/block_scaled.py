@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .stored_tensor import FLOAT_PIECE, PlainTensor
+from .stored_tensor import PlainTensor, row_pieces
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of three bits; the fourth is the sign."""
@@ -52,14 +52,10 @@ class BlockScaled:
         return torch.float32
 
     def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
-        flat, width, stored = out.view(-1), self.shape[1], self.codes.shape[1]
-        assert start % width == 0 and flat.numel() % width == 0, "scaled tensors are read in whole rows"
+        width, stored = self.shape[1], self.codes.shape[1]
         scales = self._scales().to(out.device)
-        per_read = max(FLOAT_PIECE // width, 1)
-        for first in range(0, flat.numel() // width, per_read):
-            piece = flat[first * width : (first + per_read) * width].view(-1, width)
+        for row, piece in row_pieces(out, start, width):
             codes = torch.empty(piece.shape[0], stored, dtype=self.codes.dtype)
-            row = start // width + first
             self.codes.read_into(codes, start=row * stored)
             values = _decoded(codes.to(out.device))
             blocks = torch.arange(row, row + piece.shape[0], device=out.device) // self.block[0]

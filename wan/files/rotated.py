@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .quant_formats import is_group
-from .stored_tensor import FLOAT_PIECE, StoredTensor
+from .stored_tensor import StoredTensor, row_pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +38,12 @@ class Rotated:
         return torch.float32
 
     def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
-        flat, width = out.view(-1), self.shape[1]
-        assert start % width == 0 and flat.numel() % width == 0, "rotated tensors are read in whole rows"
+        width = self.shape[1]
         turn = hadamard(self.group).to(out.device)
-        for first in range(0, flat.numel(), max(FLOAT_PIECE // width, 1) * width):
-            piece = flat[first : first + max(FLOAT_PIECE // width, 1) * width]
+        for row, piece in row_pieces(out, start, width):
             values = torch.empty(piece.shape, dtype=torch.float32, device=out.device)
-            self.inner.read_into(values, start=start + first, staging=staging)
-            piece.copy_((values.view(-1, self.group) @ turn).view(-1))
+            self.inner.read_into(values, start=row * width, staging=staging)
+            piece.copy_((values.view(-1, self.group) @ turn).view_as(piece))
 
 
 @cache

@@ -197,3 +197,11 @@ def _pieces(flat: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
     """(first index, part) of a flat tensor, in parts of at most `size` elements."""
     for begin in range(0, flat.numel(), size):
         yield begin, flat[begin : begin + size]
+
+
+def row_pieces(out: Tensor, start: int, width: int) -> Iterator[tuple[int, Tensor]]:
+    """(row of the whole matrix, rows [n, width]) of what is to be filled from flat index `start` of a matrix on, few
+    enough to exist in float32."""
+    assert start % width == 0 and out.numel() % width == 0, "such tensors are read in whole rows"
+    for begin, piece in _pieces(out.view(-1), max(FLOAT_PIECE // width, 1) * width):
+        yield (start + begin) // width, piece.view(-1, width)

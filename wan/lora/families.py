@@ -54,7 +54,7 @@ def family_of(module: LoraModule) -> Family | None:
     return family
 
 
-def _product(up: StoredTensor, down: StoredTensor, spare: str = "") -> tuple[int, int]:
+def _product(up: StoredTensor, down: StoredTensor) -> tuple[int, int]:
     rank = down.shape[0] if down.shape else 0
     if len(down.shape) < 2 or len(up.shape) < 2 or rank == 0 or math.prod(up.shape[1:]) != rank:
         raise ValueError(f"{list(up.shape)} times {list(down.shape)}, which are not factors of a matrix")
