@@ -9,39 +9,18 @@
 // is moved into a subgraph, which is open during the run), offer (whether the page may ask about files that are missing).
 import fs from 'fs';
 import path from 'path';
-import { pathToFileURL } from 'url';
+import { closeBanner, openPage, startBrowser } from './page.mjs';
 
 const plan = JSON.parse(fs.readFileSync(process.argv[2], 'utf8'));
-const { chromium } = await import(pathToFileURL(path.join(plan.playwright, 'index.mjs')));
 const FRONTEND_ONLY = ['Note', 'MarkdownNote', 'Reroute', 'PrimitiveNode'];
 
-// Without the first setting the Templates dialog covers the canvas on a first visit.
-await fetch(plan.url + '/settings', {
-  method: 'POST',
-  headers: { 'Content-Type': 'application/json' },
-  body: JSON.stringify({
-    'Comfy.TutorialCompleted': true, 'Comfy.VueNodes.Enabled': plan.vue,
-    'Comfy.Workflow.ShowMissingModelsWarning': plan.offer ?? false,
-  }),
-});
-const browser = await chromium.launch({
-  executablePath: plan.chromium,
-  headless: true,
-  args: ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
-    '--disable-background-networking', '--disable-component-update', '--disable-sync'],
-});
+const browser = await startBrowser(plan);
 const result = { pageErrors: [] };
 try {
-  const page = await browser.newPage({ viewport: { width: 1600, height: 1000 } });
-  page.on('pageerror', error => result.pageErrors.push(String(error)));
-  await page.goto(plan.url, { waitUntil: 'domcontentloaded' });
-  await page.waitForFunction(
-    () => window.app?.graph && window.app.vueAppReady && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 50,
-    null, { timeout: 90000 });
+  const page = await openPage(browser, plan.url, { vue: plan.vue, errors: result.pageErrors, offer: plan.offer });
   Object.assign(result, await page.evaluate(load, [plan.workflow, FRONTEND_ONLY]));
   result.dialogs = await page.locator('.p-dialog:visible, .comfy-modal:visible').allInnerTexts();
-  // The banner about the other renderer would be in the pictures.
-  await page.locator('.p-message-close-button, button[aria-label="Close"]').first().click({ timeout: 1000 }).catch(() => {});
+  await closeBanner(page);
   await picture(page, 'loaded');
   if (plan.drag) result.dragged = await drag(page, plan.drag);
   if (plan.draw) result.drawn = await draw(page);

@@ -5,16 +5,10 @@
 // many a run makes), runs (how many), title (for the pictures), screenshots (folder).
 import fs from 'fs';
 import path from 'path';
-import { pathToFileURL } from 'url';
+import { closeBanner, openPage, startBrowser } from './page.mjs';
 
 const plan = JSON.parse(fs.readFileSync(process.argv[2], 'utf8'));
-const { chromium } = await import(pathToFileURL(path.join(plan.playwright, 'index.mjs')));
-const browser = await chromium.launch({
-  executablePath: plan.chromium,
-  headless: true,
-  args: ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
-    '--disable-background-networking', '--disable-component-update', '--disable-sync'],
-});
+const browser = await startBrowser(plan);
 const result = { pageErrors: [] };
 let seed = plan.seed;
 try {
@@ -25,22 +19,9 @@ try {
 console.log(JSON.stringify(result));
 
 async function visit(vue) {
-  await fetch(plan.url + '/settings', {
-    method: 'POST',
-    headers: { 'Content-Type': 'application/json' },
-    body: JSON.stringify({
-      'Comfy.TutorialCompleted': true, 'Comfy.VueNodes.Enabled': vue, 'Comfy.Workflow.ShowMissingModelsWarning': false,
-    }),
-  });
-  const page = await browser.newPage({ viewport: { width: 1600, height: 1000 } });
-  page.on('pageerror', error => result.pageErrors.push(String(error)));
-  await page.goto(plan.url, { waitUntil: 'domcontentloaded' });
-  await page.waitForFunction(
-    () => window.app?.graph && window.app.vueAppReady && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 50,
-    null, { timeout: 90000 });
+  const page = await openPage(browser, plan.url, { vue, errors: result.pageErrors });
   await page.evaluate(load, [plan.workflow, plan.values, Number(plan.node)]);
-  // The banner about the other renderer would be in the pictures.
-  await page.locator('.p-message-close-button, button[aria-label="Close"]').first().click({ timeout: 1000 }).catch(() => {});
+  await closeBanner(page);
   const shoot = name => page.screenshot({ path: path.join(plan.screenshots, `${plan.title}_${vue ? 'nodes2' : 'canvas'}_${name}.png`) });
   const seen = { before: await page.evaluate(look), runs: [] };
   await shoot('before');
