@@ -1,0 +1,50 @@
+"""What a sampler that runs elsewhere, as ComfyUI's own, asks of a group of processes: evaluations of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .job import Job
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampleConditioning:
+    """What one sample of a batch is conditioned on. A tensor that is the same is the same object from call to call."""
+
+    text: Tensor
+    """[n, text_dim], float32 or bfloat16, on the CPU."""
+    conditional: bool = True
+    """Of the prompt; off: of the negative prompt. It decides only who computes it."""
+
+
+class Evaluator(Protocol):
+    """Evaluates the velocity of one sampling's latents, somewhere else."""
+
+    def evaluate(self, x: Tensor, timesteps: Tensor, samples: Sequence[SampleConditioning]) -> Tensor:
+        """One evaluation of a batch of B samples, of any B and any shape from call to call.
+
+        Args:
+            x: [B, in_dim, T, h, w], float32, on the CPU; with the channels of a picture where the model has them.
+            timesteps: [B], or [B, T] where a video's latent frames differ; float32, 0 to 1000.
+            samples: one for each of the batch.
+        Returns:
+            velocity [B, out_dim, T, h, w], float32, on the CPU.
+        Raises:
+            JobFailed: the processes failed.
+            JobCancelled: the user cancelled.
+        """
+
+    def close(self) -> None:
+        """The sampling is over, however it ended: the group rests (`keep_warm_seconds`) or ends."""
+
+
+class EvaluatorSource(Protocol):
+    """Where evaluators come from."""
+
+    def open(self, job: Job) -> Evaluator:
+        """An evaluator for one sampling with the model that the job names."""
