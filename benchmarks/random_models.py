@@ -62,7 +62,7 @@ def write_model(folder: Path, name: str, threads: int = THREADS) -> Path:
     57 GB of weights take 29 GB of disk and of the system's file cache.
     """
     import torch
-    from wan_pack.wan.model.transformer import meta_model
+    from wan_pack.wan.transformer.transformer import meta_model
 
     config, target = model_config(name), folder / name
     shapes = {key: tuple(p.shape) for key, p in meta_model(config, torch.bfloat16).named_parameters()}

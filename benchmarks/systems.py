@@ -86,7 +86,7 @@ class Ours(System):
         from wan_pack.wan.model.linear import E4M3, FP8_PRODUCTS, Fp8Weight, quantise_rows
         from wan_pack.wan.model.precisions import check_precision
         from wan_pack.wan.model.sparse import sparse_kernel
-        from wan_pack.wan.model.transformer import meta_model
+        from wan_pack.wan.transformer.transformer import meta_model
 
         options = set(option.split("+")) - {""}
         names = options & set(KERNELS)
@@ -135,7 +135,7 @@ class Ours(System):
         from wan_pack.wan.model.patch import patchify, token_grid
         from wan_pack.wan.model.rope import rope_table
         from wan_pack.wan.model.sparse import block_order
-        from wan_pack.wan.model.transformer import TextContext
+        from wan_pack.wan.transformer.context import TextContext
 
         place = self.place
         self.grid = token_grid(tuple(latents.shape))

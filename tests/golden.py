@@ -119,7 +119,7 @@ class GoldenRun:
         import torch
         from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
         from wan_pack.wan.model.rope import rope_table
-        from wan_pack.wan.model.transformer import TextContext, pad_text
+        from wan_pack.wan.transformer.context import TextContext, pad_text
 
         io = read(folder / "io.safetensors")
         grid = token_grid(tuple(io["x"].shape))

@@ -16,11 +16,11 @@ from ...distributed.rank.expert import VelocityPredictor, load_expert
 from ...wan.model.config import HIGH_NOISE, LOW_NOISE
 from ...wan.model.latent_space import WAN21
 from ...wan.model.patch import patchify, token_grid, unpatchify
-from ...wan.model.transformer import WanModel
 from ...wan.sampling.conditioning import image_channels
 from ...wan.sampling.denoise import Guidance, denoise, draw_noise
 from ...wan.sampling.schedule import make_solver
 from ...wan.text.text_encoder import DEFAULT_NEGATIVE_PROMPT, load_text_encoder
+from ...wan.transformer.transformer import WanModel
 from ...wan.vae.autoencoder import decode_frames, encode, load_vae
 from ...wan.vae.video import VideoWriter
 from ..train.trained_files import NAMES, place

@@ -14,7 +14,10 @@ from torch import Tensor
 from ...wan.model.config import TEXT_LEN, WanConfig
 from ...wan.model.linear import LinearInput
 from ...wan.model.ops import Ops, Rope
-from ...wan.model.transformer import CrossAttention, TextContext, WanModel, local_attention
+from ...wan.transformer.context import TextContext
+from ...wan.transformer.cross_attention import CrossAttention
+from ...wan.transformer.self_attention import local_attention
+from ...wan.transformer.transformer import WanModel
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from ...wan.model.attention import Attention
 from ...wan.model.kernels.choice import OPS
-from ...wan.model.transformer import TokenAttention, WanModel, local_attention
+from ...wan.transformer.self_attention import TokenAttention, local_attention
+from ...wan.transformer.transformer import WanModel
 from ..job.job import FFN_CHUNK
 from ..job.switches import ULYSSES_ENGINES
 from .mesh import Mesh
@@ -33,7 +34,7 @@ ENGINES: dict[str, MakeExchange] = {
 def set_shard(model: WanModel, shard: SequenceShard) -> None:
     """Tells a parallelized model which tokens it gets from now on: another video has another length."""
     # One engine serves all blocks; a kernel that knows nothing of ranks needs no telling.
-    engine = model.blocks[0].self_attn.attention
+    engine = model.running_order[0].self_attn.attention
     if isinstance(engine, Exchange):
         engine.shard = shard
 
@@ -50,7 +51,7 @@ def spread_tokens(
     if shard.world > 1:
         assert mesh is not None, "several ranks have a mesh"
         token_attention = ENGINES[ulysses_engine](mesh.ulysses_group, shard, attention)
-    for block in model.blocks:
+    for block in model.running_order:
         block.self_attn.attention = token_attention
 
 
@@ -82,14 +83,14 @@ def parallelize_wan(
         ops: a name in `OPS`: the arithmetic around the matrix products.
     """
     arithmetic = OPS[ops]()
-    for block in model.blocks:
+    for block in model.running_order:
         block.ops = arithmetic
     spread_tokens(model, mesh, shard=shard, attention=attention, ulysses_engine=ulysses_engine)
     if memory_optimization:
-        for block in model.blocks:
+        for block in model.running_order:
             block.ffn_chunk = FFN_CHUNK
     if torch_compile:
-        for block in model.blocks:
+        for block in model.running_order:
             # Each takes its method's place in the instance.
             segments = (
                 (block, "attention_inputs"),
@@ -103,7 +104,7 @@ def parallelize_wan(
         from torch.distributed.fsdp import fully_shard
 
         drop = gather == "block"
-        sharded = [fully_shard(block, mesh=mesh.world, reshard_after_forward=drop) for block in model.blocks]
+        sharded = [fully_shard(block, mesh=mesh.world, reshard_after_forward=drop) for block in model.running_order]
         # By default the root keeps what it gathered, which offload would then leave on the device.
         fully_shard(model, mesh=mesh.world, reshard_after_forward=drop)
         # Asked for before a block begins, so that its all-to-alls do not queue before the next block's weights.

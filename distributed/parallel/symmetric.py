@@ -19,7 +19,7 @@ from torch import Tensor
 from ...wan.model.attention import Attention
 from ...wan.model.linear import LinearInput
 from ...wan.model.ops import HeadPlaces, Ops, Rope
-from ...wan.model.transformer import SelfAttention
+from ...wan.transformer.self_attention import SelfAttention
 from .peer_memory import PeerMemory, peer_memory
 from .sequence import SequenceShard, split_evenly
 from .ulysses import Destination, PackedUlysses, write_projections

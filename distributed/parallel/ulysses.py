@@ -20,7 +20,7 @@ from ...wan.model.attention import Attention
 from ...wan.model.codes import CodesAttention, HeadCodes
 from ...wan.model.linear import E4M3, LinearInput
 from ...wan.model.ops import HeadPlaces, Ops, Rope
-from ...wan.model.transformer import SelfAttention
+from ...wan.transformer.self_attention import SelfAttention
 from .sequence import SequenceShard, split_evenly
 
 Scales = tuple[Tensor, Tensor] | None
@@ -28,7 +28,7 @@ Scales = tuple[Tensor, Tensor] | None
 
 
 class Exchange(ABC):
-    """Attention over the tokens of all ranks (`wan.model.transformer.TokenAttention`).
+    """Attention over the tokens of all ranks (`wan.transformer.self_attention.TokenAttention`).
 
     One serves all blocks, in their order.
     """

@@ -39,7 +39,9 @@ class Workload:
     experts: tuple[int, ...]
     """Bytes of each expert's parameters as they are kept on one GPU."""
     block_bytes: int
-    """Of one transformer block."""
+    """Of the largest block."""
+    outside_bytes: int
+    """Of an expert's parameters outside of its blocks."""
     fp8: bool = False
     """Weights stay fp8 and are unpacked for use."""
     vae_bytes: int = 0
@@ -62,9 +64,9 @@ class Workload:
         return frames * (rows // PATCH_SIZE[1]) * (cols // PATCH_SIZE[2])
 
     @property
-    def outside_bytes(self) -> int:
-        """Of an expert's parameters outside of its blocks."""
-        return max(self.experts) - self.config.num_layers * self.block_bytes
+    def blocks_bytes(self) -> int:
+        """Of all blocks of an expert."""
+        return max(self.experts) - self.outside_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,7 @@ def kept_text_bytes(work: Workload, parallel: Parallel) -> int:
         return 0
     prompts = 2 if work.guided and not parallel.cfg_parallel else 1
     config = work.config
-    return prompts * 2 * config.num_layers * TEXT_LEN * config.dim * compute_bytes(parallel)
+    return prompts * 2 * len(config.block_names) * TEXT_LEN * config.dim * compute_bytes(parallel)
 
 
 def activation_bytes(work: Workload, parallel: Parallel) -> int:

@@ -92,7 +92,7 @@ def seconds(work: Workload, parallel: Parallel, ulysses_link: str, link: str) ->
         link: the slowest one among all.
     """
     config, gpus, size = work.config, parallel.gpu_count, parallel.ulysses_size
-    dim, layers, tokens = config.dim, config.num_layers, rank_tokens(work, parallel)
+    dim, layers, tokens = config.dim, len(config.block_names), rank_tokens(work, parallel)
     matrices = 2 * (6 * dim + 2 * config.ffn_dim) * dim * tokens * layers
     heads = math.ceil(config.num_heads / size) / config.num_heads if parallel.use_ulysses else 1.0
     forward = (matrices + 4 * work.tokens**2 * dim * layers * heads) / COMPUTE
@@ -104,12 +104,12 @@ def seconds(work: Workload, parallel: Parallel, ulysses_link: str, link: str) ->
     other_ranks = (gpus - 1) / gpus
     moved = 0.0
     if parallel.stream_blocks:
-        forward = max(forward, layers * work.block_bytes / HOST_BYTES)
+        forward = max(forward, work.blocks_bytes / HOST_BYTES)
     elif parallel.offload_model and len(work.experts) > 1:
         # One goes and one comes, once while loading and once between the experts.
         moved = 4 * max(work.experts) / (gpus if parallel.use_fsdp else 1) / HOST_BYTES
     if parallel.use_fsdp and parallel.gather == "block":
-        forward = max(forward, layers * work.block_bytes * other_ranks / LINK_BYTES[link]) * FSDP_SLOWDOWN
+        forward = max(forward, work.blocks_bytes * other_ranks / LINK_BYTES[link]) * FSDP_SLOWDOWN
     elif parallel.use_fsdp:
         moved += sum(work.experts) * other_ranks / LINK_BYTES[link]
     passes = 2 if work.guided and not parallel.cfg_parallel else 1

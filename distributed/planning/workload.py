@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 from ...wan.checkpoint.checkpoint import Checkpoint
 from ...wan.checkpoint.weights import COMPUTE_DTYPES, empty_model
@@ -51,8 +52,9 @@ def workload_of(
         height=sampling.height,
         num_frames=sampling.num_frames,
         steps=len(sampling.step_range),
-        experts=tuple(expert for expert, _ in sizes),
-        block_bytes=max(block for _, block in sizes),
+        experts=tuple(size.expert for size in sizes),
+        block_bytes=max(size.largest_block for size in sizes),
+        outside_bytes=max(size.outside for size in sizes),
         fp8=bool(checkpoint.fp8) and parallel.linear_precision != "fp8",
         vae_bytes=checkpoint.config.variant.latents.vae_bytes,
         text_bytes=text_bytes,
@@ -62,11 +64,20 @@ def workload_of(
     )
 
 
+class _ExpertBytes(NamedTuple):
+    """Of parameters, on one GPU."""
+
+    expert: int
+    largest_block: int
+    outside: int
+    """Of its blocks."""
+
+
 # Of the files as they are now, whose identity is the key: the jobs of a batch ask for the same again and again.
 @functools.lru_cache(maxsize=8)
-def _expert_bytes(files: tuple[FileIdentity, ...], mixed_precision: str, fp8_products: bool) -> tuple[int, int]:
-    """Bytes of an expert's parameters on one GPU, and of its largest block's."""
+def _expert_bytes(files: tuple[FileIdentity, ...], mixed_precision: str, fp8_products: bool) -> _ExpertBytes:
     checkpoint = Checkpoint([file.path for file in files])
     model = empty_model(checkpoint, COMPUTE_DTYPES[mixed_precision], fp8_products=fp8_products)
-    blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in model.blocks]
-    return sum(parameter.nbytes for parameter in model.parameters()), max(blocks)
+    blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in model.running_order]
+    expert = sum(parameter.nbytes for parameter in model.parameters())
+    return _ExpertBytes(expert, max(blocks), expert - sum(blocks))

@@ -18,7 +18,8 @@ from ...wan.lora.lora import Lora, changes
 from ...wan.model.attention import Attention, attention
 from ...wan.model.latent_space import PATCH_SIZE
 from ...wan.model.rope import rope_table
-from ...wan.model.transformer import TextContext, WanModel, pad_text
+from ...wan.transformer.context import TextContext, pad_text
+from ...wan.transformer.transformer import WanModel
 from ..job.job import Parallel
 from ..parallel.mesh import Mesh
 from ..parallel.parallelize import parallelize_wan, release_gathered

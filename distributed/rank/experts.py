@@ -13,7 +13,7 @@ import torch
 
 from ...wan.model.attention import Attention
 from ...wan.model.config import HIGH_NOISE, LOW_NOISE
-from ...wan.model.transformer import WanModel
+from ...wan.transformer.transformer import WanModel
 from ..job.job import FileIdentity, Job, LoraFile
 from ..machine.host_memory import available_bytes
 from ..parallel.mesh import Mesh

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...wan.model.transformer import WanModel
+from ...wan.transformer.transformer import WanModel
 from .offload import HostParking, lock_pages, unlock_pages
 
 ALIGNMENT = 256
@@ -24,7 +24,7 @@ BUFFERS = 2
 class BlockStream:
     """The weights of one model of equal blocks (`WanModel`), on the meta device before.
 
-    The order in which blocks run is that of `model.blocks`. Copies and computation wait for each other by events:
+    Blocks run in the order of `model.running_order`. Copies and computation wait for each other by events:
     a buffer is written only when its block is done, and read only when it has arrived. On a CPU both are immediate.
 
     Args:
@@ -32,13 +32,14 @@ class BlockStream:
     """
 
     def __init__(self, model: WanModel, device: torch.device) -> None:
-        self._blocks = list(model.blocks)
+        self._blocks = model.running_order
         self._device = device
         self._layouts = [_Layout(block) for block in self._blocks]
         self._size = max(layout.size for layout in self._layouts)
-        for part in model.children():
-            if part is not model.blocks:
-                part.to_empty(device=device)
+        within = {module for block in self._blocks for module in block.modules()}
+        for module in model.modules():
+            if module not in within:
+                module.to_empty(device=device, recurse=False)
         self._rest = HostParking(model, without=self._blocks)
         self._slabs = [torch.empty(layout.size, dtype=torch.uint8) for layout in self._layouts]
         self._cuda = device.type == "cuda"

@@ -17,10 +17,10 @@ from torch import Tensor
 from ...wan.checkpoint.checkpoint import Checkpoint
 from ...wan.model.config import HIGH_NOISE, LOW_NOISE, TEXT_LEN
 from ...wan.model.patch import patchify, token_grid, unpatchify
-from ...wan.model.transformer import pad_text
 from ...wan.sampling.conditioning import Conditioning, build_conditioning
 from ...wan.sampling.denoise import Guidance, Known, denoise, draw_noise
 from ...wan.sampling.schedule import make_solver
+from ...wan.transformer.context import pad_text
 from ...wan.vae.latents import denormalise, normalise
 from ..group.group_folder import GroupDir
 from ..job.input_tensors import CONTEXT, CONTEXT_NULL

@@ -38,8 +38,9 @@ from wan_pack.demo.train.world import (
     scene_of,
 )
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.model.transformer import TextContext, WanModel, pad_text
 from wan_pack.wan.text.tokenizer import Tokenizer
+from wan_pack.wan.transformer.context import TextContext, pad_text
+from wan_pack.wan.transformer.transformer import WanModel
 from wan_pack.wan.vae.autoencoder import decode_frames
 from wan_pack.wan.vae.autoencoder import encode as encode_clip
 from wan_pack.wan.vae.latents import denormalise

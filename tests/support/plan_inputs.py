@@ -35,7 +35,8 @@ def workload(kind: str = "t2v-A14B", experts: int = 2, **changes: Any) -> Worklo
     expert, block, vae = KINDS[kind]
     settings = {
         "config": WAN_CONFIGS[kind], "width": 832, "height": 480,
-        "num_frames": 81, "steps": 40, "experts": (expert,) * experts, "block_bytes": block, "vae_bytes": vae,
+        "num_frames": 81, "steps": 40, "experts": (expert,) * experts, "block_bytes": block,
+        "outside_bytes": expert - WAN_CONFIGS[kind].num_layers * block, "vae_bytes": vae,
     }  # fmt: skip
     return Workload(**{**settings, **changes})
 

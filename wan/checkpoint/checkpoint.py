@@ -27,8 +27,8 @@ from ..files.stored_model import StoredModel, open_model
 from ..files.stored_tensor import PlainTensor, RowScale
 from ..model.config import WanConfig, config_from_shapes
 from ..model.linear import FP8_DTYPES, Fp8Weight
-from ..model.transformer import meta_model, parameter_dtype
 from ..model.variants import RUNNABLE, check_runs
+from ..transformer.transformer import meta_model, parameter_dtype
 
 MARKERS = ("head.modulation", DIFFUSERS_MARKER)
 """Tensors by which the transformer's names, and what stands before them, are found."""
@@ -144,11 +144,11 @@ def _check_complete(shapes: Mapping[str, tuple[int, ...]], config: WanConfig) ->
     """Refuses a model that is not whole, or more than that. Returns the names of tensors that are only marks."""
     # One block stands for all: forty take a third of a second, for each file that is looked at.
     one_block = meta_model(replace(config, num_layers=1), torch.float32)
-    expected = {
-        name.replace("blocks.0.", f"blocks.{i}."): tuple(parameter.shape)
-        for name, parameter in one_block.named_parameters()
-        for i in range(config.num_layers if name.startswith("blocks.0.") else 1)
-    }
+    expected = {name: tuple(parameter.shape) for name, parameter in one_block.named_parameters()}
+    for block in config.block_names:
+        (stand_in,) = one_block.config.block_names
+        of_block = one_block.get_submodule(stand_in).named_parameters()
+        expected |= {f"{block}.{name}": tuple(parameter.shape) for name, parameter in of_block}
     roots = {name.partition(".")[0] for name in expected}
     # One number outside of the model's modules cannot be a weight of it.
     marks = {

@@ -16,7 +16,7 @@ from ..files.stored_tensor import STAGING_BYTES
 from ..lora.lora import Lora, changes, merge
 from ..model.linear import E4M3, FP8_DTYPES, FP8_PRODUCTS, Fp8Weight, quantise_rows
 from ..model.precisions import TORCH_NAMES
-from ..model.transformer import WanModel, meta_model
+from ..transformer.transformer import WanModel, meta_model
 from .checkpoint import Checkpoint
 
 CUDA_READERS = 4
@@ -41,8 +41,8 @@ def empty_model(
         name: replace(weight, scaled=weight.scaled or changes(loras, name)) for name, weight in checkpoint.fp8.items()
     }
     if fp8_products:
-        for i, layer in product(range(checkpoint.config.num_layers), FP8_PRODUCTS):
-            name = f"blocks.{i}.{layer}.weight"
+        for block, layer in product(checkpoint.config.block_names, FP8_PRODUCTS):
+            name = f"{block}.{layer}.weight"
             if name not in fp8 or fp8[name].dtype != E4M3:
                 fp8[name] = Fp8Weight(E4M3, scaled=True)
     return meta_model(checkpoint.config, compute, fp8, fp8_products=fp8_products)

@@ -50,6 +50,11 @@ class WanConfig:
         return self.dim // self.num_heads
 
     @property
+    def block_names(self) -> tuple[str, ...]:
+        """Of the model's blocks, in the order in which they run."""
+        return tuple(f"blocks.{i}" for i in range(self.num_layers))
+
+    @property
     def variant(self) -> Variant:
         """Its row. Raises ValueError if no variant has such channels and parts."""
         return variant_of((self.in_dim, self.out_dim), self.parts)

@@ -21,7 +21,7 @@ from wan_pack.wan.model.attention import Attention, attention
 from wan_pack.wan.model.codes import HeadCodes
 from wan_pack.wan.model.ops import PLAIN, Ops
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.model.transformer import SelfAttention
+from wan_pack.wan.transformer.self_attention import SelfAttention
 
 
 class ThreadMemory:

@@ -16,7 +16,7 @@ from wan_pack.distributed.parallel.symmetric import _Layout
 from wan_pack.distributed.planning import gpu_memory as memory
 from wan_pack.distributed.planning.gpu_memory import estimate
 from wan_pack.wan.model.attention import attention
-from wan_pack.wan.model.transformer import WanModel
+from wan_pack.wan.transformer.transformer import WanModel
 
 MEASURED: list[tuple[dict[str, Any], float]] = [
     # Peaks of torch's allocator on H200, T2V-A14B at 832x480x81 without guidance: benchmarks/results.jsonl.
@@ -40,7 +40,7 @@ def test_the_weights_are_those_of_the_real_model():
     """The sizes that these tests work with, against the model itself."""
     import torch
     from wan_pack.wan.model.config import WAN_CONFIGS
-    from wan_pack.wan.model.transformer import meta_model
+    from wan_pack.wan.transformer.transformer import meta_model
 
     for name, (expert, block, _) in KINDS.items():
         model = meta_model(WAN_CONFIGS[name], torch.bfloat16)

@@ -15,7 +15,7 @@ from wan_pack.distributed.parallel.parallelize import parallelize_wan
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.wan.model.attention import attention
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.model.transformer import meta_model
+from wan_pack.wan.transformer.transformer import meta_model
 
 
 def test_cache_is_in_the_users_cache_folder(tmp_path: Path):

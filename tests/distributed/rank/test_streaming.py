@@ -16,7 +16,8 @@ from wan_pack.distributed.rank.offload import lock_pages, unlock_pages
 from wan_pack.distributed.rank.streaming import BlockStream
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.model.transformer import TextContext, WanModel, pad_text
+from wan_pack.wan.transformer.context import TextContext, pad_text
+from wan_pack.wan.transformer.transformer import WanModel
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from wan_pack.wan.model.codes import CodesAttention, HeadCodes, Heads
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.linear import E4M3
 from wan_pack.wan.model.ops import PLAIN, HeadPlaces, Rope
-from wan_pack.wan.model.transformer import SelfAttention
+from wan_pack.wan.transformer.self_attention import SelfAttention
 
 
 class Projected:

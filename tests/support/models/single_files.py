@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint, checkpoint_files
 from wan_pack.wan.checkpoint.weights import read_weights
 from wan_pack.wan.model.config import WanConfig
-from wan_pack.wan.model.transformer import meta_model
+from wan_pack.wan.transformer.transformer import meta_model
 
 SINGLE = WanConfig(dim=128, ffn_dim=80, num_heads=1, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32)
 """One head of 128 channels: what a file without a config.json must have."""

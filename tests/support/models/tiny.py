@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from wan_pack.wan.model.config import WanConfig
-from wan_pack.wan.model.transformer import WanModel
+from wan_pack.wan.transformer.transformer import WanModel
 
 TINY = WanConfig(
     dim=32, ffn_dim=80, num_heads=4, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32

@@ -28,7 +28,7 @@ from wan_pack.distributed.rank.offload import HostParking
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.checkpoint.weights import local_rows
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.model.transformer import TextContext, pad_text
+from wan_pack.wan.transformer.context import TextContext, pad_text
 
 CPU = torch.device("cpu")
 

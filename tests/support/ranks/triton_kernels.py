@@ -22,7 +22,8 @@ from wan_pack.wan.model.kernels.fused import triton_ops  # noqa: E402
 from wan_pack.wan.model.linear import E4M3, FP8_PRODUCTS, Fp8Tokens, Fp8Weight, quantise_rows  # noqa: E402
 from wan_pack.wan.model.ops import PLAIN, HeadPlaces  # noqa: E402
 from wan_pack.wan.model.rope import rope_table  # noqa: E402
-from wan_pack.wan.model.transformer import TextContext, WanModel, meta_model, pad_text, parameter_dtype  # noqa: E402
+from wan_pack.wan.transformer.context import TextContext, pad_text  # noqa: E402
+from wan_pack.wan.transformer.transformer import WanModel, meta_model, parameter_dtype  # noqa: E402
 from wan_pack.wan.vae.vae_ops import VAE_OPS, Sum  # noqa: E402
 
 TOKENS, COLUMNS, HEAD = 3, 48, 8

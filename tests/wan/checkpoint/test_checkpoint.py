@@ -21,7 +21,7 @@ from single_files import SINGLE, loaded, refused, single_file
 from tiny import TINY, random_weights, write_official
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint, checkpoint_files
 from wan_pack.wan.checkpoint.weights import read_weights
-from wan_pack.wan.model.transformer import meta_model, parameter_dtype
+from wan_pack.wan.transformer.transformer import meta_model, parameter_dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -25,7 +25,8 @@ from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.linear import FP8_DTYPES, Linear, quantise_rows
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.model.transformer import TextContext, WanModel, meta_model, pad_text
+from wan_pack.wan.transformer.context import TextContext, pad_text
+from wan_pack.wan.transformer.transformer import WanModel, meta_model
 
 CONFIG = WanConfig(dim=128, ffn_dim=80, num_heads=1, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32)
 E4M3, E5M2 = FP8_DTYPES

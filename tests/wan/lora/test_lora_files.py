@@ -15,7 +15,7 @@ from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.lora.origin import describe_origin
 from wan_pack.wan.lora.updates import LowRank
 from wan_pack.wan.model.config import WAN_CONFIGS, WanConfig
-from wan_pack.wan.model.transformer import WanModel
+from wan_pack.wan.transformer.transformer import WanModel
 
 Q = "blocks.0.self_attn.q"
 

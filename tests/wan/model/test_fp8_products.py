@@ -31,7 +31,8 @@ from wan_pack.wan.model.linear import (  # fmt: skip
 )
 from wan_pack.wan.model.precisions import check_precision
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.model.transformer import TextContext, WanModel, pad_text
+from wan_pack.wan.transformer.context import TextContext, pad_text
+from wan_pack.wan.transformer.transformer import WanModel
 
 CONFIG = WanConfig(dim=128, ffn_dim=96, num_heads=1, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32)
 CPU = torch.device("cpu")

@@ -25,7 +25,8 @@ from wan_pack.wan.model.attention_kernels import KERNELS
 from wan_pack.wan.model.patch import patchify
 from wan_pack.wan.model.rope import rope_table
 from wan_pack.wan.model.sparse import BLOCK, block_order, sol_attention, sparse_kernel, sparse_steps
-from wan_pack.wan.model.transformer import TextContext, meta_model, pad_text
+from wan_pack.wan.transformer.context import TextContext, pad_text
+from wan_pack.wan.transformer.transformer import meta_model
 
 VIDEO = (21, 30, 52)
 

@@ -10,8 +10,8 @@ import torch
 from mount import ROOT
 from tiny import TINY
 from wan_pack.wan.model.config import WAN_CONFIGS, WanConfig, config_from_shapes
-from wan_pack.wan.model.transformer import WanModel
 from wan_pack.wan.model.variants import REFUSED, VARIANTS, Refused, Variant, check_runs, takers
+from wan_pack.wan.transformer.transformer import WanModel
 
 
 def shapes_of(config: WanConfig) -> dict[str, tuple[int, ...]]:

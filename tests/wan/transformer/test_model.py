@@ -10,14 +10,8 @@ from wan_pack.wan.model.attention import attention
 from wan_pack.wan.model.config import WAN_CONFIGS, config_from_shapes
 from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
 from wan_pack.wan.model.rope import apply_rope, rope_table
-from wan_pack.wan.model.transformer import (
-    TextContext,
-    WanModel,
-    meta_model,
-    pad_text,
-    parameter_dtype,
-    timestep_embedding,
-)
+from wan_pack.wan.transformer.context import TextContext, pad_text
+from wan_pack.wan.transformer.transformer import WanModel, meta_model, parameter_dtype, timestep_embedding
 
 
 def tiny_model(dtype: torch.dtype = torch.float32) -> WanModel:

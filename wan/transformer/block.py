@@ -1,0 +1,84 @@
+"""One block of the transformer.
+
+Shapes as in transformer.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..model.config import EPS, WanConfig
+from ..model.linear import Fp8Tokens, Linear, LinearInput
+from ..model.ops import PLAIN, Ops, Rope
+from .cross_attention import CrossAttention, KeysValues
+from .self_attention import SelfAttention
+
+Which = Tensor | None
+"""Which of the timesteps each token is at; None: there is one."""
+BlockOutput = tuple[Tensor, KeysValues]
+
+
+class WanBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward around a float32 residual.
+
+    `attention_inputs`, `SelfAttention.queries_keys_values` and `attention_outputs` hold all the arithmetic and no
+    communication: they are what may be compiled. `forward` is the glue.
+    """
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, eps=EPS)
+        self.cross_attn = CrossAttention(config)
+        self.ffn = nn.Sequential(
+            Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
+        )
+        self.ffn_chunk: int | None = None
+        """Tokens per feed-forward call; None: all at once."""
+        self.ops: Ops = PLAIN
+
+    def attention_inputs(self, x: Tensor, e: Tensor, which: Which) -> LinearInput:
+        """x: [S, C] and e: [n, 6, C], float32; which: see `WanModel.forward` -> [S, C], what `self_attn` projects."""
+        shift, scale, *_ = per_token(self.modulation + e, which)
+        return self.ops.norm(x, 1 + scale, shift, self.self_attn.q.input_dtype)
+
+    def attention_outputs(self, x: Tensor, y: Tensor, e: Tensor, which: Which, k: Tensor, v: Tensor) -> Tensor:
+        """The rest of the block. y: self-attention's [S, H, D]; k, v: the text's [R, H, D]. Returns [S, C]."""
+        _, _, gate, shift, scale, ffn_gate = per_token(self.modulation + e, which)
+        attn, cross, norm3, ops = self.self_attn, self.cross_attn, self.norm3, self.ops
+        y = attn.o(ops.cast(y.flatten(-2), attn.o.input_dtype))
+        x, normed = ops.add_norm(x, y, gate, norm3.weight, norm3.bias, cross.q.input_dtype)
+        x, normed = ops.add_norm(x, cross(normed, k, v, ops), None, 1 + scale, shift, self._ffn_layers()[0].input_dtype)
+        return ops.add(x, self._feed_forward(normed), ffn_gate)
+
+    def _ffn_layers(self) -> tuple[Linear, Linear]:
+        up, _, down = self.ffn
+        assert isinstance(up, Linear) and isinstance(down, Linear), self.ffn
+        return up, down
+
+    def _feed_forward(self, x: LinearInput) -> Tensor:
+        up, down = self._ffn_layers()
+        if self.ffn_chunk is None:
+            return down(self.ops.gelu_linear(up, x, down.input_dtype))
+        parts: Sequence[LinearInput]
+        if isinstance(x, Fp8Tokens):
+            parts = [Fp8Tokens(*part) for part in zip(*(tensor.split(self.ffn_chunk) for tensor in x), strict=True)]
+        else:
+            parts = x.split(self.ffn_chunk)
+        return torch.cat([down(self.ops.gelu_linear(up, part, down.input_dtype)) for part in parts])
+
+    def forward(
+        self, x: Tensor, e: Tensor, which: Which, rope: Rope, context: Tensor, cached: KeysValues | None
+    ) -> BlockOutput:
+        y = self.self_attn.attention(self.self_attn, self.attention_inputs(x, e, which), rope, self.ops)
+        context_kv = self.cross_attn.keys_values(context) if cached is None else cached
+        return self.attention_outputs(x, y, e, which, *context_kv), context_kv
+
+
+def per_token(e: Tensor, which: Which) -> tuple[Tensor, ...]:
+    """[n, k, C] -> k tensors that broadcast over tokens: [1, C], or [S, C] where tokens differ."""
+    return e.unbind(1) if which is None else tuple(part[which] for part in e.unbind(1))

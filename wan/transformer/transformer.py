@@ -1,0 +1,129 @@
+"""The Wan video diffusion transformer, with the official parameter names and dtype policy.
+
+Shapes: S = tokens held here, H = heads, D = channels per head, C = dim, R = text tokens (512).
+Everything is unbatched: a video is one sample. There is no distributed code: `forward` takes any run of tokens
+with its rotary table, and whatever joins tokens goes through `SelfAttention.attention`, which may be replaced.
+
+Matrix products run in their layer's `compute_dtype`; the residual stream, modulation, normalisation, time path and head
+are float32 (`parameter_dtype`), as in the official code under autocast. The arithmetic around a block's products is its
+`ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..model.config import EPS, WanConfig
+from ..model.latent_space import PATCH_SIZE
+from ..model.linear import E4M3, FP8_PRODUCTS, Fp8Weight, Linear
+from ..model.ops import Rope
+from .block import WanBlock, Which, per_token
+from .context import TextContext
+from .patch_embedding import PatchEmbedding
+
+
+def parameter_dtype(name: str, compute: torch.dtype) -> torch.dtype:
+    """Dtype a parameter is kept in: `compute` for the large matrix products, float32 for the rest."""
+    head, _, tail = name.partition(".")
+    fp32 = head in ("time_embedding", "time_projection", "head") or "norm" in tail or name.endswith("modulation")
+    return torch.float32 if fp32 else compute
+
+
+class Head(nn.Module):
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.dim = config.dim
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+        self.head = Linear(config.dim, config.out_dim * PATCH_SIZE[1] * PATCH_SIZE[2])
+
+    def forward(self, x: Tensor, e: Tensor, which: Which) -> Tensor:
+        """x: [S, C], e: [n, C], float32 -> [S, 4 * out_dim]."""
+        shift, scale = per_token(self.modulation + e[:, None], which)
+        return self.head(F.layer_norm(x, (self.dim,), eps=EPS) * (1 + scale) + shift)
+
+
+class WanModel(nn.Module):
+    """Predicts the velocity (noise minus video) of latent tokens. Parameter names are the official ones."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = PatchEmbedding(config.in_dim, dim)
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
+        self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    @property
+    def running_order(self) -> list[WanBlock]:
+        """All blocks, in the order in which they run (`WanConfig.block_names`)."""
+        blocks = [self.get_submodule(name) for name in self.config.block_names]
+        return [block for block in blocks if isinstance(block, WanBlock)]
+
+    def forward(self, tokens: Tensor, timestep: Tensor, text: TextContext, rope: Rope, which: Which = None) -> Tensor:
+        """One evaluation.
+
+        Args:
+            tokens: [S, 4 * in_dim], float32 (patch.py's order).
+            timestep: [n] different ones, float32, 0 to 1000; n is 1 unless `which` is given.
+            text: the prompt.
+            rope: cos, sin of these tokens, each [S, D/2].
+            which: [S], int64, the index into `timestep` of each token: what depends on the timestep is computed for
+                the few different ones, not for every token.
+        Returns:
+            velocity [S, 4 * out_dim], float32.
+        """
+        e = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim))
+        e6 = self.time_projection(e).unflatten(-1, (6, -1))
+        context = self.text_embedding(text.tokens) if text.embedded is None else text.embedded
+        if text.keep:
+            text.embedded = context
+        x = self.patch_embedding(tokens).float()
+        for i, block in enumerate(self.running_order):
+            x, keys_values = block(x, e6, which, rope, context, text.keys_values.get(i))
+            if text.keep:
+                text.keys_values[i] = keys_values
+        return self.head(x, e, which)
+
+
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """[n] -> [n, dim] float32: cosines, then sines. Angles in float64: float32 is off by 1e-4 at t near 1000."""
+    half = dim // 2
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+    angle = torch.outer(timestep.double(), frequency)
+    return torch.cat((angle.cos(), angle.sin()), dim=1).float()
+
+
+def meta_model(
+    config: WanConfig,
+    compute: torch.dtype,
+    fp8: Mapping[str, Fp8Weight] | None = None,
+    *,
+    fp8_products: bool = False,
+) -> WanModel:
+    """The model without memory, each parameter in its dtype (`parameter_dtype`), frozen.
+
+    Args:
+        fp8: the weights that stay fp8, by parameter name.
+        fp8_products: the layers of `FP8_PRODUCTS`, whose weights are in `fp8` as e4m3, multiply fp8 by fp8.
+    """
+    with torch.device("meta"):
+        model = WanModel(config)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(parameter_dtype(name, compute))
+        parameter.requires_grad_(False)
+    for name, stored in (fp8 or {}).items():
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(layer, Linear), name
+        layer.keep_fp8(stored, parameter_dtype(name, compute))
+    if fp8_products:
+        for layer in (block.get_submodule(name) for block in model.running_order for name in FP8_PRODUCTS):
+            assert isinstance(layer, Linear) and layer.weight.dtype == E4M3, layer
+            layer.fp8_product = True
+    return model.eval()
