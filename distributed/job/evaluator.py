@@ -17,7 +17,8 @@ class SampleConditioning:
     """What one sample of a batch is conditioned on. A tensor that is the same is the same object from call to call."""
 
     text: Tensor
-    """[n, text_dim], float32 or bfloat16, on the CPU."""
+    """[n, text_dim], float32 or bfloat16, on the CPU. Attended to as it is, neither padded nor cut to the 512 rows of
+    the official code: ComfyUI's text encoder has done what is done, and its model takes any number."""
     conditional: bool = True
     """Of the prompt; off: of the negative prompt. It decides only who computes it."""
 
