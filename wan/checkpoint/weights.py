@@ -161,9 +161,11 @@ def _read_merged(
 ) -> None:
     """Reads rows in float32, adds what `loras` change, and rounds once: to the dtype of `rows`, or to fp8 `scales`.
 
+    A row of the file's own codes keeps its scale there if what it becomes fits it: what is not changed keeps its bits.
     Computes on `device`, also for rows that wait in host memory.
     """
     per_row = rows.numel() // rows.shape[0]
+    stored = checkpoint.fp8.get(name)
 
     def read_rows(first: int, count: int) -> Tensor:
         """Of the whole weight."""
@@ -176,9 +178,17 @@ def _read_merged(
         part = rows[first : first + count]
         values = torch.empty(part.shape, dtype=torch.float32, device=device)
         checkpoint.read_into(name, values, start=start + first * per_row, staging=staging)
+        negative = values.signbit()
         merge(loras, name, values, start // per_row + first, read_rows)
+        # Zeros have signs in fp8, which they lose in a sum.
+        values.masked_fill_(negative & (values == 0), -0.0)
         if scales is not None:
-            values, scales[first : first + count] = quantise_rows(values, rows.dtype)
+            kept = None
+            if stored is not None and stored.dtype == rows.dtype:
+                kept = torch.ones(part.shape[0], 1, device=device)
+                if stored.scaled:
+                    checkpoint.read_into(f"{name}_scale", kept, start=start // per_row + first)
+            values, scales[first : first + count] = quantise_rows(values, rows.dtype, kept)
         part.copy_(values)
 
 

@@ -6,6 +6,7 @@ x = codes * scale      one scale per token, where products are fp8 by fp8
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -135,11 +136,20 @@ def _multiply_unpacked(
     return (y if bias is None else y + bias.float()).to(out)
 
 
-def quantise_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantise_rows(values: Tensor, dtype: torch.dtype, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """values: [n, in] float32 -> codes [n, in] of an fp8 `dtype` and scales [n, 1] float32: each row's largest
-    magnitude becomes the type's largest. A row of zeros has scale 1."""
+    magnitude becomes the type's largest. A row of zeros has scale 1.
+
+    Args:
+        kept: [n, 1], scales that stay those of rows that fit them: no value is rounded by more than half a step then,
+            and values that were codes times this scale get the same codes again.
+    """
     largest = torch.finfo(dtype).max
-    scale = values.abs().amax(dim=1, keepdim=True) / largest
+    magnitudes = values.abs().amax(dim=1, keepdim=True)
+    scale = magnitudes / largest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    if kept is not None:
+        half_step = torch.finfo(dtype).eps * 2 ** math.floor(math.log2(largest)) / 2
+        scale = torch.where(magnitudes <= kept * (largest + half_step), kept, scale)
     # Rounding may push a row's largest just over the type's, which casts to NaN.
     return (values / scale).clamp_(-largest, largest).to(dtype), scale

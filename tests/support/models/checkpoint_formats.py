@@ -6,13 +6,18 @@ Quantised are the matrices of the blocks, as in the released files.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from wan_pack.wan.checkpoint.checkpoint import Checkpoint
+from wan_pack.wan.checkpoint.weights import empty_model, read_weights
 from wan_pack.wan.files.diffusers_keys import to_official
+from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.config import WanConfig
+from wan_pack.wan.model.transformer import WanModel
 
 Weights = dict[str, Tensor]
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
@@ -53,6 +58,22 @@ def write_scaled(
         values[name] = codes.float() * factor
     save_file({prefix + name: tensor for name, tensor in tensors.items()}, path, metadata=metadata)
     return values
+
+
+def write_fp8(path: Path, weights: Weights, kind: str, dtype: torch.dtype) -> Weights:
+    """kind: plain, or what the scale is called, "by tensor" or "by row"."""
+    if kind == "plain":
+        return write_plain_fp8(path, weights, dtype)
+    scale, _, by = kind.partition(" by ")
+    return write_scaled(path, weights, dtype, scale=scale, per_row=by == "row")
+
+
+def read_model(path: Path, compute: torch.dtype, loras: Sequence[Lora] = ()) -> WanModel:
+    """As one process loads it."""
+    checkpoint, cpu = Checkpoint([path]), torch.device("cpu")
+    model = empty_model(checkpoint, compute, loras).to_empty(device=cpu)
+    read_weights(model, checkpoint, device=cpu, loras=loras)
+    return model
 
 
 def comfy_quant(**entries: object) -> Tensor:
