@@ -25,8 +25,8 @@ from ..parallel.mesh import Mesh
 from ..parallel.parallelize import parallelize_wan, release_gathered
 from ..parallel.sequence import SequenceShard
 from ..parallel.shared_reading import ALONE, SharedReading
-from .offload import HostParking
-from .streaming import BlockStream
+from ..weights.offload import HostParking
+from ..weights.streaming import BlockStream
 
 Weights = HostParking | BlockStream
 """What holds an expert's weights, and takes them off the device and back."""

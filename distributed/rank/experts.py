@@ -20,9 +20,9 @@ from ..parallel.mesh import Mesh
 from ..parallel.parallelize import release_gathered, set_shard, spread_tokens
 from ..parallel.sequence import SequenceShard
 from ..parallel.shared_reading import SharedReading
+from ..weights.prefetch import OnRead, Prefetch, read_ahead
 from .expert import Weights, build_expert, load_expert, relora_expert
 from .library_imports import import_diffusers
-from .prefetch import OnRead, Prefetch, read_ahead
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..job.job import FileIdentity, Job
 from ..machine.host_memory import available_bytes
-from .offload import HostParking
+from ..weights.offload import HostParking
 
 if TYPE_CHECKING:
     from ...wan.text.text_encoder import TextEncoder

@@ -13,8 +13,8 @@ from jobs import tiny_job
 from umt5 import MODEL, train_spiece
 from wan_pack.distributed.job.job import FileIdentity, Job, Text
 from wan_pack.distributed.rank import prompts as module
-from wan_pack.distributed.rank.offload import HostParking
 from wan_pack.distributed.rank.prompts import PromptEncoder
+from wan_pack.distributed.weights.offload import HostParking
 from wan_pack.wan.text import text_encoder
 
 

@@ -24,7 +24,7 @@ from wan_pack.distributed.parallel.parallelize import release_gathered
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.parallel.shared_reading import SharedReading
 from wan_pack.distributed.rank.expert import load_expert, relora_expert
-from wan_pack.distributed.rank.offload import HostParking
+from wan_pack.distributed.weights.offload import HostParking
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.checkpoint.weights import local_rows
 from wan_pack.wan.model.rope import rope_table

@@ -19,7 +19,7 @@ from checkpoint_formats import (
 from ranks import run_ranks
 from safetensors.torch import save_file
 from tiny import random_weights, write_official
-from wan_pack.distributed.rank.offload import HostParking
+from wan_pack.distributed.weights.offload import HostParking
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.config import WanConfig

@@ -12,8 +12,8 @@ from tiny import TINY, random_weights, write_official
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank.expert import Weights, load_expert, relora_expert
-from wan_pack.distributed.rank.offload import lock_pages, unlock_pages
-from wan_pack.distributed.rank.streaming import BlockStream
+from wan_pack.distributed.weights.offload import lock_pages, unlock_pages
+from wan_pack.distributed.weights.streaming import BlockStream
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.rope import rope_table
 from wan_pack.wan.transformer.context import TextContext, pad_text

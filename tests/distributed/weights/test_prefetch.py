@@ -16,11 +16,12 @@ from jobs import read_latents, tiny_job, write_embeddings
 from wan_pack.distributed.group.group_folder import GroupDir
 from wan_pack.distributed.job.job import FileIdentity, Job, JobError
 from wan_pack.distributed.job.job_folder import JobDir
-from wan_pack.distributed.rank import experts, prefetch
-from wan_pack.distributed.rank.prefetch import Prefetch, read_ahead
+from wan_pack.distributed.rank import experts
 from wan_pack.distributed.rank.signs import RankFiles
 from wan_pack.distributed.rank.worker import Worker
 from wan_pack.distributed.rank.worker import main as run_worker
+from wan_pack.distributed.weights import prefetch
+from wan_pack.distributed.weights.prefetch import Prefetch, read_ahead
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 
 SECONDS = 20.0
