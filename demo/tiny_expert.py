@@ -22,16 +22,17 @@ LORA_RANK = 4
 LORA_LAYERS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "ffn.0", "ffn.2")
 
 
-def expert(seed: int, in_dim: int = 16, out_dim: int = 16) -> dict[str, Tensor]:
+def expert(seed: int, in_dim: int = 16, out_dim: int = 16, text_dim: int = TEXT_DIM) -> dict[str, Tensor]:
     """One transformer.
 
     Args:
         in_dim: channels of the latents, and of the conditioning behind them: 16 for T2V, 36 for I2V, 48 for TI2V.
         out_dim: channels of the latents.
+        text_dim: channels of the text; ComfyUI's own loader takes umT5-xxl's 4096 only.
     """
     make = _Weights(seed)
     for name, rows, columns in (
-        ("text_embedding.0", DIM, TEXT_DIM),
+        ("text_embedding.0", DIM, text_dim),
         ("text_embedding.2", DIM, DIM),
         ("time_embedding.0", DIM, FREQ_DIM),
         ("time_embedding.2", DIM, DIM),

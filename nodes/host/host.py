@@ -1,4 +1,4 @@
-"""The seam to ComfyUI: everything that this pack asks of its host, and the only file that imports it.
+"""The seam to ComfyUI: everything that this pack asks of its host, but for its models (core_model.py).
 
 ComfyUI is imported inside the functions, so that the pack can be imported and tested without it.
 """

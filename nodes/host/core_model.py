@@ -1,0 +1,173 @@
+"""ComfyUI's own model object around a transformer that is computed elsewhere: what its MODEL sockets carry.
+
+ComfyUI detects the model from its tensors' shapes, and does all that it does with one of its own: noise schedules,
+latent formats, conditioning, guidance, patches, wrappers, samplers. Only the transformer itself has no weights here,
+and what it would compute is asked of a `Transformer`. Beside host.py the only file that imports ComfyUI.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEY = "wan_distributed"
+"""Of what is ours among the wrappers and attachments of a ComfyUI model."""
+
+
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class AddedPatches:
+    """What one node, such as a LoRA loader, adds to the weights. One like another is another: it lives its own time."""
+
+    patches: Mapping[Any, Any]
+    """ComfyUI's name of a parameter, alone or with the part that is meant -> how it changes."""
+    strength: float
+    model_strength: float
+    """Factor of the weight itself; 1 for all that only add to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CoreSampling:
+    """One sampling that is about to begin."""
+
+    patcher: Any
+    """ComfyUI's ModelPatcher, with what nodes have put on it."""
+    conds: Mapping[str, Sequence[Mapping[str, Any]]]
+    """By "positive", "negative" or another name: entries with the text and what else came with it."""
+    options: Mapping[str, Any]
+    """ComfyUI's model_options."""
+    shape: tuple[int, ...]
+    """Of the latents, [B, C, T, h, w]."""
+    sigmas: Tensor
+    """[steps + 1], the noise levels."""
+
+    @property
+    def added(self) -> tuple[AddedPatches, ...]:
+        """All that nodes have added to the weights, in order."""
+        added: tuple[AddedPatches, ...] = self.patcher.attachments.get(KEY, ())
+        return added
+
+
+class Transformer(Protocol):
+    """A transformer that is computed elsewhere."""
+
+    def sample(self, sampling: CoreSampling, run: Callable[[], Tensor]) -> Tensor:
+        """Runs one sampling, in which `velocity` is called.
+
+        Args:
+            run: ComfyUI's part of it; returns the latents.
+        Raises:
+            ValueError: something on the model cannot be done elsewhere.
+        """
+
+    def velocity(
+        self, x: Tensor, timestep: Tensor, context: Tensor, options: Mapping[str, Any], conds: Mapping[str, Any]
+    ) -> Tensor:
+        """What the transformer predicts.
+
+        Args:
+            x: [B, in_dim, T, h, w].
+            timestep: [B], or [B, T]; 0 to 1000.
+            context: [B, n, text_dim].
+            options: ComfyUI's transformer_options of this call.
+            conds: what else ComfyUI's model would be given, by its name there.
+        Returns:
+            [B, out_dim, T, h, w].
+        """
+
+
+def model_without_weights(shapes: Mapping[str, tuple[int, ...]], transformer: Transformer) -> Any:
+    """A MODEL of ComfyUI, which holds no memory.
+
+    Args:
+        shapes: official tensor name -> shape.
+    Raises:
+        ValueError: this ComfyUI does not know such a model, or computes more in it than `Transformer` is asked for.
+    """
+    import torch
+    from comfy import model_detection
+    from comfy.ldm.wan.model import WanModel
+    from comfy.patcher_extension import WrappersMP
+
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    config = model_detection.model_config_from_unet(tensors, "")
+    if config is None:
+        raise ValueError("this ComfyUI does not know such a transformer; update ComfyUI")
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model(tensors, "", device="meta")
+    inner = model.diffusion_model
+    if type(inner) is not WanModel or inner.img_emb is not None or inner.ref_conv is not None:
+        raise ValueError("such a transformer runs in Wan Video Distributed Inference only; it cannot be a MODEL yet")
+    # What is computed elsewhere takes no memory here.
+    model.memory_usage_factor = 0.0
+
+    def forward(
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        clip_fea: Any = None,
+        time_dim_concat: Any = None,
+        transformer_options: Mapping[str, Any] = {},
+        **conds: Any,
+    ) -> Tensor:
+        given = {"clip_fea": clip_fea, "time_dim_concat": time_dim_concat, **conds}
+        return transformer.velocity(x, timestep, context, transformer_options, given)
+
+    def around(executor: Any, noise: Tensor, latent_image: Any, sampler: Any, sigmas: Tensor, *rest: Any, **more: Any):
+        guider = executor.class_obj
+        shape, patcher, options = tuple(noise.shape), guider.model_patcher, guider.model_options
+        sampling = CoreSampling(patcher, guider.conds, options, shape, sigmas)
+        return transformer.sample(sampling, lambda: executor(noise, latent_image, sampler, sigmas, *rest, **more))
+
+    # Inside of ComfyUI's own `forward`, which runs the wrappers of other nodes around it.
+    inner._forward = forward
+    cpu = torch.device("cpu")
+    patcher = _patcher_class()(model, load_device=cpu, offload_device=cpu)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, around)
+    return patcher
+
+
+@functools.cache
+def _patcher_class() -> type[Any]:
+    """Made when ComfyUI is there: its ModelPatcher for a model without weights."""
+    from comfy.model_patcher import ModelPatcher
+    from comfy.patcher_extension import CallbacksMP
+
+    class WeightlessPatcher(ModelPatcher):
+        """Tells ComfyUI's memory management that there is nothing to move, and keeps what nodes add to the weights.
+
+        ComfyUI makes clones of it by its constructor; it has no state of its own but in `attachments`.
+        """
+
+        def model_size(self) -> int:
+            return 0
+
+        def add_patches(self, patches: Mapping[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0):
+            taken = super().add_patches(patches, strength_patch, strength_model)
+            added = AddedPatches({key: patches[key] for key in taken}, strength_patch, strength_model)
+            self.attachments[KEY] = (*self.attachments.get(KEY, ()), added)
+            return taken
+
+        def load(
+            self,
+            device_to: Any = None,
+            lowvram_model_memory: float = 0,
+            force_patch_weights: bool = False,
+            full_load: bool = False,
+        ) -> None:
+            self.model.device = device_to
+            for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
+                callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
+
+        def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
+            # Of objects, such as the noise schedule; weights are none.
+            super().unpatch_model(None, unpatch_weights=False)
+
+        def partially_unload(self, *_: Any, **__: Any) -> int:
+            return 0
+
+    return WeightlessPatcher

@@ -1,0 +1,103 @@
+"""ComfyUI's samplers with its own model and with one whose evaluations are computed elsewhere: the same latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from core_sampling import CFG, SEED, STEPS, Modules, TwoModels, empty_latents, text
+
+LIMIT = 1e-4
+Graph = Callable[[Modules, Any], Any]
+"""(ComfyUI's modules, MODEL) -> latents."""
+
+
+def advanced(core: Modules, model: Any, **inputs: Any) -> Any:
+    """ComfyUI's KSampler (Advanced)."""
+    given = {"steps": STEPS, "cfg": CFG, "sampler_name": "euler", "scheduler": "simple", "positive": text(1)}
+    given |= {"negative": text(2), "add_noise": "enable", "return_with_leftover_noise": "disable"}
+    given |= {"start_at_step": 0, "end_at_step": 10_000, "noise_seed": SEED, "latent_image": empty_latents()}
+    (latent,) = core["nodes"].KSamplerAdvanced().sample(model, **{**given, **inputs})
+    return latent
+
+
+def in_two_stages(core: Modules, model: Any) -> Any:
+    half = advanced(core, model, end_at_step=STEPS // 2, return_with_leftover_noise="enable")
+    return advanced(core, model, start_at_step=STEPS // 2, add_noise="disable", latent_image=half)["samples"]
+
+
+def custom(core: Modules, model: Any) -> Any:
+    nodes = core["comfy_extras.nodes_custom_sampler"]
+    (guider,) = nodes.CFGGuider.execute(model, text(1), text(2), CFG).result
+    (sampler,) = nodes.KSamplerSelect.execute("euler_ancestral").result
+    (sigmas,) = nodes.BasicScheduler.execute(model, "beta", STEPS, 1.0).result
+    (noise,) = nodes.RandomNoise.execute(SEED).result
+    return nodes.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, empty_latents()).result[0]["samples"]
+
+
+def easy_cache(core: Modules, model: Any) -> Any:
+    (model,) = core["comfy_extras.nodes_easycache"].EasyCacheNode.execute(model, 1.0, 0.0, 1.0, False).result
+    return core["sampled"](model, steps=8)
+
+
+def lazy_cache(core: Modules, model: Any) -> Any:
+    (model,) = core["comfy_extras.nodes_easycache"].LazyCacheNode.execute(model, 1.0, 0.0, 1.0, False).result
+    return core["sampled"](model, steps=8)
+
+
+def context_windows(core: Modules, model: Any) -> Any:
+    node = core["comfy_extras.nodes_context_windows"].WanContextWindowsManualNode
+    # 13 frames are 4 latent ones, of which a window has 2 and shares 1.
+    (model,) = node.execute(model, 5, 4, "standard_static", 1, False, "pyramid").result
+    return core["sampled"](model, latent_image=empty_latents(frames=4))
+
+
+def shifted(core: Modules, model: Any) -> Any:
+    (model,) = core["comfy_extras.nodes_model_advanced"].ModelSamplingSD3().patch(model, 3.0)
+    return core["sampled"](model)
+
+
+GRAPHS: dict[str, Graph] = {
+    **{
+        name: lambda core, model, name=name: core["sampled"](model, name)
+        for name in ("euler", "uni_pc", "dpmpp_2m", "res_multistep", "dpmpp_sde")
+    },
+    "two stages": in_two_stages,
+    "SamplerCustomAdvanced": custom,
+    "EasyCache": easy_cache,
+    "LazyCache": lazy_cache,
+    "context windows": context_windows,
+    "ModelSamplingSD3": shifted,
+    "batch": lambda core, model: core["sampled"](model, latent_image=empty_latents(batch=2)),
+    "prompts of other lengths": lambda core, model: core["sampled"](model, negative=text(2, tokens=520)),
+}
+EVALUATIONS = {"EasyCache": range(1, 8), "LazyCache": range(1, 8)}
+"""Of graphs that leave some out, how many may be left."""
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_same_latents_as_with_core_model(t2v: TwoModels, name: str) -> None:
+    t2v.same(GRAPHS[name], limit=LIMIT)
+    assert t2v.evaluators and all(evaluator.closed == 1 for evaluator in t2v.evaluators)
+    count = len(t2v.evaluators[0].batches)
+    assert count in EVALUATIONS.get(name, range(1, 100)), count
+    assert all(len(evaluator.texts) == 2 for evaluator in t2v.evaluators), "each text came as one object"
+
+
+def test_both_halves_of_guidance_come_in_one_call(t2v: TwoModels) -> None:
+    t2v.core["sampled"](t2v.ours)
+    ((shape, conditional), *_), latents = t2v.evaluators[0].batches, (16, 3, 6, 8)
+    assert shape == (2, *latents) and sorted(conditional) == [False, True]
+    assert len(t2v.evaluators[0].batches) == STEPS
+
+
+def test_guidance_of_one_evaluates_the_prompt_alone(t2v: TwoModels) -> None:
+    t2v.same(lambda core, model: core["sampled"](model, cfg=1.0), limit=LIMIT)
+    assert t2v.evaluators[0].batches == [((1, 16, 3, 6, 8), [True])] * STEPS
+
+
+def test_a_patched_schedule_does_not_stay(t2v: TwoModels) -> None:
+    before = t2v.core["sampled"](t2v.ours)
+    assert (shifted(t2v.core, t2v.ours) - before).abs().max() > 0.01
+    assert (t2v.core["sampled"](t2v.ours) == before).all()
