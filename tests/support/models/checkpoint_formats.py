@@ -17,7 +17,7 @@ from wan_pack.wan.checkpoint.weights import empty_model, read_weights
 from wan_pack.wan.files.diffusers_keys import to_official
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.config import WanConfig
-from wan_pack.wan.model.transformer import WanModel
+from wan_pack.wan.transformer.transformer import WanModel
 
 Weights = dict[str, Tensor]
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 127.0}
