@@ -11,13 +11,13 @@ from .job_folder import JobDir
 SHARES = {"start": 0.02, "encode": 0.03, "load": 0.15, "denoise": 0.65, "decode": 0.14, "write": 0.01, "done": 0.0}
 """Part of the progress bar that each phase gets, in order."""
 WORDS = {
-    "start": "starting processes",
-    "encode": "encoding the prompt",
+    "start": "starting",
+    "encode": "encoding",
     "load": "loading",
     "denoise": "sampling",
     "decode": "decoding",
     "write": "writing the video",
-    "done": "done",
+    "done": "finishing",
 }
 
 
@@ -31,6 +31,7 @@ class Progress:
     """0: unknown."""
     seconds_per_step: float | None = None
     message: str = ""
+    """More than the phase's name says; where nothing is counted, instead of it."""
     usage: str = ""
     """What the job's GPUs or processes use now, one line."""
     preview: bytes | None = None
@@ -49,6 +50,8 @@ class Progress:
     @property
     def text(self) -> str:
         """One line: "sampling 4/40 - 12.3 s/it - ETA 7:23"."""
+        if self.message and self.total <= 0:
+            return self.message
         parts = [WORDS.get(self.phase, self.phase)]
         if self.total > 0:
             parts[0] += f" {self.step}/{self.total}"

@@ -87,8 +87,10 @@ def run_job(
     Raises:
         JobCancelled, JobFailed; JobError if the job cannot start.
     """
+    started = time.monotonic()
     with cancelled_by(cancelled):
         check_cancelled()
+        on_progress(Progress(phase="start", message="looking for the packages that the processes import"))
         check_prerequisites(job.parallel, decodes=job.decode)
         check_installation(encodes=job.text is not None, decodes=job.decode)
         check_cancelled()
@@ -106,7 +108,7 @@ def run_job(
             write_inputs(folder.inputs)
             if folder.inputs.exists():
                 folder.inputs.chmod(0o600)
-            return _Run(job, folder, failed, on_progress, on_log_line, cancelled, pool).to_the_end()
+            return _Run(job, folder, failed, on_progress, on_log_line, cancelled, pool).to_the_end(started)
         except (JobFailed, Stopping):
             # The folder of the one is kept; ranks still write into the other's, which the pool removes after them.
             raise
@@ -123,15 +125,9 @@ class _Run:
     """One running job."""
 
     def __init__(
-        self,
-        job: Job,
-        folder: JobDir,
-        failed: Path,
-        on_progress: Callable[[Progress], None],
-        on_log_line: Callable[[str], None],
-        cancelled: Callable[[], bool],
-        pool: GroupSource,
-    ) -> None:
+        self, job: Job, folder: JobDir, failed: Path, on_progress: Callable[[Progress], None],
+        on_log_line: Callable[[str], None], cancelled: Callable[[], bool], pool: GroupSource,
+    ) -> None:  # fmt: skip
         self._job, self._folder, self._failed = job, folder, failed
         self._on_progress, self._on_log_line, self._cancelled = on_progress, on_log_line, cancelled
         self._pool = pool
@@ -141,16 +137,16 @@ class _Run:
         self._preview = ChangedFile(folder.preview, MAX_PREVIEW)
         self._usage = UsageMonitor(self._read_usage)
 
-    def to_the_end(self) -> Result:
-        self._group = self._pool.take(
-            self._job, self._folder.path.parent, cancelled=self._cancelled, on_wait=self._show_wait
-        )
+    def to_the_end(self, started: float) -> Result:
+        """`started`: when the job did, by `time.monotonic()`."""
+        self._group = self._pool.take(self._job, self._folder.path.parent, cancelled=self._cancelled, on_wait=self._say)
         # Not before: the time-outs are the ranks', and waiting for a GPU is not their fault.
         self._signs = SignsOfLife(self._folder, self._job.parallel)
         self._lost = LostRanks(self._folder)
         lost = good = stays = False
         try:
             self._group.submit(self._folder)
+            self._say(self._begins)
             self._usage.start()
             while self._group.exit_code is None and not self._signs.all_done():
                 if self._cancelled():
@@ -189,7 +185,8 @@ class _Run:
             finally:
                 # Last: what waits for a reading must not keep a GPU.
                 self._usage.stop()
-        return Result(self._folder, info, log_tail(self._folder.log(0), lines=10_000, limit=MAX_LOG))
+        log = log_tail(self._folder.log(0), lines=10_000, limit=MAX_LOG)
+        return Result(self._folder, info, log, time.monotonic() - started)
 
     def _end(self) -> None:
         """Ends every process of the group. Raises JobFailed if one cannot be killed."""
@@ -209,16 +206,22 @@ class _Run:
         waited = {rank: Seen.of(process, phase="start", step=0) for rank, process in enumerate(self._group.ranks)}
         return waited | self._signs.ranks()
 
-    def _show_wait(self, reason: str) -> None:
-        self._on_progress(Progress(phase="start", message=reason))
+    @property
+    def _begins(self) -> str:
+        processes = f"{(count := self._job.parallel.gpu_count)} process{'es' * (count > 1)}"
+        return f"the {processes} of the last video begin" if self._group.ranks else f"starting {processes}"
+
+    def _say(self, message: str) -> None:
+        """While no rank says anything."""
+        self._on_progress(Progress(phase="start", message=message))
 
     def _report_wait(self) -> None:
         """Of a job over several machines, whose agents wait for GPUs there."""
         reason = self._group.waits()
         if reason:
             self._signs.restart()
-        if reason and reason != self._waits:
-            self._show_wait(reason)
+        if reason != self._waits:
+            self._say(reason or self._begins)
         self._waits = reason
 
     def _report(self) -> None:

@@ -19,6 +19,8 @@ class Result:
     """result.json."""
     log: str
     """Rank 0's log, its last 64 KiB."""
+    seconds: float
+    """From its checks to its end, with the start of its processes."""
 
     def remove(self) -> None:
         self.folder.remove()

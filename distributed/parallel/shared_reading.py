@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -41,10 +41,17 @@ class SharedReading:
         part, parts = (0, 1) if self.group is None else (self.group.rank(), self.group.size())
         read_weights(model, checkpoint, names, part=part, parts=parts, **how)
 
-    def send(self, model: nn.Module, names: Sequence[str] | None = None) -> None:
-        """Afterwards all ranks have what each has read. Collective, with the same `names`."""
+    def send(
+        self, model: nn.Module, names: Sequence[str] | None = None, *, on_send: Callable[[], None] = lambda: None
+    ) -> None:
+        """Afterwards all ranks have what each has read. Collective, with the same `names`.
+
+        Args:
+            on_send: called first, where anything is sent.
+        """
         if self.group is None:
             return
+        on_send()
         parameters, pending = dict(model.named_parameters()), []
         for name, owner in owners(model, names, self.group.size()).items():
             # As bytes: not every backend knows every dtype.

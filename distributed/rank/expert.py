@@ -42,7 +42,7 @@ class UnreadExpert:
     weights: Weights
     read: Callable[..., None]
     """Reads this rank's part of them; takes the callbacks of `read_weights`."""
-    send: Callable[[], None]
+    send: Callable[..., None]
     """Afterwards every rank has all parts. Collective."""
 
 
@@ -105,6 +105,7 @@ def load_expert(
     *,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
     meanwhile: Callable[[], None] = lambda: None,
+    on_send: Callable[[], None] = lambda: None,
     on_weights: Callable[[Weights], None] = lambda weights: None,
     **settings: Any,
 ) -> WanModel:
@@ -112,11 +113,12 @@ def load_expert(
 
     Args:
         meanwhile: called on this thread while others read the weights.
+        on_send: called when this rank's part is read, where the ranks hand each other theirs.
         on_weights: given what holds the weights.
     """
     built = build_expert(files, loras, **settings)
     built.read(on_tensor=on_tensor, meanwhile=meanwhile)
-    built.send()
+    built.send(on_send=on_send)
     on_weights(built.weights)
     return built.model
 

@@ -28,7 +28,10 @@ log = logging.getLogger(__name__)
 
 EXPERTS = (HIGH_NOISE, LOW_NOISE)
 OnTensor = Callable[[str, int, int], None]
-"""(message, tensors read, tensors in all), called while weights are loaded."""
+"""(message, tensors read, tensors in all), called while weights are loaded; 0 of 0 where none are counted."""
+
+
+def _nothing() -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,7 @@ class ExpertCache:
             if job.parallel.parks_experts:
                 for other in set(self.weights) - {name}:
                     self.weights[other].park()
-            self._load(name, wanted[name], settings, report, meanwhile)
+            self._load(name, wanted[name], settings, report, meanwhile, lambda: on_tensor("sharing the weights", 0, 0))
         for name in names:
             known = "loaded now" if name in now else "read during the steps" if name in later else "kept"
             log.debug("%s expert: %s", name, known)
@@ -175,8 +178,9 @@ class ExpertCache:
             torch.cuda.empty_cache()
 
     def _load(
-        self, name: str, wanted: _ExpertFiles, settings: dict[str, Any], report: OnRead, meanwhile: Callable[[], None]
-    ) -> None:
+        self, name: str, wanted: _ExpertFiles, settings: dict[str, Any], report: OnRead,
+        meanwhile: Callable[[], None] = _nothing, on_send: Callable[[], None] = _nothing,
+    ) -> None:  # fmt: skip
         if name in self.models:
             before = [lora.file.path for lora in self._made_of.pop(name).loras]
             with self.weights[name].writable():
@@ -190,7 +194,8 @@ class ExpertCache:
         if name not in self.models:
             self.models[name] = load_expert(
                 wanted.paths, wanted.strengths, expert=name, **settings,
-                on_tensor=report, meanwhile=meanwhile, on_weights=partial(self.weights.__setitem__, name),
+                on_tensor=report, meanwhile=meanwhile, on_send=on_send,
+                on_weights=partial(self.weights.__setitem__, name),
             )  # fmt: skip
         self._made_of[name] = wanted
 
@@ -232,13 +237,10 @@ class ExpertCache:
             else:
                 # Nobody asks for it again.
                 self._drop(other)
-        self._load(name, wanted, settings, on_read, _nothing)
+        self._load(name, wanted, settings, on_read)
 
     def _drop(self, name: str) -> None:
         # Not left to the garbage collector: FSDP's hooks and the model refer to each other.
         self.weights.pop(name).drop()
         del self.models[name]
         self._made_of.pop(name, None)
-
-
-def _nothing() -> None: ...

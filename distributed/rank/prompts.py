@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,15 +31,19 @@ class PromptEncoder:
         self.notes: list[str] = []
         """On the prompts that were encoded last."""
 
-    def encode(self, job: Job, *, negative: bool) -> list[Tensor]:
+    def encode(self, job: Job, *, negative: bool, say: Callable[[str], None] = lambda text: None) -> list[Tensor]:
         """The job's prompt and, if asked for, its negative one -> their tokens [n, text_dim], n <= 512.
 
+        Args:
+            say: told what is done.
         Raises:
             ValueError: the files are not an encoder and its tokenizer.
         """
         from ...wan.text.text_encoder import DEFAULT_NEGATIVE_PROMPT
 
+        say("loading the text encoder")
         text, encoder = job.text, self._load(job)
+        say("encoding the prompt")
         assert text is not None, "asked only where a job has prompts"
         prompts = {"prompt": text.prompt}
         if negative:

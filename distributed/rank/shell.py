@@ -38,7 +38,7 @@ def main(group: GroupDir) -> NoReturn:
         # And of one that crashes in native code.
         faulthandler.enable()
         files = RankFiles(folder, rank)
-        files.progress("start", 0, 0)
+        files.progress("start", 0, 0, message="" if session else "importing PyTorch")
         session, stays = _run(group, folder, files, session)
         logging.getLogger(__name__).info("done")
         files.progress("done", 0, 0)

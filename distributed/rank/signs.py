@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -12,6 +13,8 @@ from typing import NoReturn
 from ..group.last_words import leave_words
 from ..job.job_folder import JobDir
 from ..machine.processes import Process
+
+log = logging.getLogger(__name__)
 
 MAX_TRACEBACK = 8 << 10
 MAX_MESSAGE = 16 << 10
@@ -52,6 +55,12 @@ class RankFiles:
             progress = {"phase": phase, "step": step, "total": total}
             progress |= {"seconds_per_step": seconds_per_step, "message": message}
             self._folder.write_json(self._folder.progress, progress)
+
+    def say(self, message: str, done: int = 0, total: int = 0) -> None:
+        """What is done within the phase. The log has all of it; who looks at the file misses what is soon over."""
+        if message and not total:
+            log.info(message)
+        self.progress(self.phase, done, total, message=message)
 
     def error(self, error: BaseException) -> None:
         """Keeps the exception, in the rank's own words. The first one: later ones are its consequences."""

@@ -74,7 +74,7 @@ class Worker:
         """For the status: what only the run could know."""
 
     def run(self) -> None:
-        with self.phase("start"):
+        with self.phase("start", "connecting the processes" if self.session.world > 1 else ""):
             for file in self.job.model.all():
                 file.check_unchanged()
             self.session.begin(self.job, self.group)
@@ -134,7 +134,7 @@ class Worker:
         # One rank encodes: the encoder is large, its output small.
         texts = torch.zeros(1 + negative, TEXT_LEN, self.config.text_dim, device=self.device)
         if self.rank == 0:
-            encoded = self.session.prompts.encode(self.job, negative=negative)
+            encoded = self.session.prompts.encode(self.job, negative=negative, say=self.files.say)
             self.notes += self.session.prompts.notes
             texts = torch.stack([pad_text(text.to(texts)) for text in encoded])
         if self.session.mesh is not None:
@@ -149,8 +149,14 @@ class Worker:
             # At its very start a schedule is pure noise, also where a solver's grid begins a hair below 1.
             sigma=self.solver.sigmas[first] if first else 1.0,
             add_noise=sampling.add_noise,
-            encode=lambda video: self.session.vae(self.job).encode(video).cpu(),
+            encode=self.encode_pictures,
         )  # fmt: skip
+
+    def encode_pictures(self, video: Tensor) -> Tensor:
+        """[1, 3, n, H, W] in -1 to 1 -> [1, C, T, h, w] on the CPU. Collective."""
+        given = [name.replace("_", " ") for name in ("start_image", "end_image") if name in self.inputs]
+        self.files.say(f"encoding the {' and the '.join(given)}")
+        return self.session.vae(self.job).encode(video).cpu()
 
     def denoised(self, texts: dict[bool, Tensor], conditioning: Conditioning) -> Tensor:
         """Loads the experts and runs the loop. Returns the normalised latents [C, T, h, w], on every rank."""
@@ -164,7 +170,8 @@ class Worker:
         with self.phase("load"):
             runs = {self.guidance.expert(self.solver.timesteps[index]) for index in self.steps}
             needed = [name for name in (HIGH_NOISE, LOW_NOISE) if name in runs]
-            session.experts.load(needed, self.job, session.mesh, shard, self.on_tensor)
+            session.experts.load(needed, self.job, session.mesh, shard, self.files.say)
+            self.files.say("preparing the live picture" if self.job.preview else "")
             group = None if session.mesh is None else session.mesh.ulysses_group
             preview = PreviewWriter(
                 self.folder.preview, preview_map=session.preview_map(self.job) if self.rank == 0 else None,
@@ -194,9 +201,6 @@ class Worker:
         if not self.job.parallel.stays:
             session.experts.drop()
         return unpatchify(tokens, grid)
-
-    def on_tensor(self, message: str, done: int, total: int) -> None:
-        self.files.progress("load", done, total, message=message)
 
     def arrive(self, expert: str) -> None:
         """Before an expert takes over. What it is waited for is no step's time."""
@@ -281,15 +285,14 @@ class Worker:
                     # Or what is still computed would count as written.
                     torch.cuda.synchronize(self.device)
             with self.phase("write"):
-                self.files.progress("write", 0, 0)
                 video.finish()
         if video.frames != sampling.num_frames:
             raise JobError(f"the VAE made {video.frames} frames; the job asks for {sampling.num_frames}")
         return video.frames
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self.files.progress(name, 0, 0)
+    def phase(self, name: str, message: str = "") -> Iterator[None]:
+        self.files.progress(name, 0, 0, message=message)
         log.info("begins")
         start = time.perf_counter()
         yield

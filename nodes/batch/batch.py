@@ -76,7 +76,7 @@ class WanVideoDistributedBatch(VideoNode):
         saved = [one.saved for one in made if one is not None and one.saved is not None]
         self.made.remember(unique_id, [video.path for video in saved])
         videos = saved_video.shown(saved)
-        report.end(batch.line, videos)
+        report.end(f"{batch.line} in {report.seconds:.0f} s", videos)
         if batch.failures and on_error == "raise":
             raise batch.failure()
         return {
@@ -216,7 +216,7 @@ class _Batch:
     def _block(self, index: int, made: Outcome) -> str:
         status = copy.deepcopy(self._statuses[self._group_of[index]])
         status.note(*made.info["warnings"])
-        return status.block(made.path, made.info)
+        return status.block(made.path, made.info, made.seconds)
 
     def log(self) -> str:
         """All logs, each cut to an equal part of what one job's may have."""

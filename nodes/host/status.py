@@ -19,22 +19,28 @@ class Status:
         """Adds lines that are not there yet: the job carries them and its result repeats them."""
         self.warnings += [line for line in dict.fromkeys(lines) if line not in self.warnings]
 
-    def line(self, info: Mapping[str, Any]) -> str:
-        """One line for the node, from a job's result.json."""
-        done = f"done in {sum(info['phases'].values()):.0f} s: "
+    def line(self, info: Mapping[str, Any], seconds: float) -> str:
+        """One line for the node, from a job's result.json.
+
+        Args:
+            seconds: that have passed.
+        """
+        done = f"done in {seconds:.0f} s: "
         video = info["video"]
         return done + (f"{video['frames']} frames, {video['fps']:g} fps" if video else "latents, no video")
 
-    def block(self, path: Path | None, info: Mapping[str, Any]) -> str:
+    def block(self, path: Path | None, info: Mapping[str, Any], seconds: float) -> str:
         """The readable status of a finished run: plain text that ComfyUI's text preview shows as a list.
 
         Args:
             path: of the video; None if none was made.
             info: the job's result.json.
+            seconds: that have passed, more than its phases have taken.
         """
         steps, phases = info["step_seconds"], info["phases"]
-        times = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.items())
-        lines = ["success", *self._made(path, info), f"- time: {sum(phases.values()):.1f} s ({times})"]
+        around = {"processes and files": seconds - sum(phases.values())}
+        times = ", ".join(f"{what} {took:.1f}" for what, took in {**around, **phases}.items())
+        lines = ["success", *self._made(path, info), f"- time: {seconds:.1f} s ({times})"]
         if steps:
             lines.append(f"- step: {sum(steps) / len(steps):.2f} s, mean of {len(steps)}")
         for name, key in (("GPU memory", "peak_gpu_bytes"), ("host memory", "peak_rss_bytes")):

@@ -72,17 +72,18 @@ class WanVideoDistributedInference(VideoNode):
             cancelled=host.interrupted,
             pool=warm.pool(),
         )
+        report.text("saving the video" if job.decode else "reading the latents")
         made = keep(job, result, filename_prefix, {"prompt": workflow_prompt, **(extra_pnginfo or {})})
         status.note(*made.info["warnings"])
         videos = saved_video.shown([] if made.saved is None else [made.saved])
-        report.end(status.line(made.info), videos)
+        report.end(status.line(made.info, report.seconds), videos)
         self.made.remember(unique_id, () if made.path is None else (made.path,))
         return {
             "ui": {"video": videos} if videos else {},
             "result": (
                 str(made.path or ""),
                 made.log,
-                status.block(made.path, made.info),
+                status.block(made.path, made.info, report.seconds),
                 made.video(),
                 {"samples": made.samples},
             ),

@@ -25,6 +25,8 @@ class Outcome:
     info: dict[str, Any]
     """result.json."""
     log: str
+    seconds: float
+    """As `Result` has them."""
 
     @property
     def path(self) -> Path | None:
@@ -46,7 +48,7 @@ def keep(job: Job, result: Result, filename_prefix: str, workflow: Mapping[str, 
         if job.decode:
             size = {name: result.info["video"][name] for name in ("width", "height")}
             saved = saved_video.save_video(result.folder.video, filename_prefix, **size, workflow=workflow)
-        outcome = Outcome(saved, _read_latents(result.folder.latents), result.info, result.log)
+        outcome = Outcome(saved, _read_latents(result.folder.latents), result.info, result.log, result.seconds)
     # Whatever it is: the video may have taken hours to make.
     except Exception as error:
         kept = keep_failed(result.folder, host.failed_folder())

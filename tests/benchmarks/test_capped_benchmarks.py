@@ -33,7 +33,7 @@ def finished(job: Job, write: Callable[[Path], object], peak: int, change: float
     save_file({"samples": (samples + change)[None]}, folder.latents)
     settings = {"attention": "cpu (no GPU)", "kernels": "plain", "device": "1 x CPU"}
     info = {"step_seconds": [2.0, 1.0], "peak_gpu_bytes": [peak], "peak_rss_bytes": [1], "phases": {}}
-    return Result(folder, {**info, "settings": settings}, "")
+    return Result(folder, {**info, "settings": settings}, "", 1.0)
 
 
 def test_estimates_are_held_against_peaks_and_failures_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -65,7 +65,7 @@ def check_live(live: dict[str, Any], pictures: tuple[list[int], ...]) -> None:
 
 
 def check_after(after: dict[str, Any], videos: int) -> None:
-    assert re.match(r"done in \d+ s: " if videos == 1 else "2 of 2 done", after["text"]), after
+    assert re.match(r"done in \d+ s: " if videos == 1 else r"2 of 2 done in \d+ s", after["text"]), after
     assert after["picture"] is None and len(source(after)) == len(after["players"]) == videos, after
     for player in after["players"]:
         assert (player["ready"], player["width"], player["height"], player["error"]) == (4, 224, 128, None), after

@@ -78,7 +78,7 @@ def save_videos(jobs: Path) -> None:
         folder = JobDir.create(jobs)
         claim(folder)
         folder.video.write_bytes(VIDEO)
-        outcome.keep(stub_job(), Result(folder, {"video": {"width": 64, "height": 48}}, ""), "wan", {})
+        outcome.keep(stub_job(), Result(folder, {"video": {"width": 64, "height": 48}}, "", 1.0), "wan", {})
 
 
 class KillAt:

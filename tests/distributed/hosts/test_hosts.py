@@ -231,10 +231,13 @@ def until(holds: Callable[[], bool]) -> bool:
 def test_a_wait_for_gpus_elsewhere_is_shown_and_no_time_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The agent never starts a rank: the time-out is exceeded, but counts from the end of the wait."""
     monkeypatch.setattr(worker_group, "AGENT", FAKE_AGENT)
-    begin, shown, reason = time.monotonic(), [], "host b: waiting for GPU 0, in use by process 7"
-    monkeypatch.setattr(
-        worker_group.WorkerGroup, "waits", lambda self: reason if time.monotonic() - begin < 1.5 else ""
-    )
+    looks, shown, reason = [], [], "host b: waiting for GPU 0, in use by process 7"
+
+    def waits(self: worker_group.WorkerGroup) -> str:
+        looks.append(time.monotonic())
+        return reason if looks[-1] - looks[0] < 1.5 else ""
+
+    monkeypatch.setattr(worker_group.WorkerGroup, "waits", waits)
     with pytest.raises(JobFailed, match=r"did not finish loading for 1 s"):
         run_stub(
             tmp_path,
@@ -242,8 +245,8 @@ def test_a_wait_for_gpus_elsewhere_is_shown_and_no_time_out(tmp_path: Path, monk
             lambda path: path.write_text("sleep"),
             on_progress=lambda progress: shown.append(progress.text),
         )
-    assert time.monotonic() - begin >= 1.5, "not while it waited"
-    assert shown == [f"starting processes - {reason}"]
+    assert time.monotonic() - looks[0] >= 1.5, "not while it waited"
+    assert reason in shown and shown[-1].startswith("starting ")
 
 
 def test_every_machine_finds_packages_where_the_first_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

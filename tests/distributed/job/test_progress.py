@@ -15,6 +15,7 @@ def test_progress_is_one_bar_and_one_line():
     assert text == "sampling 4/40 - 12.30 s/it - ETA 7:23"
     assert Progress(phase="load", step=2, total=8, message="low_noise expert").text == "loading 2/8 - low_noise expert"
     assert Progress(phase="something new").fraction == 0
+    assert Progress(phase="encode", message="encoding the start image").text == "encoding the start image"
 
 
 def test_progress_is_never_over_its_phase():

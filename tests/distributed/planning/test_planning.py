@@ -154,7 +154,7 @@ def test_the_plan_is_part_of_the_status():
         "step_seconds": [], "phases": {}, "peak_gpu_bytes": [0], "peak_rss_bytes": [0], "settings": {}, "video": None,
         "latents": {"shape": [1]},
     }  # fmt: skip
-    lines = status.block(None, info).splitlines()
+    lines = status.block(None, info, 1.0).splitlines()
     place = lines.index("- plan: GPU 0")
     assert lines[place + 1] == "  - because it is the only one"
 

@@ -91,7 +91,7 @@ def test_a_gpu_in_use_elsewhere_holds_up_its_own_group_only(run: Run) -> None:
                 other.release()
 
     run(4, [("0", "1"), ("2", "3")], told=Told())
-    assert any("GPU 2,3: starting processes - waiting for GPU 2, in use by process" in text for text in told)
+    assert any("GPU 2,3: waiting for GPU 2, in use by process" in text for text in told)
     assert told[-1] == "4/4 done"
 
 

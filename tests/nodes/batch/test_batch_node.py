@@ -56,7 +56,7 @@ def test_results_come_in_the_order_of_the_prompts(node: Node, tiny_models: Path)
         assert block.startswith(f"{title}\nsuccess\n- video: {path}\n")
     assert log == "\n".join(f"{title}\nthe log" for title in titles)
     last = node.said[-1]
-    assert (last["text"], last["ended"], last["videos"]) == ("4 of 4 done", True, made["ui"]["video"])
+    assert (last["text"], last["ended"], last["videos"]) == ("4 of 4 done in 0 s", True, made["ui"]["video"])
     assert {picture for pictures in node.pictures for picture in pictures} == {b"7", b"8"}
 
 

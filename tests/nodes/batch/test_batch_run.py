@@ -70,7 +70,7 @@ class Batch:
             pool.forget(group)
             raise
         pool.give_back(group, job)
-        return Result(JobDir.create(self._folder), {"seed": job.sampling.seed}, "")
+        return Result(JobDir.create(self._folder), {"seed": job.sampling.seed}, "", 1.0)
 
     def run(self, videos: int, groups: list[tuple[str, ...]], keep_warm: float = 0.0) -> None:
         stay = {"keep_warm_seconds": keep_warm, "more_follow": videos > len(groups)}
@@ -297,4 +297,4 @@ def test_groups_without_gpus_have_numbers(batch: Batch) -> None:
         on_progress=batch.shown.append,
         cancelled=lambda: False,
     ).run()
-    assert batch.shown[0].text == "0/1 done; group 1: starting processes"
+    assert batch.shown[0].text == "0/1 done; group 1: starting"

@@ -174,16 +174,16 @@ def test_status_tells_what_was_done(tmp_path: Path) -> None:
     }
     status = Status()
     status.note("a warning", "a warning")
-    text = status.block(tmp_path / "v.mp4", info)
+    text = status.block(tmp_path / "v.mp4", info, 62.4)
     assert text.splitlines()[0] == "success"
     assert f"video: {tmp_path / 'v.mp4'}" in text
-    assert "time: 50.0 s (load 10.0, denoise 40.0)" in text
+    assert "time: 62.4 s (processes and files 12.4, load 10.0, denoise 40.0)" in text
     assert "step: 2.00 s, mean of 2" in text
     assert "peak GPU memory per process: 1.00 GiB, 2.00 GiB" in text
     assert "host memory" not in text
     assert "  - precision: bf16" in text
     assert text.count("a warning") == 1
-    assert status.line(info) == "done in 50 s: 81 frames, 16 fps"
+    assert status.line(info, 62.4) == "done in 62 s: 81 frames, 16 fps"
 
 
 def test_status_tells_that_no_video_was_made() -> None:
@@ -196,9 +196,9 @@ def test_status_tells_that_no_video_was_made() -> None:
         "peak_rss_bytes": [0],
         "settings": {},
     }
-    lines = Status().block(None, info).splitlines()
+    lines = Status().block(None, info, 62.4).splitlines()
     assert lines[:2] == ["success", "- latents: [1, 16, 2, 6, 8], no video (decode_video is off)"]
-    assert Status().line(info) == "done in 50 s: latents, no video"
+    assert Status().line(info, 62.4) == "done in 62 s: latents, no video"
 
 
 # How a run ends
@@ -282,7 +282,7 @@ def test_latents_without_a_video_are_handed_on(
     save_file({"samples": torch.ones(1, 16, 2, 6, 8)}, folder.latents)
     info: dict[str, Any] = {"video": None, "latents": {"shape": [1, 16, 2, 6, 8]}, "phases": {}, "step_seconds": []}
     info |= {"peak_gpu_bytes": [], "peak_rss_bytes": [], "settings": {}, "warnings": []}
-    result = SimpleNamespace(folder=folder, info=info, log="the log", remove=folder.latents.unlink)
+    result = SimpleNamespace(folder=folder, info=info, log="the log", seconds=1.0, remove=folder.latents.unlink)
     monkeypatch.setattr(inference_module, "run_job", lambda job, write, **_: result)
     # Of an earlier run, deleted since: this run has none that could be missed.
     monkeypatch.setattr(WanVideoDistributedInference, "made", MadeVideos())

@@ -79,7 +79,7 @@ class Node:
         info: dict[str, Any] = {"phases": {"denoise": 1.0}, "step_seconds": [], "peak_gpu_bytes": [], "settings": {}}
         info |= {"peak_rss_bytes": [], "warnings": list(job.warnings), "latents": {"shape": [1, 16, 2, 6, 8]}}
         info["video"] = {"width": 64, "height": 48, "frames": 5, "fps": 16.0} if job.decode else None
-        return Result(folder, info, self.log)
+        return Result(folder, info, self.log, 1.0)
 
     def _save(self, source: Path, prefix: str, **_: Any) -> saved_video.SavedVideo:
         # By number, as ComfyUI does it: whoever saves at the same time as another would take the same one.
