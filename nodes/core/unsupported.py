@@ -31,7 +31,7 @@ WHAT_TO_DO = (
 def check_sampling(sampling: CoreSampling) -> None:
     """Raises ValueError, naming it, if a node has put on the model or its conditioning what cannot be done."""
     check_options(sampling.options.get("transformer_options", {}))
-    for reason in (*_of_conds(sampling), *_of_patcher(sampling.patcher)):
+    for reason in (*_of_conds(sampling), *_of_patcher(sampling)):
         raise ValueError(f"{reason}; {WHAT_TO_DO}")
 
 
@@ -56,7 +56,10 @@ def _of_conds(sampling: CoreSampling) -> Iterator[str]:
                     yield f"the conditioning holds {what} ({name})"
 
 
-def _of_patcher(patcher: Any) -> Iterator[str]:
+def _of_patcher(sampling: CoreSampling) -> Iterator[str]:
+    patcher = sampling.patcher
+    if sum(map(len, patcher.patches.values())) != sum(len(one.patches) for one in sampling.added):
+        yield "a node changes weights past ComfyUI's add_patches"
     if patcher.injections:
         yield f"a node injects modules into the model ({listed(patcher.injections)})"
     if patcher.weight_wrapper_patches:

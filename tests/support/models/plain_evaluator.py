@@ -29,6 +29,7 @@ class PlainEvaluator:
         read_weights(self._model, checkpoint, device=torch.device("cpu"), loras=merged)
         self.batches: list[tuple[tuple[int, ...], list[bool]]] = []
         """(shape of the latents, which samples are conditional), of each call."""
+        self.timesteps: list[Tensor] = []
         self.texts: dict[int, Tensor] = {}
         """By identity: those that came again came as the same object."""
         self.closed = 0
@@ -37,6 +38,7 @@ class PlainEvaluator:
         assert self.closed == 0, "evaluated after it was closed"
         assert x.dtype == timesteps.dtype == torch.float32 and len(samples) == x.shape[0] == timesteps.shape[0]
         self.batches.append((tuple(x.shape), [sample.conditional for sample in samples]))
+        self.timesteps.append(timesteps)
         self.texts |= {id(sample.text): sample.text for sample in samples}
         return torch.stack([self._one(*one) for one in zip(x, timesteps, samples, strict=True)])
 

@@ -1,0 +1,119 @@
+"""What needs the inside of the transformer is refused by name before the first step; what ComfyUI sees of memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from core_sampling import Modules, TwoModels, text
+from wan_pack.demo.tiny_expert import lora
+from wan_pack.distributed.job.errors import JobError
+
+
+def same(output: Any, *_: Any) -> Any:
+    return output
+
+
+def rope(core: Modules, model: Any) -> None:
+    model.set_model_rope_options(1.0, 0.0, 1.0, 0.0, 0.5, 0.0)
+
+
+def attention(core: Modules, model: Any) -> None:
+    model.model_options["transformer_options"]["optimized_attention_override"] = same
+
+
+def injection(core: Modules, model: Any) -> None:
+    inject = core["comfy.patcher_extension"].PatcherInjection(same, same)
+    model.set_injections("other pack", [inject])
+
+
+def compiled(core: Modules, model: Any) -> None:
+    core["comfy_api.torch_helpers.torch_compile"].set_torch_compile_wrapper(model=model, backend="eager")
+
+
+PATCHES: dict[str, tuple[Callable[[Modules, Any], None], str]] = {
+    "block": (lambda core, model: model.set_model_patch_replace(same, "dit", "double_block", 1), "patches_replace"),
+    "attention output": (lambda core, model: model.set_model_attn1_output_patch(same), r"\(patches\)"),
+    "attention": (attention, "optimized_attention_override"),
+    "rotary positions": (rope, "rope_options"),
+    "module": (lambda core, model: model.add_object_patch("diffusion_model.blocks.0", same), "blocks.0"),
+    "weight wrapper": (lambda core, model: model.add_weight_wrapper("diffusion_model.head.head.weight", same), "wraps"),
+    "injection": (injection, "injects modules into the model .other pack"),
+    "compilation": (compiled, "torch_compile of Wan Video Distributed Config"),
+}
+CONDITIONING = {
+    "control": (lambda core: core["comfy.controlnet"].ControlBase(), "control net"),
+    "hooks": (lambda core: core["comfy.hooks"].create_hook_lora(lora(1), 1.0, 0.0), "LoRAs by time"),
+    "time_dim_concat": (lambda core: torch.zeros(1, 16, 1, 6, 8), "Phantom"),
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_patches_of_the_inside(t2v: TwoModels, name: str) -> None:
+    patch, said = PATCHES[name]
+    model = t2v.ours.clone()
+    patch(t2v.core, model)
+    with pytest.raises(ValueError, match=f"{said}.*take that node out, or load the model with Load Diffusion Model"):
+        t2v.core["sampled"](model)
+    assert t2v.evaluators == []
+    t2v.core["sampled"](t2v.ours)
+
+
+@pytest.mark.parametrize("name", CONDITIONING)
+def test_conditioning_of_the_inside(t2v: TwoModels, name: str) -> None:
+    make, said = CONDITIONING[name]
+    prompt = [[rows, {**rest, name: make(t2v.core)}] for rows, rest in text(1)]
+    with pytest.raises(ValueError, match=f"{said}.*take that node out"):
+        t2v.core["sampled"](t2v.ours, positive=prompt)
+    assert t2v.evaluators == []
+
+
+def test_guidance_that_leaves_out_layers_is_refused_when_it_does(t2v: TwoModels) -> None:
+    """It patches the model for calls of its own, in the middle of a step."""
+    node = t2v.core["comfy_extras.nodes_slg"].SkipLayerGuidanceDiT
+    (model,) = node.execute(t2v.ours, 2.0, 0.0, 1.0, "1", "1", 0.0).result
+    with pytest.raises(ValueError, match=r"skip layer guidance.*take that node out"):
+        t2v.core["sampled"](model)
+    assert [evaluator.closed for evaluator in t2v.evaluators] == [1]
+
+
+def test_an_error_of_the_evaluator_ends_the_sampling(t2v: TwoModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate(*_: Any) -> None:
+        raise JobError("rank 1 was killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("plain_evaluator.PlainEvaluator.evaluate", evaluate)
+        with pytest.raises(JobError, match="rank 1 was killed"):
+            t2v.core["sampled"](t2v.ours)
+    assert [evaluator.closed for evaluator in t2v.evaluators] == [1]
+    t2v.core["sampled"](t2v.ours)
+    assert [evaluator.closed for evaluator in t2v.evaluators] == [1, 1]
+
+
+def test_outside_of_a_sampling_nothing_is_computed(t2v: TwoModels) -> None:
+    model = t2v.ours.model
+    with pytest.raises(ValueError, match="outside of a sampling"):
+        model.apply_model(torch.zeros(1, 16, 3, 6, 8), torch.ones(1), c_crossattn=text(1)[0][0])
+
+
+def test_nothing_is_held_or_moved(t2v: TwoModels) -> None:
+    """By a model that ComfyUI samples, unloads, clones and deletes as one of its own."""
+    management = t2v.core["comfy.model_management"]
+    before = t2v.core["sampled"](t2v.ours)
+    assert any(loaded.model is t2v.ours for loaded in management.current_loaded_models)
+    assert (t2v.ours.model_size(), t2v.ours.loaded_size(), t2v.ours.get_ram_usage()) == (0, 0, 0)
+    assert t2v.ours.memory_required((2, 16, 21, 90, 160)) == 0
+    management.free_memory(1e30, torch.device("cpu"))
+    assert not any(loaded.model is t2v.ours for loaded in management.current_loaded_models)
+    management.unload_all_models()
+    assert (t2v.core["sampled"](t2v.ours.clone()) == before).all()
+    weights = t2v.ours.model.diffusion_model.state_dict().values()
+    assert all(weight.is_meta for weight in weights) and t2v.ours.partially_unload(torch.device("cpu"), 1) == 0
+
+
+def test_a_copied_model_option_does_not_copy_the_model(t2v: TwoModels) -> None:
+    copied = copy.deepcopy(t2v.ours.clone().model_options)
+    assert copied == t2v.ours.model_options
