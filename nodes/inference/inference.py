@@ -21,6 +21,7 @@ from ..sockets.latent_input import latent_tensors
 from ..sockets.video_inputs import VideoInputs
 from ..sockets.wrapper_model import AUTO
 from . import saved_video
+from .ground import as_switched
 from .inference_inputs import HIDDEN, optional, required
 from .outcome import inputs_writer, keep
 from .planning import planned
@@ -148,19 +149,12 @@ def model_of(asked: VideoInputs, status: Status) -> ModelFiles:
 
 
 def _parallel(asked: VideoInputs, model: ModelFiles, sampling: Sampling, status: Status) -> Parallel:
-    from ...distributed.machine.gpus import choose_gpus
     from ...distributed.planning.preflight import always_guided
 
     chosen = asked.config
     if chosen.hosts:
         return parallel_over(chosen, asked.parallel(), guided=always_guided(model, sampling), status=status)
-    gpu_count, gpu_ids = choose_gpus(chosen.gpu_count, chosen.gpu_ids, host.visible_gpus())
-    cfg_parallel = chosen.cfg_parallel == "on"
-    if chosen.cfg_parallel == "auto":
-        # With both ways of sharing work off the user is asked what is meant, not served with a third.
-        shares = chosen.use_ulysses or chosen.use_fsdp
-        cfg_parallel = shares and gpu_count % 2 == 0 and always_guided(model, sampling)
-    return asked.parallel(gpu_count=gpu_count, gpu_ids=gpu_ids, cfg_parallel=cfg_parallel)
+    return as_switched(chosen, asked.parallel(), guided=always_guided(model, sampling))
 
 
 def _sampling(settings: SamplingSettings, status: Status) -> Sampling:

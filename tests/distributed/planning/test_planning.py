@@ -18,8 +18,8 @@ from wan_pack.distributed.machine import gpu_locks, nvidia_smi
 from wan_pack.distributed.machine.gpu_locks import wait_for_gpus
 from wan_pack.nodes.host import host, warm
 from wan_pack.nodes.host.status import Status
+from wan_pack.nodes.inference import ground
 from wan_pack.nodes.inference import inference as inference_module
-from wan_pack.nodes.inference import planning
 from wan_pack.nodes.settings.spread import WanVideoDistributedConfig
 
 Make = Callable[..., tuple[Job, Status]]
@@ -52,7 +52,7 @@ def make(tiny_models: Path, tmp_path: Path, smi: SimpleNamespace, monkeypatch: p
     monkeypatch.setattr(gpu_locks, "_folder", lambda: tmp_path)
     own = Pool()
     monkeypatch.setattr(warm, "pool", lambda: own)
-    planning._fixed_links.cache_clear()
+    ground._fixed_links.cache_clear()
     model: ModelFiles = tiny_files(tiny_models)
 
     def build(**values: Any) -> tuple[Job, Status]:
@@ -63,7 +63,7 @@ def make(tiny_models: Path, tmp_path: Path, smi: SimpleNamespace, monkeypatch: p
 
     build.freed = freed  # type: ignore[attr-defined]
     yield build
-    planning._fixed_links.cache_clear()
+    ground._fixed_links.cache_clear()
 
 
 def test_auto_takes_what_is_fastest_and_says_so(make: Make, smi: SimpleNamespace):
@@ -234,9 +234,9 @@ def test_links_that_the_driver_did_not_tell_in_time_are_asked_for_again(monkeypa
         return subprocess.CompletedProcess(command, 0, answer.encode(), b"")
 
     monkeypatch.setattr(nvidia_smi, "ask_program", run)
-    planning._fixed_links.cache_clear()
+    ground._fixed_links.cache_clear()
     try:
         # The third time nobody is asked any more.
-        assert [planning._links().link("0", "1") for _ in range(3)] == ["unknown", "nvlink", "nvlink"]
+        assert [ground._links().link("0", "1") for _ in range(3)] == ["unknown", "nvlink", "nvlink"]
     finally:
-        planning._fixed_links.cache_clear()
+        ground._fixed_links.cache_clear()

@@ -19,8 +19,8 @@ from wan_pack.nodes.batch import batch
 from wan_pack.nodes.batch.requests import Request
 from wan_pack.nodes.host import host
 from wan_pack.nodes.host.status import Status
+from wan_pack.nodes.inference import ground
 from wan_pack.nodes.inference import inference as inference_module
-from wan_pack.nodes.inference import planning
 from wan_pack.nodes.sockets.video_inputs import VideoInputs
 
 
@@ -79,7 +79,7 @@ def test_each_group_is_planned_for_its_own_gpus(node: Node, monkeypatch: pytest.
     monkeypatch.setattr(gpus, "list_gpus", lambda: listing)
     monkeypatch.setattr(host, "visible_gpus", lambda: None)
     monkeypatch.setattr(host, "log", lambda line: None)
-    monkeypatch.setattr(planning, "_links", lambda: Topology({}))
+    monkeypatch.setattr(ground, "_links", lambda: Topology({}))
     both = threading.Barrier(2)
     node.act = lambda job: both.wait(10)
     status = node.run(text_embeds=BOTH, batch_count=2, gpu_count=0)["result"][3]
