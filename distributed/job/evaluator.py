@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .job import Job
+    from .job import ForwardsJob
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,5 +47,5 @@ class Evaluator(Protocol):
 class EvaluatorSource(Protocol):
     """Where evaluators come from."""
 
-    def open(self, job: Job) -> Evaluator:
+    def open(self, job: ForwardsJob) -> Evaluator:
         """An evaluator for one sampling with the model that the job names."""

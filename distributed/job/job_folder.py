@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from .job import Job, JobError
+from .job import GroupJob, JobError
 from .json_files import MAX_JSON_BYTES, read_bounded, read_json, replace_text, write_json
 
 PREFIX = "wan-job-"
@@ -74,16 +74,16 @@ class JobDir:
         """An object. Raises JobError naming the file if it is missing, too large or damaged."""
         return read_json(path)
 
-    def write_job(self, job: Job) -> None:
+    def write_job(self, job: GroupJob) -> None:
         replace_text(self.job, job.to_json())
 
-    def read_job(self) -> Job:
+    def read_job(self) -> GroupJob:
         """Raises JobError if job.json is missing, too large, damaged or of another version."""
         try:
             text = read_bounded(self.job, MAX_JSON_BYTES)
         except (OSError, ValueError) as error:
             raise JobError(f"job.json cannot be read: {error}") from error
-        return Job.from_json(text)
+        return GroupJob.from_json(text)
 
     def remove(self) -> None:
         """Deletes the folder and what it holds. A second call does nothing."""

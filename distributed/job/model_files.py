@@ -72,6 +72,11 @@ def check_loras(name: str, count: int) -> None:
         raise ValueError(f"{name} holds {count} LoRAs; it must hold at most {MAX_LORAS} LoRAs per expert")
 
 
+def check_files(name: str, count: int) -> None:
+    """Raises ValueError if one model has more files than a job takes."""
+    check(count <= MAX_FILES, name, count, f"at most {MAX_FILES} files")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFiles:
     """A checkpoint's files; a sharded expert lists every shard. A model of one transformer leaves one expert empty."""
@@ -93,8 +98,7 @@ class ModelFiles:
             if field.name.endswith("_loras"):
                 check_loras(f"model.{field.name}", count)
             else:
-                allowed = f"at most {MAX_FILES} files"
-                check(count <= MAX_FILES, f"model.{field.name}", count, allowed)
+                check_files(f"model.{field.name}", count)
         if not self.high_noise and not self.low_noise:
             raise ValueError("model.high_noise and model.low_noise are both empty; at least one must name a file")
         for name in ("high_noise", "low_noise"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..group.worker_group import WorkerGroup
-from ..job.job import Job
+from ..job.job import GroupJob
 from ..job.job_folder import JobDir
 
 
@@ -16,7 +16,7 @@ class GroupSource(Protocol):
     forgotten."""
 
     def take(
-        self, job: Job, parent: Path, *, cancelled: Callable[[], bool], on_wait: Callable[[str], None]
+        self, job: GroupJob, parent: Path, *, cancelled: Callable[[], bool], on_wait: Callable[[str], None]
     ) -> WorkerGroup:
         """A group for the job.
 
@@ -26,10 +26,10 @@ class GroupSource(Protocol):
             on_wait: told what is waited for.
         """
 
-    def give_back(self, group: WorkerGroup, job: Job) -> None:
+    def give_back(self, group: WorkerGroup, job: GroupJob) -> None:
         """After a good job."""
 
-    def stop(self, group: WorkerGroup, job: Job, folder: JobDir, seconds: float) -> None:
+    def stop(self, group: WorkerGroup, job: GroupJob, folder: JobDir, seconds: float) -> None:
         """After a cancel: asks the ranks to stop after their step, and ends them after `seconds`. Returns at once; the
         job's folder is removed when they have stopped."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..group.worker_group import WorkerGroup
-from ..job.job import Job
+from ..job.job import GroupJob
 from ..job.job_folder import JobDir
 from .group_source import GroupSource
 
@@ -20,10 +20,10 @@ class HeldGroup:
     def __init__(self, pool: GroupSource) -> None:
         self._pool = pool
         self._group: WorkerGroup | None = None
-        self._last: Job | None = None
+        self._last: GroupJob | None = None
 
     def take(
-        self, job: Job, parent: Path, *, cancelled: Callable[[], bool], on_wait: Callable[[str], None]
+        self, job: GroupJob, parent: Path, *, cancelled: Callable[[], bool], on_wait: Callable[[str], None]
     ) -> WorkerGroup:
         """As Pool.take. A group that died while it waited is replaced."""
         if self._group is not None and not self._group.usable:
@@ -33,12 +33,12 @@ class HeldGroup:
             self._group = self._pool.take(job, parent, cancelled=cancelled, on_wait=on_wait)
         return self._group
 
-    def give_back(self, group: WorkerGroup, job: Job) -> None:
+    def give_back(self, group: WorkerGroup, job: GroupJob) -> None:
         """After a good job."""
         assert group is self._group
         self._last = job
 
-    def stop(self, group: WorkerGroup, job: Job, folder: JobDir, seconds: float) -> None:
+    def stop(self, group: WorkerGroup, job: GroupJob, folder: JobDir, seconds: float) -> None:
         """As Pool.stop: after a cancel there is no next job, and the pool has the group."""
         assert group is self._group
         self._group = self._last = None

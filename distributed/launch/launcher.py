@@ -31,7 +31,7 @@ from ..group.leftovers import claim, keep_failed, remove_abandoned
 from ..group.logs import LogFollower, log_tail
 from ..group.lost_ranks import LostRanks
 from ..group.signs_of_life import Problem, Seen, SignsOfLife, dump_stacks, find_suspect
-from ..job.job import Job, JobError
+from ..job.job import GroupJob, Job, JobError
 from ..job.job_folder import JobDir
 from ..job.progress import Progress, place, read_progress
 from ..machine.cancelling import cancelled_by, check_cancelled
@@ -65,7 +65,7 @@ class _GroupLost(JobError):
 
 
 def run_job(
-    job: Job,
+    job: GroupJob,
     write_inputs: Callable[[Path], None],
     *,
     parent: Path,
@@ -91,13 +91,13 @@ def run_job(
     with cancelled_by(cancelled):
         check_cancelled()
         on_progress(Progress(phase="start", message="looking for the packages that the processes import"))
-        check_prerequisites(job.parallel, decodes=job.decode)
-        check_installation(encodes=job.text is not None, decodes=job.decode)
+        check_prerequisites(job.parallel, decodes=job.decodes)
+        check_installation(encodes=job.encodes, decodes=job.decodes)
         check_cancelled()
     if problem := writing_problem(parent):
         raise JobError(problem)
     remove_abandoned(parent)
-    if problem := space_problem(parent, job.sampling):
+    if problem := space_problem(parent, job.made_bytes):
         raise JobError(problem)
     pool = Pool() if pool is None else pool
     while True:
@@ -125,7 +125,7 @@ class _Run:
     """One running job."""
 
     def __init__(
-        self, job: Job, folder: JobDir, failed: Path, on_progress: Callable[[Progress], None],
+        self, job: GroupJob, folder: JobDir, failed: Path, on_progress: Callable[[Progress], None],
         on_log_line: Callable[[str], None], cancelled: Callable[[], bool], pool: GroupSource,
     ) -> None:  # fmt: skip
         self._job, self._folder, self._failed = job, folder, failed
@@ -282,9 +282,11 @@ class _Run:
         kept = keep_failed(self._folder, self._failed)
         out_of_memory = cause is not None and cause.out_of_memory
         hint = advice(text, tail, out_of_memory=out_of_memory, killed=cause is not None and cause.signal == "SIGKILL")
-        command = shlex.join([sys.executable, str(worker_group.AGENT), "run", str(kept)])
-        does = "continues from its denoised latents" if JobDir(kept).latents.exists() else "repeats it"
-        again = f"the job is kept in {kept}; {command} {does}"
+        again = f"the job is kept in {kept}"
+        if isinstance(self._job, Job):
+            command = shlex.join([sys.executable, str(worker_group.AGENT), "run", str(kept)])
+            does = "continues from its denoised latents" if JobDir(kept).latents.exists() else "repeats it"
+            again += f"; {command} {does}"
         parts = [text, self._group.notes(), f"\nlast lines of its log:\n{tail}\n" if tail else "", again, hint]
         return JobFailed(
             "\n".join(part for part in parts if part),

@@ -13,7 +13,7 @@ from typing import Any
 from ..group.worker_group import WorkerGroup
 from ..hosts.hosts_group import HostsGroup
 from ..job.errors import JobCancelled
-from ..job.job import Job, ModelFiles, Parallel
+from ..job.job import FileIdentity, GroupJob, Job, Parallel
 from ..job.job_folder import JobDir
 from ..machine.gpu_locks import GpuLocks, wait_for_gpus
 from ..machine.gpus import Gpu, list_gpus
@@ -32,6 +32,8 @@ class _Member:
     locks: GpuLocks
     kind: Any
     parallel: Parallel
+    """Of its last job."""
+    transformer: tuple[FileIdentity, ...]
     """Of its last job."""
     idle: bool = False
     released: bool = False
@@ -52,7 +54,8 @@ class GroupView:
     """A group as the user is shown it."""
 
     id: str
-    model: ModelFiles
+    transformer: tuple[FileIdentity, ...]
+    """The model's files, or of one of its experts: of its last job."""
     parallel: Parallel
     idle: bool
     """It waits for a job."""
@@ -71,11 +74,11 @@ OF_ONE_JOB = frozenset({"start_timeout", "stall_timeout", "keep_warm_seconds", "
 the weights lie the same either way."""
 
 
-def _kind(job: Job) -> tuple[Any, ...]:
-    """Jobs of equal kinds can use each other's processes: same files, same GPUs, same layout of the weights."""
+def _kind(job: GroupJob) -> tuple[Any, ...]:
+    """Jobs of equal kinds can use each other's processes: same work, same GPUs, same layout of the weights."""
     fields = [field.name for field in dataclasses.fields(job.parallel) if field.name not in OF_ONE_JOB]
     layout = tuple(getattr(job.parallel, name) for name in fields)
-    return layout, dataclasses.replace(job.model, high_noise_loras=(), low_noise_loras=())
+    return layout, job.KIND, job.shared
 
 
 class Pool:
@@ -86,7 +89,7 @@ class Pool:
         self._lock = threading.RLock()
 
     def take(
-        self, job: Job, parent: Path, *, cancelled: Callable[[], bool], on_wait: Callable[[str], None]
+        self, job: GroupJob, parent: Path, *, cancelled: Callable[[], bool], on_wait: Callable[[str], None]
     ) -> WorkerGroup:
         """A group for the job: the idle one of its kind, or a new one.
 
@@ -103,7 +106,8 @@ class Pool:
         with self._lock:
             for member in self._resting():
                 if member.idle and member.kind == _kind(job) and member.group.usable:
-                    member.idle, member.parallel = False, job.parallel
+                    member.idle = False
+                    member.parallel, member.transformer = job.parallel, job.transformer
                     if member.timer is not None:
                         member.timer.cancel()
                     return member.group
@@ -116,17 +120,21 @@ class Pool:
         # The driver may need a moment to give back what an ended group held.
         free = {gpu.index: max(gpu.free_bytes, before.get(gpu.index, 0)) for gpu in _gpus_of(own_gpus)}
         try:
-            group = HostsGroup(job, parent) if job.parallel.hosts else WorkerGroup(job.parallel, parent)
+            group = (
+                HostsGroup(job, parent)
+                if isinstance(job, Job) and job.parallel.hosts
+                else WorkerGroup(job.parallel, parent)
+            )
         except BaseException:
             locks.release()
             raise
         with self._lock:
             self._members.append(
-                _Member(group, locks, _kind(job), job.parallel, free_bytes=free, host_bytes=host_bytes)
+                _Member(group, locks, _kind(job), job.parallel, job.transformer, free_bytes=free, host_bytes=host_bytes)
             )
         return group
 
-    def give_back(self, group: WorkerGroup, job: Job) -> None:
+    def give_back(self, group: WorkerGroup, job: GroupJob) -> None:
         """After a good job: the group waits for the next one as long as the job says, or ends."""
         with self._lock:
             member = self._member(group)
@@ -141,7 +149,7 @@ class Pool:
         # Not under the lock: nobody else touches a group that is not idle, and those of a batch end side by side.
         self._end(member)
 
-    def stop(self, group: WorkerGroup, job: Job, folder: JobDir, seconds: float) -> None:
+    def stop(self, group: WorkerGroup, job: GroupJob, folder: JobDir, seconds: float) -> None:
         """After a cancel: asks the group's ranks to stop after their step. Returns at once.
 
         Once they have stopped the group waits as after a good job; if they have not within `seconds`, it is ended. The
@@ -155,7 +163,7 @@ class Pool:
             folder.write_json(folder.stop, {})
             member.stopping.start()
 
-    def _see_it_stop(self, member: _Member, job: Job, folder: JobDir, seconds: float) -> None:
+    def _see_it_stop(self, member: _Member, job: GroupJob, folder: JobDir, seconds: float) -> None:
         ranks = stopped_ranks(member.group, job, folder, seconds)
         with self._lock:
             # Otherwise it was ended meanwhile.
@@ -234,7 +242,7 @@ class Pool:
         with self._lock:
             return [
                 GroupView(
-                    id=_id(member), parallel=member.parallel, model=member.kind[1], idle=member.idle,
+                    id=_id(member), parallel=member.parallel, transformer=member.transformer, idle=member.idle,
                     released=member.released, seconds_left=max(0.0, member.expires - now) if member.idle else None,
                     job=member.group.job, ranks=tuple(member.group.ranks),
                 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...wan.files.headers import read_header
-from ..job.job import VERSION, Job, JobError
+from ..job.job import VERSION, GroupJob, Job, JobError
 from ..job.job_folder import JobDir
 
 
@@ -26,14 +26,19 @@ class Result:
         self.folder.remove()
 
 
-def checked_result(folder: JobDir, job: Job) -> dict[str, Any]:
+def checked_result(folder: JobDir, job: GroupJob) -> dict[str, Any]:
     """result.json. Raises JobError or ValueError where it, or a file that it promises, is not what the job makes."""
     info = folder.read_json(folder.result)
     if info.get("id") != job.id or info.get("version") != VERSION:
         raise JobError(f"result.json is of job {info.get('id')!r}, not of {job.id!r}")
+    if isinstance(job, Job):
+        _check_video(folder, job, info)
+    return info
+
+
+def _check_video(folder: JobDir, job: Job, info: dict[str, Any]) -> None:
     samples = read_header(folder.latents).tensors.get("samples")
     if samples is None or samples.dtype != "F32" or list(samples.shape) != info.get("latents", {}).get("shape"):
         raise JobError("latents.safetensors is not what result.json promises")
     if job.decode and (not folder.video.is_file() or folder.video.stat().st_size == 0):
         raise JobError("video.mp4 is missing or empty")
-    return info

@@ -34,7 +34,10 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, frame: interrupted.append(received))
     try:
-        job = dataclasses.replace(source.read_job(), id=new_job_id())
+        read = source.read_job()
+        if not isinstance(read, Job):
+            raise JobError(f"the job in {source.path} served a sampler of ComfyUI's: queue that workflow again")
+        job = dataclasses.replace(read, id=new_job_id())
         if options.hostfile is not None:
             job = _over(job, options.hostfile.resolve())
             for warning in host_warnings(job.parallel):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from ..group.signs_of_life import Seen, SignsOfLife
 from ..group.worker_group import WorkerGroup
 from ..job.errors import JobCancelled
-from ..job.job import Job
+from ..job.job import GroupJob
 from ..job.job_folder import JobDir
 from ..job.progress import Progress
 from ..machine.processes import Process
@@ -26,7 +26,12 @@ class Stopping(JobCancelled):
 
 
 def cancel(
-    pool: GroupSource, group: WorkerGroup, job: Job, folder: JobDir, ranks: Mapping[int, Seen], shown: Progress | None
+    pool: GroupSource,
+    group: WorkerGroup,
+    job: GroupJob,
+    folder: JobDir,
+    ranks: Mapping[int, Seen],
+    shown: Progress | None,
 ) -> JobCancelled:
     """What is to be raised: Stopping, if the ranks were asked to stop and nobody needs to end them.
 
@@ -40,7 +45,7 @@ def cancel(
     return Stopping("cancelled")
 
 
-def seconds_to_stop(job: Job, ranks: Mapping[int, Seen], seconds_per_step: float | None) -> float | None:
+def seconds_to_stop(job: GroupJob, ranks: Mapping[int, Seen], seconds_per_step: float | None) -> float | None:
     """How long a cancelled job's ranks may take to stop; None: they are to be ended at once.
 
     Args:
@@ -55,7 +60,7 @@ def seconds_to_stop(job: Job, ranks: Mapping[int, Seen], seconds_per_step: float
     return SECONDS + (seconds_per_step or 0) if len(sampling) == parallel.gpu_count and all(sampling) else None
 
 
-def stopped_ranks(group: WorkerGroup, job: Job, folder: JobDir, seconds: float) -> list[Process] | None:
+def stopped_ranks(group: WorkerGroup, job: GroupJob, folder: JobDir, seconds: float) -> list[Process] | None:
     """Waits for ranks that were asked to stop. Returns them; None if they have ended, or have not stopped in time."""
     signs, deadline = SignsOfLife(folder, job.parallel), time.monotonic() + seconds
     while time.monotonic() < deadline and not group.ended and group.exit_code is None:

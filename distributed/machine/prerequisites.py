@@ -13,7 +13,6 @@ from pathlib import Path
 from ..job.errors import JobError
 from ..job.job import Parallel
 from ..job.needs import DEEPSPEED_COMMAND, check_needs, deepspeed_there
-from ..job.sampling import Sampling
 from .gpus import compute_capabilities
 from .programs import ask_program
 
@@ -119,10 +118,9 @@ def writing_problem(folder: Path) -> str:
         return f"{folder} cannot be written to: {error.strerror}; correct its permissions, or choose another folder"
 
 
-def space_problem(folder: Path, sampling: Sampling) -> str:
+def space_problem(folder: Path, made_bytes: int) -> str:
     """Why what a job makes would not fit on the disk of an existing folder; empty if it does."""
-    # Latents are 4 bytes x 16 channels per 8x8x4 pixels; a noisy mp4 stays under half a byte per pixel.
-    needed = MIN_FREE_BYTES + sampling.width * sampling.height * sampling.num_frames * 3 // 4
+    needed = MIN_FREE_BYTES + made_bytes
     free = shutil.disk_usage(folder).free
     if free >= needed:
         return ""

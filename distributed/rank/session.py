@@ -20,7 +20,7 @@ from ...wan.vae.autoencoder import load_vae
 from ...wan.vae.preview import PreviewMap, preview_of_vae
 from ..group.group_folder import GroupDir
 from ..hosts.hostfile import HostsDir
-from ..job.job import Job, JobError
+from ..job.job import GroupJob, Job, JobError
 from ..job.job_folder import JobDir
 from ..job.needs import check_needs
 from ..machine.memory_file import STORE_VARIABLE
@@ -69,7 +69,7 @@ class Session:
         self.prompts = PromptEncoder(self.device)
 
     @classmethod
-    def of(cls, job: Job) -> Session:
+    def of(cls, job: GroupJob) -> Session:
         """For this process. Raises JobError if it is not one of the job's ranks, or sees no such GPU."""
         world = int(os.environ["WORLD_SIZE"])
         if world != job.parallel.gpu_count:
@@ -113,7 +113,7 @@ class Session:
             return SequenceShard(length=length, order=order)
         return SequenceShard(length=length, rank=self.mesh.ulysses_rank, world=self.mesh.ulysses_size, order=order)
 
-    def begin(self, job: Job, group: GroupDir) -> None:
+    def begin(self, job: GroupJob, group: GroupDir) -> None:
         """Before each job. The first time it meets the other ranks."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -148,7 +148,7 @@ class Session:
         self.mesh = self._meshes.get(cfg) or self.mesh.laid_out(cfg, timedelta(seconds=timeout))
         self._remember_mesh()
 
-    def check_stop(self, folder: JobDir, job: Job) -> None:
+    def check_stop(self, folder: JobDir, job: GroupJob) -> None:
         """After each step, on every rank. Raises Stopped on all of them if one has seen the request by now."""
         if job.parallel.keep_warm_seconds == 0:
             return
@@ -195,13 +195,13 @@ class Session:
             self._preview_map = preview_of_vae(load_vae(files, dtype=self.vae_dtype(job), device=self.device))
         return self._preview_map
 
-    def vae_dtype(self, job: Job) -> torch.dtype:
+    def vae_dtype(self, job: GroupJob) -> torch.dtype:
         """bfloat16 decodes three times as fast on a GPU; fp16 and fp32 jobs, and CPUs, decode as the official code."""
         fast = self.device.type == "cuda" and job.parallel.mixed_precision == "bf16"
         return torch.bfloat16 if fast else torch.float32
 
 
-def _device(job: Job) -> torch.device:
+def _device(job: GroupJob) -> torch.device:
     if not job.parallel.gpu_ids:
         return torch.device("cpu")
     local_rank = int(os.environ["LOCAL_RANK"])

@@ -42,8 +42,8 @@ def _one(group: GroupView, gpus: Mapping[str, Usage]) -> dict[str, Any]:
 
 def _model_name(group: GroupView) -> str:
     """The name of the checkpoint, or of its folder."""
-    path = Path(group.model.transformer[0].path)
-    return path.name if len(group.model.transformer) == 1 else path.parent.name
+    path = Path(group.transformer[0].path)
+    return path.name if len(group.transformer) == 1 else path.parent.name
 
 
 def _place(group: GroupView) -> str:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.job.job import JobError
 from wan_pack.distributed.job.job_folder import JobDir
-from wan_pack.distributed.rank.worker import Worker
+from wan_pack.distributed.rank.video_work import VideoWork
 from wan_pack.wan.vae.video import probe
 
 
@@ -54,7 +54,7 @@ def test_kept_latents_are_decoded_without_denoising(tiny_models: Path, tmp_path:
 def test_latents_of_another_size_are_refused(tmp_path: Path):
     folder = JobDir(tmp_path)
     save_file({"samples": torch.zeros(1, 16, 2, 6, 8)}, folder.latents)
-    worker = object.__new__(Worker)
+    worker = object.__new__(VideoWork)
     worker.folder, worker.device, worker.noise = folder, torch.device("cpu"), torch.zeros(16, 2, 6, 8)
     assert worker.kept_latents().shape == (16, 2, 6, 8)
     worker.noise = torch.zeros(16, 3, 6, 8)

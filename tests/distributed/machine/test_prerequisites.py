@@ -52,12 +52,12 @@ def test_ffmpeg_is_asked_for_one_frame(monkeypatch: pytest.MonkeyPatch, ends: An
 
 
 def test_a_disk_without_room_is_told_with_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    sampling = stub_job(width=1280, height=720, num_frames=81).sampling
+    made = stub_job(width=1280, height=720, num_frames=81).made_bytes
     needed = prerequisites.MIN_FREE_BYTES + 1280 * 720 * 81 * 3 // 4
     for free, fits in ((needed, True), (needed - 1, False), (5 << 20, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
-        assert (space_problem(tmp_path, sampling) == "") is fits
-    assert space_problem(tmp_path, sampling) == (
+        assert (space_problem(tmp_path, made) == "") is fits
+    assert space_problem(tmp_path, made) == (
         f"{tmp_path} has 5 MiB free; the job needs {needed / 2**20:.0f} MiB. Free some space there"
     )
 

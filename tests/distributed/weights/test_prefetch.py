@@ -18,7 +18,7 @@ from wan_pack.distributed.job.job import FileIdentity, Job, JobError
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.rank import experts
 from wan_pack.distributed.rank.signs import RankFiles
-from wan_pack.distributed.rank.worker import Worker
+from wan_pack.distributed.rank.video_work import VideoWork
 from wan_pack.distributed.rank.worker import main as run_worker
 from wan_pack.distributed.weights import prefetch
 from wan_pack.distributed.weights.prefetch import Prefetch, read_ahead
@@ -138,9 +138,9 @@ def test_steps_begin_before_the_other_expert_is_read(
     rank: Rank, read_late: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And end in the latents of a job whose experts were both there."""
-    stepped, on_step = threading.Event(), Worker.on_step
+    stepped, on_step = threading.Event(), VideoWork.on_step
 
-    def watch(worker: Worker, done: int) -> None:
+    def watch(worker: VideoWork, done: int) -> None:
         on_step(worker, done)
         if done == 3:
             stepped.set()
@@ -150,8 +150,8 @@ def test_steps_begin_before_the_other_expert_is_read(
         # Thirty tensors, so that it is seen how far they are.
         time.sleep(0.002)
 
-    monkeypatch.setattr(Worker, "on_step", watch)
-    monkeypatch.setattr("wan_pack.distributed.rank.worker.MIN_INTERVAL", 0.0)
+    monkeypatch.setattr(VideoWork, "on_step", watch)
+    monkeypatch.setattr("wan_pack.distributed.rank.video_work.MIN_INTERVAL", 0.0)
     read_late(wait)
     cold = rank.run(rank.job(keep_warm_seconds=300.0))
     loading = [message.startswith("denoise 3/4 loading the low_noise expert") for message in rank.messages]
@@ -212,13 +212,13 @@ def test_a_file_that_changes_while_it_waits_is_refused(
     path = tmp_path / "low.safetensors"
     path.write_bytes(Path(job.model.low_noise[0].path).read_bytes())
     model = dataclasses.replace(job.model, low_noise=(FileIdentity.of(path),))
-    on_step = Worker.on_step
+    on_step = VideoWork.on_step
 
-    def touch(worker: Worker, done: int) -> None:
+    def touch(worker: VideoWork, done: int) -> None:
         on_step(worker, done)
         os.utime(path, ns=(1, 1))
 
-    monkeypatch.setattr(Worker, "on_step", touch)
+    monkeypatch.setattr(VideoWork, "on_step", touch)
     with pytest.raises(JobError, match=r"low.safetensors changed since the job was written"):
         rank.run(dataclasses.replace(job, model=model))
 

@@ -14,7 +14,7 @@ import torch
 
 from ..machine.processes import descendants
 from ..parallel.split_vae import RankVae
-from . import real_worker
+from . import real_worker, video_work
 
 ACTION = json.loads((Path(__file__).parent / "fault.json").read_text())["action"]
 FOLDER: list[Path] = []
@@ -45,10 +45,10 @@ def command_of(pid: int) -> str:
 
 
 def main(group, folder, files, session):  # type: ignore[no-untyped-def]
-    original = real_worker.Worker.on_step
+    original = video_work.VideoWork.on_step
     if ACTION == "noise" and os.environ["RANK"] == "1":
-        draw = real_worker.draw_noise
-        real_worker.draw_noise = lambda shape, seed: draw(shape, seed + 1)
+        draw = video_work.draw_noise
+        video_work.draw_noise = lambda shape, seed: draw(shape, seed + 1)
 
     if ACTION == "ffmpeg dies":
         FOLDER.append(folder.path)
@@ -61,5 +61,5 @@ def main(group, folder, files, session):  # type: ignore[no-untyped-def]
         if self.rank == 1 and done == 2 and ACTION == "gpu memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has 79.10 GiB in all")
 
-    real_worker.Worker.on_step = on_step
+    video_work.VideoWork.on_step = on_step
     return real_worker.main(group, folder, files, session)

@@ -18,7 +18,7 @@ from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.planning import preflight
 from wan_pack.distributed.rank import report
 from wan_pack.distributed.rank.session import Session
-from wan_pack.distributed.rank.worker import Worker
+from wan_pack.distributed.rank.video_work import VideoWork
 from wan_pack.nodes.settings.spread import WanVideoDistributedConfig
 from wan_pack.wan.model.attention import attention
 from wan_pack.wan.model.attention_kernels import KERNELS
@@ -168,7 +168,7 @@ def test_a_rank_tells_the_kernel_of_every_step():
         experts=SimpleNamespace(check_pending=lambda: None), check_stop=lambda *_: None,
     )  # fmt: skip
     files: Any = SimpleNamespace(progress=lambda *_, **__: None)
-    worker = Worker(stub_job(gpu_count=1), None, None, files, session)
+    worker = VideoWork(stub_job(gpu_count=1), None, None, files, session)
     worker.steps, worker._step_start = range(3, 6), 0.0
     for done in (1, 2, 3):
         worker.on_step(done)

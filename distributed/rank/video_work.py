@@ -1,0 +1,256 @@
+"""A video, on one rank: encodes, loads, denoises, decodes; rank 0 writes it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...wan.checkpoint.checkpoint import Checkpoint
+from ...wan.model.config import HIGH_NOISE, LOW_NOISE, TEXT_LEN
+from ...wan.model.patch import patchify, token_grid, unpatchify
+from ...wan.sampling.conditioning import Conditioning, build_conditioning
+from ...wan.sampling.denoise import Guidance, Known, denoise, draw_noise
+from ...wan.sampling.schedule import make_solver
+from ...wan.transformer.context import pad_text
+from ...wan.vae.latents import denormalise, normalise
+from ..group.group_folder import GroupDir
+from ..job.input_tensors import CONTEXT, CONTEXT_NULL
+from ..job.job import Job, JobError
+from ..job.job_folder import JobDir
+from ..job.progress import steady_seconds
+from ..planning.preflight import needs_negative
+from .expert import VelocityPredictor
+from .live_preview import PreviewWriter
+from .report import gather_peaks, result_of, video_size
+from .session import Session
+from .signs import MIN_INTERVAL, RankFiles
+from .work import Work
+
+log = logging.getLogger(__name__)
+
+
+class VideoWork(Work[Job]):
+    """The phases of a video on one rank, in order."""
+
+    def __init__(self, job: Job, group: GroupDir, folder: JobDir, files: RankFiles, session: Session) -> None:
+        super().__init__(job, group, folder, files, session)
+        self.step_seconds: list[float] = []
+        self.notes: list[str] = []
+        """For the status: what only the run could know."""
+
+    def run(self) -> None:
+        with self.phase("start", "connecting the processes" if self.session.world > 1 else ""):
+            self.begin()
+            self.prepare()
+            self.check_ranks_agree()
+        latents = self.kept_latents()
+        if latents is None:
+            with self.phase("encode"):
+                texts = self.texts()
+                conditioning = self.conditioning()
+            latents = self.denoised(texts, conditioning)
+        self.finish(latents)
+
+    def kept_latents(self) -> Tensor | None:
+        """What an earlier run of the job has denoised [C, T, h, w], where it failed behind that."""
+        if not self.folder.latents.exists():
+            return None
+        samples = load_file(self.folder.latents)["samples"].to(self.device)
+        if tuple(samples.shape[1:]) != tuple(self.noise.shape):
+            raise JobError(f"the kept latents have shape {list(samples.shape)}; the job makes {list(self.noise.shape)}")
+        log.info("continuing from kept latents")
+        return normalise(samples[0], samples.shape[1])
+
+    def prepare(self) -> None:
+        """The schedule, and the noise that it starts from."""
+        sampling, model = self.job.sampling, self.job.model
+        self.config = Checkpoint([file.path for file in model.transformer]).config
+        shape = self.config.variant.latents.shape(sampling.width, sampling.height, sampling.num_frames)
+        self.noise = draw_noise(shape, sampling.seed)
+        self.steps = sampling.step_range
+        self.solver = make_solver(sampling.solver, sampling.schedule_steps, sampling.shift, self.steps.start)
+        present = [name for name in (HIGH_NOISE, LOW_NOISE) if getattr(model, name)]
+        self.guidance = Guidance(
+            low=sampling.guidance_low, high=sampling.guidance_high, boundary=sampling.boundary,
+            only=present[0] if len(present) == 1 else None,
+        )  # fmt: skip
+        self.inputs = load_file(self.folder.inputs) if self.folder.inputs.exists() else {}
+
+    def check_ranks_agree(self) -> None:
+        """Raises JobError naming the first rank that has other inputs or other noise than rank 0."""
+        digest = hashlib.sha256(self.folder.job.read_bytes())
+        if self.folder.inputs.exists():
+            digest.update(self.folder.inputs.read_bytes())
+        digest.update(self.noise.numpy().tobytes())
+        self.check_all_have(digest.digest(), "another job, other inputs or other noise")
+
+    def texts(self) -> dict[bool, Tensor]:
+        """Conditional? -> text tokens [n, text_dim]; the unconditional ones only where guidance needs them."""
+        negative = needs_negative(self.job.model, self.job.sampling)
+        if self.job.text is None:
+            return {True: self.inputs[CONTEXT]} | ({False: self.inputs[CONTEXT_NULL]} if negative else {})
+        # One rank encodes: the encoder is large, its output small.
+        texts = torch.zeros(1 + negative, TEXT_LEN, self.config.text_dim, device=self.device)
+        if self.rank == 0:
+            encoded = self.session.prompts.encode(self.job, negative=negative, say=self.files.say)
+            self.notes += self.session.prompts.notes
+            texts = torch.stack([pad_text(text.to(texts)) for text in encoded])
+        if self.session.mesh is not None:
+            dist.broadcast(texts, src=0)
+        return dict(zip((True, False), texts, strict=False))
+
+    def conditioning(self) -> Conditioning:
+        """What the video starts from; pictures are encoded by all ranks together."""
+        first, sampling = self.steps.start, self.job.sampling
+        return build_conditioning(
+            self.inputs, self.noise, variant=self.config.variant, num_frames=sampling.num_frames,
+            # At its very start a schedule is pure noise, also where a solver's grid begins a hair below 1.
+            sigma=self.solver.sigmas[first] if first else 1.0,
+            add_noise=sampling.add_noise,
+            encode=self.encode_pictures,
+        )  # fmt: skip
+
+    def encode_pictures(self, video: Tensor) -> Tensor:
+        """[1, 3, n, H, W] in -1 to 1 -> [1, C, T, h, w] on the CPU. Collective."""
+        given = [name.replace("_", " ") for name in ("start_image", "end_image") if name in self.inputs]
+        self.files.say(f"encoding the {' and the '.join(given)}")
+        return self.session.vae(self.job).encode(video).cpu()
+
+    def denoised(self, texts: dict[bool, Tensor], conditioning: Conditioning) -> Tensor:
+        """Loads the experts and runs the loop. Returns the normalised latents [C, T, h, w], on every rank."""
+        session, parallel = self.session, self.job.parallel
+        grid = token_grid(tuple(self.noise.shape))
+        shard = session.shard(self.job, grid)
+
+        def tokens_of(latents: Tensor) -> Tensor:
+            return shard.split(patchify(latents)).to(self.device)
+
+        with self.phase("load"):
+            runs = {self.guidance.expert(self.solver.timesteps[index]) for index in self.steps}
+            needed = [name for name in (HIGH_NOISE, LOW_NOISE) if name in runs]
+            session.experts.load(needed, self.job, session.mesh, shard, self.files.say)
+            self.files.say("preparing the live picture" if self.job.preview else "")
+            group = None if session.mesh is None else session.mesh.ulysses_group
+            preview = PreviewWriter(
+                self.folder.preview, preview_map=session.preview_map(self.job) if self.rank == 0 else None,
+                grid=grid, shard=shard, group=group, steps=len(self.steps),
+            ) if self.job.preview else None  # fmt: skip
+        with self.phase("denoise"), session.kernel.activate():
+            known = None
+            if conditioning.known is not None and conditioning.known_mask is not None:
+                mask = conditioning.known_mask.expand_as(conditioning.known)
+                known = Known(tokens_of(conditioning.known), tokens_of(mask))
+            predictor = VelocityPredictor(
+                session.experts.models, texts, grid=grid, shard=shard, device=self.device,
+                keep_text=not parallel.memory_optimization,
+                weights=session.experts.weights if parallel.parks_experts else {},
+                image=None if conditioning.image is None else tokens_of(conditioning.image),
+                which_timestep=None if known is None else known.which_timestep, mesh=session.mesh,
+                arrive=self.arrive,
+            )  # fmt: skip
+            self.report_steps()
+            self._step_start = time.perf_counter()
+            tokens = denoise(
+                tokens_of(conditioning.latents), solver=self.solver, guidance=self.guidance, predict=predictor.predict,
+                steps=self.steps, known=known, on_step=self.on_step, on_estimate=preview,
+            )  # fmt: skip
+            predictor.release()
+            tokens = shard.gather(tokens, group)
+        if not self.job.parallel.stays:
+            session.experts.drop()
+        return unpatchify(tokens, grid)
+
+    def arrive(self, expert: str) -> None:
+        """Before an expert takes over. What it is waited for is no step's time."""
+        start = told = time.perf_counter()
+
+        def on_tensor(message: str, done: int, total: int) -> None:
+            nonlocal told
+            if time.perf_counter() - told >= MIN_INTERVAL:
+                told = time.perf_counter()
+                self.report_steps(f"loading the {message} {done / total:.0%}")
+
+        self.session.experts.arrive(expert, on_tensor)
+        if told > start:
+            # Or it would be said to be loading until the step ends.
+            self.report_steps()
+        self._step_start += time.perf_counter() - start
+
+    def on_step(self, done: int) -> None:
+        if self.session.sparse is not None:
+            self.session.sparse.enter(self.steps.start + done)
+        self.session.experts.check_pending()
+        if self.device.type == "cuda":
+            # The step is timed and reported when it is done, not when it is queued.
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.step_seconds.append(now - self._step_start)
+        self._step_start = now
+        self.report_steps()
+        log.info("step %d of %d: %.2f s", done, len(self.steps), self.step_seconds[-1])
+        self.session.check_stop(self.folder, self.job)
+
+    def report_steps(self, message: str = "") -> None:
+        done = len(self.step_seconds)
+        steady = steady_seconds(self.step_seconds) if done else None
+        self.files.progress("denoise", done, len(self.steps), seconds_per_step=steady, message=message)
+
+    def finish(self, latents: Tensor) -> None:
+        """Rank 0 keeps the latents; all decode; rank 0 writes the video and, last, the result."""
+        if not latents.isfinite().all():
+            raise JobError(
+                "the denoised latents are not finite; with mixed_precision fp16 try bf16, otherwise the weights are "
+                "damaged or made for another model"
+            )
+        shape = [1, *latents.shape]
+        if self.rank == 0:
+            samples = denormalise(latents[None], latents.shape[0]).cpu().contiguous()
+            partial = self.folder.latents.with_suffix(".tmp")
+            save_file({"samples": samples}, partial)
+            os.replace(partial, self.folder.latents)
+        frames = 0
+        if self.job.decode:
+            frames = self.decode(latents)
+        peaks = gather_peaks(self.session)
+        if self.rank == 0:
+            result = result_of(
+                self.job, self.session, frames=frames, latents_shape=shape, phases=self.phase_seconds,
+                step_seconds=self.step_seconds, peaks=peaks, notes=self.notes,
+            )  # fmt: skip
+            self.folder.write_json(self.folder.result, result)
+
+    def decode(self, latents: Tensor) -> int:
+        """Decodes with all ranks, while rank 0 writes what is done. Returns the frames written: 0 on other ranks."""
+        from ...wan.vae.video import VideoWriter
+
+        sampling = self.job.sampling
+        if self.rank > 0:
+            with self.phase("decode"):
+                for _ in self.session.vae(self.job).decode(latents[None]):
+                    pass
+            return 0
+        size = video_size(self.job, self.session)
+        # What is decoded after ffmpeg's end is of no use, and may take long.
+        with VideoWriter(self.folder.video, **size, fps=sampling.fps, on_loss=self.files.end_process) as video:
+            with self.phase("decode"):
+                vae = self.session.vae(self.job)
+                self.files.progress("decode", 0, sampling.num_frames)
+                for part in vae.decode(latents[None]):
+                    assert part is not None, "rank 0 gets whole frames"
+                    video.write(part)
+                    self.files.progress("decode", video.frames, sampling.num_frames)
+                if self.device.type == "cuda":
+                    # Or what is still computed would count as written.
+                    torch.cuda.synchronize(self.device)
+            with self.phase("write"):
+                video.finish()
+        if video.frames != sampling.num_frames:
+            raise JobError(f"the VAE made {video.frames} frames; the job asks for {sampling.num_frames}")
+        return video.frames

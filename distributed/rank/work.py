@@ -1,0 +1,61 @@
+"""What a rank does for a job, whatever its kind."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+from ..group.group_folder import GroupDir
+from ..job.job import GroupJob, JobError
+from ..job.job_folder import JobDir
+from ..parallel.sequence import gather_bytes
+from .session import Session
+from .signs import RankFiles
+
+log = logging.getLogger(__name__)
+J = TypeVar("J", bound=GroupJob)
+
+
+class Work(ABC, Generic[J]):
+    """One job on one rank."""
+
+    def __init__(self, job: J, group: GroupDir, folder: JobDir, files: RankFiles, session: Session) -> None:
+        self.job, self.group, self.folder, self.files, self.session = job, group, folder, files, session
+        self.rank, self.device = session.rank, session.device
+        self.phase_seconds: dict[str, float] = {}
+
+    @abstractmethod
+    def run(self) -> None:
+        """Does it. Raises Stopped if it is cancelled between two steps."""
+
+    def begin(self) -> None:
+        """Before all else: the files are those that the job was written for, and the ranks have met."""
+        for file in self.job.files:
+            file.check_unchanged()
+        self.session.begin(self.job, self.group)
+
+    def check_all_have(self, digest: bytes, other: str) -> None:
+        """Raises JobError naming the first rank whose digest differs from rank 0's. Collective.
+
+        Args:
+            other: what such a rank has.
+        """
+        if self.session.mesh is None:
+            return
+        everyone = gather_bytes(digest, self.device)
+        for rank, seen in enumerate(everyone):
+            if seen != everyone[0]:
+                raise JobError(f"rank {rank} has {other} than rank 0")
+
+    @contextmanager
+    def phase(self, name: str, message: str = "") -> Iterator[None]:
+        self.files.progress(name, 0, 0, message=message)
+        log.info("begins")
+        start = time.perf_counter()
+        yield
+        self.phase_seconds[name] = time.perf_counter() - start
+        log.info("took %.2f s%s", self.phase_seconds[name], self.session.memory())
