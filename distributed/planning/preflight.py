@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ...wan.checkpoint.checkpoint import Checkpoint
 from ...wan.files.identify import noise_side
@@ -12,7 +12,7 @@ from ...wan.model.latent_space import WAN21
 from ...wan.text.t5_keys import check_text_encoder_files
 from ...wan.vae.vae_keys import check_vae_file
 from ..job.input_tensors import Shape, check_inputs
-from ..job.job import Job, ModelFiles, Sampling
+from ..job.job import FileIdentity, Job, LoraFile, ModelFiles, Parallel, Sampling
 from ..machine.prerequisites import check_switches
 
 SPARSE_HEAD_DIM = 128
@@ -79,10 +79,14 @@ def _lora_reports(model: ModelFiles, experts: list[Checkpoint]) -> Iterator[str]
     """A line for each LoRA of which something does not fit. Opening one refuses it if nothing does."""
     slots = [(name, getattr(model, f"{name}_loras")) for name in (HIGH_NOISE, LOW_NOISE) if getattr(model, name)]
     for expert, (name, loras) in zip(experts, slots, strict=True):
-        for lora in loras:
-            opened = Lora(lora.file.path, lora.strength, expert.shapes, expert=name)
-            if opened.skipped or not opened.applied:
-                yield opened.report()
+        yield from _of_one_expert(expert, loras, name)
+
+
+def _of_one_expert(expert: Checkpoint, loras: Iterable[LoraFile], side: str | None) -> Iterator[str]:
+    for lora in loras:
+        opened = Lora(lora.file.path, lora.strength, expert.shapes, expert=side)
+        if opened.skipped or not opened.applied:
+            yield opened.report()
 
 
 def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
@@ -120,21 +124,34 @@ def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
             f"cfg_parallel is on, but guidance is {sampling.guidance_low:g} (low) and {sampling.guidance_high:g} "
             "(high): there is no second pass for the other GPUs; turn it off"
         )
-    if not parallel.hosts:
-        # Other machines look for themselves.
-        check_switches(parallel)
     warnings += _side_warnings(model, sampling)
-    if parallel.gpu_count == 1:
-        for name in ("use_fsdp", "master_port"):
-            if getattr(parallel, name):
-                warnings.append(f"{name} has no effect on one GPU")
-    elif parallel.use_ulysses:
-        warnings += _check_engine(job, config.num_heads)
+    warnings += _check_layout(parallel, config.num_heads)
     return tuple(warnings)
 
 
-def _check_engine(job: Job, heads: int) -> list[str]:
-    parallel, ranks = job.parallel, job.parallel.ulysses_size
+def check_forwards(
+    model: Sequence[FileIdentity], loras: Iterable[LoraFile], side: str | None, parallel: Parallel
+) -> tuple[str, ...]:
+    """As `check_job`, for one transformer whose evaluations a sampler elsewhere asks for.
+
+    Args:
+        side: "high_noise" or "low_noise", if that is known.
+    """
+    checkpoint = Checkpoint([part.path for part in model])
+    return *_of_one_expert(checkpoint, loras, side), *_check_layout(parallel, checkpoint.config.num_heads)
+
+
+def _check_layout(parallel: Parallel, heads: int) -> list[str]:
+    if not parallel.hosts:
+        # Other machines look for themselves.
+        check_switches(parallel)
+    if parallel.gpu_count == 1:
+        return [f"{name} has no effect on one GPU" for name in ("use_fsdp", "master_port") if getattr(parallel, name)]
+    return _check_engine(parallel, heads) if parallel.use_ulysses else []
+
+
+def _check_engine(parallel: Parallel, heads: int) -> list[str]:
+    ranks = parallel.ulysses_size
     if parallel.ulysses_engine == "deepspeed" and heads % ranks:
         divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ...wan.checkpoint.checkpoint import Checkpoint
 from ...wan.checkpoint.weights import COMPUTE_DTYPES, empty_model
+from ...wan.model.latent_space import TEMPORAL_STRIDE
 from ...wan.text.t5_keys import check_text_encoder_files, module_shapes
 from ..job.job import Parallel
 from ..job.model_files import FileIdentity, ModelFiles
@@ -61,6 +62,38 @@ def workload_of(
         guided=needs_negative(model, sampling),
         given_frames=given_frames,
         decode=decode,
+    )
+
+
+def workload_of_forwards(
+    files: tuple[FileIdentity, ...], shape: tuple[int, ...], parallel: Parallel, *, steps: int, guided: bool
+) -> Workload:
+    """As `workload_of`, of one transformer alone, for a sampler elsewhere.
+
+    Args:
+        files: the transformer's.
+        shape: of the latents of one evaluation, [.., T, h, w].
+        steps: that are likely, to weigh loading against computing.
+        guided: most steps evaluate the negative prompt too.
+    """
+    size = _expert_bytes(files, parallel.mixed_precision, parallel.linear_precision == "fp8")
+    checkpoint = Checkpoint([file.path for file in files])
+    frames, rows, columns = shape[-3:]
+    variant = checkpoint.config.variant
+    return Workload(
+        config=checkpoint.config,
+        # Whole tokens; an area's latents may be odd.
+        width=-(-columns // 2) * variant.latents.pixel_multiple,
+        height=-(-rows // 2) * variant.latents.pixel_multiple,
+        num_frames=(frames - 1) * TEMPORAL_STRIDE + 1,
+        steps=steps,
+        experts=(size.expert,),
+        block_bytes=size.largest_block,
+        outside_bytes=size.outside,
+        fp8=bool(checkpoint.fp8) and parallel.linear_precision != "fp8",
+        guided=guided,
+        given_frames=variant.known_frames,
+        decode=False,
     )
 
 

@@ -44,12 +44,30 @@ class CoreSampling:
     """Of the latents, [B, C, T, h, w]."""
     sigmas: Tensor
     """[steps + 1], the noise levels."""
+    guidance: float | None = None
+    """CFG; None for a guider that has none, or several."""
 
     @property
     def added(self) -> tuple[AddedPatches, ...]:
         """All that nodes have added to the weights, in order."""
         added: tuple[AddedPatches, ...] = self.patcher.attachments.get(KEY, ())
         return added
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """As `shape`, of what is evaluated at once: of the whole, or of a context window."""
+        handler = self.options.get("context_handler")
+        if handler is None:
+            return self.shape
+        return tuple(min(n, handler.context_length) if i == handler.dim else n for i, n in enumerate(self.shape))
+
+    @property
+    def guided(self) -> bool:
+        """Every step evaluates the prompt and the negative prompt, in one call as they have equally many tokens."""
+        texts = [[entry.get("cross_attn") for entry in self.conds.get(name, ())] for name in ("positive", "negative")]
+        counts = {None if text is None else text.shape[1] for side in texts for text in side}
+        twice = self.guidance != 1 or bool(self.options.get("disable_cfg1_optimization"))
+        return all(texts) and len(counts) == 1 and twice
 
 
 class Transformer(Protocol):
@@ -119,8 +137,8 @@ def model_without_weights(shapes: Mapping[str, tuple[int, ...]], transformer: Tr
 
     def around(executor: Any, noise: Tensor, latent_image: Any, sampler: Any, sigmas: Tensor, *rest: Any, **more: Any):
         guider = executor.class_obj
-        shape, patcher, options = tuple(noise.shape), guider.model_patcher, guider.model_options
-        sampling = CoreSampling(patcher, guider.conds, options, shape, sigmas)
+        patcher, options, cfg = guider.model_patcher, guider.model_options, getattr(guider, "cfg", None)
+        sampling = CoreSampling(patcher, guider.conds, options, tuple(noise.shape), sigmas, cfg)
         return transformer.sample(sampling, lambda: executor(noise, latent_image, sampler, sigmas, *rest, **more))
 
     # Inside of ComfyUI's own `forward`, which runs the wrappers of other nodes around it.

@@ -13,6 +13,7 @@ from ...distributed.launch.launcher import JobFailed
 from ...distributed.machine.cancelling import cancelled_by
 from ..host import host
 from ..host.declared import problem_of, taken
+from ..host.exceptions import told_to_comfyui
 from ..host.node_report import NodeReport
 from ..models import catalogue
 from ..sockets.wrapper_model import AUTO
@@ -81,19 +82,18 @@ class VideoNode(ABC):
             raise
 
     def _reported(self, report: NodeReport, inputs: dict[str, Any]) -> dict[str, Any]:
-        try:
-            with cancelled_by(host.interrupted):
-                return self._run(report, **taken(type(self), inputs))
-        except JobCancelled as error:
-            raise host.interruption() from error
-        except (ValueError, JobError) as error:
-            if inputs.get("on_error", "raise") == "return":
+        with told_to_comfyui():
+            try:
+                with cancelled_by(host.interrupted):
+                    return self._run(report, **taken(type(self), inputs))
+            except JobCancelled:
+                raise
+            except (ValueError, JobError) as error:
+                if inputs.get("on_error", "raise") != "return":
+                    raise
                 report.end("failed")
                 log = error.log if isinstance(error, JobFailed) else ""
                 return {"result": self._failed(log, f"error: {error}")}
-            if isinstance(error, JobFailed) and error.out_of_memory:
-                raise host.out_of_memory(str(error)) from error
-            raise
 
     @abstractmethod
     def _run(self, report: NodeReport, *_: Any, **inputs: Any) -> dict[str, Any]:

@@ -107,11 +107,13 @@ def refreshed(model: ModelFiles) -> ModelFiles:
     A LoRA chosen by another pack's node may be replaced on disk without that node, or the loader behind it, running
     again: the job would be refused for a file that it has not seen yet.
     """
-    high, low = (
-        tuple(LoraFile(file=catalogue.identity(Path(lora.file.path)), strength=lora.strength) for lora in loras)
-        for loras in (model.high_noise_loras, model.low_noise_loras)
-    )
+    high, low = (tuple(map(lora_as_it_is, loras)) for loras in (model.high_noise_loras, model.low_noise_loras))
     return dataclasses.replace(model, high_noise_loras=high, low_noise_loras=low)
+
+
+def lora_as_it_is(lora: LoraFile) -> LoraFile:
+    """The same with its file as it is now."""
+    return dataclasses.replace(lora, file=catalogue.identity(Path(lora.file.path)))
 
 
 def distilled_warnings(model: ModelFiles, sampling: Sampling) -> Iterator[str]:

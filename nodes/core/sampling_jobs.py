@@ -1,0 +1,102 @@
+"""What a group of processes is asked for one sampling of ComfyUI's: checked, and planned for these GPUs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...distributed.job.errors import listed
+from ...distributed.job.evaluator import Evaluator, EvaluatorSource
+from ...distributed.job.job import FileIdentity, ForwardsJob, LoraFile, Parallel
+from ...distributed.launch.launcher import new_job_id
+from ...wan.files.identify import noise_side
+from ..host import host
+from ..host.core_model import CoreSampling
+from ..host.status import Status
+from ..inference.ground import as_switched, ground_for, shown
+from ..models.loras import lora_as_it_is
+from ..settings.spread import DistributedConfig
+from .patch_files import PatchFiles
+
+if TYPE_CHECKING:
+    from ...wan.model.variants import Variant
+
+
+@functools.cache
+def patch_files() -> PatchFiles:
+    """One for the whole ComfyUI."""
+    return PatchFiles(host.jobs_folder)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingJobs:
+    """One transformer's evaluations."""
+
+    files: tuple[FileIdentity, ...]
+    loras: tuple[LoraFile, ...]
+    config: DistributedConfig
+    variant: Variant
+    source: EvaluatorSource
+
+    def prepare(self, sampling: CoreSampling) -> Callable[[], Evaluator]:
+        """Checks and plans a sampling; returns what gets its evaluator, for the first evaluation.
+
+        Raises:
+            ValueError: the latents or the LoRAs do not fit the model, or the video does not fit the GPUs.
+        """
+        self._check_latents(sampling.shape)
+        job = self._job(sampling)
+        return lambda: self.source.open(job)
+
+    def _check_latents(self, shape: tuple[int, ...]) -> None:
+        channels = self.variant.channels[1]
+        if len(shape) != 5 or shape[1] != channels:
+            raise ValueError(
+                f"the latents are [{listed(shape)}]; a {self.variant.name} model's are videos of {channels} channels "
+                "[batch, channels, frames, rows, columns]"
+            )
+
+    def _job(self, sampling: CoreSampling) -> ForwardsJob:
+        from ...distributed.planning.preflight import check_forwards
+
+        status = Status()
+        loras = (*map(lora_as_it_is, self.loras), *patch_files().files(sampling.added))
+        side = {"high": "high_noise", "low": "low_noise"}.get(noise_side(self.files[0].path) or "", "")
+        parallel = self._planned(sampling, status)
+        status.note(*check_forwards(self.files, loras, side or None, parallel))
+        for line in status.warnings:
+            host.log(line)
+        return ForwardsJob(
+            id=new_job_id(),
+            model=self.files,
+            loras=loras,
+            side=side,
+            parallel=parallel,
+            warnings=tuple(status.warnings),
+            verbose=host.verbose(),
+        )
+
+    def _planned(self, sampling: CoreSampling, status: Status) -> Parallel:
+        from ...distributed.planning.plan import as_set
+        from ...distributed.planning.policies import Request
+        from ...distributed.planning.workload import workload_of_forwards
+
+        if self.config.hosts:
+            raise ValueError(
+                f"hostfile is {self.config.hostfile}; a sampler of ComfyUI's needs the GPUs of this machine. Take it "
+                "out of the config, or use Wan Video Distributed Inference"
+            )
+        base, ground = self.config.parallel(), ground_for(self.config)
+        if isinstance(ground, str):
+            return shown(as_set(as_switched(self.config, base, guided=sampling.guided), ground), status)
+        request = Request(
+            base=base,
+            gpu_count=self.config.gpu_count,
+            cfg_parallel=self.config.cfg_parallel,
+            always_guided=sampling.guided,
+        )
+        steps = max(len(sampling.sigmas) - 1, 1)
+        work = workload_of_forwards(self.files, sampling.window, base, steps=steps, guided=sampling.guided)
+        return shown(ground.plan(work, request), status)

@@ -1,0 +1,155 @@
+"""What a group is asked for one sampling of ComfyUI's: which files, LoRAs and layout, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from wan_pack.demo.example import TinyModel
+from wan_pack.demo.tiny_expert import lora
+from wan_pack.distributed.job.job import FileIdentity, ForwardsJob, LoraFile
+from wan_pack.distributed.launch.pool import Pool
+from wan_pack.distributed.machine import gpu_locks, nvidia_smi
+from wan_pack.nodes.core import sampling_jobs
+from wan_pack.nodes.core.patch_files import PatchFiles
+from wan_pack.nodes.core.sampling_jobs import SamplingJobs
+from wan_pack.nodes.host import host, warm
+from wan_pack.nodes.host.core_model import KEY, AddedPatches, CoreSampling
+from wan_pack.nodes.inference import ground
+from wan_pack.nodes.settings.spread import DistributedConfig
+from wan_pack.wan.model.variants import VARIANTS
+
+LATENTS = (1, 16, 2, 6, 8)
+NAMES = TinyModel()
+
+
+def entry(tokens: int) -> dict[str, Any]:
+    return {"cross_attn": torch.zeros(1, tokens, 64)}
+
+
+def sampling(shape: tuple[int, ...] = LATENTS, *added: AddedPatches, **changes: Any) -> CoreSampling:
+    """With guidance, unless `changes` say otherwise."""
+    fields = {
+        "patcher": SimpleNamespace(attachments={KEY: added}),
+        "conds": {"positive": [entry(9)], "negative": [entry(9)]},
+        "options": {},
+        "shape": shape,
+        "sigmas": torch.linspace(1, 0, 5),
+        "guidance": 5.0,
+        **changes,
+    }
+    return CoreSampling(**fields)
+
+
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What nvidia-smi prints: `gpus` cards of 24 GiB."""
+    fake = SimpleNamespace(gpus=2)
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        lines = [f"{i}, GPU-{i}, NVIDIA, 24564, 23000" for i in range(fake.gpus)]
+        return subprocess.CompletedProcess(command, 0, ("" if "topo" in command else "\n".join(lines)).encode(), b"")
+
+    monkeypatch.setattr(nvidia_smi, "ask_program", run)
+    return fake
+
+
+@pytest.fixture
+def job_of(
+    tiny_models: Path, tmp_path: Path, printed: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., ForwardsJob]:
+    """(a sampling, the config's settings) -> the job that the first evaluation would start."""
+    pool, files = Pool(), PatchFiles(lambda: tmp_path)
+    for name, value in (("free_memory", None), ("visible_gpus", None), ("verbose", False)):
+        monkeypatch.setattr(host, name, lambda value=value: value)
+    monkeypatch.setattr(gpu_locks, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(warm, "pool", lambda: pool)
+    monkeypatch.setattr(sampling_jobs, "patch_files", lambda: files)
+    monkeypatch.setattr(ground, "_fixed_links", ground._fixed_links.__wrapped__)
+
+    def make(asked: CoreSampling, *, name: str = NAMES.high_noise, loras: Any = (), **config: Any) -> ForwardsJob:
+        file = FileIdentity.of(tiny_models / "diffusion_models" / name)
+        opened: list[ForwardsJob] = []
+        source = SimpleNamespace(open=opened.append)
+        start = SamplingJobs((file,), loras, DistributedConfig(**config), VARIANTS["T2V"], source).prepare(asked)
+        assert opened == [], "not before the first evaluation"
+        start()
+        return opened[0]
+
+    return make
+
+
+def test_a_guided_sampling_is_planned_with_cfg_parallel(job_of: Callable[..., ForwardsJob]) -> None:
+    job = job_of(sampling())
+    assert (job.parallel.gpu_ids, job.parallel.cfg_parallel, job.parallel.use_fsdp) == (("0", "1"), True, False)
+    assert (Path(job.model[0].path).name, job.side, job.loras) == (NAMES.high_noise, "high_noise", ())
+    assert job_of(sampling(), name=NAMES.low_noise).side == "low_noise"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"guidance": 1.0},
+        {"conds": {"positive": [entry(9)]}},
+        {"conds": {"positive": [entry(9)], "negative": [entry(8)]}},
+    ],
+    ids=["CFG 1", "one prompt", "prompts of other lengths"],
+)
+def test_without_two_prompts_in_one_call_there_is_no_cfg_parallel(
+    job_of: Callable[..., ForwardsJob], changes: dict[str, Any]
+) -> None:
+    assert not job_of(sampling(**changes)).parallel.cfg_parallel
+    assert not job_of(sampling(**changes), plan="as set").parallel.cfg_parallel
+    assert job_of(sampling(**changes), cfg_parallel="on").parallel.cfg_parallel
+
+
+def test_guidance_of_one_that_is_evaluated_nevertheless(job_of: Callable[..., ForwardsJob]) -> None:
+    always = {"disable_cfg1_optimization": True}
+    assert job_of(sampling(guidance=1.0, options=always)).parallel.cfg_parallel
+
+
+def test_the_switches_count_where_nothing_is_planned(
+    job_of: Callable[..., ForwardsJob], printed: SimpleNamespace
+) -> None:
+    printed.gpus = 0
+    job = job_of(sampling(), gpu_count=3, mixed_precision="fp32", keep_warm_seconds=5)
+    assert (job.parallel.gpu_count, job.parallel.gpu_ids, job.parallel.mixed_precision) == (3, (), "fp32")
+    assert (job.parallel.cfg_parallel, job.parallel.keep_warm_seconds) == (False, 5.0)
+    assert any("2 heads do not divide by 3 GPUs" in line for line in job.warnings)
+
+
+def test_a_context_window_is_what_must_fit(job_of: Callable[..., ForwardsJob]) -> None:
+    """4000 latent frames of 1280x720 fit nowhere; seven at a time do."""
+    endless = (1, 16, 4000, 90, 160)
+    with pytest.raises(ValueError, match="1280x720 with 15997 frames does not fit"):
+        job_of(sampling(endless))
+    job_of(sampling(endless, options={"context_handler": SimpleNamespace(context_length=7, dim=2)}))
+
+
+def test_loras_of_both_doors_come_in_order(job_of: Callable[..., ForwardsJob], tiny_models: Path) -> None:
+    own = LoraFile(file=FileIdentity.of(tiny_models / "diffusion_models" / NAMES.low_noise), strength=0.5)
+    key = "diffusion_model.blocks.0.ffn.0"
+    up, down = (lora(1)[f"{key}.lora_{part}.weight"] for part in ("up", "down"))
+    patch = SimpleNamespace(name="lora", weights=(up, down, None, None, None, None))
+    added = AddedPatches({f"{key}.weight": patch}, 0.7, 1.0)
+    with pytest.raises(ValueError, match="expected a LoRA"):
+        job_of(sampling(LATENTS, added), loras=(own,))
+    (written,) = job_of(sampling(LATENTS, added)).loras
+    assert written.strength == 0.7 and Path(written.file.path).name.startswith("lora-")
+
+
+def test_latents_of_another_model_are_refused(job_of: Callable[..., ForwardsJob]) -> None:
+    with pytest.raises(ValueError, match=r"\[1, 48, 2, 6, 8\]; a T2V model's are videos of 16 channels"):
+        job_of(sampling((1, 48, 2, 6, 8)))
+    with pytest.raises(ValueError, match=r"\[1, 16, 6, 8\]"):
+        job_of(sampling((1, 16, 6, 8)))
+
+
+def test_several_machines_are_refused(job_of: Callable[..., ForwardsJob]) -> None:
+    with pytest.raises(ValueError, match="hostfile is two; a sampler of ComfyUI's needs the GPUs of this machine"):
+        job_of(sampling(), hostfile="two")
