@@ -14,7 +14,7 @@ CASES = {case.name: (case, run) for case, run in cases(GOLDEN)}
 
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_official_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
-    for replaced in ("SymmetricMemory", "_obstacle"):
+    for replaced in ("SymmetricMemory", "obstacle"):
         monkeypatch.setattr(peer_memory, replaced, getattr(peer_memory, replaced))
     layout = Layout("packed")
     rank = GoldenRun(Ranks(rank=0, world=1, store=tmp_path / "store", layouts=(layout,)))

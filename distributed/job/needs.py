@@ -22,8 +22,8 @@ from .switches import Switches
 def check_needs(parallel: Parallel, capability: Capability | None) -> None:
     """Raises ValueError with the first switch that cannot run, in this process' installation.
 
-    `ulysses_engine` symmetric is not among them: where GPUs cannot reach each other's memory it sends the same bits as
-    packed does, and the status says so.
+    `ulysses_engine` symmetric is not among them: where GPUs cannot reach each other's memory it sends the same bits
+    through the host's, or as packed does, and the status says so.
 
     Args:
         capability: compute capability of the GPU; None without one.

@@ -43,9 +43,10 @@ class Switches:
     kernels: str = choice("auto", ("auto", *OPS))
     """Of the arithmetic around the matrix products. plain: torch's. triton: fused ones. auto: the fastest measured on
     such a GPU."""
-    ulysses_engine: str = choice("packed", ULYSSES_ENGINES)
-    """packed: one all-to-all in, one out. symmetric: written into the other GPUs' memory beside the arithmetic, packed
-    where that cannot be. deepspeed: DeepSpeed's DistributedAttention."""
+    ulysses_engine: str = choice("auto", ("auto", *ULYSSES_ENGINES))
+    """packed: one all-to-all in, one out. symmetric: written into the other GPUs' memory beside the arithmetic, through
+    the host's memory without peer access, packed where neither can be. deepspeed: DeepSpeed's DistributedAttention.
+    auto: symmetric, or packed where the GPUs' memory is too small for it; packed without GPUs."""
     master_port: int = number(0, 1024, 65535, off="no port")
     """0: rendezvous through memory, no port. Otherwise a TCP port on 127.0.0.1, or on the first of `hosts`."""
     keep_warm_seconds: float = number(0.0, 0, 86400, unit="seconds")

@@ -31,6 +31,13 @@ ENGINES: dict[str, MakeExchange] = {
 }
 
 
+def chosen_engine(name: str, device_type: str) -> str:
+    """A name in `ENGINES`, also for auto where no plan has chosen."""
+    if name != "auto":
+        return name
+    return "symmetric" if device_type == "cuda" else "packed"
+
+
 def set_shard(model: WanModel, shard: SequenceShard) -> None:
     """Tells a parallelized model which tokens it gets from now on: another video has another length."""
     # One engine serves all blocks; a kernel that knows nothing of ranks needs no telling.
@@ -50,7 +57,8 @@ def spread_tokens(
     token_attention: TokenAttention = local_attention(attention)
     if shard.world > 1:
         assert mesh is not None, "several ranks have a mesh"
-        token_attention = ENGINES[ulysses_engine](mesh.ulysses_group, shard, attention)
+        engine = chosen_engine(ulysses_engine, mesh.world.device_type)
+        token_attention = ENGINES[engine](mesh.ulysses_group, shard, attention)
     for block in model.running_order:
         block.self_attn.attention = token_attention
 

@@ -66,3 +66,10 @@ def gather_bytes(value: bytes, device: torch.device) -> list[bytes]:
     everyone = mine.new_empty(dist.get_world_size() * len(value))
     dist.all_gather_into_tensor(everyone, mine)
     return [bytes(part.tolist()) for part in everyone.cpu().view(-1, len(value))]
+
+
+def gather_rows(mine: Tensor, group: dist.ProcessGroup) -> list[list[int]]:
+    """[n] integers of every rank of `group`, in rank order."""
+    everyone = mine.new_empty(group.size() * len(mine))
+    dist.all_gather_into_tensor(everyone, mine, group=group)
+    return everyone.view(-1, len(mine)).tolist()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ...wan.model.config import PICTURE_ROWS, TEXT_LEN, WanConfig
+from ...wan.model.config import TEXT_LEN, WanConfig
 from ...wan.model.latent_space import PATCH_SIZE, LatentSpace
 from ..job.job import FFN_CHUNK, Parallel
 
@@ -76,7 +76,7 @@ class Estimate:
     weights: int
     gathered: int
     text: int
-    """Cached keys and values of the cross-attention (text and pictures), and the text encoder while it is loaded."""
+    """Cached cross-attention keys and values, and the text encoder while it is loaded."""
     activations: int
     vae: int
     process: int
@@ -154,13 +154,12 @@ def gathered_bytes(work: Workload, parallel: Parallel) -> int:
 
 
 def kept_text_bytes(work: Workload, parallel: Parallel) -> int:
-    """Bytes of the cross-attention's keys and values, 2 * L * R * C elements a prompt, and of the pictures'."""
+    """Bytes of the cross-attention's keys and values, 2 * L * R * C elements a prompt."""
     if parallel.memory_optimization:
         return 0
     prompts = 2 if work.guided and not parallel.cfg_parallel else 1
     config = work.config
-    rows = prompts * TEXT_LEN + (config.pictures * PICTURE_ROWS if config.image_branch else 0)
-    return 2 * len(config.block_names) * rows * config.dim * compute_bytes(parallel)
+    return prompts * 2 * len(config.block_names) * TEXT_LEN * config.dim * compute_bytes(parallel)
 
 
 def activation_bytes(work: Workload, parallel: Parallel) -> int:
@@ -188,12 +187,15 @@ def activation_bytes(work: Workload, parallel: Parallel) -> int:
 
 
 def peer_bytes(work: Workload, parallel: Parallel) -> int:
-    """Bytes that a symmetric exchange holds: q, k, v and the result as they arrive, and two of them on their way."""
+    """Bytes that a symmetric exchange holds: q, k, v and the result as they arrive, and q, k and v on their way.
+
+    With peer access k is written to where it belongs at once.
+    """
     if parallel.ulysses_engine != "symmetric" or not parallel.use_ulysses or parallel.ulysses_size == 1:
         return 0
     # Every rank has room for the heads of the one with most.
     most = -(-work.config.num_heads // parallel.ulysses_size) * parallel.ulysses_size / work.config.num_heads
-    return int((3 * most + 3) * rank_tokens(work, parallel) * work.config.dim * compute_bytes(parallel))
+    return int((3 * most + 4) * rank_tokens(work, parallel) * work.config.dim * compute_bytes(parallel))
 
 
 def vae_decode_bytes(work: Workload, parallel: Parallel) -> int:

@@ -259,6 +259,8 @@ def _reasons(
         yield f"the slowest link between these GPUs is {_slowest(chosen, links)}"
     if parallel.cfg_parallel and request.cfg_parallel == "auto":
         yield "guidance is over 1 at every step: each half of the GPUs computes one prompt"
+    if base.ulysses_engine == "auto" and parallel.ulysses_engine == "packed" and parallel.ulysses_size > 1:
+        yield "the buffers of a symmetric exchange do not fit: it is packed"
     resident = dataclasses.replace(
         parallel, use_fsdp=False, offload_model=False, stream_blocks=False,
         memory_optimization=base.memory_optimization,

@@ -23,6 +23,8 @@ HOST_BYTES = 2e10
 FSDP_SLOWDOWN = 1.06
 """Gathering takes part of the GPU from the matrix products that it runs beside."""
 CHUNKING_SLOWDOWN = 1.03
+SHOWN = 0.05
+"""Of a symmetric exchange, what is waited for however long the attention takes: measured over the host's memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,11 +54,13 @@ def policies(work: Workload, request: Request, gpu_count: int) -> list[Parallel]
         dataclasses.replace(
             base, gpu_count=gpu_count, gpu_ids=(), cfg_parallel=cfg, memory_optimization=chunked,
             use_fsdp=sharded is not None, gather=sharded or "block", offload_model=offload, stream_blocks=stream,
+            ulysses_engine=engine,
         )
         for cfg, chunked, (sharded, offload, stream) in product(
             cfg[request.cfg_parallel], [True] if base.memory_optimization else [False, True],
             _weights(work, base, gpu_count),
         )
+        for engine in _engines(base, gpu_count // (2 if cfg else 1))
         if _sensible(work, base, gpu_count // (2 if cfg else 1), sharded is not None)
     ]  # fmt: skip
 
@@ -68,6 +72,12 @@ def _weights(work: Workload, base: Parallel, gpu_count: int) -> Iterator[tuple[s
     if not base.stream_blocks:
         yield from product(sharding, [True] if base.offload_model else [False, True][: 1 + two], [False])
     yield None, two or base.offload_model, True
+
+
+def _engines(base: Parallel, ulysses_size: int) -> list[str]:
+    if base.ulysses_engine != "auto":
+        return [base.ulysses_engine]
+    return ["symmetric", "packed"] if base.use_ulysses and ulysses_size > 1 else ["packed"]
 
 
 def _sensible(work: Workload, base: Parallel, ulysses_size: int, sharded: bool) -> bool:
@@ -95,10 +105,13 @@ def seconds(work: Workload, parallel: Parallel, ulysses_link: str, link: str) ->
     dim, layers, tokens = config.dim, len(config.block_names), rank_tokens(work, parallel)
     matrices = 2 * (6 * dim + 2 * config.ffn_dim) * dim * tokens * layers
     heads = math.ceil(config.num_heads / size) / config.num_heads if parallel.use_ulysses else 1.0
-    forward = (matrices + 4 * work.tokens**2 * dim * layers * heads) / COMPUTE
+    attention = 4 * work.tokens**2 * dim * layers * heads / COMPUTE
+    forward = matrices / COMPUTE + attention
     if parallel.use_ulysses and size > 1:
         exchanged = 4 * tokens * dim * compute_bytes(parallel) * (size - 1) / size
-        forward += layers * exchanged / LINK_BYTES[ulysses_link]
+        exchange = layers * exchanged / LINK_BYTES[ulysses_link]
+        # Beside the attention, but for its first part.
+        forward += max(exchange - attention, exchange * SHOWN) if parallel.ulysses_engine == "symmetric" else exchange
     if parallel.memory_optimization:
         forward *= CHUNKING_SLOWDOWN
     other_ranks = (gpus - 1) / gpus

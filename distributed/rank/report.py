@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from ..job.job import VERSION, Job, ModelFiles, Parallel
-from ..parallel.peer_memory import refusal
+from ..parallel.parallelize import chosen_engine
+from ..parallel.peer_memory import way_of
 from .session import Session
 
 Peaks = list[list[int]]
@@ -74,8 +75,9 @@ def _sequence(job: Job, session: Session) -> str:
     parallel = job.parallel
     if session.mesh is None or not parallel.use_ulysses or parallel.ulysses_size == 1:
         return "off"
-    reason = refusal(session.mesh.ulysses_group)
-    engine = f"packed ({parallel.ulysses_engine}: {reason})" if reason else parallel.ulysses_engine
+    engine = chosen_engine(parallel.ulysses_engine, session.device.type)
+    if engine == "symmetric":
+        engine = way_of(session.mesh.ulysses_group)
     return f"Ulysses over {parallel.ulysses_size} GPUs, {engine}"
 
 

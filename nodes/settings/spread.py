@@ -35,9 +35,10 @@ REQUIRED = {
 OPTIONAL = {
     "gpu_ids": "Which physical GPUs to use: indices of nvidia-smi or UUIDs, separated by commas. "
     "Empty: any suitable GPU.",
-    "ulysses_engine": "packed: one all-to-all into the attention and one out of it. symmetric: GPUs write "
-    "into each other's memory while they compute, where they have peer access; the same video. "
-    "deepspeed: DeepSpeed's DistributedAttention, for comparison.",
+    "ulysses_engine": "How GPUs exchange around the attention; the same video. symmetric: into each other's memory "
+    "while they compute, through the host's memory where they have no peer access. packed: one all-to-all in, "
+    "one out; slower, less memory. auto: symmetric where it fits. deepspeed: DeepSpeed's "
+    "DistributedAttention, for comparison.",
     "start_timeout": "Seconds until all processes must have joined and loaded the model.",
     "stall_timeout": "Seconds without a sign of life from a process after which the job is ended. "
     "Raise it if one step takes longer than this.",

@@ -33,7 +33,7 @@ JOB = Job(id="0f", model=MODEL, parallel=PARALLEL, sampling=SAMPLING, text=Text(
         (PARALLEL, "gpu_ids", ("0", "0"), "without repeats"),
         (PARALLEL, "use_ulysses", False, "use_ulysses and use_fsdp both off"),
         (PARALLEL, "mixed_precision", "fp64", "bf16, fp16, fp32"),
-        (PARALLEL, "ulysses_engine", "ring", "packed, symmetric, deepspeed"),
+        (PARALLEL, "ulysses_engine", "ring", "auto, packed, symmetric, deepspeed"),
         (PARALLEL, "master_port", 80, "1024 to 65535"),
         (PARALLEL, "master_port", 70000, "1024 to 65535"),
         (PARALLEL, "start_timeout", float("nan"), "seconds"),

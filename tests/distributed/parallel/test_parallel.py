@@ -29,13 +29,17 @@ def test_heads_that_a_kernel_writes_into_the_message_equal_packing():
     run_ranks("written_message_equals_packing", 3, sizes=[2, 3], heads=[12, 5, 2], lengths=[16, 45])
 
 
-def test_a_hidden_exchange_gives_the_bits_of_the_packed_one(tmp_path: Path):
+@pytest.mark.parametrize("relayed", [False, True])
+def test_a_hidden_exchange_gives_the_bits_of_the_packed_one(tmp_path: Path, relayed: bool):
     """Between processes; test_symmetric.py has every way and number of heads."""
-    sizes, heads, lengths, ways = [2, 3], [5, 2], [16, 45], [[0, 2, "k"], [2, 2, ""]]
+    sizes, heads, lengths = [2, 3], [24, 5, 2] if relayed else [5, 2], [16, 45]
+    ways = [[0, 2, "k"]] if relayed else [[0, 2, "k"], [2, 2, ""]]
+    folder = "" if relayed else str(tmp_path)
     results = run_ranks(
-        "hidden_exchange_equals_packed", 3, folder=str(tmp_path), sizes=sizes, heads=heads, lengths=lengths, ways=ways
+        "hidden_exchange_equals_packed", 3, folder=folder, sizes=sizes, heads=heads, lengths=lengths, ways=ways
     )
-    assert [result["compared"] for result in results] == [2 * 32, 2 * 32, 32]
+    each = len(heads) * len(ways) * 8
+    assert [result["compared"] for result in results] == [2 * each, 2 * each, each]
 
 
 def test_deepspeed_attention_where_heads_divide():
@@ -63,7 +67,7 @@ def test_every_option_alone_and_combined(checkpoint: str):
         for ulysses, fsdp, memory in product([True, False], repeat=3)
         if ulysses or fsdp
     ]
-    # Between processes without a GPU it is the packed one.
+    # Between processes without a GPU it is relayed.
     settings.append({"use_ulysses": True, "ulysses_engine": "symmetric"})
     for result in run_ranks("options_equal_plain", 2, folder=checkpoint, settings=settings):
         # Of 45 tokens: half with Ulysses, all without.

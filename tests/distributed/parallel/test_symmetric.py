@@ -14,8 +14,9 @@ from jobs import stub_job
 from layers import WRITING, attention_on_codes, random_layer
 from torch import Tensor
 from wan_pack.distributed.parallel import peer_memory, symmetric
+from wan_pack.distributed.parallel.memory_layout import growing_parts, parts_of
 from wan_pack.distributed.parallel.sequence import SequenceShard, split_evenly
-from wan_pack.distributed.parallel.symmetric import SymmetricUlysses, parts_of
+from wan_pack.distributed.parallel.symmetric import SymmetricUlysses
 from wan_pack.distributed.rank import report
 from wan_pack.wan.model.attention import Attention, attention
 from wan_pack.wan.model.codes import HeadCodes
@@ -26,6 +27,8 @@ from wan_pack.wan.transformer.self_attention import SelfAttention
 
 class ThreadMemory:
     """`PeerMemory` of threads."""
+
+    direct = True
 
     def __init__(self, world: int) -> None:
         self._barrier = threading.Barrier(world, timeout=20)
@@ -39,7 +42,10 @@ class ThreadMemory:
         self._barrier.wait()
         return self
 
-    def barrier(self) -> None:
+    def put(self, rank: int, there: Tensor, here: Tensor) -> None:
+        there.copy_(here)
+
+    def arrival(self, incoming: Any) -> None:
         self._barrier.wait()
 
 
@@ -152,11 +158,59 @@ def test_what_keeps_ranks_from_each_others_memory(
 
 
 @pytest.mark.parametrize(
-    ("refused", "status"),
-    [({}, "symmetric"), ({"row": "no GPU"}, "packed (symmetric: no GPU)"), ({"another": "no GPU"}, "symmetric")],
+    ("reasons", "status"),
+    [
+        ({"another": ["no GPU"]}, "symmetric"),
+        ({"row": ["no GPU"]}, "relayed through the host's memory (no GPU)"),
+        (
+            {"row": ["no GPU", "the ranks are on several machines"]},
+            "packed (no GPU; the ranks are on several machines)",
+        ),
+    ],
 )
-def test_the_status_says_which_exchange_ran(monkeypatch: pytest.MonkeyPatch, refused: dict[str, Any], status: str):
-    monkeypatch.setattr(peer_memory, "_opened", refused)
-    session: Any = SimpleNamespace(mesh=SimpleNamespace(ulysses_group=SimpleNamespace(group_name="row")))
+def test_the_status_says_which_exchange_ran(monkeypatch: pytest.MonkeyPatch, reasons: dict[str, Any], status: str):
+    monkeypatch.setattr(peer_memory, "_reasons", reasons)
+    session: Any = SimpleNamespace(
+        mesh=SimpleNamespace(ulysses_group=SimpleNamespace(group_name="row")), device=torch.device("cpu")
+    )
     job = stub_job(gpu_count=2, ulysses_engine="symmetric")
     assert report._sequence(job, session) == f"Ulysses over 2 GPUs, {status}"
+    # Without a GPU nothing is gained by it.
+    for engine in ("packed", "auto"):
+        job = stub_job(gpu_count=2, ulysses_engine=engine)
+        assert report._sequence(job, session) == "Ulysses over 2 GPUs, packed"
+    session.device = torch.device("cuda")
+    assert report._sequence(job, session) == f"Ulysses over 2 GPUs, {status}"
+
+
+@pytest.mark.parametrize(
+    ("heads", "most", "parts"),
+    [
+        (20, 20, [2, 4, 6, 6, 2]),
+        (10, 10, [2, 4, 2, 2]),
+        (13, 14, [2, 4, 6, 1]),
+        (14, 14, [2, 4, 6, 2]),
+        (1, 2, [1]),
+        (0, 1, [0]),
+        (5, 5, [2, 3]),
+    ],
+)
+def test_parts_of_what_is_relayed(heads: int, most: int, parts: list[int]):
+    """As many for a rank with fewer heads."""
+    assert growing_parts(heads, most) == parts
+
+
+@pytest.mark.parametrize(
+    ("places", "found"),
+    [([[7, 0], [7, 1]], ""), ([[7, -1], [7, -1]], ""), ([[7, 0], [8, 0]], "the ranks are on several machines")],
+)
+def test_what_keeps_ranks_from_relaying(places: list[list[int]], found: str):
+    assert peer_memory.relay_obstacle(places, 0, 1 << 20) == found
+
+
+@pytest.mark.parametrize(
+    ("available", "found"), [(2 << 30, ""), (None, ""), ((2 << 30) - 1, "2.0 GiB of the host's memory are not free")]
+)
+def test_a_relay_needs_room_in_the_hosts_memory(monkeypatch: pytest.MonkeyPatch, available: int | None, found: str):
+    monkeypatch.setattr(peer_memory, "available_bytes", lambda: available)
+    assert peer_memory.relay_obstacle([[7, 0], [7, 1]], 0, 1 << 30) == found

@@ -10,9 +10,9 @@ import torch
 from plan_inputs import A14B, GIB, KINDS, workload
 from tiny import TINY
 from wan_pack.distributed.job.job import Parallel
+from wan_pack.distributed.parallel.memory_layout import MemoryLayout
 from wan_pack.distributed.parallel.parallelize import parallelize_wan
 from wan_pack.distributed.parallel.sequence import SequenceShard, split_evenly
-from wan_pack.distributed.parallel.symmetric import _Layout
 from wan_pack.distributed.planning import gpu_memory as memory
 from wan_pack.distributed.planning.gpu_memory import estimate
 from wan_pack.wan.model.attention import attention
@@ -106,8 +106,8 @@ def test_an_exchange_through_the_others_memory_is_counted(gpus: int):
     """What it lays out, as long as it is held: a process that stays keeps it beside the next text encoder."""
     work = workload()
     shard, heads = SequenceShard(length=work.tokens, world=gpus), split_evenly(work.config.num_heads, gpus)
-    laid_out = _Layout.nbytes(shard, heads, work.config.head_dim, [torch.bfloat16] * 3)
-    under_way = 2 * shard.size * work.config.dim * 2
+    laid_out = MemoryLayout.nbytes(shard, heads, work.config.head_dim, [torch.bfloat16] * 3)
+    under_way = 3 * shard.size * work.config.dim * 2
     asked = {"gpu_count": gpus, "ulysses_engine": "symmetric"}
     counted = memory.peer_bytes(work, Parallel(**asked))
     assert laid_out + under_way * (gpus - 1) // gpus <= counted <= 1.01 * (laid_out + under_way)

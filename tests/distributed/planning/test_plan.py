@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from plan_inputs import Wires, machine, plan, request, words, workload
+from wan_pack.distributed.job.job import Parallel
+from wan_pack.distributed.planning.gpu_memory import GIB, estimate
 from wan_pack.distributed.planning.plan import DoesNotFit, as_set, rank
 from wan_pack.distributed.planning.policies import policies
 
@@ -191,6 +193,23 @@ def test_many_gpus_are_planned_in_little_time():
     made = plan(workload(guided=True), request(**GUIDED), machine(*[79.0] * 64))
     assert made.parallel.gpu_count > 8
     assert time.perf_counter() - start < 20
+
+
+def test_the_exchange_is_hidden_where_its_buffers_fit():
+    """Where they do not, nothing that the user left off is turned on for them."""
+    asked = request(2, use_fsdp=False, keep_warm_seconds=60.0)
+    alone = Parallel(gpu_count=2, ulysses_engine="packed", keep_warm_seconds=60.0)
+    packed = estimate(workload(), alone).total / GIB
+    small, large = (plan(workload(), asked, machine(free, free), "host") for free in (packed + 0.3, packed + 2))
+    assert small.parallel.ulysses_engine == "packed" and large.parallel.ulysses_engine == "symmetric"
+    reason = "the buffers of a symmetric exchange do not fit: it is packed"
+    assert reason in small.reasons and reason not in large.reasons
+    assert words(small) == words(large) == "0,1 ulysses2 resident"
+    for engine in ("packed", "symmetric", "deepspeed"):
+        made = plan(workload(), request(2, ulysses_engine=engine), machine(79.0, 79.0), "host")
+        assert made.parallel.ulysses_engine == engine and reason not in made.reasons
+    # There is nothing to exchange.
+    assert plan(workload(), request(1), machine(140.0)).parallel.ulysses_engine == "packed"
 
 
 def test_of_unequal_gpus_the_ones_with_most_memory_are_named():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from layers import WRITING, Projected, random_layer
-from peer_files import FileMemory
-from wan_pack.distributed.parallel import peer_memory
+from peer_files import FileMemory, reach_as_gpus
+from wan_pack.distributed.parallel.host_relay import HostRelay
 from wan_pack.distributed.parallel.parallelize import ENGINES
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.wan.model.attention import attention
@@ -65,12 +64,13 @@ def hidden_exchange_equals_packed(
     """In every bit, from tensors and from a kernel, in every number of parts, one video after another.
 
     Args:
+        folder: for memory that ranks reach as GPUs with peer access do; empty: they relay.
         ways: (first, last, direct) of `SymmetricUlysses`.
     Returns:
         what was compared.
     """
-    peer_memory.SymmetricMemory = functools.partial(FileMemory, Path(folder))
-    peer_memory._obstacle = lambda group, device: ""
+    if folder:
+        reach_as_gpus(Path(folder))
     compared = 0
     for size in sizes:
         group = dist.new_group(list(range(size)))
@@ -87,7 +87,9 @@ def hidden_exchange_equals_packed(
                 rope = rope_table((1, 1, length), 8, start=shard.start, stop=shard.stop)
                 out = hidden(layer, x, rope, ops)
                 # Nothing of it may be taken for the next. Before the other one, which no rank leaves before all enter.
-                hidden._layout._memory.buffers[rank].fill_(255)
+                memory = hidden._layout._memory
+                assert isinstance(memory, FileMemory if folder else HostRelay)
+                memory.buffers[rank].fill_(255)
                 expected = packed(layer, x, rope, ops)
                 assert torch.equal(out, expected), f"{size} ranks, {h} heads, {length} tokens, {first} {last} {direct}"
                 compared += 1

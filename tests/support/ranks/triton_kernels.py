@@ -22,7 +22,7 @@ from wan_pack.wan.model.kernels.fused import triton_ops  # noqa: E402
 from wan_pack.wan.model.linear import E4M3, FP8_PRODUCTS, Fp8Tokens, Fp8Weight, quantise_rows  # noqa: E402
 from wan_pack.wan.model.ops import PLAIN, HeadPlaces  # noqa: E402
 from wan_pack.wan.model.rope import rope_table  # noqa: E402
-from wan_pack.wan.transformer.context import Context, pad_text  # noqa: E402
+from wan_pack.wan.transformer.context import TextContext, pad_text  # noqa: E402
 from wan_pack.wan.transformer.transformer import WanModel, meta_model, parameter_dtype  # noqa: E402
 from wan_pack.wan.vae.vae_ops import VAE_OPS, Sum  # noqa: E402
 
@@ -169,7 +169,7 @@ def compare_models() -> None:
 def _forward(model: WanModel, ops: object, tokens: torch.Tensor) -> torch.Tensor:
     for block in model.blocks:
         block.ops = ops
-    text = Context(pad_text(torch.ones(2, TINY.text_dim, device=DEVICE)))
+    text = TextContext(pad_text(torch.ones(2, TINY.text_dim, device=DEVICE)))
     rope = rope_table((1, 2, 3), TINY.head_dim, device=DEVICE)
     return model(tokens, torch.tensor([700.0], device=DEVICE), text, rope)
 

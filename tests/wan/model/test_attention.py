@@ -101,7 +101,7 @@ def test_the_nodes_choices_are_the_registries_own_names(tmp_path: Path, monkeypa
     use_model_folders(tmp_path, monkeypatch)
     inputs = {**inputs_of(WanVideoDistributedConfig), **inputs_of(WanVideoDistributedInference)}
     choices = {"attention": ["auto", *KERNELS], "kernels": ["auto", *OPS]}
-    choices |= {"ulysses_engine": list(ENGINES), "scheduler": list(SOLVERS)}
+    choices |= {"ulysses_engine": ["auto", *ENGINES], "scheduler": list(SOLVERS)}
     assert {name: inputs[name][0] for name in choices} == choices
 
 
@@ -122,7 +122,7 @@ def test_what_the_registries_name_is_there():
         ({"kernels": "triton", "torch_compile": True}, "kernels is 'triton'.*torch_compile"),
         (
             {"ulysses_engine": "packed-overlap"},
-            "ulysses_engine is 'packed-overlap'; it must be one of packed, symmetric, deepspeed",
+            "ulysses_engine is 'packed-overlap'; it must be one of auto, packed, symmetric, deepspeed",
         ),
     ],
 )
