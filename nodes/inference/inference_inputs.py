@@ -94,7 +94,8 @@ def optional() -> dict[str, Any]:
 
 def _input(name: str, tooltip: str) -> tuple[Any, dict[str, Any]]:
     if name in SOCKETS:
-        return SOCKETS[name], {"tooltip": tooltip}
+        # See check_lazy_status of the nodes that make videos.
+        return SOCKETS[name], {"tooltip": tooltip, "lazy": True}
     if name in LAYOUT:
         return widget(config_node.DistributedConfig, name, tooltip)
     if name in _SETTINGS:
