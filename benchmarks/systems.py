@@ -82,8 +82,9 @@ class Ours(System):
         from wan_pack.distributed.parallel.parallelize import parallelize_wan
         from wan_pack.distributed.parallel.sequence import SequenceShard
         from wan_pack.wan.model.attention_kernels import KERNELS, choose_kernel
+        from wan_pack.wan.model.eight_bits import E4M3, KeptWeight, quantise_rows
         from wan_pack.wan.model.kernels.choice import check_kernels
-        from wan_pack.wan.model.linear import E4M3, FP8_PRODUCTS, Fp8Weight, quantise_rows
+        from wan_pack.wan.model.linear import FP8_PRODUCTS
         from wan_pack.wan.model.precisions import check_precision
         from wan_pack.wan.model.sparse import sparse_kernel
         from wan_pack.wan.transformer.transformer import meta_model
@@ -110,7 +111,7 @@ class Ours(System):
         fp8 = {}
         if self.precision == "fp8":
             layers = (f"blocks.{i}.{layer}.weight" for i in range(config.num_layers) for layer in FP8_PRODUCTS)
-            fp8 = dict.fromkeys(layers, Fp8Weight(E4M3, scaled=True))
+            fp8 = dict.fromkeys(layers, KeptWeight(E4M3, scaled=True))
         self.model = meta_model(config, place.dtype, fp8, fp8_products=bool(fp8))
         parallelize_wan(
             self.model, place.mesh, shard=SequenceShard(length=1, rank=place.rank, world=place.world),

@@ -42,8 +42,8 @@ class Parallel(Switches):
             check(_GPU_ID.fullmatch(gpu) is not None, "gpu_ids", gpu, "indices of nvidia-smi or UUIDs")
         check(len(set(self.gpu_ids)) == len(self.gpu_ids), "gpu_ids", self.gpu_ids, "without repeats")
         check(
-            self.linear_precision == "full" or self.mixed_precision == "bf16",
-            "linear_precision", self.linear_precision, f"'full' with mixed_precision {self.mixed_precision}",
+            self.linear_precision != "fp8" or self.mixed_precision == "bf16",
+            "linear_precision", self.linear_precision, f"'full' or 'int8' with mixed_precision {self.mixed_precision}",
         )  # fmt: skip
         check(
             self.kernels != "triton" or not self.torch_compile,

@@ -36,8 +36,9 @@ class Switches:
     """Compile the per-block segments around attention."""
     mixed_precision: str = choice("bf16", TORCH_NAMES)
     """Matrix products and attention; the residual, modulation and solver stay fp32."""
-    linear_precision: str = choice("full", ("full", "fp8"))
-    """full: the large matrix products are in `mixed_precision`. fp8: they are of e4m3 codes, scaled by rows."""
+    linear_precision: str = choice("full", ("full", "fp8", "int8"))
+    """full: the large matrix products are in `mixed_precision`. fp8: they are of e4m3 codes, scaled by rows. int8: the
+    weights are int8 codes in memory, multiplied as such where comfy-kitchen is installed, or unpacked for each use."""
     attention: str = choice("auto", ("auto", *attention_kernels.KERNELS))
     """The kernel of self-attention; auto: the fastest exact one that the GPU and the installed packages allow."""
     kernels: str = choice("auto", ("auto", *OPS))
@@ -57,3 +58,6 @@ class Switches:
     """Seconds without a sign of life from a rank after which the job is ended."""
     sparse_tau: float = number(1.0, 0.1, 3.0, step=0.1)
     """Of `attention` sol: the larger, the fewer keys are attended one by one."""
+    quantised_loras: str = choice("beside", ("beside", "merged"))
+    """beside: LoRAs of weights that stay in 8 bits are computed beside these, exactly, and a change of strength reads
+    no weight. merged: into the weights, rounded to their 8 bits, as all other LoRAs are."""

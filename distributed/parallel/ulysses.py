@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ...wan.model.attention import Attention
 from ...wan.model.codes import CodesAttention, HeadCodes
-from ...wan.model.linear import E4M3, LinearInput
+from ...wan.model.eight_bits import E4M3
+from ...wan.model.linear import LinearInput
 from ...wan.model.ops import HeadPlaces, Ops, Rope
 from ...wan.transformer.self_attention import SelfAttention
 from .sequence import SequenceShard, split_evenly

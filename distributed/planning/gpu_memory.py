@@ -42,8 +42,8 @@ class Workload:
     """Of the largest block."""
     outside_bytes: int
     """Of an expert's parameters outside of its blocks."""
-    fp8: bool = False
-    """Weights stay fp8 and are unpacked for use."""
+    unpacked: bool = False
+    """Weights stay in 8 bits and are unpacked for use."""
     vae_bytes: int = 0
     """Of the VAE's parameters in bf16."""
     text_bytes: int = 0
@@ -181,7 +181,7 @@ def activation_bytes(work: Workload, parallel: Parallel) -> int:
     if work.given_frames:
         # Modulation by token: six fp32 vectors for each.
         inputs, outputs = inputs + 24, outputs + 24
-    unpacked = config.ffn_dim * config.dim * b if work.fp8 else 0
+    unpacked = config.ffn_dim * config.dim * b if work.unpacked else 0
     rotary = tokens * config.head_dim * 4
     return int(max(inputs, attention, outputs) * tokens * config.dim) + rotary + unpacked
 

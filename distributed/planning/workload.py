@@ -7,11 +7,14 @@ import math
 from typing import NamedTuple
 
 from ...wan.checkpoint.checkpoint import Checkpoint
+from ...wan.checkpoint.keeping import Keeping
 from ...wan.checkpoint.weights import COMPUTE_DTYPES, empty_model
+from ...wan.lora.lora import Lora
+from ...wan.model.config import HIGH_NOISE, LOW_NOISE
 from ...wan.model.latent_space import TEMPORAL_STRIDE
 from ...wan.text.t5_keys import check_text_encoder_files, module_shapes
 from ..job.job import Parallel
-from ..job.model_files import FileIdentity, ModelFiles
+from ..job.model_files import FileIdentity, LoraFile, ModelFiles
 from ..job.sampling import Sampling
 from .gpu_memory import Workload
 from .preflight import needs_negative
@@ -35,9 +38,13 @@ def workload_of(
         encodes_text: the job runs the text encoder.
         given_frames: some frames are given to a TI2V model.
     """
+    keeping = keeping_of(parallel)
     sizes = [
-        _expert_bytes(files, parallel.mixed_precision, parallel.linear_precision == "fp8")
-        for files in (model.high_noise, model.low_noise)
+        _expert_bytes(files, loras, expert, parallel.mixed_precision, keeping)
+        for expert, files, loras in (
+            (HIGH_NOISE, model.high_noise, model.high_noise_loras),
+            (LOW_NOISE, model.low_noise, model.low_noise_loras),
+        )
         if files
     ]
     checkpoint = Checkpoint([file.path for file in model.transformer])
@@ -56,7 +63,7 @@ def workload_of(
         experts=tuple(size.expert for size in sizes),
         block_bytes=max(size.largest_block for size in sizes),
         outside_bytes=max(size.outside for size in sizes),
-        fp8=bool(checkpoint.fp8) and parallel.linear_precision != "fp8",
+        unpacked=_unpacks(checkpoint, parallel),
         vae_bytes=checkpoint.config.variant.latents.vae_bytes,
         text_bytes=text_bytes,
         guided=needs_negative(model, sampling),
@@ -66,7 +73,14 @@ def workload_of(
 
 
 def workload_of_forwards(
-    files: tuple[FileIdentity, ...], shape: tuple[int, ...], parallel: Parallel, *, steps: int, guided: bool
+    files: tuple[FileIdentity, ...],
+    shape: tuple[int, ...],
+    parallel: Parallel,
+    *,
+    steps: int,
+    guided: bool,
+    loras: tuple[LoraFile, ...] = (),
+    expert: str | None = None,
 ) -> Workload:
     """As `workload_of`, of one transformer alone, for a sampler elsewhere.
 
@@ -75,8 +89,9 @@ def workload_of_forwards(
         shape: of the latents of one evaluation, [.., T, h, w].
         steps: that are likely, to weigh loading against computing.
         guided: most steps evaluate the negative prompt too.
+        expert: HIGH_NOISE or LOW_NOISE, for a LoRA file that holds both experts' changes.
     """
-    size = _expert_bytes(files, parallel.mixed_precision, parallel.linear_precision == "fp8")
+    size = _expert_bytes(files, loras, expert, parallel.mixed_precision, keeping_of(parallel))
     checkpoint = Checkpoint([file.path for file in files])
     frames, rows, columns = shape[-3:]
     variant = checkpoint.config.variant
@@ -90,7 +105,7 @@ def workload_of_forwards(
         experts=(size.expert,),
         block_bytes=size.largest_block,
         outside_bytes=size.outside,
-        fp8=bool(checkpoint.fp8) and parallel.linear_precision != "fp8",
+        unpacked=_unpacks(checkpoint, parallel),
         guided=guided,
         given_frames=variant.known_frames,
         decode=False,
@@ -106,11 +121,28 @@ class _ExpertBytes(NamedTuple):
     """Of its blocks."""
 
 
+def keeping_of(parallel: Parallel) -> Keeping:
+    """How the weights of a job's experts are kept."""
+    return Keeping(parallel.linear_precision, parallel.quantised_loras)
+
+
+def _unpacks(checkpoint: Checkpoint, parallel: Parallel) -> bool:
+    """Whether large weights are unpacked for each use, as they are where products are not of codes."""
+    return parallel.linear_precision != "fp8" and bool(keeping_of(parallel).weights(checkpoint))
+
+
 # Of the files as they are now, whose identity is the key: the jobs of a batch ask for the same again and again.
 @functools.lru_cache(maxsize=8)
-def _expert_bytes(files: tuple[FileIdentity, ...], mixed_precision: str, fp8_products: bool) -> _ExpertBytes:
+def _expert_bytes(
+    files: tuple[FileIdentity, ...],
+    loras: tuple[LoraFile, ...],
+    expert: str | None,
+    mixed_precision: str,
+    keeping: Keeping,
+) -> _ExpertBytes:
     checkpoint = Checkpoint([file.path for file in files])
-    model = empty_model(checkpoint, COMPUTE_DTYPES[mixed_precision], fp8_products=fp8_products)
+    opened = [Lora(lora.file.path, lora.strength, checkpoint.shapes, expert=expert) for lora in loras]
+    model = empty_model(checkpoint, COMPUTE_DTYPES[mixed_precision], opened, keeping)
     blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in model.running_order]
-    expert = sum(parameter.nbytes for parameter in model.parameters())
-    return _ExpertBytes(expert, max(blocks), expert - sum(blocks))
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    return _ExpertBytes(whole, max(blocks), whole - sum(blocks))

@@ -13,9 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...wan.checkpoint.checkpoint import Checkpoint
-from ...wan.checkpoint.weights import COMPUTE_DTYPES, empty_model
+from ...wan.checkpoint.weights import COMPUTE_DTYPES, empty_model, kept_weights
+from ...wan.lora.beside import LORA_FACTORS
 from ...wan.lora.lora import Lora, changes
 from ...wan.model.attention import Attention, attention
+from ...wan.model.int8_products import use_int8_products
 from ...wan.model.latent_space import PATCH_SIZE
 from ...wan.model.rope import rope_table
 from ...wan.transformer.context import TextContext, pad_text
@@ -25,6 +27,7 @@ from ..parallel.mesh import Mesh
 from ..parallel.parallelize import parallelize_wan, release_gathered
 from ..parallel.sequence import SequenceShard
 from ..parallel.shared_reading import ALONE, SharedReading
+from ..planning.workload import keeping_of
 from ..weights.offload import HostParking
 from ..weights.streaming import BlockStream
 
@@ -68,10 +71,11 @@ def build_expert(
     opened = [Lora(path, strength, checkpoint.shapes, expert=expert) for path, strength in loras]
     for lora in opened:
         log.info(lora.report())
-    log.info(checkpoint.describe())
-    model = empty_model(
-        checkpoint, COMPUTE_DTYPES[parallel.mixed_precision], opened, fp8_products=parallel.linear_precision == "fp8"
-    )
+    keeping = keeping_of(parallel)
+    log.info(checkpoint.describe(keeping.weights(checkpoint, opened)))
+    model = empty_model(checkpoint, COMPUTE_DTYPES[parallel.mixed_precision], opened, keeping)
+    if device.type == "cuda" and use_int8_products(model):
+        log.info("products of int8 by comfy-kitchen")
     parallelize_wan(
         model,
         mesh,
@@ -129,30 +133,40 @@ def relora_expert(
     before: Sequence[str],
     loras: Sequence[tuple[str, float]],
     *,
+    parallel: Parallel,
     reading: SharedReading = ALONE,
     device: torch.device,
     expert: str | None = None,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
 ) -> bool:
-    """Makes a loaded expert what `load_expert` with other LoRAs would give; reads only weights that a LoRA changes.
+    """Makes a loaded expert what `load_expert` with other LoRAs would give; reads only weights that a LoRA is merged
+    into, and the LoRAs that stay beside their weights.
 
     Args:
         model: from `load_expert` with the LoRA files `before`.
+        parallel: with which it was loaded.
         reading: of its weights. Collective, if several ranks share it.
     Returns:
-        False, with `model` as it was, if its parameters would be of other kinds: an fp8 weight that a LoRA changes has
-        a scale for each row.
+        False, with `model` as it was, if its parameters would be of other kinds: what is merged into a weight in 8 bits
+        gives it a scale for each row, and what stays beside one has a rank.
     """
-    checkpoint = Checkpoint(files)
+    checkpoint, kept = Checkpoint(files), kept_weights(model)
     opened = [Lora(path, strength, checkpoint.shapes, expert=expert) for path, strength in loras]
     old = [Lora(path, 1.0, checkpoint.shapes, expert=expert) for path in before]
-    touched = {name for name in checkpoint.shapes if changes(opened, name) or changes(old, name)}
-    if any(changes(opened, name) != changes(old, name) for name in checkpoint.fp8):
+    if keeping_of(parallel).weights(checkpoint, opened) != kept:
         return False
+
+    def touched(name: str) -> bool:
+        if name.endswith(LORA_FACTORS):
+            return True
+        # A weight that no LoRA changes any more gets its own scale back.
+        weight = name.removesuffix("_scale")
+        beside = weight in kept and kept[weight].lora_rank > 0
+        return changes(opened, weight, without_products=beside) or changes(old, weight, without_products=beside)
+
     for lora in opened:
         log.info(lora.report())
-    # A weight that no LoRA changes any more gets its own scale back.
-    names = [name for name, _ in model.named_parameters() if name.removesuffix("_scale") in touched]
+    names = [name for name, _ in model.named_parameters() if touched(name)]
     reading.read(model, checkpoint, names, device=device, loras=opened, on_tensor=on_tensor)
     reading.send(model, names)
     return True

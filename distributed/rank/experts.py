@@ -185,7 +185,7 @@ class ExpertCache:
             before = [lora.file.path for lora in self._made_of.pop(name).loras]
             with self.weights[name].writable():
                 changed = relora_expert(
-                    self.models[name], wanted.paths, before, wanted.strengths,
+                    self.models[name], wanted.paths, before, wanted.strengths, parallel=settings["parallel"],
                     reading=SharedReading.of(settings["parallel"], settings["mesh"], self._device),
                     device=self._device, expert=name, on_tensor=report,
                 )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ...wan.model.int8_products import int8_products_there
 from ..job.job import VERSION, Job, ModelFiles, Parallel
 from ..parallel.parallelize import chosen_engine
 from ..parallel.peer_memory import way_of
@@ -45,7 +46,6 @@ def result_of(
     latents_shape: list[int],
     phases: dict[str, float],
     step_seconds: list[float],
-    reused: list[int],
     peaks: Peaks,
     notes: list[str],
 ) -> dict[str, Any]:
@@ -54,7 +54,6 @@ def result_of(
     Args:
         frames: of the video; 0 if none was made.
         phases: name -> seconds.
-        reused: indices of the steps that the model was not asked for.
         notes: for the status, of what only the run could know.
     """
     sampling = job.sampling
@@ -66,10 +65,9 @@ def result_of(
         "video": video,
         "phases": phases,
         "step_seconds": step_seconds,
-        "reused_steps": reused,
         "peak_gpu_bytes": [gpu for gpu, _ in peaks],
         "peak_rss_bytes": [host for _, host in peaks],
-        "settings": settings_of(job, session) | _reused(job, reused),
+        "settings": settings_of(job, session),
         "warnings": [*job.warnings, *notes],
     }
 
@@ -90,19 +88,18 @@ def _sparse(job: Job, session: Session) -> str:
     return f", tau {session.sparse.tau:g}, in {len(session.sparse.steps)} of {len(job.sampling.step_range)} steps"
 
 
-def _reused(job: Job, reused: list[int]) -> dict[str, str]:
-    threshold, steps = job.sampling.reuse_threshold, job.sampling.step_range
-    return {"reused steps": f"{len(reused)} of {len(steps)} (reuse_threshold {threshold:g})"} if threshold else {}
-
-
 def _keep_warm(parallel: Parallel) -> str:
     if parallel.more_follow:
         return "until the batch is done"
     return f"{parallel.keep_warm_seconds:g} s" if parallel.stays else "off"
 
 
-def _linears(parallel: Parallel) -> str:
-    return "" if parallel.linear_precision == "full" else f", large matrix products {parallel.linear_precision}"
+def _linears(parallel: Parallel, device: torch.device) -> str:
+    precision = parallel.linear_precision
+    if precision != "int8":
+        return "" if precision == "full" else f", large matrix products {precision}"
+    by_codes = device.type == "cuda" and int8_products_there()
+    return f", large weights int8, {'multiplied by comfy-kitchen' if by_codes else 'unpacked for each use'}"
 
 
 def _loras(model: ModelFiles) -> str:
@@ -136,7 +133,7 @@ def settings_of(job: Job, session: Session) -> dict[str, str | int | float | boo
         "streamed blocks": parallel.stream_blocks,
         "memory optimization": parallel.memory_optimization,
         "compiled": parallel.torch_compile,
-        "precision": f"{parallel.mixed_precision}{_linears(parallel)}, VAE {vae_dtype}",
+        "precision": f"{parallel.mixed_precision}{_linears(parallel, device)}, VAE {vae_dtype}",
         "kernels": session.ops,
         "attention": f"{session.kernel.name} ({session.kernel.reason}){_sparse(job, session)}",
         "LoRAs": _loras(job.model),

@@ -64,9 +64,9 @@ class SamplingJobs:
         status = Status()
         loras = (*map(lora_as_it_is, self.loras), *patch_files().files(sampling.added))
         side = {"high": "high_noise", "low": "low_noise"}.get(noise_side(self.files[0].path) or "", "")
-        parallel = self._planned(sampling, status)
-        status.warn(*check_forwards(self.files, loras, side or None, parallel, on_note=status.note))
-        for line in (*status.notes, *status.warnings):
+        parallel = self._planned(sampling, loras, side or None, status)
+        status.note(*check_forwards(self.files, loras, side or None, parallel))
+        for line in status.warnings:
             host.log(line)
         return ForwardsJob(
             id=new_job_id(),
@@ -78,7 +78,9 @@ class SamplingJobs:
             verbose=host.verbose(),
         )
 
-    def _planned(self, sampling: CoreSampling, status: Status) -> Parallel:
+    def _planned(
+        self, sampling: CoreSampling, loras: tuple[LoraFile, ...], side: str | None, status: Status
+    ) -> Parallel:
         from ...distributed.planning.plan import as_set
         from ...distributed.planning.policies import Request
         from ...distributed.planning.workload import workload_of_forwards
@@ -98,5 +100,7 @@ class SamplingJobs:
             always_guided=sampling.guided,
         )
         steps = max(len(sampling.sigmas) - 1, 1)
-        work = workload_of_forwards(self.files, sampling.window, base, steps=steps, guided=sampling.guided)
+        work = workload_of_forwards(
+            self.files, sampling.window, base, steps=steps, guided=sampling.guided, loras=loras, expert=side
+        )
         return shown(ground.plan(work, request), status)

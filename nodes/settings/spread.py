@@ -59,7 +59,9 @@ OPTIONAL = {
     "sol (package comfy-kitchen) leaves out what matters little in the later steps of long videos: "
     "much faster, but the video changes.",
     "linear_precision": "fp8: the large matrix products in 8 bits, for half of the weights' memory and "
-    "more speed; the video changes. Needs an Ada, Hopper or newer GPU and mixed_precision bf16.",
+    "more speed; the video changes. Needs an Ada, Hopper or newer GPU and mixed_precision bf16. int8: the same "
+    "memory on any GPU; int8 files stay as they are. With the package comfy-kitchen products are of int8 by int8 (on "
+    "Hopper no faster than bf16), else weights are unpacked for each use.",
     "kernels": "How the arithmetic between the matrix products is computed. triton: fused GPU "
     "kernels, the same up to rounding, without the wait of torch_compile. plain: torch's own. "
     "auto: triton on Hopper, where it was measured, if a C compiler is there, else plain.",
@@ -69,6 +71,9 @@ OPTIONAL = {
     "paths.",
     "sparse_tau": "For attention sol only: how sparse it is. The larger, the faster, and the further "
     "the video is from the one of full attention.",
+    "quantised_loras": "LoRAs of weights that stay in 8 bits (fp8 files, linear_precision fp8 or int8). beside: "
+    "computed beside the weights, exactly; a new strength on a warm group reads no weight. merged: rounded into the "
+    "weights, which takes no time per step, but loses most of a weak LoRA.",
 }
 """Inputs of the config node with their tooltips; those that make videos have some of them, too."""
 

@@ -23,10 +23,11 @@ from ..files.diffusers_keys import MARKER as DIFFUSERS_MARKER
 from ..files.diffusers_keys import to_official
 from ..files.identify import describe_tensors, prefixes
 from ..files.model_folder import folder_files, read_json_object
+from ..files.rotated import Rotated
 from ..files.stored_model import StoredModel, open_model
-from ..files.stored_tensor import PlainTensor, RowScale
+from ..files.stored_tensor import PlainTensor, RowScale, StoredTensor
 from ..model.config import WanConfig, config_from_shapes
-from ..model.linear import FP8_DTYPES, Fp8Weight
+from ..model.eight_bits import CODES, FP8_DTYPES, KeptWeight
 from ..model.variants import RUNNABLE, check_runs
 from ..transformer.transformer import meta_model, parameter_dtype
 
@@ -63,26 +64,32 @@ class Checkpoint:
             raise ValueError(f"{self.label}: {error}") from error
         self.shapes: Mapping[str, tuple[int, ...]] = {n: s for n, s in shapes.items() if n not in self.markers}
         self._dtypes = {own: model.tensors[name].dtype for name, own in names.items() if own in self.shapes}
-        self.fp8: Mapping[str, Fp8Weight] = {
-            name: Fp8Weight(tensor.dtype, tensor.scale is not None)
-            for name, tensor in self._stored.items()
-            if isinstance(tensor, PlainTensor) and tensor.dtype in FP8_DTYPES and _may_stay_fp8(name, tensor)
+        self.codes: Mapping[str, KeptWeight] = {
+            name: kept for name, tensor in self._stored.items() if (kept := _as_kept(name, tensor)) is not None
         }
-        """The weights that stay fp8 in memory; those of the time path and the head are unpacked."""
+        """The weights whose codes may stay in memory; those of the time path and the head are unpacked."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
         return sum(tensor.nbytes for tensor in self._stored.values())
 
-    def describe(self) -> str:
-        """One line for the log: how the weights are stored, and what becomes of quantised ones."""
+    def describe(self, kept: Mapping[str, KeptWeight] | None = None) -> str:
+        """One line for the log: how the weights are stored, and what becomes of quantised ones.
+
+        Args:
+            kept: how they are kept in memory (`Keeping.weights`); None: fp8 as it is, all else unpacked.
+        """
         kinds = Counter(dtype for name, dtype in self._dtypes.items() if len(self.shapes[name]) > 1)
         text = f"{self.label}: " + ", ".join(f"{count} weights in {kind}" for kind, count in kinds.most_common())
-        if self.fp8:
-            scaled = sum(weight.scaled for weight in self.fp8.values())
-            text += f"; {len(self.fp8)} of them stay fp8 in memory, {scaled} with scales"
-        elif kinds.keys() - set(_FLOATS):
+        if kept is None:
+            kept = {name: weight for name, weight in self.codes.items() if weight.dtype in FP8_DTYPES}
+        for kind, dtypes in (("fp8", FP8_DTYPES), ("int8", (torch.int8,))):
+            scaled = [weight.scaled for weight in kept.values() if weight.dtype in dtypes]
+            if scaled:
+                verb = "stay" if self.codes else "become"
+                text += f"; {len(scaled)} of them {verb} {kind} in memory, {sum(scaled)} with scales"
+        if not kept and kinds.keys() - set(_FLOATS):
             text += "; quantised ones are unpacked while they are read"
         return text
 
@@ -91,8 +98,7 @@ class Checkpoint:
 
         Args:
             name: official name, or that of a weight with "_scale" behind it: its scale, [rows, 1].
-            out: contiguous, any device and float dtype; values are cast. Of the file's own fp8 dtype: the codes, to
-                which the scale is still to be applied.
+            out: contiguous, any device and float dtype; values are cast. Of the dtype of the weight in `codes`: those.
             staging: uint8 buffer on the CPU, page-locked for a copy to a GPU; needed unless `out` is on the CPU with
                 the file's own dtype.
         Raises:
@@ -134,10 +140,16 @@ def _official(model: StoredModel) -> dict[str, str]:
     return own
 
 
-def _may_stay_fp8(name: str, tensor: PlainTensor) -> bool:
-    """Whether it is a matrix that `Linear` multiplies by in the compute dtype."""
+def _as_kept(name: str, tensor: StoredTensor) -> KeptWeight | None:
+    """None: it is no matrix that `Linear` multiplies by in the compute dtype, or not of such codes."""
     large = parameter_dtype(name, torch.bfloat16) == torch.bfloat16
-    return large and name.endswith(".weight") and len(tensor.shape) == 2
+    if not large or not name.endswith(".weight") or len(tensor.shape) != 2:
+        return None
+    plain, rotated_by = (tensor.inner, tensor.group) if isinstance(tensor, Rotated) else (tensor, 0)
+    # Rotated fp8 is rare: its values are read.
+    if not isinstance(plain, PlainTensor) or plain.dtype not in (CODES if not rotated_by else (torch.int8,)):
+        return None
+    return KeptWeight(plain.dtype, plain.scale is not None, rotated_by)
 
 
 def _check_complete(shapes: Mapping[str, tuple[int, ...]], config: WanConfig) -> frozenset[str]:

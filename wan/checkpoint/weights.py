@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import product
 from threading import local
 from typing import Any
 
@@ -13,39 +11,38 @@ import torch
 from torch import Tensor, nn
 
 from ..files.stored_tensor import STAGING_BYTES
+from ..lora.beside import LORA_FACTORS, read_factor
 from ..lora.lora import Lora, changes, merge
-from ..model.linear import E4M3, FP8_DTYPES, FP8_PRODUCTS, Fp8Weight, quantise_rows
+from ..model.eight_bits import KeptWeight, quantise_rows, rotate_inputs
+from ..model.linear import Linear
 from ..model.precisions import TORCH_NAMES
 from ..transformer.transformer import WanModel, meta_model
 from .checkpoint import Checkpoint
+from .keeping import MERGED, Keeping
 
 CUDA_READERS = 4
 """Threads that read and copy at the same time: one cannot keep both the disk and the bus busy."""
 MERGED_ELEMENTS = 16 << 20
 """Of a weight, in float32 at once, while LoRAs are merged into it."""
+_BESIDE_WEIGHT = ("weight_scale", *LORA_FACTORS)
+"""What a layer has besides its weight for the product with it."""
 COMPUTE_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, known) for name, known in TORCH_NAMES.items()}
 """Of matrix products, by the names that a job gives them."""
 
 
 def empty_model(
-    checkpoint: Checkpoint, compute: torch.dtype, loras: Sequence[Lora] = (), *, fp8_products: bool = False
+    checkpoint: Checkpoint, compute: torch.dtype, loras: Sequence[Lora] = (), keeping: Keeping = MERGED
 ) -> WanModel:
     """The model of `checkpoint` on the meta device, each parameter in the dtype that it will be kept in.
 
     Args:
         compute: dtype of the matrix products.
-        loras: those that `read_weights` will merge; an fp8 weight that they change gets a scale for each row.
-        fp8_products: the large layers multiply e4m3 codes: the file's where it has them, or made of its values.
+        loras: those that `read_weights` will read.
     """
-    fp8 = {
-        name: replace(weight, scaled=weight.scaled or changes(loras, name)) for name, weight in checkpoint.fp8.items()
-    }
-    if fp8_products:
-        for block, layer in product(checkpoint.config.block_names, FP8_PRODUCTS):
-            name = f"{block}.{layer}.weight"
-            if name not in fp8 or fp8[name].dtype != E4M3:
-                fp8[name] = Fp8Weight(E4M3, scaled=True)
-    return meta_model(checkpoint.config, compute, fp8, fp8_products=fp8_products)
+    return meta_model(
+        checkpoint.config, compute, keeping.weights(checkpoint, loras),
+        fp8_products=keeping.linear_precision == "fp8",
+    )  # fmt: skip
 
 
 def read_weights(
@@ -68,7 +65,7 @@ def read_weights(
     Args:
         model: from `empty_model` with the same LoRAs, sharded over rows or not.
         names: of the parameters; None for all.
-        loras: merged into the rows as they arrive, in float32.
+        loras: merged into the rows as they arrive, in float32, or read beside them.
         part, parts: read only what `owners` gives to this one of the processes that share the work.
         on_tensor: called with (tensors read, tensors in all).
         meanwhile: called on this thread while others read.
@@ -78,11 +75,13 @@ def read_weights(
     names = [name for name in owner if owner[name] == part]
     mine = _Reader()
 
+    kept = kept_weights(model)
+
     def made_here(name: str) -> bool:
         """Whether the weight's values are not just the file's, or not in the file's codes."""
-        dtype, stored = parameters[name].dtype, checkpoint.fp8.get(name)
-        recoded = dtype in FP8_DTYPES and (stored is None or stored.dtype != dtype)
-        return recoded or changes(loras, name)
+        dtype = kept[name].dtype if name in kept else None
+        recoded = dtype is not None and (name not in checkpoint.codes or checkpoint.codes[name].dtype != dtype)
+        return recoded or changes(loras, name, without_products=name in kept and kept[name].lora_rank > 0)
 
     def read(name: str) -> None:
         rows, start = local_rows(parameters[name])
@@ -90,13 +89,21 @@ def read_weights(
             return
         if mine.staging is None:
             mine.staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=on_cuda)
-        weight = name.removesuffix("_scale")
-        if weight == name and made_here(name):
-            scale = parameters.get(f"{name}_scale")
-            scales = None if scale is None else local_rows(scale)[0]
-            _read_merged(checkpoint, loras, name, rows, start, scales, mine.staging, device)
+        layer, _, kind = name.rpartition(".")
+        weight = name if kind not in _BESIDE_WEIGHT else f"{layer}.weight"
+        if kind in LORA_FACTORS:
+            read_factor(loras, weight, kind, rows, start // rows[0].numel())
+        elif weight == name:
+            if name in kept:
+                rows = rows.view(kept[name].dtype)
+            if made_here(name):
+                scale = parameters.get(f"{name}_scale")
+                scales = None if scale is None else local_rows(scale)[0]
+                _read_merged(checkpoint, loras, name, kept.get(name), rows, start, scales, mine.staging, device)
+            else:
+                checkpoint.read_into(name, rows, start=start, staging=mine.staging)
         # The scale of such a weight is a new one, written with the weight.
-        elif weight == name or not made_here(weight):
+        elif not made_here(weight):
             checkpoint.read_into(name, rows, start=start, staging=mine.staging)
         if on_cuda:
             # What was computed of the file's values is queued on this reader's own stream.
@@ -133,6 +140,12 @@ class _Reader(local):
     """Made when it first reads."""
 
 
+def kept_weights(model: nn.Module) -> dict[str, KeptWeight]:
+    """The weights of `model` that it keeps in 8 bits."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, Linear))
+    return {f"{name}.weight": layer.kept for name, layer in layers if layer.kept is not None}
+
+
 def owners(model: nn.Module, names: Sequence[str] | None, parts: int) -> dict[str, int]:
     """Parameter -> which of `parts` processes reads it: about equally many bytes each, a weight and its scale together.
 
@@ -153,19 +166,20 @@ def _read_merged(
     checkpoint: Checkpoint,
     loras: Sequence[Lora],
     name: str,
+    kept: KeptWeight | None,
     rows: Tensor,
     start: int,
     scales: Tensor | None,
     staging: Tensor,
     device: torch.device,
 ) -> None:
-    """Reads rows in float32, adds what `loras` change, and rounds once: to the dtype of `rows`, or to fp8 `scales`.
+    """Reads rows in float32, adds what `loras` change, and rounds once, to the dtype of `rows` or to codes with scales.
 
     A row of the file's own codes keeps its scale there if what it becomes fits it: what is not changed keeps its bits.
     Computes on `device`, also for rows that wait in host memory.
     """
     per_row = rows.numel() // rows.shape[0]
-    stored = checkpoint.fp8.get(name)
+    stored = checkpoint.codes.get(name)
 
     def read_rows(first: int, count: int) -> Tensor:
         """Of the whole weight."""
@@ -179,16 +193,21 @@ def _read_merged(
         values = torch.empty(part.shape, dtype=torch.float32, device=device)
         checkpoint.read_into(name, values, start=start + first * per_row, staging=staging)
         negative = values.signbit()
-        merge(loras, name, values, start // per_row + first, read_rows)
+        merge(
+            loras, name, values, start // per_row + first, read_rows,
+            without_products=kept is not None and kept.lora_rank > 0,
+        )  # fmt: skip
         # Zeros have signs in fp8, which they lose in a sum.
         values.masked_fill_(negative & (values == 0), -0.0)
-        if scales is not None:
-            kept = None
-            if stored is not None and stored.dtype == rows.dtype:
-                kept = torch.ones(part.shape[0], 1, device=device)
+        if kept is not None and scales is not None:
+            own = None
+            if stored is not None and stored.dtype == kept.dtype:
+                own = torch.ones(part.shape[0], 1, device=device)
                 if stored.scaled:
-                    checkpoint.read_into(f"{name}_scale", kept, start=start // per_row + first)
-            values, scales[first : first + count] = quantise_rows(values, rows.dtype, kept)
+                    checkpoint.read_into(f"{name}_scale", own, start=start // per_row + first)
+            if kept.rotated_by:
+                values = rotate_inputs(values, kept.rotated_by)
+            values, scales[first : first + count] = quantise_rows(values, kept.dtype, own)
         part.copy_(values)
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..model.linear import E4M3
+from ..model.eight_bits import E4M3
 from .block_scaled import BlockScaled, tiled_size
 from .quant_formats import BY_BLOCKS, READABLE, QuantFormat
 from .rotated import Rotated
@@ -175,7 +175,6 @@ def pair_scales(
                 f"tensor {name} of shape {tensor.shape} is said to be rotated by groups of {kind.rotated_by} inputs"
             )
         paired[name] = Rotated(tensor, kind.rotated_by)
-        paired.pop(f"{name}_scale", None)
     for name, tensor in paired.items():
         if isinstance(tensor, PlainTensor) and tensor.scale is None and tensor.nbytes > 1:
             if tensor.dtype == torch.int8:

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..model.linear import FP8_DTYPES
+from ..model.eight_bits import CODES
 from .gguf_files import GgufFile
 from .regular_files import read_range, regular
 
@@ -53,8 +53,8 @@ class StoredTensor(Protocol):
         """Reads the values of the elements from flat index `start` on, until `out` is full.
 
         Args:
-            out: contiguous, any device and float dtype; values are cast. Of the file's own fp8 dtype: the codes, to
-                which a scale is still to be applied.
+            out: contiguous, any device and float dtype; values are cast. Of the file's own fp8 dtype, or int8: the
+                codes, to which a scale, and a rotation, is still to be applied.
             staging: uint8 buffer on the CPU, page-locked for a copy to a GPU; needed unless `out` is on the CPU with
                 the file's own dtype.
         Raises:
@@ -80,7 +80,7 @@ class PlainTensor:
 
     def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
         flat = out.view(-1)
-        codes = out.dtype == self.dtype and out.dtype in FP8_DTYPES
+        codes = out.dtype == self.dtype and out.dtype in CODES
         scale = None if codes else self.scale
         with open(self.path, "rb", buffering=0, opener=regular) as file:
             if flat.device.type == "cpu" and flat.dtype == self.dtype and scale is None:

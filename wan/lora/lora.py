@@ -24,7 +24,7 @@ from .dora import Decomposed
 from .families import Family, family_of, matrix_size
 from .module_names import LoraModule, ModuleNames, Role, lora_modules, skip_reason
 from .origin import describe_origin
-from .updates import Difference, ReadRows, Update, read_elements
+from .updates import Difference, LowRank, ReadRows, Update, read_elements
 
 CHUNK_BYTES = 32 << 20
 """Of the float32 rows that are summed at a time."""
@@ -244,12 +244,20 @@ class Lora:
         return stored
 
 
-def changes(loras: Iterable[Lora], name: str) -> bool:
-    """Whether any of `loras` changes parameter `name`."""
-    return any(name in lora.updates for lora in loras)
+def changes(loras: Iterable[Lora], name: str, *, without_products: bool = False) -> bool:
+    """Whether any of `loras` changes parameter `name`, by more than products of two matrices or at all."""
+    return bool(_updates(loras, name, without_products))
 
 
-def merge(loras: Iterable[Lora], name: str, rows: Tensor, first_row: int, read_rows: ReadRows | None = None) -> None:
+def merge(
+    loras: Iterable[Lora],
+    name: str,
+    rows: Tensor,
+    first_row: int,
+    read_rows: ReadRows | None = None,
+    *,
+    without_products: bool = False,
+) -> None:
     """Adds in place what `loras` change in rows [first_row, ...) of parameter `name`.
 
     Summed in float32 and rounded once, however many there are. Changes that depend on the weight see it as it is in the
@@ -258,10 +266,11 @@ def merge(loras: Iterable[Lora], name: str, rows: Tensor, first_row: int, read_r
     Args:
         rows: [n, ...], contiguous, of any device and a float dtype that torch can round to.
         read_rows: gives any rows of the parameter as it is in the checkpoint; None: nobody asks for other ones.
+        without_products: leave out products of two matrices, which stay beside the weight (beside.py).
     Raises:
         OSError: a file cannot be read any more, or ended early.
     """
-    updates = [update for lora in loras for update in lora.updates.get(name, ())]
+    updates = _updates(loras, name, without_products)
     if not updates or rows.numel() == 0:
         return
     flat = rows.view(rows.shape[0], -1)
@@ -280,6 +289,11 @@ def merge(loras: Iterable[Lora], name: str, rows: Tensor, first_row: int, read_r
         for add in adders:
             add(total, start, base)
         piece.copy_(total)
+
+
+def _updates(loras: Iterable[Lora], name: str, without_products: bool) -> list[Update]:
+    updates = (update for lora in loras for update in lora.updates.get(name, ()))
+    return [update for update in updates if not (without_products and isinstance(update, LowRank))]
 
 
 def _wide(shape: Shape) -> Shape:

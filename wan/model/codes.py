@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .linear import E4M3
+from .eight_bits import E4M3
 
 LARGEST = torch.finfo(E4M3).max
 LEAST_BOUND = 1e-20

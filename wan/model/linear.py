@@ -1,35 +1,24 @@
-"""Linear layers, and their weights and products in 8-bit floating point.
+"""Linear layers, whose weights may be kept in 8 bits, and products of fp8 by fp8.
 
-W = codes * scale      one scale per output row (Micikevicius et al., 2022, arXiv 2209.05433, has the formats)
-x = codes * scale      one scale per token, where products are fp8 by fp8
+W = codes * scale      one scale per output row (eight_bits.py)
+x = codes * scale      one scale per token, where products are of codes by codes
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-E4M3 = FP8_DTYPES[0]
+from .eight_bits import CODES, E4M3, KeptWeight, quantise_rows, rotate_inputs
+
 FP8_PRODUCTS = (
     "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"
 )  # fmt: skip
-"""The layers of a block that "fp8" multiplies in fp8: those that every token goes through."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fp8Weight:
-    """How a layer keeps its weight."""
-
-    dtype: torch.dtype
-    """One of `FP8_DTYPES`."""
-    scaled: bool
-    """There is a scale per output row; without one the codes are the weight."""
+"""The layers of a block that are multiplied in 8 bits: those that every token goes through."""
 
 
 class Fp8Tokens(NamedTuple):
@@ -45,22 +34,30 @@ LinearInput = Tensor | Fp8Tokens
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in `compute_dtype`, or multiplies fp8 codes and returns that.
+    """A linear layer that computes in `compute_dtype`, or multiplies codes and returns that.
 
-    An fp8 weight stays fp8 in memory: `weight_scale` is None or [out, 1] float32, which a sharding over rows cuts as it
-    cuts the weight. It is unpacked for each use unless `fp8_product` is on.
+    A weight that is kept in 8 bits stays so in memory: `weight_scale` is None or [out, 1] float32, which a sharding
+    over rows cuts as it cuts the weight. It is unpacked for each use unless there is a product of codes.
+
+    LoRAs may stay beside it, `lora_down` [rank, in] and `lora_up` [out, rank], their strengths in the latter:
+    y = x W^T + (x down^T) up^T, each of the three products rounded to `compute_dtype`, and their sum.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
-        self.register_parameter("weight_scale", None)
+        for name in ("weight_scale", "lora_down", "lora_up"):
+            self.register_parameter(name, None)
         self._compute_dtype: torch.dtype | None = None
+        self.kept: KeptWeight | None = None
+        """How the weight is kept in 8 bits; None: as floats."""
         self.fp8_product = False
         """Multiply e4m3 codes by e4m3 codes; the weight must be kept as such."""
+        self.int8_product: Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor] | None = None
+        """Multiplies the int8 codes (int8_products.py)."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """That of the weight, unless `keep_fp8` set another."""
+        """That of the weight, unless `keep` set another."""
         return self._compute_dtype or self.weight.dtype
 
     @property
@@ -68,29 +65,65 @@ class Linear(nn.Linear):
         """What `forward` multiplies; it takes other float types too. E4M3 stands for `Fp8Tokens`."""
         return E4M3 if self.fp8_product else self.compute_dtype
 
-    def keep_fp8(self, stored: Fp8Weight, compute: torch.dtype) -> None:
-        """Keeps the weight as `stored` and computes in `compute`. Leaves the values undefined."""
-        assert stored.dtype in FP8_DTYPES, stored
-        self._compute_dtype = compute
-        self.weight = nn.Parameter(torch.empty_like(self.weight, dtype=stored.dtype), requires_grad=False)
-        if stored.scaled:
-            scale = torch.empty(self.out_features, 1, dtype=torch.float32, device=self.weight.device)
-            self.weight_scale = nn.Parameter(scale, requires_grad=False)
+    @property
+    def is_plain(self) -> bool:
+        """`forward` is nothing but the product with `unpacked_weight` and the bias."""
+        turned = self.kept is not None and self.kept.rotated_by > 0
+        return not (self.fp8_product or turned or self.int8_product or self.lora_down is not None)
+
+    @property
+    def keeps_int8(self) -> bool:
+        """`weight` has the bytes of int8 codes."""
+        return self.kept is not None and self.kept.dtype == torch.int8
+
+    def keep(self, kept: KeptWeight, compute: torch.dtype) -> None:
+        """Keeps the weight as `kept` says and computes in `compute`. Leaves the values undefined."""
+        assert kept.dtype in CODES, kept
+        self._compute_dtype, self.kept = compute, kept
+
+        def parameter(dtype: torch.dtype, *shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=self.weight.device), requires_grad=False)
+
+        self.weight = parameter(kept.storage, *self.weight.shape)
+        if kept.scaled:
+            self.weight_scale = parameter(torch.float32, self.out_features, 1)
+        if kept.lora_rank:
+            self.lora_down = parameter(compute, kept.lora_rank, self.in_features)
+            self.lora_up = parameter(compute, self.out_features, kept.lora_rank)
+
+    @property
+    def codes(self) -> Tensor:
+        """The weight as it is kept."""
+        return self.weight.view(torch.int8) if self.keeps_int8 else self.weight
 
     def unpacked_weight(self) -> Tensor:
-        """The weight [out, in] in `compute_dtype`."""
-        # fp8 codes are exact in every wider type; the product is float32 inside and rounded once.
-        weight = self.weight.to(self.compute_dtype)
+        """The weight [out, in] in `compute_dtype`, rotated if it is kept so."""
+        # Codes are exact in every wider type; the product is float32 inside and rounded once.
+        weight = self.codes.to(self.compute_dtype)
         return weight if self.weight_scale is None else weight.mul_(self.weight_scale)
 
     def forward(self, x: LinearInput) -> Tensor:
         """x: [n, in], as tensors of any float type or, where products are fp8, as codes -> [n, out]."""
-        if not self.fp8_product:
+        if self.fp8_product:
+            x = fp8_tokens(x)
+            product = _multiply if x.codes.is_cuda else _multiply_unpacked
+            y = product(x, self.weight, self.weight_scale, self.bias, self.compute_dtype)
+        else:
             assert isinstance(x, Tensor), "codes are made for the layers that multiply them"
-            return F.linear(x.to(self.compute_dtype), self.unpacked_weight(), self.bias)
-        rows = fp8_tokens(x)
-        product = _multiply if rows.codes.is_cuda else _multiply_unpacked
-        return product(rows, self.weight, self.weight_scale, self.bias, self.compute_dtype)
+            x = x.to(self.compute_dtype)
+            group = self.kept.rotated_by if self.kept is not None else 0
+            if self.int8_product is not None:
+                y = self.int8_product(x, self.codes, self.weight_scale, self.bias, group)
+            else:
+                turned = rotate_inputs(x, group) if group else x
+                y = F.linear(turned, self.unpacked_weight(), self.bias)
+        if self.lora_down is None:
+            return y
+        return y.addmm_(F.linear(_unpacked(x, self.compute_dtype), self.lora_down), self.lora_up.t())
+
+
+def _unpacked(x: LinearInput, dtype: torch.dtype) -> Tensor:
+    return x if isinstance(x, Tensor) else x.codes.to(dtype).mul_(x.scale)
 
 
 def fp8_tokens(x: LinearInput) -> Fp8Tokens:
@@ -134,22 +167,3 @@ def _multiply_unpacked(
     if scale is not None:
         y = y * scale.t()
     return (y if bias is None else y + bias.float()).to(out)
-
-
-def quantise_rows(values: Tensor, dtype: torch.dtype, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """values: [n, in] float32 -> codes [n, in] of an fp8 `dtype` and scales [n, 1] float32: each row's largest
-    magnitude becomes the type's largest. A row of zeros has scale 1.
-
-    Args:
-        kept: [n, 1], scales that stay those of rows that fit them: no value is rounded by more than half a step then,
-            and values that were codes times this scale get the same codes again.
-    """
-    largest = torch.finfo(dtype).max
-    magnitudes = values.abs().amax(dim=1, keepdim=True)
-    scale = magnitudes / largest
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    if kept is not None:
-        half_step = torch.finfo(dtype).eps * 2 ** math.floor(math.log2(largest)) / 2
-        scale = torch.where(magnitudes <= kept * (largest + half_step), kept, scale)
-    # Rounding may push a row's largest just over the type's, which casts to NaN.
-    return (values / scale).clamp_(-largest, largest).to(dtype), scale

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.config import EPS, WanConfig
+from ..model.eight_bits import E4M3, KeptWeight
 from ..model.latent_space import PATCH_SIZE
-from ..model.linear import E4M3, FP8_PRODUCTS, Fp8Weight, Linear
+from ..model.linear import FP8_PRODUCTS, Linear
 from ..model.ops import Rope
 from .block import WanBlock, Which, per_token
 from .context import TextContext
@@ -103,25 +104,25 @@ def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
 def meta_model(
     config: WanConfig,
     compute: torch.dtype,
-    fp8: Mapping[str, Fp8Weight] | None = None,
+    kept: Mapping[str, KeptWeight] | None = None,
     *,
     fp8_products: bool = False,
 ) -> WanModel:
     """The model without memory, each parameter in its dtype (`parameter_dtype`), frozen.
 
     Args:
-        fp8: the weights that stay fp8, by parameter name.
-        fp8_products: the layers of `FP8_PRODUCTS`, whose weights are in `fp8` as e4m3, multiply fp8 by fp8.
+        kept: the weights in 8 bits, by parameter name.
+        fp8_products: the layers of `FP8_PRODUCTS`, whose weights are in `kept` as e4m3, multiply fp8 by fp8.
     """
     with torch.device("meta"):
         model = WanModel(config)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(parameter_dtype(name, compute))
         parameter.requires_grad_(False)
-    for name, stored in (fp8 or {}).items():
+    for name, stored in (kept or {}).items():
         layer = model.get_submodule(name.removesuffix(".weight"))
         assert isinstance(layer, Linear), name
-        layer.keep_fp8(stored, parameter_dtype(name, compute))
+        layer.keep(stored, parameter_dtype(name, compute))
     if fp8_products:
         for layer in (block.get_submodule(name) for block in model.running_order for name in FP8_PRODUCTS):
             assert isinstance(layer, Linear) and layer.weight.dtype == E4M3, layer

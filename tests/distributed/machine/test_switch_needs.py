@@ -115,7 +115,7 @@ def test_every_switch_is_asked_with_every_value():
     """But for numbers; a switch of another kind would be left out."""
     numbers = {"master_port", "keep_warm_seconds", "start_timeout", "stall_timeout", "sparse_tau"}
     assert {switch for switch, _ in every_value()} | numbers == set(Switches.__dataclass_fields__)
-    assert [value for switch, value in every_value() if switch == "linear_precision"] == ["full", "fp8"]
+    assert [value for switch, value in every_value() if switch == "linear_precision"] == ["full", "fp8", "int8"]
 
 
 def test_the_doctor_says_the_same(machine: Any):

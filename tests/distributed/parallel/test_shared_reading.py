@@ -21,9 +21,9 @@ CONFIG = WanConfig(dim=128, ffn_dim=80, num_heads=1, num_layers=2, in_dim=16, ou
 TOUCHED = "blocks.0.self_attn.q"
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_the_reading(tmp_path: Path, world: int):
-    """Of an fp8 file with a scale for each row, and a LoRA that makes one of its weights anew."""
+@pytest.mark.parametrize(("world", "quantised_loras"), [(2, "merged"), (3, "merged"), (2, "beside")])
+def test_ranks_share_the_reading(tmp_path: Path, world: int, quantised_loras: str):
+    """Of an fp8 file with a scale for each row, and a LoRA that makes one of its weights anew, or stays beside it."""
     (tmp_path / "model").mkdir()
     write_scaled(
         tmp_path / "model" / "m.safetensors", random_weights(CONFIG), torch.float8_e4m3fn, scale="weight_scale",
@@ -33,14 +33,17 @@ def test_ranks_share_the_reading(tmp_path: Path, world: int):
     save_file(
         {f"diffusion_model.{TOUCHED}.{name}.weight": value for name, value in lora.items()}, tmp_path / "l.safetensors"
     )
-    arguments = {"folder": str(tmp_path / "model"), "loras": [(str(tmp_path / "l.safetensors"), 1.0)]}
-    results = run_ranks("reading_is_shared", world, **arguments)
+    loras = [(str(tmp_path / "l.safetensors"), 1.0)]
+    results = run_ranks(
+        "reading_is_shared", world, folder=str(tmp_path / "model"), loras=loras, quantised_loras=quantised_loras
+    )
     read = [set(result["whole"]) for result in results]
     assert all(read), "each reads something"
     assert max(Counter(name for names in read for name in names).values()) == 1, "and nothing is read twice"
     # Of a change only what it touches, by one of them.
     changed = [set(result["changed"]) for result in results]
-    assert sorted(changed, key=len) == [*[set()] * (world - 1), {f"{TOUCHED}.weight"}]
+    weight = {f"{TOUCHED}.weight", f"{TOUCHED}.weight_scale"} if quantised_loras == "merged" else set()
+    assert sorted(changed, key=len) == [*[set()] * (world - 1), weight]
 
 
 def test_owners_have_equal_shares_and_keep_a_scale_with_its_weight():

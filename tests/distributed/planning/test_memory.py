@@ -79,7 +79,7 @@ def test_processes_that_stay_keep_what_others_drop():
     [
         ({"guided": True}, "text"),
         ({"given_frames": True}, "activations"),
-        ({"fp8": True}, "activations"),
+        ({"unpacked": True}, "activations"),
         ({"num_frames": 121}, "activations"),
     ],
 )
@@ -147,7 +147,7 @@ ROTARY = 32_760 * 128 * 4
         ({}, {"given_frames": True}, 8 + 10 + 10.8 + 24, 0),
         ({"torch_compile": True}, {"given_frames": True}, 8 + 10 + 5.4 + 24, 0),
         # One feed-forward weight unpacked.
-        ({}, {"fp8": True}, 8 + 10 + 10.8, 13_824 * 5_120 * 2),
+        ({}, {"unpacked": True}, 8 + 10 + 10.8, 13_824 * 5_120 * 2),
     ],
 )
 def test_activations_are_those_of_the_fullest_moment(

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
+from wan_pack.wan.checkpoint.keeping import MERGED, Keeping
 from wan_pack.wan.checkpoint.weights import empty_model, read_weights
 from wan_pack.wan.files.diffusers_keys import to_official
 from wan_pack.wan.lora.lora import Lora
@@ -68,10 +69,10 @@ def write_fp8(path: Path, weights: Weights, kind: str, dtype: torch.dtype) -> We
     return write_scaled(path, weights, dtype, scale=scale, per_row=by == "row")
 
 
-def read_model(path: Path, compute: torch.dtype, loras: Sequence[Lora] = ()) -> WanModel:
+def read_model(path: Path, compute: torch.dtype, loras: Sequence[Lora] = (), keeping: Keeping = MERGED) -> WanModel:
     """As one process loads it."""
     checkpoint, cpu = Checkpoint([path]), torch.device("cpu")
-    model = empty_model(checkpoint, compute, loras).to_empty(device=cpu)
+    model = empty_model(checkpoint, compute, loras, keeping).to_empty(device=cpu)
     read_weights(model, checkpoint, device=cpu, loras=loras)
     return model
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from wan_pack.wan.model.attention import attention
 from wan_pack.wan.model.codes import CodesAttention, HeadCodes, Heads
 from wan_pack.wan.model.config import WanConfig
-from wan_pack.wan.model.linear import E4M3
+from wan_pack.wan.model.eight_bits import E4M3
 from wan_pack.wan.model.ops import PLAIN, HeadPlaces, Rope
 from wan_pack.wan.transformer.self_attention import SelfAttention
 

@@ -18,8 +18,9 @@ from mount import mount_pack
 mount_pack()
 from layers import WRITING  # noqa: E402
 from tiny import TINY, random_weights  # noqa: E402
+from wan_pack.wan.model.eight_bits import E4M3, KeptWeight, quantise_rows  # noqa: E402
 from wan_pack.wan.model.kernels.fused import triton_ops  # noqa: E402
-from wan_pack.wan.model.linear import E4M3, FP8_PRODUCTS, Fp8Tokens, Fp8Weight, quantise_rows  # noqa: E402
+from wan_pack.wan.model.linear import FP8_PRODUCTS, Fp8Tokens  # noqa: E402
 from wan_pack.wan.model.ops import PLAIN, HeadPlaces  # noqa: E402
 from wan_pack.wan.model.rope import rope_table  # noqa: E402
 from wan_pack.wan.transformer.context import TextContext, pad_text  # noqa: E402
@@ -147,7 +148,7 @@ def compare_vae(values: torch.Generator) -> None:
 def compare_models() -> None:
     """A whole forward, with full and with fp8 products."""
     names = (f"blocks.{i}.{layer}.weight" for i, layer in product(range(TINY.num_layers), FP8_PRODUCTS))
-    fp8 = dict.fromkeys(names, Fp8Weight(E4M3, scaled=True))
+    fp8 = dict.fromkeys(names, KeptWeight(E4M3, scaled=True))
     tokens = torch.randn(6, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     for products in (False, True):
         model = meta_model(TINY, torch.float32, fp8 if products else None, fp8_products=products)

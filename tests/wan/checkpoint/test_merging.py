@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny import random_weights
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.config import WanConfig
-from wan_pack.wan.model.linear import FP8_DTYPES, Linear, quantise_rows
+from wan_pack.wan.model.eight_bits import FP8_DTYPES, quantise_rows
+from wan_pack.wan.model.linear import Linear
 
 CONFIG = WanConfig(dim=128, ffn_dim=80, num_heads=1, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32)
 E4M3, E5M2 = FP8_DTYPES

@@ -12,7 +12,7 @@ import torch
 from checkpoint_formats import write_gguf, write_plain_fp8, write_scaled
 from safetensors.torch import save_file
 from tiny import random_weights
-from torch import Tensor
+from torch import Tensor, nn
 from wan_pack.wan.checkpoint import weights
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.checkpoint.weights import empty_model, local_rows, read_weights
@@ -42,10 +42,10 @@ class Shard:
 
 
 class Model:
-    """Named parameters."""
+    """Layers, with other parameters."""
 
-    def __init__(self, parameters: dict[str, Any]) -> None:
-        self.parameters = parameters
+    def __init__(self, layers: nn.Module, parameters: dict[str, Any]) -> None:
+        self.parameters, self.named_modules = parameters, layers.named_modules
 
     def named_parameters(self) -> Any:
         return self.parameters.items()
@@ -95,7 +95,7 @@ def test_the_rows_of_all_ranks_are_the_whole(
     monkeypatch.setattr(weights, "MERGED_ELEMENTS", 5 * 128)
     for rank in range(world):
         shards = {name: Shard(parameter, rank, world) for name, parameter in expected.items()}
-        read_weights(Model(shards), checkpoint, device=CPU, loras=loras)
+        read_weights(Model(whole, shards), checkpoint, device=CPU, loras=loras)
         for name, shard in shards.items():
             count = -(-shard.shape[0] // world)
             there = expected[name][rank * count : (rank + 1) * count]

@@ -23,7 +23,7 @@ from wan_pack.distributed.weights.offload import HostParking
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.config import WanConfig
-from wan_pack.wan.model.linear import FP8_DTYPES, quantise_rows
+from wan_pack.wan.model.eight_bits import FP8_DTYPES, quantise_rows
 from wan_pack.wan.model.rope import rope_table
 from wan_pack.wan.transformer.context import TextContext, pad_text
 from wan_pack.wan.transformer.transformer import WanModel, meta_model

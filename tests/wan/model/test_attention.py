@@ -117,7 +117,7 @@ def test_what_the_registries_name_is_there():
     ("settings", "message"),
     [
         ({"attention": "fa4"}, "attention is 'fa4'; it must be one of auto, fa3, cudnn"),
-        ({"linear_precision": "int8"}, "linear_precision is 'int8'; it must be one of full, fp8"),
+        ({"linear_precision": "int4"}, "linear_precision is 'int4'; it must be one of full, fp8, int8"),
         ({"linear_precision": "fp8", "mixed_precision": "fp16"}, "linear_precision is 'fp8'.*mixed_precision fp16"),
         ({"kernels": "triton", "torch_compile": True}, "kernels is 'triton'.*torch_compile"),
         (

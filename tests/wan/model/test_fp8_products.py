@@ -19,16 +19,8 @@ from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank.expert import load_expert, relora_expert
 from wan_pack.wan.model.config import WanConfig
-from wan_pack.wan.model.linear import (  # fmt: skip
-    E4M3,
-    FP8_DTYPES,
-    FP8_PRODUCTS,
-    Fp8Tokens,
-    Fp8Weight,
-    Linear,
-    cast_tokens,
-    quantise_rows,
-)
+from wan_pack.wan.model.eight_bits import E4M3, FP8_DTYPES, KeptWeight, quantise_rows
+from wan_pack.wan.model.linear import FP8_PRODUCTS, Fp8Tokens, Linear, cast_tokens
 from wan_pack.wan.model.precisions import check_precision
 from wan_pack.wan.model.rope import rope_table
 from wan_pack.wan.transformer.context import TextContext, pad_text
@@ -37,7 +29,7 @@ from wan_pack.wan.transformer.transformer import WanModel
 CONFIG = WanConfig(dim=128, ffn_dim=96, num_heads=1, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32)
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
-FP8 = Parallel(gpu_count=1, linear_precision="fp8")
+FP8 = Parallel(gpu_count=1, linear_precision="fp8", quantised_loras="merged")
 NAMES = [f"blocks.{i}.{layer}.weight" for i in range(CONFIG.num_layers) for layer in FP8_PRODUCTS]
 
 
@@ -74,7 +66,7 @@ def fp8_layer(bias: bool = True) -> tuple[Linear, torch.Tensor]:
     layer = Linear(32, 48)
     values = torch.randn(48, 32, generator=generator)
     layer.bias = torch.nn.Parameter(torch.randn(48, generator=generator).to(BF16)) if bias else None
-    layer.keep_fp8(Fp8Weight(E4M3, scaled=True), BF16)
+    layer.keep(KeptWeight(E4M3, scaled=True), BF16)
     codes, scale = quantise_rows(values, E4M3)
     layer.weight.data.copy_(codes)
     layer.weight_scale.data.copy_(scale)
@@ -215,7 +207,7 @@ def test_loras_are_merged_before_the_weight_is_quantised(file: Path, weights: We
         assert torch.equal(codes_of(model, name)[0].float(), codes.float()), name
         assert torch.equal(codes_of(model, name)[1], scale), name
     for before, after in (((first,), ((second, 1.0),)), ((second,), ())):
-        assert relora_expert(model, [str(file)], before, after, device=CPU)
+        assert relora_expert(model, [str(file)], before, after, parallel=FP8, device=CPU)
         fresh = dict(load(file, loras=after).named_parameters())
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter.float(), fresh[name].float()), name

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..linear import E4M3, Fp8Tokens, Linear, LinearInput
+from ..eight_bits import E4M3
+from ..linear import Fp8Tokens, Linear, LinearInput
 from ..ops import Ops
 from .head_codes import quantise_heads
 from .heads import rms_norm, rotate, rotate_codes, write_heads
@@ -17,7 +18,7 @@ def gelu_linear(linear: Linear, x: LinearInput, dtype: torch.dtype) -> LinearInp
     """`ops.gelu_linear`."""
     if dtype == E4M3:
         return gelu_fp8(linear(x))
-    if linear.fp8_product or linear.bias is None or isinstance(x, Fp8Tokens) or not x.is_cuda:
+    if not linear.is_plain or linear.bias is None or isinstance(x, Fp8Tokens) or not x.is_cuda:
         # On a CPU the product with an activation computes GELU's other form, by erf.
         return cast(F.gelu(linear(x), approximate="tanh"), dtype)
     # cuBLAS applies it to the float32 sums.

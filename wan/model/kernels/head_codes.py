@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codes import LARGEST, HeadCodes
-from ..linear import E4M3
+from ..eight_bits import E4M3
 
 TOKENS = 64
 """Per program."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..codes import LARGEST, LEAST_BOUND, HeadCodes, hadamard
 from ..config import EPS
-from ..linear import E4M3
+from ..eight_bits import E4M3
 from ..ops import HeadPlaces, Rope
 from .rows import next_power, warps
 

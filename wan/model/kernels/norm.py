@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..config import EPS
-from ..linear import E4M3, Fp8Tokens, LinearInput
+from ..eight_bits import E4M3
+from ..linear import Fp8Tokens, LinearInput
 from .rows import next_power, quantised, warps
 
 

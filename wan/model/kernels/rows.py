@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..linear import E4M3, Fp8Tokens, LinearInput, cast_tokens
+from ..eight_bits import E4M3
+from ..linear import Fp8Tokens, LinearInput, cast_tokens
 
 
 @triton.jit

@@ -1,0 +1,73 @@
+"""What the planner counts of an expert's files: weights as they are kept, and LoRAs beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_formats import write_scaled
+from safetensors.torch import save_file
+from tiny import random_weights
+from wan_pack.distributed.job.job import Parallel
+from wan_pack.distributed.job.model_files import FileIdentity, LoraFile, ModelFiles
+from wan_pack.distributed.job.sampling import Sampling
+from wan_pack.distributed.parallel.sequence import SequenceShard
+from wan_pack.distributed.planning.gpu_memory import Workload
+from wan_pack.distributed.planning.workload import workload_of
+from wan_pack.distributed.rank.expert import load_expert
+from wan_pack.wan.model.config import WanConfig
+
+CONFIG = WanConfig(dim=128, ffn_dim=256, num_heads=1, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32)
+FILES = {"bf16": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+def write(folder: Path, kind: str) -> ModelFiles:
+    weights, dtype = random_weights(CONFIG), FILES[kind]
+    if dtype is None:
+        save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, folder / "m.safetensors")
+    else:
+        write_scaled(folder / "m.safetensors", weights, dtype, scale="weight_scale", per_row=True)
+    lora = {}
+    for layer in ("self_attn.q", "cross_attn.o"):
+        lora |= {f"blocks.0.{layer}.lora_up.weight": torch.zeros(128, 8)}
+        lora |= {f"blocks.0.{layer}.lora_down.weight": torch.zeros(8, 128)}
+    save_file(lora, folder / "l.safetensors")
+    files = (FileIdentity.of(folder / "m.safetensors"),)
+    loras = (LoraFile(file=FileIdentity.of(folder / "l.safetensors"), strength=1.0),)
+    return ModelFiles(high_noise=files, low_noise=(), vae=files, high_noise_loras=loras)
+
+
+def counted(model: ModelFiles, parallel: Parallel) -> Workload:
+    sampling = Sampling(width=64, height=64, num_frames=5, steps=2, seed=0)
+    return workload_of(model, sampling, parallel, encodes_text=False)
+
+
+@pytest.mark.parametrize("precision", ["full", "fp8", "int8"])
+@pytest.mark.parametrize("kind", FILES)
+def test_an_expert_takes_what_the_plan_counts(tmp_path: Path, kind: str, precision: str):
+    model = write(tmp_path, kind)
+    for loras in ("beside", "merged"):
+        parallel = Parallel(gpu_count=1, linear_precision=precision, quantised_loras=loras)
+        work = counted(model, parallel)
+        expert = load_expert(
+            [file.path for file in model.high_noise], [(lora.file.path, 1.0) for lora in model.high_noise_loras],
+            parallel=parallel, mesh=None, shard=SequenceShard(length=4), device=torch.device("cpu"),
+        )  # fmt: skip
+        assert work.experts == (sum(parameter.nbytes for parameter in expert.parameters()),)
+        blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in expert.blocks]
+        assert work.block_bytes == max(blocks)
+
+
+def test_int8_halves_the_blocks_and_counts_what_is_unpacked(tmp_path: Path):
+    model = write(tmp_path, "int8")
+    full, int8 = (counted(model, Parallel(gpu_count=1, linear_precision=how)) for how in ("full", "int8"))
+    assert 0.5 < int8.block_bytes / full.block_bytes < 0.6
+    assert int8.unpacked and not full.unpacked
+    assert not counted(model, Parallel(gpu_count=1, linear_precision="fp8")).unpacked
+
+
+def test_loras_beside_are_counted(tmp_path: Path):
+    model = write(tmp_path, "fp8")
+    beside, merged = (counted(model, Parallel(gpu_count=1, quantised_loras=how)) for how in ("beside", "merged"))
+    assert beside.experts[0] - merged.experts[0] == 2 * (128 + 128) * 8 * 2

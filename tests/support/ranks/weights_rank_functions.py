@@ -1,0 +1,173 @@
+"""What tests of weights run on every rank: sharded, shared, in 8 bits, with LoRAs (`rank_functions.py`)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from made_up_video import CPU, spread_over, tokens_of, velocity_by, velocity_of
+from wan_pack.distributed.job.job import Parallel
+from wan_pack.distributed.parallel.mesh import Mesh
+from wan_pack.distributed.parallel.sequence import SequenceShard
+from wan_pack.distributed.parallel.shared_reading import SharedReading
+from wan_pack.distributed.rank.expert import load_expert, relora_expert
+from wan_pack.distributed.weights.offload import HostParking
+from wan_pack.wan.checkpoint.checkpoint import Checkpoint
+from wan_pack.wan.checkpoint.weights import local_rows
+
+
+def fp8_under_fsdp(rank: int, world: int, *, fp8: str, bf16: str, lora: str) -> dict[str, int]:
+    """fp8 shards give the velocity of their values in bf16, also after parking; merged shards are rows of the whole.
+
+    Returns the bytes that this rank keeps of the blocks, from each file.
+    """
+    mesh = Mesh.of("cpu", world)
+    parallel = spread_over(world, mixed_precision="bf16")
+    kept, velocities = {}, []
+    for name, folder in (("fp8", fp8), ("bf16", bf16)):
+        velocity, model, _ = velocity_of(folder, parallel, mesh, rank, world)
+        kept[name] = HostParking(model.blocks).resident_bytes
+        velocities.append(velocity)
+        if name == "fp8":
+            parking = HostParking(model)
+            parking.park()
+            assert parking.resident_bytes == 0
+            parking.fetch()
+            velocities.append(velocity_by(model, parallel, mesh, tokens_of(parallel, rank, world))[0])
+    assert all(torch.equal(velocity, velocities[0]) for velocity in velocities)
+    merged_shards(rank, world, folder=fp8, loras=[(lora, 1.0)], mixed_precision="bf16")
+    return kept
+
+
+def merged_shards(
+    rank: int,
+    world: int,
+    *,
+    folder: str,
+    loras: list[tuple[str, float]],
+    mixed_precision: str = "fp32",
+    quantised_loras: str = "merged",
+) -> dict[str, int]:
+    """Each rank's shard of weights with LoRAs has the rows of what one process makes. Returns the rows that it has."""
+    mesh, parallel = (
+        Mesh.of("cpu", world),
+        spread_over(world, mixed_precision=mixed_precision, quantised_loras=quantised_loras),
+    )
+    files = [str(file) for file in Path(folder).glob("*.safetensors")]
+    whole = load_expert(files, loras, parallel=parallel, mesh=None, shard=SequenceShard(length=45), device=CPU)
+    sharded = load_expert(files, loras, parallel=parallel, mesh=mesh, shard=SequenceShard(length=45), device=CPU)
+    parameters = dict(whole.named_parameters())
+    for name, parameter in sharded.named_parameters():
+        rows, start = local_rows(parameter)
+        expected = parameters[name].flatten()[start : start + rows.numel()]
+        assert torch.equal(rows.flatten().float(), expected.float()), name
+    return {name: len(local_rows(parameter)[0]) for name, parameter in sharded.named_parameters()}
+
+
+def codes_spread(
+    rank: int, world: int, *, folder: str, loras: list[tuple[str, float]], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Weights in 8 bits, with LoRAs, on shards of weights and tokens or on whole ones give what one process gives, also
+    parked, streamed and with other strengths. Returns the bytes that are kept of the blocks with FSDP, and the tensors
+    of the checkpoint that the other strengths read."""
+    mesh, files = Mesh.of("cpu", world), [str(file) for file in Path(folder).glob("*.safetensors")]
+
+    def load(parallel: Parallel, loras: list[tuple[str, float]], mesh: Mesh | None) -> tuple[Any, Any]:
+        found: list[Any] = []
+        shard = tokens_of(parallel, rank if mesh is not None else 0, parallel.gpu_count)
+        model = load_expert(
+            files, loras, parallel=parallel, mesh=mesh, shard=shard, device=CPU, on_weights=found.append
+        )
+        return model, found[0]
+
+    def evaluate(model: Any, parallel: Parallel, mesh: Mesh | None) -> torch.Tensor:
+        shard = tokens_of(parallel, rank if mesh is not None else 0, parallel.gpu_count)
+        return velocity_by(model, parallel, mesh, shard, times=1)[0]
+
+    def near(out: torch.Tensor, plain: torch.Tensor, what: str) -> None:
+        error = ((out - plain).norm() / plain.norm()).item()
+        assert error < 5e-3, f"{what}: {error}"
+
+    one = Parallel(gpu_count=1, **settings)
+    halves = [(path, strength / 2) for path, strength in loras]
+    plain, half = (evaluate(load(one, of, None)[0], one, None) for of in (loras, halves))
+    assert loras == [] or (half - plain).norm() > 2e-2 * plain.norm()
+    kept, read = {}, []
+    for how in ({"use_fsdp": True}, {"use_fsdp": False}, {"use_fsdp": False, "stream_blocks": True}):
+        parallel = spread_over(world, **how, **settings)
+        model, weights = load(parallel, loras, mesh)
+        near(evaluate(model, parallel, mesh), plain, str(how))
+        weights.park()
+        weights.fetch()
+        near(evaluate(model, parallel, mesh), plain, f"{how}, parked")
+        if parallel.use_fsdp:
+            kept["bytes"] = HostParking(model.blocks).resident_bytes
+        with _names_read() as more, weights.writable():
+            reading = SharedReading.of(parallel, mesh, CPU)
+            before = [path for path, _ in loras]
+            assert relora_expert(model, files, before, halves, parallel=parallel, reading=reading, device=CPU)
+        read += more
+        near(evaluate(model, parallel, mesh), half, f"{how}, half")
+    return {**kept, "read": read}
+
+
+def fp8_products_sharded(rank: int, world: int, *, folder: str) -> dict[str, int]:
+    """fp8 products on shards of weights and tokens give what one process gives. Returns the bytes that are kept."""
+    mesh = Mesh.of("cpu", world)
+    settings = {"mixed_precision": "bf16", "linear_precision": "fp8"}
+    plain, *_ = velocity_of(folder, Parallel(gpu_count=1, **settings), None, 0, 1)
+    for fsdp in (False, True):
+        out, model, _ = velocity_of(folder, spread_over(world, use_fsdp=fsdp, **settings), mesh, rank, world)
+        error = ((out - plain).norm() / plain.norm()).item()
+        assert error < 5e-3, f"use_fsdp {fsdp}: {error}"
+    return {"bytes": HostParking(model).resident_bytes}
+
+
+def reading_is_shared(
+    rank: int, world: int, *, folder: str, loras: list[tuple[str, float]], quantised_loras: str
+) -> dict[str, Any]:
+    """Ranks that hold whole weights have, each, those of one process that reads all; also after a change of LoRAs.
+
+    Args:
+        quantised_loras: of `Switches`.
+    Returns:
+        the names that this rank has read, of the file and of what the LoRAs change.
+    """
+    files, shard = sorted(str(file) for file in Path(folder).glob("*.safetensors")), SequenceShard(length=45)
+    mesh = Mesh.of("cpu", world)
+    parallel = spread_over(world, use_fsdp=False, mixed_precision="bf16", quantised_loras=quantised_loras)
+    expected = [load_expert(files, of, parallel=parallel, mesh=None, shard=shard, device=CPU) for of in (loras, [])]
+    with _names_read() as read:
+        model = load_expert(files, loras, parallel=parallel, mesh=mesh, shard=shard, device=CPU)
+        whole = list(read)
+        read.clear()
+        halves = [(path, strength / 2) for path, strength in loras]
+        reading = SharedReading.of(parallel, mesh, CPU)
+        for to in (halves, loras):
+            assert relora_expert(
+                model, files, [path for path, _ in loras], to, parallel=parallel, reading=reading, device=CPU
+            )
+    for (name, mine), (_, theirs) in zip(model.named_parameters(), expected[0].named_parameters(), strict=True):
+        assert torch.equal(mine.view(-1).view(torch.uint8), theirs.view(-1).view(torch.uint8)), name
+    assert any(
+        not torch.equal(a.float(), b.float()) for a, b in zip(*map(torch.nn.Module.parameters, expected), strict=False)
+    )
+    return {"whole": whole, "changed": read}
+
+
+@contextlib.contextmanager
+def _names_read() -> Iterator[list[str]]:
+    """Of the checkpoint's tensors that are read inside."""
+    read: list[str] = []
+    read_into = Checkpoint.read_into
+
+    def watched(checkpoint: Checkpoint, name: str, *rest: Any, **more: Any) -> None:
+        read.append(name)
+        read_into(checkpoint, name, *rest, **more)
+
+    with mock.patch.object(Checkpoint, "read_into", watched):
+        yield read

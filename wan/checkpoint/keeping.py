@@ -1,0 +1,50 @@
+"""Which weights of a checkpoint are kept in 8 bits, and which LoRAs beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+
+from ..lora.beside import lora_rank
+from ..lora.lora import Lora, changes
+from ..model.eight_bits import E4M3, KeptWeight
+from ..model.linear import FP8_PRODUCTS
+from .checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """How the weights of a model are kept."""
+
+    linear_precision: str = "full"
+    """full: fp8 as the file has it, all else as floats. fp8: the large layers (`FP8_PRODUCTS`) multiply e4m3 codes, the
+    file's where it has them, or made of its values. int8: the file's codes, fp8 or int8, stay as they are; the large
+    layers of other files are rounded to int8, row by row."""
+    quantised_loras: str = "merged"
+    """beside: products of LoRAs on weights in 8 bits are computed beside these (`Linear`), not merged into them."""
+
+    def weights(self, checkpoint: Checkpoint, loras: Sequence[Lora] = ()) -> dict[str, KeptWeight]:
+        """The matrices that are kept in 8 bits; what LoRAs change of them gets a scale for each row."""
+        kept = {
+            name: weight
+            for name, weight in checkpoint.codes.items()
+            if weight.dtype != torch.int8 or self.linear_precision == "int8"
+        }
+        if self.linear_precision != "full":
+            wanted = E4M3 if self.linear_precision == "fp8" else torch.int8
+            for block, layer in product(checkpoint.config.block_names, FP8_PRODUCTS):
+                name = f"{block}.{layer}.weight"
+                if name not in kept or (wanted == E4M3 and kept[name].dtype != E4M3):
+                    kept[name] = KeptWeight(wanted, scaled=True)
+        for name, weight in kept.items():
+            rank = lora_rank(loras, name) if self.quantised_loras == "beside" else 0
+            kept[name] = replace(
+                weight, lora_rank=rank, scaled=weight.scaled or changes(loras, name, without_products=rank > 0)
+            )
+        return kept
+
+
+MERGED = Keeping()
