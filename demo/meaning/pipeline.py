@@ -19,6 +19,7 @@ from ...wan.model.patch import patchify, token_grid, unpatchify
 from ...wan.sampling.conditioning import image_channels
 from ...wan.sampling.denoise import Guidance, denoise, draw_noise
 from ...wan.sampling.schedule import make_solver
+from ...wan.sampling.step_cache import StepCache
 from ...wan.text.text_encoder import DEFAULT_NEGATIVE_PROMPT, load_text_encoder
 from ...wan.transformer.transformer import WanModel
 from ...wan.vae.autoencoder import decode_frames, encode, load_vae
@@ -39,6 +40,8 @@ class Settings:
     shift: float
     guidance: Guidance
     frames: int = FRAMES
+    reuse_threshold: float = 0.0
+    """As the node has it."""
 
 
 T2V = Settings(steps=20, solver="unipc", shift=12.0, guidance=Guidance(low=3.0, high=4.0, boundary=0.875))
@@ -69,6 +72,8 @@ class Pipeline:
         self.text = load_text_encoder([place(models, NAMES.text_encoder)], dtype=torch.float32, device=device)
         self.vae = load_vae([place(models, NAMES.vae)], device=device)
         self._experts: dict[str, WanModel] = {}
+        self.reused: list[int] = []
+        """Steps of the last clip that took their velocity from an earlier one."""
         for i, side in enumerate((HIGH_NOISE, LOW_NOISE)):
             self._experts[side] = load_expert(
                 [str(place(models, experts[i]))], [(str(place(models, loras[i])), 1.0)] if loras else [], expert=side,
@@ -93,10 +98,16 @@ class Pipeline:
             self._experts, dict(zip((True, False), rows, strict=True)), grid=grid,
             shard=SequenceShard(length=math.prod(grid)), device=self.device, keep_text=True, weights={}, image=image,
         )  # fmt: skip
+        cache = StepCache(
+            ask.predict, threshold=settings.reuse_threshold, steps=range(settings.steps), schedule_steps=settings.steps,
+            mean=lambda tokens: tokens.abs().mean().item(),
+        )  # fmt: skip
         tokens = denoise(
-            patchify(draw_noise(shape, seed)).to(self.device), guidance=settings.guidance, predict=ask.predict,
+            patchify(draw_noise(shape, seed)).to(self.device), guidance=settings.guidance,
+            predict=cache if settings.reuse_threshold > 0 else ask.predict,
             solver=make_solver(settings.solver, settings.steps, settings.shift),
         )  # fmt: skip
+        self.reused = cache.reused
         latents = unpatchify(tokens, grid)[None]
         return torch.cat(list(decode_frames(self.vae, latents)), dim=1).float().cpu()
 

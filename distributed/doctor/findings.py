@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..job.errors import counted
+
 OK, NOTE, WRONG = "ok", "note", "wrong"
 MARKS = {OK: " ", NOTE: "!", WRONG: "X"}
 MAX_TEXT = 600
@@ -39,7 +41,7 @@ class Report:
     def verdict(self) -> list[str]:
         """Plain sentences: what is wrong first, then what could be better, each with what to do."""
         count = sum(finding.level == WRONG for finding in self.findings)
-        lines = [f"{count} thing{'s' * (count != 1)} must be put right" if count else "Ready to make videos"]
+        lines = [f"{counted(count, 'thing')} must be put right" if count else "Ready to make videos"]
         for level in (WRONG, NOTE):
             for finding in self.findings:
                 if finding.level == level:

@@ -12,8 +12,17 @@ MAX_LISTED_LENGTH = 120
 """Characters of each."""
 
 
+SHOWN_AS = "wan_distributed"
+"""The module that ComfyUI shows an exception's type with: it loads a pack under the path of its folder."""
+
+
 class JobError(Exception):
     """A job that cannot be read, cannot run, or failed. The message is written for the user."""
+
+    __module__ = SHOWN_AS
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = SHOWN_AS
 
 
 class JobCancelled(JobError):
@@ -34,6 +43,11 @@ def listed(names: Iterable[object]) -> str:
         for name in every[:MAX_LISTED]
     ]
     return ", ".join(shown) + (f" and {len(every) - MAX_LISTED} more" if len(every) > MAX_LISTED else "")
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """ "1 process", "2 processes". `many`: where it is not `one` with an s."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def check_text(name: str, value: str, most: int) -> None:

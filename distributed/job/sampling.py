@@ -42,6 +42,8 @@ class SamplingSettings:
     """Step before which to stop, leaving the noise in; 0: run to the end."""
     add_noise: bool = True
     """Add the seed's noise to given latents; off for latents that still hold theirs."""
+    reuse_threshold: float = number(0.0, 0.0, 3.0, step=0.01)
+    """Of `wan.sampling.step_cache`; 0 asks the model at every step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

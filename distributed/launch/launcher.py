@@ -31,6 +31,7 @@ from ..group.leftovers import claim, keep_failed, remove_abandoned
 from ..group.logs import LogFollower, log_tail
 from ..group.lost_ranks import LostRanks
 from ..group.signs_of_life import Problem, Seen, SignsOfLife, dump_stacks, find_suspect
+from ..job.errors import counted
 from ..job.job import GroupJob, Job, JobError
 from ..job.job_folder import JobDir
 from ..job.progress import Progress, place, read_progress
@@ -208,7 +209,7 @@ class _Run:
 
     @property
     def _begins(self) -> str:
-        processes = f"{(count := self._job.parallel.gpu_count)} process{'es' * (count > 1)}"
+        processes = counted(self._job.parallel.gpu_count, "process", "processes")
         return f"the {processes} of the last video begin" if self._group.ranks else f"starting {processes}"
 
     def _say(self, message: str) -> None:

@@ -55,6 +55,21 @@ class SequenceShard:
         return torch.empty_like(whole[: self.length]).index_copy_(0, self.order.to(whole.device), whole[: self.length])
 
 
+def mean_size(local: Tensor, shard: SequenceShard, group: dist.ProcessGroup | None) -> float:
+    """Mean of the elements' sizes over the whole sequence, the same bits on every rank of `group`.
+
+    Args:
+        local: this rank's [size, C].
+        group: of all ranks, also those that hold the same tokens; None for one.
+    """
+    total = local[: max(0, shard.length - shard.start)].abs().sum(dtype=torch.float64)
+    copies = 1
+    if group is not None:
+        dist.all_reduce(total, group=group)
+        copies = group.size() // shard.world
+    return total.item() / (shard.length * local.shape[1] * copies)
+
+
 def split_evenly(total: int, parts: int) -> list[int]:
     """Sizes of `parts` runs of `total` items that differ by at most one; trailing ones may be 0."""
     return [total // parts + (i < total % parts) for i in range(parts)]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Protocol
 
+from ..job.errors import SHOWN_AS
 from ..job.job import Parallel
 from ..machine.gpus import Gpu
 from .gpu_memory import GIB, Estimate, Workload, estimate, parked_bytes
@@ -39,6 +40,8 @@ class Links(Protocol):
 
 class DoesNotFit(ValueError):
     """The job needs more memory than there is in any way that is allowed."""
+
+    __module__ = SHOWN_AS
 
     def __init__(self, message: str, size: tuple[int, int] | None) -> None:
         super().__init__(message)

@@ -89,13 +89,16 @@ def _of_one_expert(expert: Checkpoint, loras: Iterable[LoraFile], side: str | No
             yield opened.report()
 
 
-def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
+def check_job(
+    job: Job, shapes: Mapping[str, Shape], on_note: Callable[[str], None] = lambda line: None
+) -> tuple[str, ...]:
     """Everything that can be known to be wrong without running.
 
     Args:
         shapes: of the tensors that travel with the job, by name (input_tensors.py).
+        on_note: told of what is as it should be, but would not be seen.
     Returns:
-        warnings for the status.
+        warnings for the status: what the user may have to change.
     Raises:
         ValueError: naming the field or the file, its value and what is allowed.
     """
@@ -105,7 +108,7 @@ def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
     scale = check_vae_file(model.vae[0].path).upscale
     if scale > 1:
         size = f"{scale * sampling.width}x{scale * sampling.height}"
-        warnings.append(f"{model.vae[0].path} makes {scale} x the size: the video is {size}")
+        on_note(f"{model.vae[0].path} makes {scale} x the size: the video is {size}")
     for name in ("width", "height"):
         check_size(name, getattr(sampling, name), config.variant.latents.pixel_multiple)
     check_inputs(job, config, shapes)
@@ -125,29 +128,33 @@ def check_job(job: Job, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
             "(high): there is no second pass for the other GPUs; turn it off"
         )
     warnings += _side_warnings(model, sampling)
-    warnings += _check_layout(parallel, config.num_heads)
+    warnings += _check_layout(parallel, config.num_heads, on_note)
     return tuple(warnings)
 
 
 def check_forwards(
-    model: Sequence[FileIdentity], loras: Iterable[LoraFile], side: str | None, parallel: Parallel
-) -> tuple[str, ...]:
+    model: Sequence[FileIdentity], loras: Iterable[LoraFile], side: str | None, parallel: Parallel,
+    on_note: Callable[[str], None] = lambda line: None,
+) -> tuple[str, ...]:  # fmt: skip
     """As `check_job`, for one transformer whose evaluations a sampler elsewhere asks for.
 
     Args:
         side: "high_noise" or "low_noise", if that is known.
     """
     checkpoint = Checkpoint([part.path for part in model])
-    return *_of_one_expert(checkpoint, loras, side), *_check_layout(parallel, checkpoint.config.num_heads)
+    return *_of_one_expert(checkpoint, loras, side), *_check_layout(parallel, checkpoint.config.num_heads, on_note)
 
 
-def _check_layout(parallel: Parallel, heads: int) -> list[str]:
+def _check_layout(parallel: Parallel, heads: int, on_note: Callable[[str], None]) -> list[str]:
     if not parallel.hosts:
         # Other machines look for themselves.
         check_switches(parallel)
-    if parallel.gpu_count == 1:
-        return [f"{name} has no effect on one GPU" for name in ("use_fsdp", "master_port") if getattr(parallel, name)]
-    return _check_engine(parallel, heads) if parallel.use_ulysses else []
+    if parallel.gpu_count > 1:
+        return _check_engine(parallel, heads) if parallel.use_ulysses else []
+    for name in ("use_fsdp", "master_port"):
+        if getattr(parallel, name):
+            on_note(f"{name} has no effect on one GPU")
+    return []
 
 
 def _check_engine(parallel: Parallel, heads: int) -> list[str]:

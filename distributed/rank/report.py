@@ -46,6 +46,7 @@ def result_of(
     latents_shape: list[int],
     phases: dict[str, float],
     step_seconds: list[float],
+    reused: list[int],
     peaks: Peaks,
     notes: list[str],
 ) -> dict[str, Any]:
@@ -54,6 +55,7 @@ def result_of(
     Args:
         frames: of the video; 0 if none was made.
         phases: name -> seconds.
+        reused: indices of the steps that the model was not asked for.
         notes: for the status, of what only the run could know.
     """
     sampling = job.sampling
@@ -65,9 +67,10 @@ def result_of(
         "video": video,
         "phases": phases,
         "step_seconds": step_seconds,
+        "reused_steps": reused,
         "peak_gpu_bytes": [gpu for gpu, _ in peaks],
         "peak_rss_bytes": [host for _, host in peaks],
-        "settings": settings_of(job, session),
+        "settings": settings_of(job, session) | _reused(job, reused),
         "warnings": [*job.warnings, *notes],
     }
 
@@ -86,6 +89,11 @@ def _sparse(job: Job, session: Session) -> str:
     if session.sparse is None:
         return ""
     return f", tau {session.sparse.tau:g}, in {len(session.sparse.steps)} of {len(job.sampling.step_range)} steps"
+
+
+def _reused(job: Job, reused: list[int]) -> dict[str, str]:
+    threshold, steps = job.sampling.reuse_threshold, job.sampling.step_range
+    return {"reused steps": f"{len(reused)} of {len(steps)} (reuse_threshold {threshold:g})"} if threshold else {}
 
 
 def _keep_warm(parallel: Parallel) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import time
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from ...wan.model.patch import patchify, token_grid, unpatchify
 from ...wan.sampling.conditioning import Conditioning, build_conditioning
 from ...wan.sampling.denoise import Guidance, Known, denoise, draw_noise
 from ...wan.sampling.schedule import make_solver
+from ...wan.sampling.step_cache import StepCache
 from ...wan.transformer.context import pad_text
 from ...wan.vae.latents import denormalise, normalise
 from ..group.group_folder import GroupDir
@@ -25,6 +27,7 @@ from ..job.input_tensors import CONTEXT, CONTEXT_NULL
 from ..job.job import Job, JobError
 from ..job.job_folder import JobDir
 from ..job.progress import steady_seconds
+from ..parallel.sequence import mean_size
 from ..planning.preflight import needs_negative
 from .expert import VelocityPredictor
 from .live_preview import PreviewWriter
@@ -42,6 +45,8 @@ class VideoWork(Work[Job]):
     def __init__(self, job: Job, group: GroupDir, folder: JobDir, files: RankFiles, session: Session) -> None:
         super().__init__(job, group, folder, files, session)
         self.step_seconds: list[float] = []
+        self.reused: list[int] = []
+        """Indices of steps that took their velocity from an earlier one."""
         self.notes: list[str] = []
         """For the status: what only the run could know."""
 
@@ -157,11 +162,18 @@ class VideoWork(Work[Job]):
             )  # fmt: skip
             self.report_steps()
             self._step_start = time.perf_counter()
+            sampling = self.job.sampling
+            cache = StepCache(
+                predictor.predict, threshold=sampling.reuse_threshold, steps=self.steps,
+                schedule_steps=sampling.schedule_steps, mean=partial(mean_size, shard=shard, group=session.group),
+            )  # fmt: skip
             tokens = denoise(
-                tokens_of(conditioning.latents), solver=self.solver, guidance=self.guidance, predict=predictor.predict,
+                tokens_of(conditioning.latents), solver=self.solver, guidance=self.guidance,
+                predict=cache if sampling.reuse_threshold > 0 else predictor.predict,
                 steps=self.steps, known=known, on_step=self.on_step, on_estimate=preview,
             )  # fmt: skip
             predictor.release()
+            self.reused = cache.reused
             tokens = shard.gather(tokens, group)
         if not self.job.parallel.stays:
             session.experts.drop()
@@ -222,7 +234,7 @@ class VideoWork(Work[Job]):
         if self.rank == 0:
             result = result_of(
                 self.job, self.session, frames=frames, latents_shape=shape, phases=self.phase_seconds,
-                step_seconds=self.step_seconds, peaks=peaks, notes=self.notes,
+                step_seconds=self.step_seconds, reused=self.reused, peaks=peaks, notes=self.notes,
             )  # fmt: skip
             self.folder.write_json(self.folder.result, result)
 

@@ -6,10 +6,12 @@ import copy
 import dataclasses
 from typing import Any, ClassVar
 
+from ...distributed.job.errors import counted
 from ...distributed.job.job import Job, JobError
 from ...distributed.launch.launcher import MAX_LOG, JobFailed, new_job_id
 from ...distributed.launch.result import Result
 from ..host import host, warm
+from ..host.groups import place_of
 from ..host.node_report import NodeReport
 from ..host.status import Status
 from ..inference import saved_video
@@ -66,7 +68,7 @@ class WanVideoDistributedBatch(VideoNode):
         requests = requests_of(prompts, asked.sampling.seed, batch_count, embeds_connected=connected)
         batch = _Batch(requests, asked, gpus_per_video)
         if connected and prompts.strip():
-            batch.note("text_embeds is connected: prompts of this node had no effect")
+            batch.warn("text_embeds is connected: prompts of this node had no effect")
         first = batch.jobs[0][0].sampling
         saved_video.check_prefix(filename_prefix, first.width, first.height)
         host.free_memory()
@@ -147,7 +149,8 @@ class _Batch:
         more_follow = len(self._requests) > len(configs)
         built = []
         for config, status in zip(configs, self._statuses, strict=True):
-            status.note(*common.warnings)
+            status.warn(*common.warnings)
+            status.note(*common.notes)
             one = dataclasses.replace(
                 asked, config=config, overruled=(), prompt=self._requests[0].prompt,
                 side_by_side=len(configs), more_follow=more_follow,
@@ -158,13 +161,13 @@ class _Batch:
             return built
         # dynamic_resolution, on GPUs of which some have less memory: all videos get the size that fits everywhere.
         width, height = min(sizes, key=lambda size: size[0] * size[1])
-        common.note(f"batch: all videos are {width}x{height}, which fits every group of GPUs")
+        common.warn(f"batch: all videos are {width}x{height}, which fits every group of GPUs")
         smaller = dataclasses.replace(asked.sampling, width=width, height=height)
         return self._build(dataclasses.replace(asked, sampling=smaller), configs, common)
 
-    def note(self, line: str) -> None:
+    def warn(self, line: str) -> None:
         for status in self._statuses:
-            status.note(line)
+            status.warn(line)
 
     def run(self, report: NodeReport, filename_prefix: str, workflow: dict[str, Any]) -> None:
         """Makes the videos; `made` and `failures` hold what came of each."""
@@ -201,10 +204,10 @@ class _Batch:
 
     def status(self) -> str:
         """One block per video."""
-        where = "; ".join(",".join(group.gpu_ids) or f"{group.gpu_count} processes" for group in self.groups)
+        asked = counted(len(self._requests), "video")
         lines = [
-            "success" if not self.failures else f"error: {len(self.failures)} of {len(self._requests)} videos failed",
-            f"- {len(self._requests)} videos, {len(self.groups)} at a time, on: {where}",
+            "success" if not self.failures else f"error: {len(self.failures)} of {asked} failed",
+            f"- {asked}, {len(self.groups)} at a time, {self._where}",
             *(f"- {line}" for line in self._advice()),
         ]
         for index in range(len(self._requests)):
@@ -213,9 +216,15 @@ class _Batch:
             lines += ["", self._title(index), block]
         return "\n".join(lines)
 
+    @property
+    def _where(self) -> str:
+        places = [place_of(group) for group in self.groups]
+        # Without GPUs all are the same.
+        return f"each on {places[0]}" if len(set(places)) == 1 else f"on {'; '.join(places)}"
+
     def _block(self, index: int, made: Outcome) -> str:
         status = copy.deepcopy(self._statuses[self._group_of[index]])
-        status.note(*made.info["warnings"])
+        status.warn(*made.info["warnings"])
         return status.block(made.path, made.info, made.seconds)
 
     def log(self) -> str:

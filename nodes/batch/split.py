@@ -48,7 +48,7 @@ def splits(
         if used < count:
             idle = ", ".join(ids[used:])
             what = f"GPU {idle}" if idle else f"processes beyond {used}"
-            status.note(f"batch: {groups} groups of {gpus_per_video} leave nothing to do for {what}")
+            status.warn(f"batch: {groups} groups of {gpus_per_video} leave nothing to do for {what}")
         ways = [groups]
     else:
         fewest = fewest_gpus(model, chosen, [gpu for gpu in list_gpus() if gpu.index in ids]) if ids else 1

@@ -65,8 +65,8 @@ class SamplingJobs:
         loras = (*map(lora_as_it_is, self.loras), *patch_files().files(sampling.added))
         side = {"high": "high_noise", "low": "low_noise"}.get(noise_side(self.files[0].path) or "", "")
         parallel = self._planned(sampling, loras, side or None, status)
-        status.note(*check_forwards(self.files, loras, side or None, parallel))
-        for line in status.warnings:
+        status.warn(*check_forwards(self.files, loras, side or None, parallel, on_note=status.note))
+        for line in (*status.notes, *status.warnings):
             host.log(line)
         return ForwardsJob(
             id=new_job_id(),

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...distributed.group.signs_of_life import SignsOfLife
+from ...distributed.job.errors import counted
+from ...distributed.job.job import Parallel
 from ...distributed.job.progress import read_progress
 from ...distributed.launch.pool import GroupView
 from ...distributed.machine.usage import Usage, all_gpus, gpu_usage, process_usage
@@ -32,7 +34,7 @@ def _one(group: GroupView, gpus: Mapping[str, Usage]) -> dict[str, Any]:
         "fraction": None if progress is None else progress.fraction,
         "ends_with_job": group.released,
         "seconds_left": None if group.seconds_left is None else round(group.seconds_left),
-        "place": _place(group),
+        "place": place_of(group.parallel),
         "usage": [
             {"name": usage.name, "used": usage.used_bytes, "total": usage.total_bytes, "percent": usage.percent}
             for usage in _usages(group, gpus)
@@ -46,13 +48,13 @@ def _model_name(group: GroupView) -> str:
     return path.name if len(group.transformer) == 1 else path.parent.name
 
 
-def _place(group: GroupView) -> str:
-    parallel = group.parallel
+def place_of(parallel: Parallel) -> str:
+    """Where a group's processes run."""
     if parallel.hosts:
-        return f"{parallel.gpu_count} processes on {', '.join(parallel.hosts)}"
+        return f"{counted(parallel.gpu_count, 'process', 'processes')} on {', '.join(parallel.hosts)}"
     if parallel.gpu_ids:
         return f"GPU{'s' * (parallel.gpu_count > 1)} {', '.join(parallel.gpu_ids)}"
-    return f"{parallel.gpu_count} CPU process{'es' * (parallel.gpu_count > 1)}"
+    return counted(parallel.gpu_count, "CPU process", "CPU processes")
 
 
 def _usages(group: GroupView, gpus: Mapping[str, Usage]) -> list[Usage]:

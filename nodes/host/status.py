@@ -12,12 +12,18 @@ class Status:
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
+        """What the user may have to change."""
+        self.notes: list[str] = []
+        """What was done as asked, and would not be seen otherwise."""
         self.plan = ""
         """How the job was laid out, and why: lines of text."""
 
-    def note(self, *lines: str) -> None:
+    def warn(self, *lines: str) -> None:
         """Adds lines that are not there yet: the job carries them and its result repeats them."""
         self.warnings += [line for line in dict.fromkeys(lines) if line not in self.warnings]
+
+    def note(self, *lines: str) -> None:
+        self.notes += [line for line in dict.fromkeys(lines) if line not in self.notes]
 
     def line(self, info: Mapping[str, Any], seconds: float) -> str:
         """One line for the node, from a job's result.json.
@@ -51,8 +57,9 @@ class Status:
             first, *rest = self.plan.splitlines()
             lines += [f"- {first}", *(f"  - {line}" for line in rest)]
         lines += ["- settings:", *(f"  - {name}: {value}" for name, value in info["settings"].items())]
-        if self.warnings:
-            lines += ["- warnings:", *(f"  - {line}" for line in self.warnings)]
+        for heading, said in (("notes", self.notes), ("warnings", self.warnings)):
+            if said:
+                lines += [f"- {heading}:", *(f"  - {line}" for line in said)]
         return "\n".join(lines)
 
     def _made(self, path: Path | None, info: Mapping[str, Any]) -> list[str]:

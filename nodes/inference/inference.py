@@ -75,7 +75,7 @@ class WanVideoDistributedInference(VideoNode):
         )
         report.text("saving the video" if job.decode else "reading the latents")
         made = keep(job, result, filename_prefix, {"prompt": workflow_prompt, **(extra_pnginfo or {})})
-        status.note(*made.info["warnings"])
+        status.warn(*made.info["warnings"])
         videos = saved_video.shown([] if made.saved is None else [made.saved])
         report.end(status.line(made.info, report.seconds), videos)
         self.made.remember(unique_id, () if made.path is None else (made.path,))
@@ -127,8 +127,9 @@ def build_job(asked: VideoInputs, status: Status) -> tuple[Job, dict[str, Any]]:
         preview=asked.preview,
         verbose=host.verbose(),
     )
-    status.note(*distilled_warnings(model, sampling))
-    status.note(*check_job(job, {name: tuple(tensor.shape) for name, tensor in tensors.items()}))
+    status.warn(*distilled_warnings(model, sampling))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    status.warn(*check_job(job, shapes, on_note=status.note))
     return dataclasses.replace(job, warnings=tuple(status.warnings)), tensors
 
 

@@ -81,6 +81,8 @@ OPTIONAL = {
     "dynamic_resolution": "A video that does not fit the GPUs' memory is made at the largest size of the same aspect "
     "ratio that does, and the status says so. Off: it is refused before anything starts, with that size. Needs plan "
     "auto.",
+    "reuse_threshold": "EasyCache: steps whose result can be told from the ones before are not computed. The larger, "
+    "the faster, and the further the video is from the one without; 0.2 is common, for 20 steps and more. 0: off.",
 }
 
 
@@ -94,7 +96,8 @@ def optional() -> dict[str, Any]:
 
 def _input(name: str, tooltip: str) -> tuple[Any, dict[str, Any]]:
     if name in SOCKETS:
-        return SOCKETS[name], {"tooltip": tooltip}
+        # See check_lazy_status of the nodes that make videos.
+        return SOCKETS[name], {"tooltip": tooltip, "lazy": True}
     if name in LAYOUT:
         return widget(config_node.DistributedConfig, name, tooltip)
     if name in _SETTINGS:

@@ -42,7 +42,7 @@ def planned(
     ground = ground_for(asked.config, side_by_side=asked.side_by_side)
     if isinstance(ground, str):
         if dynamic:
-            status.note(f"dynamic_resolution had no effect: {ground}")
+            status.warn(f"dynamic_resolution had no effect: {ground}")
         return shown(as_set(literal(), ground), status), sampling
     request = _request(asked, model, sampling)
     image = asked.start_image is not None
@@ -63,7 +63,7 @@ def planned(
             raise
         width, height = error.size
         made = ground.plan(dataclasses.replace(work, width=width, height=height), request)
-        status.note(
+        status.warn(
             f"dynamic_resolution lowered the video from {sampling.width}x{sampling.height} to {width}x{height}, the "
             "largest that fits"
         )

@@ -12,12 +12,12 @@ from ...distributed.job.job import JobError
 from ...distributed.launch.launcher import JobFailed
 from ...distributed.machine.cancelling import cancelled_by
 from ..host import host
-from ..host.declared import problem_of, taken
+from ..host.declared import taken, value_of
 from ..host.exceptions import told_to_comfyui
 from ..host.node_report import NodeReport
 from ..models import catalogue
 from ..sockets.wrapper_model import AUTO
-from .inference_inputs import required
+from .inference_inputs import SOCKETS, required
 
 
 class MadeVideos:
@@ -49,21 +49,17 @@ class VideoNode(ABC):
     # ComfyUI asks a class, not an instance, whether a node must run again, hence kept on the class.
     made: ClassVar[MadeVideos] = MadeVideos()
 
-    @classmethod
-    def VALIDATE_INPUTS(cls, width: Any = None, height: Any = None) -> bool | str:
-        from ...distributed.planning.preflight import check_size
+    def check_lazy_status(self, *, width: Any, height: Any, **inputs: Any) -> list[str]:
+        """What ComfyUI shall have made before the run: nothing for a size that the run refuses.
 
-        for name, value in (("width", width), ("height", height)):
-            if value is None:
-                continue
-            # Naming an input here switches ComfyUI's own range check off for it, and its refusal of a type is late.
-            if problem := problem_of(name, required()[name], value):
-                return problem
-            try:
-                check_size(name, value)
-            except ValueError as error:
-                return str(error)
-        return True
+        Not VALIDATE_INPUTS: ComfyUI marks every input that such a check takes, not the one that is wrong, and no longer
+        looks at its range.
+        """
+        try:
+            _check_sizes(width, height)
+        except ValueError:
+            return []
+        return [name for name in SOCKETS if name in inputs and inputs[name] is None]
 
     @classmethod
     def IS_CHANGED(cls, unique_id: str | None = None, vae: str | None = AUTO, **_: Any) -> str:
@@ -85,7 +81,10 @@ class VideoNode(ABC):
         with told_to_comfyui():
             try:
                 with cancelled_by(host.interrupted):
-                    return self._run(report, **taken(type(self), inputs))
+                    given = taken(type(self), inputs)
+                    # First: without what check_lazy_status leaves out, the others would find other faults.
+                    _check_sizes(given["width"], given["height"])
+                    return self._run(report, **given)
             except JobCancelled:
                 raise
             except (ValueError, JobError) as error:
@@ -102,3 +101,11 @@ class VideoNode(ABC):
     @abstractmethod
     def _failed(self, log: str, status: str) -> tuple[Any, ...]:
         """The outputs of a run that failed, for on_error=return."""
+
+
+def _check_sizes(width: Any, height: Any) -> None:
+    """Raises ValueError naming the side that no model can have."""
+    from ...distributed.planning.preflight import check_size
+
+    for name, value in (("width", width), ("height", height)):
+        check_size(name, value_of(name, required()[name], value))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...distributed.hosts.hostfile import host_warnings, over_hosts, read_hostfile
-from ...distributed.job.errors import listed
+from ...distributed.job.errors import counted, listed
 from ...distributed.job.job import Parallel
 from ...distributed.machine.gpus import split_gpu_ids
 from ...wan.files.headers import brief
@@ -50,9 +50,12 @@ def parallel_over(chosen: DistributedConfig, base: Parallel, *, guided: bool, st
             f"gpu_ids is {brief(chosen.gpu_ids)}; with this hostfile it must name {hosts.slots} GPUs of every machine"
         )
     if base.keep_warm_seconds:
-        status.note("keep_warm_seconds has no effect over several machines: their processes end with the video")
+        status.warn("keep_warm_seconds has no effect over several machines: their processes end with the video")
     cfg = {"on": True, "off": False}.get(chosen.cfg_parallel)
     parallel = over_hosts(base, hosts, gpu_ids=ids, cfg_parallel=cfg, guided=guided)
-    status.note(f"runs on {len(hosts.names)} machines with {hosts.slots} processes each: {', '.join(hosts.names)}")
-    status.note(*host_warnings(parallel))
+    status.note(
+        f"runs on {counted(len(hosts.names), 'machine')} with {counted(hosts.slots, 'process', 'processes')} each: "
+        f"{', '.join(hosts.names)}"
+    )
+    status.warn(*host_warnings(parallel))
     return parallel

@@ -58,7 +58,7 @@ def with_preset(sampling: SamplingSettings, name: str, variant: Variant, status:
     shown = (f"{INPUT_NAMES.get(key, key)} {_shown(value)}" for key, value in values.items())
     status.note(f"preset {name} set {', '.join(shown)}")
     if tuned_for != variant:
-        status.note(f"preset {name} is for {tuned_for.name} models; this one is {variant.name}")
+        status.warn(f"preset {name} is for {tuned_for.name} models; this one is {variant.name}")
     return dataclasses.replace(sampling, **values)
 
 

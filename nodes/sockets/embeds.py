@@ -77,7 +77,7 @@ def text_inputs(
         return Text(prompt=prompt, negative_prompt=negative_prompt), {}
     unused = [name for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)) if value.strip()]
     if unused:
-        status.note(f"text_embeds is connected: {' and '.join(unused)} of this node had no effect")
+        status.warn(f"text_embeds is connected: {' and '.join(unused)} of this node had no effect")
     found = {"context": prompt_of(text_embeds, "text_embeds")}
     if needs_negative(model, sampling):
         if negative_embeds is not None:
@@ -85,7 +85,7 @@ def text_inputs(
         elif (null := negative_of(text_embeds, "text_embeds")) is not None:
             found["context_null"] = null
     for embedding in found.values():
-        status.note(*embedding.notes)
+        status.warn(*embedding.notes)
     return None, {name: embedding.tokens for name, embedding in found.items()}
 
 

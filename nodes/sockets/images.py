@@ -65,12 +65,15 @@ def _picture(value: Any, name: str, sampling: Sampling, status: Status) -> Tenso
         raise ValueError(f"{name} is {list(value.shape)}; it must be {allowed}")
     count, rows, cols, channels = value.shape
     if count > 1:
-        status.note(f"{name} holds {count} images; the first one is used")
+        status.warn(f"{name} holds {count} images; the first one is used")
     if channels == 4:
-        status.note(f"{name} has an alpha channel, which is not used")
+        status.warn(f"{name} has an alpha channel, which is not used")
     if (cols, rows) != (sampling.width, sampling.height):
         size = f"{sampling.width}x{sampling.height}"
-        status.note(f"{name} is {cols}x{rows}; it was scaled to cover {size} and cut to it")
+        if cols * sampling.height == rows * sampling.width:
+            status.note(f"{name} is {cols}x{rows}; it was scaled to {size}")
+        else:
+            status.warn(f"{name} is {cols}x{rows}; it was scaled to cover {size} and cut to it")
     return value[0, :, :, :3].float()
 
 
@@ -84,7 +87,7 @@ def _from_texts(asked: VideoInputs, sampling: Sampling, status: Status) -> Tenso
                 "negative_embeds carries an image and text_embeds does not; "
                 "connect both outputs of the node that adds it"
             )
-        status.note("negative_embeds carries another image than text_embeds; that of text_embeds is used")
+        status.warn("negative_embeds carries another image than text_embeds; that of text_embeds is used")
     if latents is None and mask is None:
         return None
     return _from_core(latents, mask, sampling)

@@ -75,7 +75,7 @@ def _expert(value: Any, name: str, slot: str, status: Status) -> dict[str, Any]:
     quantization = pipeline.get("quantization")
     if is_set(quantization) and quantization != "disabled":
         says = f"WanVideoModelLoader says {listed([quantization])}"
-        status.note(f"{name}: the weights keep the precision of their file ({says})")
+        status.warn(f"{name}: the weights keep the precision of their file ({says})")
     return {
         slot: catalogue.identities(checkpoint_files(path)),
         f"{slot}_loras": loras,

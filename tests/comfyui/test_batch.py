@@ -62,9 +62,7 @@ def test_batch_makes_the_videos_of_single_runs(comfy: Comfy) -> None:
     saved = paths(comfy, shown[node_id(prompt, "SaveVideo")])
     assert [frames(path) for path in saved] == [frames(first), frames(second)], "a list, in order"
     (status,) = shown[node_id(prompt, "PreviewAny")]["text"]
-    assert status.startswith(
-        "success\n- 2 videos, 2 at a time, on: 1 processes; 1 processes\n\nvideo 1 of 2 (seed 42, A"
-    )
+    assert status.startswith("success\n- 2 videos, 2 at a time, each on 1 CPU process\n\nvideo 1 of 2 (seed 42, A")
     lines = [data["text"] for data in run.of("text") if data["node"] == node_id(prompt, KIND)]
     # One group may find the single video's processes and be done before the other has started: not always at once.
     assert {group for line in lines for group in re.findall(r"; group (\d): ", line)} == {"1", "2"}, lines

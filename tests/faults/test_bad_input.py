@@ -118,19 +118,24 @@ def test_fault_19_a_job_that_does_not_fit_its_model_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "notes", "words"),
     [
-        ({"gpu_count": 1, "use_fsdp": True}, ["use_fsdp has no effect on one GPU"]),
-        ({"gpu_count": 1, "master_port": 5000}, ["master_port has no effect on one GPU"]),
-        ({"gpu_count": 1}, []),
-        ({"gpu_count": 2}, []),
-        ({"gpu_count": 3}, ["2 heads do not divide by 3 GPUs: some compute 1, some 0"]),
-        ({"gpu_count": 3, "use_ulysses": False, "use_fsdp": True}, []),
-        ({"gpu_count": 4, "cfg_parallel": True}, []),
+        ({"gpu_count": 1, "use_fsdp": True}, ["use_fsdp has no effect on one GPU"], []),
+        ({"gpu_count": 1, "master_port": 5000}, ["master_port has no effect on one GPU"], []),
+        ({"gpu_count": 1}, [], []),
+        ({"gpu_count": 2}, [], []),
+        ({"gpu_count": 3}, [], ["2 heads do not divide by 3 GPUs: some compute 1, some 0"]),
+        ({"gpu_count": 3, "use_ulysses": False, "use_fsdp": True}, [], []),
+        ({"gpu_count": 4, "cfg_parallel": True}, [], []),
     ],
 )
-def test_what_has_no_effect_or_costs_time_is_said(tiny_models: Path, settings: dict[str, Any], words: list[str]):
-    warnings = check_job(tiny_job(tiny_models, **settings), {"context": (1, 64), "context_null": (512, 64)})
+def test_what_has_no_effect_or_costs_time_is_said(
+    tiny_models: Path, settings: dict[str, Any], notes: list[str], words: list[str]
+):
+    told: list[str] = []
+    shapes = {"context": (1, 64), "context_null": (512, 64)}
+    warnings = check_job(tiny_job(tiny_models, **settings), shapes, told.append)
+    assert told == notes
     assert [found[: len(word)] for found, word in zip(warnings, words, strict=True)] == words
 
 

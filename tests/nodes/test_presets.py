@@ -34,22 +34,22 @@ def test_preset_sets_what_belongs_together(preset: str, name: str, expected: tup
     names = ("solver", "steps", "shift", "guidance_low", "guidance_high", "boundary")
     assert tuple(getattr(made, name) for name in names) == expected
     assert made.seed == 3
-    assert len(status.warnings) == 1
-    assert status.warnings[0].startswith(f"preset {preset} set scheduler {expected[0]}, sample_steps {expected[1]},")
-    assert ("boundary" in status.warnings[0]) == (name != "TI2V-5B")
+    assert (len(status.notes), status.warnings) == (1, [])
+    assert status.notes[0].startswith(f"preset {preset} set scheduler {expected[0]}, sample_steps {expected[1]},")
+    assert ("boundary" in status.notes[0]) == (name != "TI2V-5B")
 
 
 def test_custom_changes_nothing() -> None:
     status = Status()
     assert with_preset(OWN, CUSTOM, VARIANTS["T2V"], status) == OWN
-    assert status.warnings == []
+    assert status.notes == status.warnings == []
 
 
 def test_preset_of_another_model_is_said() -> None:
     status = Status()
     made = with_preset(OWN, "official I2V-A14B", VARIANTS["T2V"], status)
     assert made.boundary == 0.9
-    assert status.warnings[1] == "preset official I2V-A14B is for I2V models; this one is T2V"
+    assert status.warnings[0] == "preset official I2V-A14B is for I2V models; this one is T2V"
 
 
 def test_presets_name_solvers_that_exist() -> None:

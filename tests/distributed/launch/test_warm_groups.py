@@ -40,6 +40,7 @@ class Made:
     seconds_to_first_step: float
     weights_read: list[Progress]
     previews: list[bytes]
+    reused: list[int]
 
 
 @dataclass
@@ -78,7 +79,8 @@ class Warm:
         try:
             alive = [result.folder.read_json(result.folder.alive(rank)) for rank in range(job.parallel.gpu_count)]
             ranks = [Process(entry["pid"], entry["started"]) for entry in alive]
-            return Made(read_latents(result.folder), ranks, first[0], weights, previews)
+            reused = result.info["reused_steps"]
+            return Made(read_latents(result.folder), ranks, first[0], weights, previews, reused)
         finally:
             result.remove()
 
@@ -181,6 +183,13 @@ def test_prompts_move_to_other_ranks_on_the_same_processes(warm: Warm, gpu_count
     for plain, split in zip(together, apart, strict=True):
         assert (plain.latents - split.latents).norm() < 1e-5 * plain.latents.norm()
     assert torch.equal(again.latents, together[0].latents)
+    # What may be taken from the step before is decided alike, whoever holds which tokens of which prompt.
+    cached = {"steps": 10, "boundary": 0.0, "reuse_threshold": 0.5}
+    both = [warm.run(job(cfg, **cached)) for cfg in (False, True)]
+    assert both[0].reused == both[1].reused and 0 < len(both[0].reused) < 7
+    assert (both[0].latents - both[1].latents).norm() < 1e-5 * both[0].latents.norm()
+    every = warm.run(job(True, **cached | {"reuse_threshold": 0.0}))
+    assert every.reused == [] and (every.latents - both[0].latents).norm() > 1e-3 * every.latents.norm()
 
 
 def cpu_seconds(process: Process) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from jobs import stub_job
 from node_inputs import BOTH, asked_for, tiny_files, use_model_folders
+from wan_pack.distributed.job.errors import SHOWN_AS
 from wan_pack.distributed.job.job import Job, ModelFiles
 from wan_pack.distributed.launch import pool
 from wan_pack.distributed.launch.pool import Pool
@@ -111,8 +112,11 @@ def test_the_configs_switches_reach_the_plan(make: Make):
 def test_a_video_that_does_not_fit_is_refused_or_made_smaller(make: Make, smi: SimpleNamespace):
     """Decoding 1280x720 takes 13 GiB on one GPU."""
     smi.printed = listing(8)
-    with pytest.raises(ValueError, match=r"1280x720 with 5 frames does not fit: .* 8\.0 GiB are free; what fits is "):
+    with pytest.raises(
+        ValueError, match=r"1280x720 with 5 frames does not fit: .* 8\.0 GiB are free; what fits is "
+    ) as error:
         make(width=1280, height=720)
+    assert error.type.__module__ == SHOWN_AS
     job, status = make(width=1280, height=720, dynamic_resolution=True)
     width, height = job.sampling.width, job.sampling.height
     assert width < 1280 and width % 16 == height % 16 == 0 and width / height == pytest.approx(16 / 9, rel=0.03)

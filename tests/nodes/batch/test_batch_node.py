@@ -49,7 +49,7 @@ def test_results_come_in_the_order_of_the_prompts(node: Node, tiny_models: Path)
     assert [float(one["samples"].mean()) for one in samples] == [7, 8, 7, 8]
     assert [entry["filename"] for entry in made["ui"]["video"]] == [Path(path).name for path in paths]
     blocks = status.split("\n\n")
-    assert blocks[0] == "success\n- 4 videos, 2 at a time, on: 1 processes; 1 processes"
+    assert blocks[0] == "success\n- 4 videos, 2 at a time, each on 1 CPU process"
     titles = ["video 1 of 4 (seed 7, a fox)", "video 2 of 4 (seed 8, a fox)"]
     titles += ["video 3 of 4 (seed 7, a cat)", "video 4 of 4 (seed 8, a cat)"]
     for block, title, path in zip(blocks[1:], titles, paths, strict=True):
@@ -141,7 +141,7 @@ def test_a_video_that_cannot_be_saved_is_a_failed_one(node: Node, monkeypatch: p
 
     monkeypatch.setattr(saved_video, "save_video", full)
     made = node.run(text_embeds=BOTH, on_error="return")
-    assert made["result"][3].startswith("error: 1 of 1 videos failed\n")
+    assert made["result"][3].startswith("error: 1 of 1 video failed\n")
     assert "its result cannot be saved: no space left; it is kept in " in made["result"][3]
     assert made["ui"] == {}
     (kept,) = (node._folder / "failed").iterdir()

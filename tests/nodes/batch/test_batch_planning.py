@@ -65,7 +65,7 @@ def test_groups_grow_until_the_video_fits(node: Node, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(batch, "build_job", build)
     status = node.run(text_embeds=BOTH, batch_count=2, gpu_count=2)["result"][3]
-    assert status.startswith("success\n- 2 videos, 1 at a time, on: 2 processes\n")
+    assert status.startswith("success\n- 2 videos, 1 at a time, each on 2 CPU processes\n")
     with pytest.raises(DoesNotFit, match="it needs more than one"):
         node.run(text_embeds=BOTH, batch_count=2, gpu_count=1)
     with pytest.raises(DoesNotFit):
@@ -84,7 +84,7 @@ def test_each_group_is_planned_for_its_own_gpus(node: Node, monkeypatch: pytest.
     node.act = lambda job: both.wait(10)
     status = node.run(text_embeds=BOTH, batch_count=2, gpu_count=0)["result"][3]
     assert {job.parallel.gpu_ids for job in node.jobs} == {("0", "1"), ("2", "3")}
-    assert status.startswith("success\n- 2 videos, 2 at a time, on: 0,1; 2,3\n")
+    assert status.startswith("success\n- 2 videos, 2 at a time, on GPUs 0, 1; GPUs 2, 3\n")
 
 
 def test_all_videos_have_the_size_that_fits_every_group(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_preset_wins_and_the_status_says_so(t2v: ModelFiles, monkeypatch: pytest
     assert (sampling.guidance_low, sampling.guidance_high) == (1.0, 1.0)
     assert list(tensors) == ["context"], "without guidance there is no negative prompt"
     assert list(job.warnings) == status.warnings
-    assert status.warnings[0].startswith("preset Lightning 4 steps set scheduler euler, sample_steps 4")
+    assert status.notes[0].startswith("preset Lightning 4 steps set scheduler euler, sample_steps 4")
 
 
 @pytest.mark.parametrize("form", ["image", "conditioning", "embeds"])
@@ -169,7 +170,7 @@ def test_chosen_vae_wins_over_the_models(t2v: ModelFiles, folders: Path, monkeyp
     status = Status()
     job, _ = job_of(t2v, status, monkeypatch, vae="mine.safetensors")
     assert Path(job.model.vae[0].path).name == "mine.safetensors"
-    assert status.warnings == ["vae is mine.safetensors, instead of the one that Load Wan Video Model names"]
+    assert status.notes == ["vae is mine.safetensors, instead of the one that Load Wan Video Model names"]
 
 
 def test_inputs_that_do_not_go_together_are_refused(t2v: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,3 +181,21 @@ def test_inputs_that_do_not_go_together_are_refused(t2v: ModelFiles, monkeypatch
     ):
         with pytest.raises(ValueError, match=message):
             job_of(t2v, Status(), monkeypatch, **values)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"width": 832, "height": 480}, ""),
+        ({"width": 830, "height": 480}, "width is 830; it must be a multiple of 16. The nearest are 816 and 832"),
+        ({"width": 832, "height": 9000}, "height is 9000; it must be 16 to 8192"),
+        ({"width": "64x", "height": 64}, "width is '64x'; it must be a whole number, 16 to 8192"),
+    ],
+)
+def test_sizes_are_checked_before_the_nodes_in_front_run(size: dict[str, Any], message: str) -> None:
+    node = inference_module.WanVideoDistributedInference()
+    linked = {"model": None, "text_embeds": None, "config": "made already"}
+    assert node.check_lazy_status(**size, **linked, extra_pnginfo=None) == ([] if message else ["model", "text_embeds"])
+    if message:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            node.run(**linked, **size)

@@ -52,6 +52,9 @@ def test_what_was_done_to_an_image_is_said() -> None:
         "start_image has an alpha channel, which is not used",
         "start_image is 100x100; it was scaled to cover 64x48 and cut to it",
     ]
+    status = Status()
+    tensors_of(status, start_image=torch.rand(1, 96, 128, 3))
+    assert (status.notes, status.warnings) == (["start_image is 128x96; it was scaled to 64x48"], [])
 
 
 @pytest.mark.parametrize(
@@ -204,7 +207,7 @@ def test_the_old_form_holds_mask_and_latents_in_one() -> None:
     status = Status()
     found = tensors_of(status, image_embeds={**old, "lat_h": 6, "lat_w": 8})
     assert torch.equal(found["image_conditioning"], together.float())
-    assert status.warnings == ["image_embeds carries CLIP vision embeddings, which Wan2.2 models do not use"]
+    assert status.notes == ["image_embeds carries CLIP vision embeddings, which Wan2.2 models do not use"]
 
 
 def test_embeds_with_five_keys_only() -> None:

@@ -50,7 +50,7 @@ def test_the_wrappers_latent_is_scaled_to_comfyuis(extra: dict[str, Any]) -> Non
     raw = noise(1, *SHAPE)
     found = tensors_of({"samples": normalise(raw, 16), **extra}, status=status)
     torch.testing.assert_close(found["samples"], raw[0], rtol=1e-5, atol=1e-5)
-    assert status.warnings == ["samples are ComfyUI-WanVideoWrapper's: they were scaled to ComfyUI's latents"]
+    assert status.notes == ["samples are ComfyUI-WanVideoWrapper's: they were scaled to ComfyUI's latents"]
 
 
 def test_empty_latent_is_none_but_its_size_counts() -> None:
