@@ -136,7 +136,7 @@ class Ours(System):
         from wan_pack.wan.model.patch import patchify, token_grid
         from wan_pack.wan.model.rope import rope_table
         from wan_pack.wan.model.sparse import block_order
-        from wan_pack.wan.transformer.context import TextContext
+        from wan_pack.wan.transformer.context import Context
 
         place = self.place
         self.grid = token_grid(tuple(latents.shape))
@@ -144,7 +144,7 @@ class Ours(System):
         self.shard = SequenceShard(length=math.prod(self.grid), rank=place.rank, world=place.world, order=order)
         set_shard(self.model, self.shard)
         self.tokens = self.shard.split(patchify(latents))
-        self.text = TextContext(text)
+        self.text = Context(text)
         self.rope = rope_table(
             self.grid, self.config.head_dim, start=self.shard.start, stop=self.shard.stop, device=place.device,
             order=order,

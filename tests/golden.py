@@ -14,7 +14,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,41 +24,10 @@ if __name__ == "__main__":
     mount_pack()
 
 from forks import fork_ranks
+from layouts import Layout, Ranks
 
 LIMIT = 1e-4
 """Largest relative error, ||out - expected|| / ||expected||."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ranks:
-    """This process among the ranks of one run."""
-
-    rank: int
-    world: int
-    store: Path
-    layouts: tuple[Layout, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How the transformer is spread over the ranks."""
-
-    engine: str
-    fsdp: bool = False
-    cfg: bool = False
-    """Half of the ranks for each prompt of a guided step."""
-
-    def __str__(self) -> str:
-        return self.engine + "+fsdp" * self.fsdp + "+cfg" * self.cfg
-
-    @classmethod
-    def of(cls, text: str) -> Layout:
-        engine, *options = text.split("+")
-        if engine not in ("packed", "symmetric", "deepspeed") or not set(options) <= {"fsdp", "cfg"}:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no layout; it is packed, symmetric or deepspeed, then +fsdp, +cfg or both"
-            )
-        return cls(engine, "fsdp" in options, "cfg" in options)
 
 
 class GoldenRun:
@@ -117,7 +85,7 @@ class GoldenRun:
         import torch
         from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
         from wan_pack.wan.model.rope import rope_table
-        from wan_pack.wan.transformer.context import TextContext, pad_text
+        from wan_pack.wan.transformer.context import Context, pad_text
 
         io = read(folder / "io.safetensors")
         grid = token_grid(tuple(io["x"].shape))
@@ -131,7 +99,8 @@ class GoldenRun:
             # One per token: the model takes the different ones, and which of them is a token's.
             timesteps, which = timesteps.flatten().unique(return_inverse=True)
             which = shard.split(which[:, None])[:, 0]
-        local = model(tokens, timesteps, TextContext(pad_text(io["context"])), rope, which)
+        picture = Context(io["clip_fea"].flatten(0, 1)) if "clip_fea" in io else None
+        local = model(tokens, timesteps, Context(pad_text(io["context"])), rope, which, picture)
         return relative_error(unpatchify(self.gather(local, shard), grid), io["out"])
 
     def generate(self, folder: Path) -> float:
@@ -143,6 +112,7 @@ class GoldenRun:
         from wan_pack.wan.sampling.conditioning import first_frame_known
         from wan_pack.wan.sampling.denoise import Guidance, Known, denoise, draw_noise
         from wan_pack.wan.sampling.schedule import make_solver
+        from wan_pack.wan.transformer.conditions import Conditions
 
         case = json.loads((folder / "case.json").read_text())
         io = read(folder / "io.safetensors")
@@ -164,7 +134,8 @@ class GoldenRun:
             low=low, high=high, boundary=case.get("boundary", 0.0),
             only=next(iter(models)) if len(models) == 1 else None,
         )  # fmt: skip
-        image = shard.split(patchify(io["y"])) if "y" in io else None
+        picture = io["clip_fea"].flatten(0, 1) if "clip_fea" in io else None
+        conditions = Conditions(image=io.get("y"), picture=picture)
         known = None
         if "first_frame" in io:
             latents, mask = first_frame_known(noise, torch.zeros(3, 1, 1), lambda picture: io["first_frame"][None])
@@ -172,7 +143,8 @@ class GoldenRun:
         predictor = VelocityPredictor(
             models, {True: io["context"], False: io["context_null"]},
             grid=grid, shard=shard, device=self.device, keep_text=True, weights={},
-            image=image, which_timestep=None if known is None else known.which_timestep, mesh=self.mesh,
+            conditions=conditions.on_rank(lambda latents: shard.split(patchify(latents)), self.device),
+            which_timestep=None if known is None else known.which_timestep, mesh=self.mesh,
         )  # fmt: skip
         solver = make_solver(case["solver"], case["steps"], case["shift"])
         if [guidance.expert(t).removesuffix("_noise") for t in solver.timesteps] != case.get(

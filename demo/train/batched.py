@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...wan.model.config import TEXT_LEN, WanConfig
-from ...wan.model.linear import LinearInput
-from ...wan.model.ops import Ops, Rope
-from ...wan.transformer.context import TextContext
+from ...wan.model.ops import Rope
+from ...wan.transformer.context import Context
 from ...wan.transformer.cross_attention import CrossAttention
 from ...wan.transformer.self_attention import local_attention
 from ...wan.transformer.transformer import WanModel
@@ -36,11 +35,9 @@ class BatchedCrossAttention(CrossAttention):
     bias: Tensor | None = None
     """[B, 1, 1, R]: see `text_bias`."""
 
-    def forward(self, x: LinearInput, k: Tensor, v: Tensor, ops: Ops) -> Tensor:
-        q = ops.rms_norm(self.q(x), self.norm_q.weight).unflatten(-1, (-1, self.head_dim))
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self.bias is not None
-        y = _attention(q, k, v, self.bias.to(q.dtype).expand(-1, -1, q.shape[1], -1))
-        return self.o(ops.cast(y.flatten(-2), self.o.input_dtype))
+        return _attention(q, k, v, self.bias.to(q.dtype).expand(-1, -1, q.shape[1], -1))
 
 
 class BatchedModel(WanModel):
@@ -68,7 +65,7 @@ class BatchedModel(WanModel):
             block.cross_attn.bias = bias
         # The index broadcasts over tokens, and the residual over clips: nothing is written out per token.
         rows = torch.arange(len(timestep), device=tokens.device)[:, None]
-        return self(tokens, timestep, TextContext(text, keep=False), rope, rows)
+        return self(tokens, timestep, Context(text, keep=False), rope, rows)
 
 
 def text_bias(lengths: Tensor, rows: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...wan.model.config import TEXT_LEN, WanConfig
+from ...wan.model.config import PICTURE_ROWS, TEXT_LEN, WanConfig
 from ...wan.model.variants import takers
 from .job import Job
 
@@ -20,9 +20,13 @@ END_IMAGE = "end_image"
 """Last frame, the same."""
 IMAGE_CONDITIONING = "image_conditioning"
 """An I2V model's further input channels [4 + C, T, h, w]: mask (1: given), then normalised latents."""
+CLIP_FEATURES = "clip_features"
+"""CLIP's features of pictures for an image branch, [257 for each, clip_dim]: hidden states before its last block."""
 PICTURES = (START_IMAGE, END_IMAGE, IMAGE_CONDITIONING)
 SAMPLES = "samples"
 """Latents to start from [C, T, h, w], un-normalised, as ComfyUI's LATENT."""
+MAX_PICTURES = 2
+"""That CLIP features are of: the first frame and the last."""
 NOISE_MASK = "noise_mask"
 """[T, h, w]: 1 where latents are made, 0 where `samples` stays; TI2V-5B only."""
 
@@ -31,6 +35,7 @@ def check_inputs(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> No
     """Raises ValueError naming the tensor that is missing, of another shape, or of no use to this model."""
     _check_text(job, config, shapes)
     _check_images(job, config, shapes)
+    _check_features(config, shapes)
     _check_samples(job, config, shapes)
 
 
@@ -74,6 +79,28 @@ def _check_images(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> N
     if IMAGE_CONDITIONING in shapes:
         expected = (config.in_dim - config.out_dim, *_latents(job, config)[1:])
         _check_shape("image conditioning", shapes[IMAGE_CONDITIONING], expected)
+
+
+def _check_features(config: WanConfig, shapes: Mapping[str, Shape]) -> None:
+    shape, variant = shapes.get(CLIP_FEATURES), config.variant
+    if shape is None:
+        if config.image_branch:
+            raise ValueError(
+                f"the model looks at its pictures through CLIP ({variant.name}): connect CLIP Vision Encode, with "
+                "clip_vision_h, to clip_vision_start_image"
+            )
+        return
+    if CLIP_FEATURES not in variant.takes:
+        raise ValueError(
+            f"CLIP vision features are given; this model ({variant.name}) has no image branch, as "
+            f"{takers(CLIP_FEATURES)} has"
+        )
+    allowed = [[PICTURE_ROWS * count, config.clip_dim] for count in range(1, MAX_PICTURES + 1)]
+    if list(shape) not in allowed:
+        raise ValueError(
+            f"the CLIP vision features have shape {list(shape)}; this model takes {' or '.join(map(str, allowed))}, as "
+            "clip_vision_h makes them"
+        )
 
 
 def _check_samples(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> None:

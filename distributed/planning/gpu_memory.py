@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ...wan.model.config import TEXT_LEN, WanConfig
+from ...wan.model.config import PICTURE_ROWS, TEXT_LEN, WanConfig
 from ...wan.model.latent_space import PATCH_SIZE, LatentSpace
 from ..job.job import FFN_CHUNK, Parallel
 
@@ -76,7 +76,7 @@ class Estimate:
     weights: int
     gathered: int
     text: int
-    """Cached cross-attention keys and values, and the text encoder while it is loaded."""
+    """Cached keys and values of the cross-attention (text and pictures), and the text encoder while it is loaded."""
     activations: int
     vae: int
     process: int
@@ -154,12 +154,13 @@ def gathered_bytes(work: Workload, parallel: Parallel) -> int:
 
 
 def kept_text_bytes(work: Workload, parallel: Parallel) -> int:
-    """Bytes of the cross-attention's keys and values, 2 * L * R * C elements a prompt."""
+    """Bytes of the cross-attention's keys and values, 2 * L * R * C elements a prompt, and of the pictures'."""
     if parallel.memory_optimization:
         return 0
     prompts = 2 if work.guided and not parallel.cfg_parallel else 1
     config = work.config
-    return prompts * 2 * len(config.block_names) * TEXT_LEN * config.dim * compute_bytes(parallel)
+    rows = prompts * TEXT_LEN + (config.pictures * PICTURE_ROWS if config.image_branch else 0)
+    return 2 * len(config.block_names) * rows * config.dim * compute_bytes(parallel)
 
 
 def activation_bytes(work: Workload, parallel: Parallel) -> int:

@@ -20,7 +20,8 @@ from ...wan.model.attention import Attention, attention
 from ...wan.model.int8_products import use_int8_products
 from ...wan.model.latent_space import PATCH_SIZE
 from ...wan.model.rope import rope_table
-from ...wan.transformer.context import TextContext, pad_text
+from ...wan.transformer.conditions import NONE, Conditions
+from ...wan.transformer.context import Context, pad_text
 from ...wan.transformer.transformer import WanModel
 from ..job.job import Parallel
 from ..parallel.mesh import Mesh
@@ -181,7 +182,7 @@ class VelocityPredictor:
         grid: tokens per axis.
         keep_text: keep each expert's cross-attention keys and values between steps.
         weights: expert name -> what holds its weights, where the idle expert is offloaded.
-        image: this rank's tokens of an I2V model's further input channels, [S, 4 * (in_dim - out_dim)].
+        conditions: what the video is made from beside noise and text, on this rank.
         mesh: the ranks; with CFG parallel each computes one of the two passes of a guided step.
         which_timestep: [S], 0 for tokens that are given (`wan.sampling.denoise.Known`), 1 for the others;
             None: none is given.
@@ -199,7 +200,7 @@ class VelocityPredictor:
         device: torch.device,
         keep_text: bool,
         weights: dict[str, Weights],
-        image: Tensor | None = None,
+        conditions: Conditions = NONE,
         which_timestep: Tensor | None = None,
         mesh: Mesh | None = None,
         arrive: Callable[[str], None] = lambda expert: None,
@@ -209,12 +210,15 @@ class VelocityPredictor:
         self._keep_text = keep_text
         self._weights = weights
         self._device = device
+        image = conditions.image
         self._image = None if image is None else image.unflatten(1, (PATCH_SIZE[1] * PATCH_SIZE[2], -1))
+        self._conditions = conditions
         self._which_timestep = which_timestep
         self._mesh = mesh
         self._arrive = arrive
         self._active: str | None = None
-        self._contexts: dict[bool, TextContext] = {}
+        self._contexts: dict[bool, Context] = {}
+        self._picture: Context | None = None
         config = next(iter(models.values())).config
         self._rope = rope_table(
             grid, config.head_dim, start=shard.start, stop=shard.stop, device=device, order=shard.order
@@ -237,7 +241,7 @@ class VelocityPredictor:
         if self._image is not None:
             # Channels are fastest within a token: the image's go behind the latent's at each of its positions.
             tokens = torch.cat((tokens.unflatten(1, (self._image.shape[1], -1)), self._image), dim=2).flatten(1)
-        return self._models[expert](tokens, t, self._contexts[conditional], self._rope, which)
+        return self._models[expert](tokens, t, self._contexts[conditional], self._rope, which, self._picture)
 
     def release(self) -> None:
         """After the last step: what FSDP has gathered and kept is let go."""
@@ -256,5 +260,8 @@ class VelocityPredictor:
         if self._weights:
             other = ", the other in host memory" if len(self._weights) > 1 else ""
             log.info("offload: %s expert on the device (%.2f GiB)%s", expert, resident / 2**30, other)
-        self._contexts = {c: TextContext(text, keep=self._keep_text) for c, text in self._texts.items()}
+        self._contexts = {c: Context(text, keep=self._keep_text) for c, text in self._texts.items()}
+        picture = self._conditions.picture
+        # One for both prompts.
+        self._picture = None if picture is None else Context(picture, keep=self._keep_text)
         self._active = expert

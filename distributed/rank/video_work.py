@@ -156,7 +156,7 @@ class VideoWork(Work[Job]):
                 session.experts.models, texts, grid=grid, shard=shard, device=self.device,
                 keep_text=not parallel.memory_optimization,
                 weights=session.experts.weights if parallel.parks_experts else {},
-                image=None if conditioning.image is None else tokens_of(conditioning.image),
+                conditions=conditioning.conditions.on_rank(tokens_of, self.device),
                 which_timestep=None if known is None else known.which_timestep, mesh=session.mesh,
                 arrive=self.arrive,
             )  # fmt: skip

@@ -16,6 +16,7 @@ from ..models.loras import distilled_warnings, refreshed
 from ..settings.hostfiles import parallel_over
 from ..settings.presets import with_preset
 from ..sockets import embeds, wrapper_model
+from ..sockets.clip_vision import clip_tensors
 from ..sockets.images import image_tensors
 from ..sockets.latent_input import latent_tensors
 from ..sockets.video_inputs import VideoInputs
@@ -113,6 +114,7 @@ def build_job(asked: VideoInputs, status: Status) -> tuple[Job, dict[str, Any]]:
         status=status,
     )
     images = image_tensors(asked, sampling, config, status)
+    images |= clip_tensors(asked, config, status)
     latents = {} if asked.samples is None else latent_tensors(asked.samples, sampling, config, status)
     if "samples" in images and latents:
         raise ValueError("samples is connected, and image_embeds carries extra_latents; take one of them out")

@@ -24,6 +24,8 @@ SOCKETS = {
     "image_embeds": "WANVIDIMAGE_EMBEDS",
     "samples": "LATENT",
     "low_noise_model": "WANVIDEOMODEL",
+    "clip_vision_start_image": "CLIP_VISION_OUTPUT",
+    "clip_vision_end_image": "CLIP_VISION_OUTPUT",
 }
 """Inputs without a widget."""
 _SETTINGS = {INPUT_NAMES.get(name, name): name for name in SamplingSettings.__dataclass_fields__}
@@ -59,8 +61,9 @@ OPTIONAL = {
     "filename_prefix": "Folder and name in ComfyUI's output folder; a number is added.",
     "on_error": "raise: a failed run stops the workflow with an error. return: video_path is empty, status begins "
     "with error: and the nodes behind video and samples do not run.",
-    "start_image": "First frame, for I2V-A14B and TI2V-5B. Scaled to cover width x height, the rest is cut off.",
-    "end_image": "Last frame, for I2V-A14B; with or without start_image.",
+    "start_image": "First frame, for I2V-A14B, Wan2.1 I2V and TI2V-5B. Scaled to cover width x height, the rest is "
+    "cut off.",
+    "end_image": "Last frame, for I2V-A14B and FLF2V; with or without start_image.",
     "image_embeds": "An image encoded by WanVideoImageToVideoEncode, instead of start_image and end_image.",
     "samples": "Latents to start from, at this node's size: a video to change (strength), one to go on with "
     "(start_step), or an empty one, which changes nothing.",
@@ -83,6 +86,9 @@ OPTIONAL = {
     "auto.",
     "reuse_threshold": "EasyCache: steps whose result can be told from the ones before are not computed. The larger, "
     "the faster, and the further the video is from the one without; 0.2 is common, for 20 steps and more. 0: off.",
+    "clip_vision_start_image": "What CLIP sees in start_image, for Wan2.1 I2V and FLF2V: from CLIP Vision Encode (crop "
+    "none) with clip_vision_h.",
+    "clip_vision_end_image": "What CLIP sees in end_image, for FLF2V.",
 }
 
 

@@ -25,6 +25,8 @@ NOTES = "wan_distributed_notes"
 """Of WANVIDEOTEXTEMBEDS that WanVideo TextEncode made: lines for the status of the job."""
 IMAGE_KEYS = frozenset({"concat_latent_image", "concat_mask"})
 """Of a CONDITIONING's dict; images.py reads them."""
+CLIP_KEY = "clip_vision_output"
+"""The same; clip_vision.py reads it."""
 CHANGING = frozenset(
     {
         *("area", "mask", "mask_strength", "set_area_to_bounds", "control", "control_apply_to_uncond", "hooks"),
@@ -116,6 +118,11 @@ def conditioning_entry(value: Any, name: str) -> tuple[Any, dict[str, Any]]:
     return entry[0], entry[1]
 
 
+def extras_of(value: Any, name: str) -> dict[str, Any]:
+    """What the first entry of a CONDITIONING carries beside the prompt; nothing for other kinds of embeddings."""
+    return {} if value is None or isinstance(value, dict) else conditioning_entry(value, name)[1]
+
+
 def _from_conditioning(value: Any, name: str) -> Embedding:
     tokens, extras = conditioning_entry(value, name)
     notes = []
@@ -127,7 +134,7 @@ def _from_conditioning(value: Any, name: str) -> Embedding:
 
 def _read_extras(extras: dict[str, Any], name: str) -> list[str]:
     """Notes on what a conditioning carries beside the prompt. Raises ValueError for what would change the video."""
-    carried = {key for key, extra in extras.items() if extra is not None} - IMAGE_KEYS - {"pooled_output"}
+    carried = {key for key, extra in extras.items() if extra is not None} - IMAGE_KEYS - {"pooled_output", CLIP_KEY}
     carried -= {
         key
         for key, value in NEUTRAL.items()

@@ -15,7 +15,7 @@ from ...wan.model.variants import takers
 from ..host.declared import is_set, kind_of
 from ..host.status import Status
 from ..host.tensors import tensor_of
-from .embeds import conditioning_entry
+from .embeds import extras_of
 from .latent_input import check_video_size
 from .video_inputs import VideoInputs
 
@@ -53,7 +53,7 @@ def image_tensors(asked: VideoInputs, sampling: Sampling, config: WanConfig, sta
     if asked.image_embeds is not None:
         if conditioning is not None:
             raise ValueError("an image comes twice: with image_embeds and with text_embeds; take one of them out")
-        found |= _from_embeds(asked.image_embeds, sampling, config, status)
+        found |= _from_embeds(asked.image_embeds, sampling, config)
     return found if conditioning is None else {**found, "image_conditioning": conditioning}
 
 
@@ -79,7 +79,7 @@ def _picture(value: Any, name: str, sampling: Sampling, status: Status) -> Tenso
 
 def _from_texts(asked: VideoInputs, sampling: Sampling, status: Status) -> Tensor | None:
     """The image that comes with the prompt; a negative prompt from the same node carries it as well."""
-    positive, negative = (_entry(getattr(asked, name), name) for name in ("text_embeds", "negative_embeds"))
+    positive, negative = (extras_of(getattr(asked, name), name) for name in ("text_embeds", "negative_embeds"))
     latents, mask = (positive.get(key) for key in ("concat_latent_image", "concat_mask"))
     if negative.get("concat_latent_image") is not None and negative["concat_latent_image"] is not latents:
         if latents is None:
@@ -91,11 +91,6 @@ def _from_texts(asked: VideoInputs, sampling: Sampling, status: Status) -> Tenso
     if latents is None and mask is None:
         return None
     return _from_core(latents, mask, sampling)
-
-
-def _entry(value: Any, name: str) -> dict[str, Any]:
-    """What the first entry of a CONDITIONING carries beside the prompt; nothing for other kinds of embeddings."""
-    return {} if value is None or isinstance(value, dict) else conditioning_entry(value, name)[1]
 
 
 def _from_core(latents: Any, mask: Any, sampling: Sampling) -> Tensor:
@@ -110,7 +105,7 @@ def _from_core(latents: Any, mask: Any, sampling: Sampling) -> Tensor:
     name = "concat_latent_image of text_embeds"
     latents = tensor_of(latents, name, f"a tensor [1, {CHANNELS}, T, h, w]")
     if latents.ndim != 5 or tuple(latents.shape[:2]) != (1, CHANNELS):
-        raise ValueError(f"{name} has shape {list(latents.shape)}; Wan2.2 I2V takes [1, {CHANNELS}, T, h, w]")
+        raise ValueError(f"{name} has shape {list(latents.shape)}; Wan I2V takes [1, {CHANNELS}, T, h, w]")
     size = tuple(latents.shape[2:])
     check_video_size(name, size, STRIDE, sampling)
     mask = tensor_of(mask, "concat_mask of text_embeds", f"a tensor {[1, MASK_CHANNELS, *size]}")
@@ -123,7 +118,7 @@ def _from_core(latents: Any, mask: Any, sampling: Sampling) -> Tensor:
     return torch.cat([known, normalise(latents[0], CHANNELS)]).contiguous()
 
 
-def _from_embeds(value: Any, sampling: Sampling, config: WanConfig, status: Status) -> dict[str, Tensor]:
+def _from_embeds(value: Any, sampling: Sampling, config: WanConfig) -> dict[str, Tensor]:
     """image_conditioning of I2V embeds; samples and noise_mask of empty ones with a first frame; else nothing."""
     if not isinstance(value, dict):
         raise ValueError(f"image_embeds is {kind_of(value)}; it must be WANVIDIMAGE_EMBEDS")
@@ -133,8 +128,6 @@ def _from_embeds(value: Any, sampling: Sampling, config: WanConfig, status: Stat
             f"image_embeds carries {listed(sorted(other, key=str))}, which this node does not support; "
             "it takes the embeds of WanVideoImageToVideoEncode and WanVideoEmptyEmbeds without controls"
         )
-    if any(value.get(key) is not None for key in ("clip_context", "negative_clip_context")):
-        status.note("image_embeds carries CLIP vision embeddings, which Wan2.2 models do not use")
     if value.get("image_embeds") is not None:
         return {"image_conditioning": _i2v_embeds(value, sampling)}
     shape = value.get("target_shape")

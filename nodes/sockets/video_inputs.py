@@ -46,6 +46,8 @@ class VideoInputs:
     vae: str = AUTO
     preview: bool = True
     dynamic_resolution: bool = False
+    clip_vision_start_image: Any = None
+    clip_vision_end_image: Any = None
     side_by_side: int = 1
     """Jobs that share this machine's memory; no input, as the next."""
     more_follow: bool = False

@@ -39,7 +39,7 @@ from wan_pack.demo.train.world import (
 )
 from wan_pack.wan.model.rope import rope_table
 from wan_pack.wan.text.tokenizer import Tokenizer
-from wan_pack.wan.transformer.context import TextContext, pad_text
+from wan_pack.wan.transformer.context import Context, pad_text
 from wan_pack.wan.transformer.transformer import WanModel
 from wan_pack.wan.vae.autoencoder import decode_frames
 from wan_pack.wan.vae.autoencoder import encode as encode_clip
@@ -131,7 +131,7 @@ def test_a_batch_gives_what_single_clips_give() -> None:
     timestep, rope = torch.tensor([999.0, 12.5]), rope_table(grid, 128)
     together = batched.velocity(tokens, timestep, rows, lengths, rope)
     for i in range(2):
-        alone = single(tokens[i], timestep[i : i + 1], TextContext(pad_text(rows[i])), rope)
+        alone = single(tokens[i], timestep[i : i + 1], Context(pad_text(rows[i])), rope)
         torch.testing.assert_close(together[i], alone, rtol=1e-4, atol=1e-5)
 
 

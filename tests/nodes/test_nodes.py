@@ -86,16 +86,9 @@ def test_inputs_keep_their_order() -> None:
         *("text_embeds", "config", "negative_embeds", "negative_prompt", "seed", "scheduler", "shift"),
         *("guidance_low", "guidance_high", "boundary", "fps", "filename_prefix", "on_error"),
         *("start_image", "end_image", "image_embeds", "samples", "strength", "start_step", "end_step", "add_noise"),
-        *(
-            "decode_video",
-            "preset",
-            "low_noise_model",
-            "vae",
-            "preview",
-            "plan",
-            "dynamic_resolution",
-            "reuse_threshold",
-        ),
+        *("decode_video", "preset", "low_noise_model", "vae", "preview", "plan", "dynamic_resolution"),
+        "reuse_threshold",
+        *("clip_vision_start_image", "clip_vision_end_image"),
     ]
     assert WanVideoDistributedInference.RETURN_NAMES == ("video_path", "log_output", "status", "video", "samples")
     loader = ["high_noise", "low_noise", "vae", "text_encoder", "high_noise_lora", "low_noise_lora"]

@@ -23,6 +23,8 @@ OWN = SamplingSettings(
         ("official T2V-A14B", "T2V", ("unipc", 40, 12.0, 3.0, 4.0, 0.875)),
         ("official I2V-A14B", "I2V", ("unipc", 40, 5.0, 3.5, 3.5, 0.9)),
         ("official TI2V-5B", "TI2V-5B", ("unipc", 50, 5.0, 5.0, 5.0, 0.5)),
+        ("official Wan2.1 I2V", "Wan2.1 I2V", ("unipc", 40, 5.0, 5.0, 5.0, 0.5)),
+        ("official Wan2.1 FLF2V", "FLF2V", ("unipc", 50, 16.0, 5.0, 5.0, 0.5)),
         ("Lightning 4 steps", "T2V", ("euler", 4, 5.0, 1.0, 1.0, 0.875)),
         ("Lightning 4 steps", "I2V", ("euler", 4, 5.0, 1.0, 1.0, 0.9)),
         ("Lightning 4 steps", "TI2V-5B", ("euler", 4, 5.0, 1.0, 1.0, 0.5)),
@@ -36,7 +38,7 @@ def test_preset_sets_what_belongs_together(preset: str, name: str, expected: tup
     assert made.seed == 3
     assert (len(status.notes), status.warnings) == (1, [])
     assert status.notes[0].startswith(f"preset {preset} set scheduler {expected[0]}, sample_steps {expected[1]},")
-    assert ("boundary" in status.notes[0]) == (name != "TI2V-5B")
+    assert ("boundary" in status.notes[0]) == (VARIANTS[name].boundary is not None)
 
 
 def test_custom_changes_nothing() -> None:

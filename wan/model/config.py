@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from .variants import SIZES, Variant, optional_parts, variant_of
 
@@ -34,7 +35,13 @@ class WanConfig:
     freq_dim: int
     """Channels of the sinusoidal timestep embedding."""
     parts: frozenset[str] = frozenset()
-    """Which of the parts that only some variants have (variants.py)."""
+    """Which of the parts that only some variants have (variants.py). What follows are these parts' sizes."""
+    clip_dim: int = 1280
+    """Channels of the CLIP features that the image branch takes."""
+    control_dim: int = 96
+    """Channels of VACE's control."""
+    vace_layers: tuple[int, ...] = ()
+    """The main blocks behind which the VACE blocks run."""
 
     def __post_init__(self) -> None:
         for name, size in ((f.name, getattr(self, f.name)) for f in fields(self)):
@@ -52,7 +59,21 @@ class WanConfig:
     @property
     def block_names(self) -> tuple[str, ...]:
         """Of the model's blocks, in the order in which they run."""
-        return tuple(f"blocks.{i}" for i in range(self.num_layers))
+        names = []
+        for i in range(self.num_layers):
+            names.append(f"blocks.{i}")
+            names += [f"vace_blocks.{self.vace_layers.index(i)}"] if i in self.vace_layers else []
+        return tuple(names)
+
+    @property
+    def image_branch(self) -> bool:
+        """Tokens attend to CLIP features of pictures."""
+        return "img_emb" in self.parts
+
+    @property
+    def pictures(self) -> int:
+        """How many the image branch knows the places of."""
+        return 2 if "emb_pos" in self.parts else 1
 
     @property
     def variant(self) -> Variant:
@@ -74,6 +95,8 @@ class WanConfig:
 
 TEXT_LEN = 512
 """Rows of text the cross-attention sees; shorter prompts are padded with zero rows, longer ones cut."""
+PICTURE_ROWS = 257
+"""CLIP features of a picture: one for all of it, and 16 x 16 patches."""
 EPS = 1e-6
 """Of every normalisation layer."""
 
@@ -91,6 +114,20 @@ WAN_CONFIGS: dict[str, WanConfig] = {
         dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16, text_dim=4096, freq_dim=256
     ),
 }
+
+
+_OPTIONAL_SIZES = {"clip_dim": ("img_emb.proj.0.weight", 0), "control_dim": ("vace_patch_embedding.weight", 1)}
+"""Field of `WanConfig` -> the tensor and the dimension that tell it, where a model has that part."""
+
+
+def _optional_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    found = {}
+    for name, (tensor, dimension) in _OPTIONAL_SIZES.items():
+        if tensor in shapes:
+            if len(shapes[tensor]) <= dimension:
+                raise ValueError(f"tensor {tensor} has shape {shapes[tensor]}; it must have more dimensions")
+            found[name] = shapes[tensor][dimension]
+    return found
 
 
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], *, num_heads: int | None = None) -> WanConfig:
@@ -125,7 +162,7 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], *, num_heads: int 
     }
     if len(layers) > MAX_LAYERS:
         raise ValueError(f"it has {len(layers)} blocks; at most {MAX_LAYERS} are read")
-    return WanConfig(
+    config = WanConfig(
         dim=dim,
         ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
         num_heads=dim // HEAD_DIM if num_heads is None else num_heads,
@@ -136,3 +173,4 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], *, num_heads: int 
         freq_dim=shapes["time_embedding.0.weight"][1],
         parts=optional_parts(shapes),
     )
+    return replace(config, **_optional_sizes(shapes))

@@ -59,6 +59,20 @@ _ROWS = (
         boundary=0.9,
     ),
     Variant(
+        name="Wan2.1 I2V",
+        channels=(36, 16),
+        parts=frozenset({"img_emb"}),
+        releases={5120: "Wan2.1 I2V 14B", 1536: "Wan2.1 Fun InP 1.3B"},
+        takes=("start_image", "end_image", "image_conditioning", "clip_features"),
+    ),
+    Variant(
+        name="FLF2V",
+        channels=(36, 16),
+        parts=frozenset({"img_emb", "emb_pos"}),
+        releases={5120: "Wan2.1 FLF2V 14B"},
+        takes=("start_image", "end_image", "image_conditioning", "clip_features"),
+    ),
+    Variant(
         name="TI2V-5B",
         channels=(48, 48),
         releases={3072: "Wan2.2 TI2V 5B"},
@@ -116,8 +130,6 @@ REFUSED = (
     Refused(name="a ReCamMaster transformer", parts=frozenset({"cam_encoder"})),
     Refused(name="a UniAnimate transformer", parts=frozenset({"dwpose_embedding", "randomref_embedding_pose"})),
     Refused(name="a FlashVSR transformer", parts=frozenset({"LQ_proj_in"})),
-    Refused(name="a Wan2.1 FLF2V transformer", parts=frozenset({"emb_pos"})),
-    Refused(name="a Wan2.1 I2V transformer", parts=frozenset({"img_emb", "k_img"})),
     Refused(name="a Wan Fun-Control or camera transformer", channels=((32, 16), (48, 16), (52, 16))),
 )
 _OPTIONAL = frozenset().union(*(variant.parts for variant in _ROWS))
@@ -133,11 +145,14 @@ def variant_of(channels: tuple[int, int], parts: frozenset[str]) -> Variant:
     for variant in _ROWS:
         if (variant.channels, variant.parts) == (channels, parts):
             return variant
-    allowed = ", ".join(f"{row.channels[0]} and {row.channels[1]} ({row.name})" for row in _ROWS)
-    raise ValueError(
-        f"it is a Wan variant with {channels[0]} latent channels in and {channels[1]} out, not one of {allowed}; "
-        f"expected {RUNNABLE}"
-    )
+    allowed = ", ".join(f"{_told(row.channels, row.parts)} ({row.name})" for row in _ROWS)
+    raise ValueError(f"it is a Wan variant with {_told(channels, parts)}, not one of {allowed}; expected {RUNNABLE}")
+
+
+def _told(channels: tuple[int, int], parts: frozenset[str]) -> str:
+    """What tells a variant, for people."""
+    has = f" and {', '.join(sorted(parts))}" if parts else ""
+    return f"{channels[0]} latent channels in and {channels[1]} out{has}"
 
 
 def check_runs(shapes: Mapping[str, tuple[int, ...]]) -> None:

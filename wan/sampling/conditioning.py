@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..model.latent_space import TEMPORAL_STRIDE
 from ..model.variants import Variant
+from ..transformer.conditions import NONE, Conditions
 from ..vae.latents import normalise
 from .denoise import noised
 
@@ -23,8 +24,7 @@ class Conditioning:
 
     latents: Tensor
     """[C, T, h, w], at the noise level of the first step."""
-    image: Tensor | None = None
-    """An I2V model's further input channels, [4 + C, T, h, w]: mask (1: given), latents."""
+    conditions: Conditions = NONE
     known: Tensor | None = None
     """[C, T, h, w]: latents that stay where `known_mask` says so."""
     known_mask: Tensor | None = None
@@ -74,8 +74,9 @@ def build_conditioning(
     """Puts together what came with a job.
 
     Args:
-        inputs: start_image and end_image [3, H, W] in -1 to 1; image_conditioning [4 + C, T, h, w]; samples
-            [C, T, h, w], un-normalised; noise_mask [T, h, w], 1 where latents are made. All may be absent.
+        inputs: start_image and end_image [3, H, W] in -1 to 1; image_conditioning [4 + C, T, h, w]; clip_features
+            [257 or 514, clip_dim]; samples [C, T, h, w], un-normalised; noise_mask [T, h, w], 1 where latents are made.
+            All may be absent.
         noise: [C, T, h, w].
         variant: of the model.
         sigma: noise level of the first step.
@@ -89,11 +90,11 @@ def build_conditioning(
         if image is None:
             frames, height, width = noise.shape[1:]
             image = image_channels(start, end, num_frames, (frames, height, width), encode)
-        return Conditioning(latents, image=image)
+        return Conditioning(latents, Conditions(image=image, picture=inputs.get("clip_features")))
     if start is not None:
-        return Conditioning(latents, None, *first_frame_known(latents, start, encode))
+        return Conditioning(latents, NONE, *first_frame_known(latents, start, encode))
     if "noise_mask" in inputs:
-        return Conditioning(latents, None, samples, inputs["noise_mask"] < 0.5)
+        return Conditioning(latents, NONE, samples, inputs["noise_mask"] < 0.5)
     return Conditioning(latents)
 
 

@@ -1,4 +1,4 @@
-"""One block of the transformer.
+"""The blocks of the transformer.
 
 Shapes as in transformer.py.
 """
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from ..model.config import EPS, WanConfig
 from ..model.linear import Fp8Tokens, Linear, LinearInput
 from ..model.ops import PLAIN, Ops, Rope
-from .cross_attention import CrossAttention, KeysValues
+from .context import Attended, KeysValues
+from .cross_attention import CrossAttention
 from .self_attention import SelfAttention
 
 Which = Tensor | None
 """Which of the timesteps each token is at; None: there is one."""
-BlockOutput = tuple[Tensor, KeysValues]
 
 
-class WanBlock(nn.Module):
+class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward around a float32 residual.
 
     `attention_inputs`, `SelfAttention.queries_keys_values` and `attention_outputs` hold all the arithmetic and no
-    communication: they are what may be compiled. `forward` is the glue.
+    communication: they are what may be compiled. `through` is the glue.
     """
 
     def __init__(self, config: WanConfig) -> None:
@@ -46,13 +46,13 @@ class WanBlock(nn.Module):
         shift, scale, *_ = per_token(self.modulation + e, which)
         return self.ops.norm(x, 1 + scale, shift, self.self_attn.q.input_dtype)
 
-    def attention_outputs(self, x: Tensor, y: Tensor, e: Tensor, which: Which, k: Tensor, v: Tensor) -> Tensor:
-        """The rest of the block. y: self-attention's [S, H, D]; k, v: the text's [R, H, D]. Returns [S, C]."""
+    def attention_outputs(self, x: Tensor, y: Tensor, e: Tensor, which: Which, kv: Sequence[KeysValues]) -> Tensor:
+        """The rest of the block. y: self-attention's [S, H, D]; kv: what is attended to. Returns [S, C]."""
         _, _, gate, shift, scale, ffn_gate = per_token(self.modulation + e, which)
         attn, cross, norm3, ops = self.self_attn, self.cross_attn, self.norm3, self.ops
         y = attn.o(ops.cast(y.flatten(-2), attn.o.input_dtype))
         x, normed = ops.add_norm(x, y, gate, norm3.weight, norm3.bias, cross.q.input_dtype)
-        x, normed = ops.add_norm(x, cross(normed, k, v, ops), None, 1 + scale, shift, self._ffn_layers()[0].input_dtype)
+        x, normed = ops.add_norm(x, cross(normed, kv, ops), None, 1 + scale, shift, self._ffn_layers()[0].input_dtype)
         return ops.add(x, self._feed_forward(normed), ffn_gate)
 
     def _ffn_layers(self) -> tuple[Linear, Linear]:
@@ -71,12 +71,17 @@ class WanBlock(nn.Module):
             parts = x.split(self.ffn_chunk)
         return torch.cat([down(self.ops.gelu_linear(up, part, down.input_dtype)) for part in parts])
 
-    def forward(
-        self, x: Tensor, e: Tensor, which: Which, rope: Rope, context: Tensor, cached: KeysValues | None
-    ) -> BlockOutput:
+    def through(self, x: Tensor, e: Tensor, which: Which, rope: Rope, attended: Sequence[Attended]) -> Tensor:
+        """x: [S, C] -> [S, C], both float32; attended: the text and the picture, as the model embeds them."""
         y = self.self_attn.attention(self.self_attn, self.attention_inputs(x, e, which), rope, self.ops)
-        context_kv = self.cross_attn.keys_values(context) if cached is None else cached
-        return self.attention_outputs(x, y, e, which, *context_kv), context_kv
+        return self.attention_outputs(x, y, e, which, self.cross_attn.keys_values(attended))
+
+
+class WanBlock(Block):
+    """One of the main ones."""
+
+    def forward(self, x: Tensor, e: Tensor, which: Which, rope: Rope, attended: Sequence[Attended]) -> Tensor:
+        return self.through(x, e, which, rope, attended)
 
 
 def per_token(e: Tensor, which: Which) -> tuple[Tensor, ...]:

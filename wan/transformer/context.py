@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model.config import TEXT_LEN
-from .cross_attention import KeysValues
+
+KeysValues = tuple[Tensor, Tensor]
+"""[R, H, D] each."""
 
 
 @dataclass(slots=True)
-class TextContext:
-    """One prompt for one expert. The keys and values of its cross-attention are the same at every step."""
+class Context:
+    """One prompt, or the pictures, for one expert: the same at every step, and so are its keys and values."""
 
     tokens: Tensor
-    """[R, text_dim]: see `pad_text`."""
+    """[R, channels]: text (see `pad_text`), or CLIP features of pictures."""
     keep: bool = True
-    """Keep what is derived from `tokens` between steps; costs 2 * layers * R * C elements."""
-    embedded: Tensor | None = None
-    keys_values: dict[int, KeysValues] = field(default_factory=dict)
+    """Keep what is derived from `tokens` between steps; costs 2 * blocks * R * C elements."""
+    _embedded: Tensor | None = None
+    _keys_values: dict[nn.Module, KeysValues] = field(default_factory=dict)
+
+    def embedded(self, embedding: nn.Module) -> Tensor:
+        """[R, C], as `embedding` makes it of the tokens."""
+        if self._embedded is not None:
+            return self._embedded
+        embedded: Tensor = embedding(self.tokens)
+        if self.keep:
+            self._embedded = embedded
+        return embedded
+
+    def keys_values(self, layer: nn.Module, make: Callable[[], KeysValues]) -> KeysValues:
+        """Those of a cross-attention; `make` computes them."""
+        found = self._keys_values.get(layer)
+        if found is None:
+            found = make()
+            if self.keep:
+                self._keys_values[layer] = found
+        return found
+
+
+Attended = tuple[Context, Tensor]
+"""A context, and its tokens as the model embeds them, [R, C]."""
 
 
 def pad_text(tokens: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ from ..model.eight_bits import E4M3, KeptWeight
 from ..model.latent_space import PATCH_SIZE
 from ..model.linear import FP8_PRODUCTS, Linear
 from ..model.ops import Rope
-from .block import WanBlock, Which, per_token
-from .context import TextContext
+from .block import Block, WanBlock, Which, per_token
+from .context import Context
+from .image_branch import ImageEmbedding
 from .patch_embedding import PatchEmbedding
 
 
@@ -31,6 +32,8 @@ def parameter_dtype(name: str, compute: torch.dtype) -> torch.dtype:
     """Dtype a parameter is kept in: `compute` for the large matrix products, float32 for the rest."""
     head, _, tail = name.partition(".")
     fp32 = head in ("time_embedding", "time_projection", "head") or "norm" in tail or name.endswith("modulation")
+    # Two of the layers of img_emb are norms that are not called so; what is added before them is as wide.
+    fp32 = fp32 or name.startswith(("img_emb.proj.0", "img_emb.proj.4", "img_emb.emb_pos"))
     return torch.float32 if fp32 else compute
 
 
@@ -58,16 +61,26 @@ class WanModel(nn.Module):
         self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
         self.time_embedding = nn.Sequential(Linear(config.freq_dim, dim), nn.SiLU(), Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
+        if config.image_branch:
+            self.img_emb = ImageEmbedding(config)
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
         self.head = Head(config)
 
     @property
-    def running_order(self) -> list[WanBlock]:
+    def running_order(self) -> list[Block]:
         """All blocks, in the order in which they run (`WanConfig.block_names`)."""
         blocks = [self.get_submodule(name) for name in self.config.block_names]
-        return [block for block in blocks if isinstance(block, WanBlock)]
+        return [block for block in blocks if isinstance(block, Block)]
 
-    def forward(self, tokens: Tensor, timestep: Tensor, text: TextContext, rope: Rope, which: Which = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        timestep: Tensor,
+        text: Context,
+        rope: Rope,
+        which: Which = None,
+        picture: Context | None = None,
+    ) -> Tensor:
         """One evaluation.
 
         Args:
@@ -77,19 +90,18 @@ class WanModel(nn.Module):
             rope: cos, sin of these tokens, each [S, D/2].
             which: [S], int64, the index into `timestep` of each token: what depends on the timestep is computed for
                 the few different ones, not for every token.
+            picture: CLIP features of the pictures, for a model with an image branch.
         Returns:
             velocity [S, 4 * out_dim], float32.
         """
         e = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim))
         e6 = self.time_projection(e).unflatten(-1, (6, -1))
-        context = self.text_embedding(text.tokens) if text.embedded is None else text.embedded
-        if text.keep:
-            text.embedded = context
+        attended = [(text, text.embedded(self.text_embedding))]
+        if picture is not None:
+            attended.append((picture, picture.embedded(self.img_emb)))
         x = self.patch_embedding(tokens).float()
-        for i, block in enumerate(self.running_order):
-            x, keys_values = block(x, e6, which, rope, context, text.keys_values.get(i))
-            if text.keep:
-                text.keys_values[i] = keys_values
+        for block in self.blocks:
+            x = block(x, e6, which, rope, attended)
         return self.head(x, e, which)
 
 

@@ -16,7 +16,7 @@ from wan_pack.distributed.weights.offload import lock_pages, unlock_pages
 from wan_pack.distributed.weights.streaming import BlockStream
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.transformer.context import TextContext, pad_text
+from wan_pack.wan.transformer.context import Context, pad_text
 from wan_pack.wan.transformer.transformer import WanModel
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def load(folder: str, **settings: bool) -> tuple[WanModel, Weights]:
 def velocity(model: WanModel) -> torch.Tensor:
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randn(45, 4 * model.config.in_dim, generator=generator)
-    text = TextContext(pad_text(torch.randn(9, model.config.text_dim, generator=generator)))
+    text = Context(pad_text(torch.randn(9, model.config.text_dim, generator=generator)))
     rope = rope_table((3, 3, 5), model.config.head_dim, start=0, stop=45)
     first, second = (model(tokens, torch.tensor([700.0]), text, rope) for _ in range(2))
     assert torch.equal(first, second)

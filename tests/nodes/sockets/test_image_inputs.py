@@ -124,7 +124,7 @@ def test_a_negative_prompt_of_another_node_is_taken() -> None:
         ),
         (
             {"concat_latent_image": noise(1, 32, *SIZE), "concat_mask": torch.ones(1, 1, *SIZE)},
-            r"shape \[1, 32, 2, 6, 8\]; Wan2.2 I2V takes \[1, 16, T, h, w\]",
+            r"shape \[1, 32, 2, 6, 8\]; Wan I2V takes \[1, 16, T, h, w\]",
         ),
         (
             {"concat_latent_image": noise(1, 16, *SIZE), "concat_mask": torch.ones(1, 2, *SIZE)},
@@ -157,13 +157,6 @@ def test_conditioning_that_does_not_fit_is_refused(extras: dict[str, Any], messa
 def test_conditioning_of_other_models_is_refused_by_name(extras: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"text_embeds carries {', '.join(sorted(extras))}, which this node does not"):
         embeds.prompt_of(conditioning(**extras), "text_embeds")
-
-
-def test_clip_vision_is_said_to_have_no_effect() -> None:
-    found = embeds.prompt_of(
-        conditioning(clip_vision_output=object(), start_percent=0.0, end_percent=1.0), "text_embeds"
-    )
-    assert found.notes == ("text_embeds carries clip_vision_output, which has no effect here",)
 
 
 # WANVIDIMAGE_EMBEDS
@@ -204,10 +197,8 @@ def test_the_old_form_holds_mask_and_latents_in_one() -> None:
     given = i2v_embeds()
     together = torch.cat([given["mask"], given["image_embeds"]]).bfloat16()
     old = {"image_embeds": together, "clip_context": noise(1, 257, 1280), "max_seq_len": 24, "num_frames": 5}
-    status = Status()
-    found = tensors_of(status, image_embeds={**old, "lat_h": 6, "lat_w": 8})
+    found = tensors_of(image_embeds={**old, "lat_h": 6, "lat_w": 8})
     assert torch.equal(found["image_conditioning"], together.float())
-    assert status.notes == ["image_embeds carries CLIP vision embeddings, which Wan2.2 models do not use"]
 
 
 def test_embeds_with_five_keys_only() -> None:

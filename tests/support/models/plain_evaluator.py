@@ -14,7 +14,7 @@ from wan_pack.wan.checkpoint.weights import empty_model, read_weights
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.transformer.context import TextContext
+from wan_pack.wan.transformer.context import Context
 
 
 class PlainEvaluator:
@@ -51,5 +51,5 @@ class PlainEvaluator:
         if timestep.ndim:
             which = torch.arange(grid[0]).repeat_interleave(grid[1] * grid[2])
         rope = rope_table(grid, self.config.head_dim)
-        text = TextContext(sample.text.float(), keep=False)
+        text = Context(sample.text.float(), keep=False)
         return unpatchify(self._model(patchify(latents), different, text, rope, which), grid)

@@ -10,7 +10,7 @@ from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank.expert import load_expert
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.transformer.context import TextContext, pad_text
+from wan_pack.wan.transformer.context import Context, pad_text
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,7 @@ def velocity_by(
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randn(45, 4 * model.config.in_dim, generator=generator)
     rows = torch.randn(9, model.config.text_dim, generator=generator)
-    text = TextContext(pad_text(rows), keep=not parallel.memory_optimization)
+    text = Context(pad_text(rows), keep=not parallel.memory_optimization)
     rope = rope_table((3, 3, 5), model.config.head_dim, start=shard.start, stop=shard.stop)
     for _ in range(times):  # the second time on kept text
         local = model(shard.split(tokens), torch.tensor([700.0]), text, rope)

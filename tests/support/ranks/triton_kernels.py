@@ -23,7 +23,7 @@ from wan_pack.wan.model.kernels.fused import triton_ops  # noqa: E402
 from wan_pack.wan.model.linear import FP8_PRODUCTS, Fp8Tokens  # noqa: E402
 from wan_pack.wan.model.ops import PLAIN, HeadPlaces  # noqa: E402
 from wan_pack.wan.model.rope import rope_table  # noqa: E402
-from wan_pack.wan.transformer.context import TextContext, pad_text  # noqa: E402
+from wan_pack.wan.transformer.context import Context, pad_text  # noqa: E402
 from wan_pack.wan.transformer.transformer import WanModel, meta_model, parameter_dtype  # noqa: E402
 from wan_pack.wan.vae.vae_ops import VAE_OPS, Sum  # noqa: E402
 
@@ -170,7 +170,7 @@ def compare_models() -> None:
 def _forward(model: WanModel, ops: object, tokens: torch.Tensor) -> torch.Tensor:
     for block in model.blocks:
         block.ops = ops
-    text = TextContext(pad_text(torch.ones(2, TINY.text_dim, device=DEVICE)))
+    text = Context(pad_text(torch.ones(2, TINY.text_dim, device=DEVICE)))
     rope = rope_table((1, 2, 3), TINY.head_dim, device=DEVICE)
     return model(tokens, torch.tensor([700.0], device=DEVICE), text, rope)
 

@@ -25,7 +25,7 @@ from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.eight_bits import FP8_DTYPES, quantise_rows
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.transformer.context import TextContext, pad_text
+from wan_pack.wan.transformer.context import Context, pad_text
 from wan_pack.wan.transformer.transformer import WanModel, meta_model
 
 CONFIG = WanConfig(dim=128, ffn_dim=80, num_heads=1, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32)
@@ -43,7 +43,7 @@ def plain_model(values: Weights, compute: torch.dtype) -> WanModel:
 def evaluate(model: WanModel) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     tokens, rows = torch.randn(45, 64, generator=generator), torch.randn(9, 48, generator=generator)
-    return model(tokens, torch.tensor([700.0]), TextContext(pad_text(rows)), rope_table((3, 3, 5), 128))
+    return model(tokens, torch.tensor([700.0]), Context(pad_text(rows)), rope_table((3, 3, 5), 128))
 
 
 @pytest.mark.parametrize("dtype", FP8_DTYPES)

@@ -22,7 +22,7 @@ from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.linear import Linear
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.transformer.context import TextContext, pad_text
+from wan_pack.wan.transformer.context import Context, pad_text
 from wan_pack.wan.transformer.transformer import WanModel, meta_model
 
 CONFIG = WanConfig(dim=128, ffn_dim=80, num_heads=1, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32)
@@ -52,7 +52,7 @@ def write_lora(path: Path, seed: int, rank: int = 4, more: Weights | None = None
 def velocity(model: WanModel) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     tokens, rows = torch.randn(45, 64, generator=generator), torch.randn(9, 48, generator=generator)
-    return model(tokens, torch.tensor([700.0]), TextContext(pad_text(rows)), rope_table((3, 3, 5), 128))
+    return model(tokens, torch.tensor([700.0]), Context(pad_text(rows)), rope_table((3, 3, 5), 128))
 
 
 def loras_of(folder: Path, shapes: Weights, **strengths: float) -> list[Lora]:

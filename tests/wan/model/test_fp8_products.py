@@ -23,7 +23,7 @@ from wan_pack.wan.model.eight_bits import E4M3, FP8_DTYPES, KeptWeight, quantise
 from wan_pack.wan.model.linear import FP8_PRODUCTS, Fp8Tokens, Linear, cast_tokens
 from wan_pack.wan.model.precisions import check_precision
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.transformer.context import TextContext, pad_text
+from wan_pack.wan.transformer.context import Context, pad_text
 from wan_pack.wan.transformer.transformer import WanModel
 
 CONFIG = WanConfig(dim=128, ffn_dim=96, num_heads=1, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32)
@@ -41,7 +41,7 @@ def evaluate(model: WanModel) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     tokens, rows = torch.randn(45, 64, generator=generator), torch.randn(9, 48, generator=generator)
     rope = rope_table((3, 3, 5), CONFIG.head_dim)
-    return model(tokens, torch.tensor([700.0]), TextContext(pad_text(rows)), rope)
+    return model(tokens, torch.tensor([700.0]), Context(pad_text(rows)), rope)
 
 
 @pytest.fixture

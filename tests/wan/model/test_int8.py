@@ -30,7 +30,7 @@ from wan_pack.wan.model.int8_products import int8_products_there, use_int8_produ
 from wan_pack.wan.model.linear import FP8_PRODUCTS, Linear
 from wan_pack.wan.model.precisions import check_precision
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.transformer.context import TextContext, pad_text
+from wan_pack.wan.transformer.context import Context, pad_text
 from wan_pack.wan.transformer.transformer import WanModel, meta_model
 
 CONFIG = WanConfig(dim=256, ffn_dim=192, num_heads=2, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32)
@@ -62,7 +62,7 @@ def write(path: Path, kind: str) -> Weights:
 def velocity(model: WanModel) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     tokens, rows = torch.randn(45, 64, generator=generator), torch.randn(9, 48, generator=generator)
-    return model(tokens, torch.tensor([700.0]), TextContext(pad_text(rows)), rope_table((3, 3, 5), 128))
+    return model(tokens, torch.tensor([700.0]), Context(pad_text(rows)), rope_table((3, 3, 5), 128))
 
 
 def layers_of(model: WanModel) -> dict[str, Linear]:

@@ -25,7 +25,7 @@ from wan_pack.wan.model.attention_kernels import KERNELS
 from wan_pack.wan.model.patch import patchify
 from wan_pack.wan.model.rope import rope_table
 from wan_pack.wan.model.sparse import BLOCK, block_order, sol_attention, sparse_kernel, sparse_steps
-from wan_pack.wan.transformer.context import TextContext, pad_text
+from wan_pack.wan.transformer.context import Context, pad_text
 from wan_pack.wan.transformer.transformer import meta_model
 
 VIDEO = (21, 30, 52)
@@ -68,7 +68,7 @@ def test_a_video_in_another_order_is_the_same_video():
     model.load_state_dict(random_weights(), assign=True)
 
     def velocity(rows: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-        return model(rows, torch.tensor([700.0]), TextContext(pad_text(torch.ones(2, TINY.text_dim))), table)
+        return model(rows, torch.tensor([700.0]), Context(pad_text(torch.ones(2, TINY.text_dim))), table)
 
     with torch.no_grad():
         found = whole.gather(velocity(whole.split(tokens), mixed), None)

@@ -41,7 +41,7 @@ def test_what_does_not_run_is_refused_by_its_name(row: Refused):
 
 def test_a_variant_without_a_row_is_refused_by_its_channels():
     shapes = shapes_of(replace(TINY, in_dim=17))
-    with pytest.raises(ValueError, match=r"17 latent channels in and 16 out, not one of 16 and 16 \(T2V\), 36 and 16"):
+    with pytest.raises(ValueError, match=r"17 latent channels in and 16 out, not one of 16 .* and 16 out \(T2V\)"):
         check_runs(shapes)
 
 

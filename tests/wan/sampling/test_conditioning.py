@@ -72,12 +72,12 @@ def test_frames_that_are_not_given_are_grey():
 
 def test_an_i2v_model_gets_mask_then_latents():
     picture = torch.full((3, 32, 48), 0.9)
-    image = build({"start_image": picture}, variant=I2V).image
+    image = build({"start_image": picture}, variant=I2V).conditions.image
     assert image.shape == (20, 3, 4, 6)
     assert torch.equal(image[:4], image_mask((3, 4, 6), start=True, end=False))
     torch.testing.assert_close(image[4:], torch.full((16, 3, 4, 6), 0.1))
     given = torch.randn(20, 3, 4, 6)
-    assert build({"image_conditioning": given}, variant=I2V).image is given
+    assert build({"image_conditioning": given}, variant=I2V).conditions.image is given
 
 
 def test_latents_start_at_the_noise_level_of_the_first_step():

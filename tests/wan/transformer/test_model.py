@@ -10,7 +10,7 @@ from wan_pack.wan.model.attention import attention
 from wan_pack.wan.model.config import WAN_CONFIGS, config_from_shapes
 from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
 from wan_pack.wan.model.rope import apply_rope, rope_table
-from wan_pack.wan.transformer.context import TextContext, pad_text
+from wan_pack.wan.transformer.context import Context, pad_text
 from wan_pack.wan.transformer.transformer import WanModel, meta_model, parameter_dtype, timestep_embedding
 
 
@@ -21,7 +21,7 @@ def tiny_model(dtype: torch.dtype = torch.float32) -> WanModel:
     return model
 
 
-def evaluate(model: WanModel, text: TextContext) -> torch.Tensor:
+def evaluate(model: WanModel, text: Context) -> torch.Tensor:
     tokens = torch.randn(45, 64, generator=torch.Generator().manual_seed(3))
     return model(tokens, torch.tensor([700.0]), text, rope_table(GRID, TINY.head_dim))
 
@@ -62,8 +62,8 @@ def test_precision_policy():
 
 
 def test_output_and_residual_stay_float32_under_bf16():
-    out = evaluate(tiny_model(torch.bfloat16), TextContext(prompt()))
-    exact = evaluate(tiny_model(), TextContext(prompt()))
+    out = evaluate(tiny_model(torch.bfloat16), Context(prompt()))
+    exact = evaluate(tiny_model(), Context(prompt()))
     assert out.dtype == torch.float32
     error = ((out - exact).norm() / exact.norm()).item()
     assert 1e-6 < error < 2e-2, "bf16 rounds, and no more than it should"
@@ -71,24 +71,24 @@ def test_output_and_residual_stay_float32_under_bf16():
 
 def test_kept_text_changes_nothing():
     model = tiny_model()
-    kept = TextContext(prompt())
+    kept = Context(prompt())
     first, second = evaluate(model, kept), evaluate(model, kept)
-    assert len(kept.keys_values) == TINY.num_layers
-    fresh = TextContext(prompt(), keep=False)
+    assert len(kept._keys_values) == TINY.num_layers
+    fresh = Context(prompt(), keep=False)
     torch.testing.assert_close(evaluate(model, fresh), first)
     torch.testing.assert_close(second, first)
-    assert not fresh.keys_values
-    assert fresh.embedded is None
+    assert not fresh._keys_values
+    assert fresh._embedded is None
 
 
 def test_chunked_feed_forward_is_exact_and_smaller():
     model = tiny_model()
-    plain = evaluate(model, TextContext(prompt()))
+    plain = evaluate(model, Context(prompt()))
     sizes = []
     for block in model.blocks:
         block.ffn_chunk = 7
         block.ffn[0].register_forward_hook(lambda module, args, out: sizes.append(out.shape[0]))
-    torch.testing.assert_close(evaluate(model, TextContext(prompt())), plain)
+    torch.testing.assert_close(evaluate(model, Context(prompt())), plain)
     assert max(sizes) == 7
     assert sum(sizes) == 45 * TINY.num_layers
 

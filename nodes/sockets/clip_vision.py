@@ -1,0 +1,100 @@
+"""What CLIP sees in the pictures, in every form that other nodes hand on -> the features that a job takes.
+
+CLIP_VISION_OUTPUT of CLIP Vision Encode, by itself or in CONDITIONING (clip_vision_output), holds
+penultimate_hidden_states [1, 257, 1280]; WanFirstLastFrameToVideo joins those of two pictures to [1, 514, 1280].
+WANVIDIMAGE_EMBEDS of ComfyUI-WanVideoWrapper holds the same as clip_context.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ...wan.model.variants import takers
+from ..host.declared import kind_of
+from ..host.status import Status
+from ..host.tensors import tensor_of
+from .embeds import CLIP_KEY, extras_of
+from .video_inputs import VideoInputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...wan.model.config import WanConfig
+
+FEATURES = "penultimate_hidden_states"
+"""Of a CLIP_VISION_OUTPUT."""
+OWN = ("clip_vision_start_image", "clip_vision_end_image")
+"""The node's inputs."""
+FORM = "features [1, n, C] of CLIP Vision Encode"
+
+
+def clip_tensors(asked: VideoInputs, config: WanConfig, status: Status) -> dict[str, Tensor]:
+    """`clip_features` [n, C], as far as the inputs hold them.
+
+    Raises:
+        ValueError: in the user's words, if they cannot be used or come twice.
+    """
+    import torch
+
+    found: dict[str, Tensor] = {}
+    names = [name for name in OWN if getattr(asked, name) is not None]
+    own = [_of_output(getattr(asked, name), name) for name in names]
+    if own:
+        found[" and ".join(names)] = torch.cat(own)
+    positive, negative = (extras_of(getattr(asked, name), name) for name in ("text_embeds", "negative_embeds"))
+    output = positive.get(CLIP_KEY)
+    if output is not None:
+        found["text_embeds"] = _of_output(output, f"{CLIP_KEY} of text_embeds")
+    if (other := negative.get(CLIP_KEY)) is not None and other is not output:
+        same = output is not None and torch.equal(
+            _of_output(other, f"{CLIP_KEY} of negative_embeds"), found["text_embeds"]
+        )
+        if not same:
+            raise ValueError(
+                "negative_embeds carries other CLIP vision features than text_embeds; connect both outputs of the node "
+                "that adds them"
+            )
+    if isinstance(asked.image_embeds, dict) and asked.image_embeds.get("clip_context") is not None:
+        found["image_embeds"] = _of_embeds(asked.image_embeds)
+    if not found:
+        return {}
+    if "clip_features" not in config.variant.takes:
+        if own:
+            raise ValueError(
+                f"{names[0]} is connected; this model ({config.variant.name}) has no image branch, as "
+                f"{takers('clip_features')} has: disconnect it"
+            )
+        status.note(f"{' and '.join(found)} carry CLIP vision features, which {config.variant.name} models do not use")
+        return {}
+    if len(found) > 1:
+        raise ValueError(f"CLIP vision features come twice: with {' and with '.join(found)}; take one of them out")
+    return {"clip_features": next(iter(found.values())).float().contiguous()}
+
+
+def _of_output(value: Any, name: str) -> Tensor:
+    """[n, C] of a CLIP_VISION_OUTPUT."""
+    states = getattr(value, FEATURES, None)
+    if states is None:
+        raise ValueError(f"{name} is {kind_of(value)}; it must be a CLIP_VISION_OUTPUT, as CLIP Vision Encode makes it")
+    return _rows(states, name)
+
+
+def _of_embeds(value: dict[str, Any]) -> Tensor:
+    import torch
+
+    features = _rows(value["clip_context"], "clip_context of image_embeds")
+    other = value.get("negative_clip_context")
+    if other is not None and not torch.equal(_rows(other, "negative_clip_context of image_embeds"), features):
+        raise ValueError(
+            "image_embeds carries other CLIP vision features for the negative prompt, which this node does not support"
+        )
+    return features
+
+
+def _rows(value: Any, name: str) -> Tensor:
+    states = tensor_of(value, name, FORM)
+    if states.ndim == 3 and states.shape[0] == 1:
+        states = states[0]
+    if states.ndim != 2 or 0 in states.shape:
+        raise ValueError(f"{name} has the shape {list(states.shape)}; it must be {FORM}")
+    return states

@@ -1,0 +1,100 @@
+"""What CLIP sees in the pictures, of every form that other nodes hand on."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from node_inputs import rows
+from tiny import TINY
+from torch import Tensor
+from wan_pack.nodes.host.status import Status
+from wan_pack.nodes.sockets.clip_vision import clip_tensors
+from wan_pack.nodes.sockets.video_inputs import VideoInputs
+from wan_pack.wan.model.config import WanConfig
+
+I2V = dataclasses.replace(TINY, in_dim=36)
+WITH_CLIP = dataclasses.replace(I2V, parts=frozenset({"img_emb"}), clip_dim=64)
+START, END = torch.randn(2, 1, 257, 64, generator=torch.Generator().manual_seed(0)).unbind()
+
+
+def output(states: Any) -> SimpleNamespace:
+    """CLIP_VISION_OUTPUT."""
+    return SimpleNamespace(penultimate_hidden_states=states, last_hidden_state=None)
+
+
+def conditioning(**extras: Any) -> list[Any]:
+    return [[rows(3)[None], {"pooled_output": None, **extras}]]
+
+
+def features(status: Status | None = None, config: WanConfig = WITH_CLIP, **inputs: Any) -> Tensor | None:
+    found = clip_tensors(VideoInputs.of({"model": None, **inputs}), config, status or Status())
+    assert set(found) <= {"clip_features"}
+    return found.get("clip_features")
+
+
+def test_no_features_are_none():
+    assert features(text_embeds=conditioning()) is None
+    assert features(text_embeds={"prompt_embeds": [rows(3)]}, image_embeds={"clip_context": None}) is None
+
+
+def test_own_inputs_are_first_then_last():
+    assert torch.equal(features(clip_vision_start_image=output(START)), START[0])
+    assert torch.equal(features(clip_vision_end_image=output(END)), END[0])
+    both = features(clip_vision_end_image=output(END), clip_vision_start_image=output(START.half()))
+    assert both.dtype == torch.float32 and both.shape == (514, 64)
+    torch.testing.assert_close(both, torch.cat([START[0].half().float(), END[0]]))
+
+
+def test_features_that_core_and_the_wrapper_hand_on():
+    """WanFirstLastFrameToVideo joins two pictures' to one; WanVideoImageToVideoEncode hands on clip_context."""
+    joined = output(torch.cat([START, END], dim=-2))
+    both = conditioning(clip_vision_output=joined)
+    assert torch.equal(features(text_embeds=both, negative_embeds=both), torch.cat([START[0], END[0]]))
+    equal = conditioning(clip_vision_output=output(torch.cat([START, END], dim=-2)))
+    assert features(text_embeds=both, negative_embeds=equal).shape == (514, 64)
+    assert torch.equal(features(image_embeds={"clip_context": START, "negative_clip_context": START}), START[0])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"clip_vision_start_image": "fox"}, "clip_vision_start_image is str; it must be a CLIP_VISION_OUTPUT"),
+        ({"clip_vision_end_image": output("fox")}, "clip_vision_end_image is str"),
+        ({"clip_vision_start_image": output(torch.ones(2, 257, 64))}, r"the shape \[2, 257, 64\]"),
+        ({"clip_vision_start_image": output(torch.ones(1, 0, 64))}, r"the shape \[0, 64\]"),
+        (
+            {"clip_vision_start_image": output(START), "text_embeds": conditioning(clip_vision_output=output(START))},
+            "come twice: with clip_vision_start_image and with text_embeds",
+        ),
+        (
+            {"text_embeds": conditioning(clip_vision_output=output(START)),
+             "negative_embeds": conditioning(clip_vision_output=output(END))},
+            "negative_embeds carries other CLIP vision features than text_embeds",
+        ),
+        (
+            {"text_embeds": conditioning(), "negative_embeds": conditioning(clip_vision_output=output(END))},
+            "negative_embeds carries other CLIP vision features",
+        ),
+        (
+            {"image_embeds": {"clip_context": START, "negative_clip_context": END}},
+            "other CLIP vision features for the negative prompt",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_refused(inputs: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        features(**inputs)
+
+
+def test_a_model_without_the_branch_says_that_it_does_not_look():
+    """Workflows of Wan2.1 hand them to Wan2.2 too; who connects them here is told."""
+    status = Status()
+    carried = conditioning(clip_vision_output=output(START))
+    assert features(status, I2V, text_embeds=carried, image_embeds={"clip_context": END}) is None
+    assert status.notes == ["text_embeds and image_embeds carry CLIP vision features, which I2V models do not use"]
+    with pytest.raises(ValueError, match=r"no image branch, as Wan2\.1 I2V, FLF2V has: disconnect it"):
+        features(config=I2V, clip_vision_start_image=output(START))
