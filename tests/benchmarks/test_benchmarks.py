@@ -151,3 +151,35 @@ def test_vae_before_and_after_are_compared_in_one_run():
     errors = [re.findall(r"[\d.]+e[-+]\d+", line) for line in table if "decode's error" in line]
     assert len(errors) == 3 and all(0 <= float(error) < 1e-4 for line in errors for error in line)
     assert float(errors[1][0]) > 0, "another forward rounds otherwise"
+
+
+def test_every_way_to_keep_8_bits_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Of each file; a strength that changes is timed wherever there is a LoRA, and files are gone afterwards."""
+    import kept_weights
+
+    results = tmp_path / "results.jsonl"
+    arguments = ["--folder", str(tmp_path / "files"), "--model", "tiny", "--size", "32x32x1", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["kept_weights.py", *arguments, "--results", str(results)])
+    kept_weights.main()
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    ways = [(kind, *way) for kind, listed in kept_weights.CASES.items() for way in listed]
+    assert [(line["file"], line["linear_precision"], line["lora"]) for line in lines] == ways
+    assert all("what" not in line and line["seconds_per_forward"] > 0 for line in lines)
+    assert all(("strength_seconds" in line) == (line["lora"] != "none") for line in lines)
+    weights = {(line["file"], line["linear_precision"], line["lora"]): line["weights_gib"] for line in lines}
+    assert weights.keys() == set(ways) and not list((tmp_path / "files").glob("**/*.safetensors"))
+    assert capsys.readouterr().out.count("| convrot |") == 2
+
+
+def test_what_merging_leaves_of_a_lora(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    import lora_noise
+
+    monkeypatch.setattr(lora_noise, "SIDE", 256)
+    monkeypatch.setattr(sys, "argv", ["lora_noise.py", "--strengths", "0.01"])
+    lora_noise.main()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    slopes = {(row[1], row[2]): float(row[4]) for row in rows}
+    assert len(rows) == 10 and slopes["bf16", "merged"] == pytest.approx(1, abs=0.05)
+    assert slopes["fp8 by tensor", "the file's scales"] < 0.5 and slopes["fp8 by tensor", "beside"] == 1
