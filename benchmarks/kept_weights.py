@@ -194,11 +194,11 @@ class Measurement:
         return found
 
     def _evaluate(self, model: Any) -> Tensor:
-        from wan_pack.wan.transformer.context import TextContext
+        from wan_pack.wan.transformer.context import Context
 
         timestep = torch.tensor([TIMESTEP], device=self._device)
         with torch.no_grad(), self.kernel.activate():
-            output: Tensor = model(self._tokens, timestep, TextContext(self._text), self._rope)
+            output: Tensor = model(self._tokens, timestep, Context(self._text), self._rope)
         return output
 
     def _timed(self, run: Callable[[], Any]) -> tuple[Any, float]:
