@@ -2,151 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_formats import comfy_quant, is_quantised, quantised_layers
+from block_formats import FORMATS, convrot, mxfp8, store
+from checkpoint_formats import is_quantised, quantised_layers
 from ranks import run_ranks
 from safetensors.torch import save_file
 from tiny import random_weights
-from torch import Tensor
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.checkpoint.weights import empty_model, read_weights
 from wan_pack.wan.model.config import WanConfig
-from wan_pack.wan.model.eight_bits import regular_hadamard
 
 CONFIG = WanConfig(dim=256, ffn_dim=192, num_heads=2, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32)
 CPU = torch.device("cpu")
-Stored = tuple[dict[str, Tensor], Tensor]
-"""What is behind `X.weight` in its place, and the values."""
-
-
-def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    scale = weight.abs().amax(1, keepdim=True) / 127
-    return (weight / scale).round().to(torch.int8), scale
-
-
-def convrot(group: int, told: bool = True) -> Callable[[Tensor], Stored]:
-    """Rotated group by group with a matrix that is built here by its definition."""
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < group:
-        size = matrix.shape[0]
-        smallest = torch.ones(4, 4) - 2 * torch.eye(4).flip(0)
-        bigger = torch.zeros(4 * size, 4 * size)
-        for i in range(4 * size):
-            for j in range(4 * size):
-                bigger[i, j] = matrix[i // 4, j // 4] * smallest[i % 4, j % 4]
-        matrix = bigger
-    matrix = matrix / group**0.5
-
-    def store(weight: Tensor) -> Stored:
-        whole = torch.block_diag(*[matrix] * (weight.shape[1] // group))
-        codes, scale = int8_rows(weight @ whole.T)
-        size = {"convrot_groupsize": group} if told else {}
-        says = comfy_quant(format="int8_tensorwise", convrot=True, per_row=True, **size)
-        return {"weight": codes, "weight_scale": scale, "comfy_quant": says}, (codes.float() * scale) @ whole
-
-    return store
-
-
-def convrot_by_tensor(weight: Tensor) -> Stored:
-    stored, _ = convrot(16)(weight)
-    stored["weight_scale"] = torch.tensor(0.013)
-    whole = torch.block_diag(*[regular_hadamard(16, CPU, torch.float32)] * (weight.shape[1] // 16))
-    return stored, 0.013 * stored["weight"].float() @ whole
-
-
-def blocks(dtype: torch.dtype, rows: int, columns: int, scale_name: str, **says: object) -> Callable[[Tensor], Stored]:
-    def store(weight: Tensor) -> Stored:
-        down, across = -(-weight.shape[0] // rows), -(-weight.shape[1] // columns)
-        scales = torch.rand(down, across, generator=torch.Generator().manual_seed(1)) / 50 + 0.01
-        values, codes = torch.empty_like(weight), torch.empty(weight.shape, dtype=dtype)
-        for i in range(weight.shape[0]):
-            for k in range(across):
-                part = slice(k * columns, (k + 1) * columns)
-                code = weight[i, part] / scales[i // rows, k]
-                code = code.round().clamp(-127, 127) if dtype == torch.int8 else code.clamp(-448, 448)
-                codes[i, part] = code.to(dtype)
-                values[i, part] = codes[i, part].float() * scales[i // rows, k]
-        extra = {"comfy_quant": comfy_quant(**says)} if says else {}
-        return {"weight": codes, scale_name: scales} | extra, values
-
-    return store
-
-
-def tiled(scales: Tensor) -> Tensor:
-    """By the drawing in cuBLAS' manual: the offset of each scale in its tile of 128 x 4."""
-    rows, columns = scales.shape
-    down, across = -(-rows // 128), -(-columns // 4)
-    out = torch.zeros(down * across * 512, dtype=scales.dtype)
-    for r in range(rows):
-        for c in range(columns):
-            tile = (r // 128) * across + c // 4
-            out[tile * 512 + (r % 32) * 16 + (r % 128) // 32 * 4 + c % 4] = scales[r, c]
-    return out.view(down * 128, across * 4)
-
-
-def mxfp8(weight: Tensor, dtype: torch.dtype = torch.uint8) -> Stored:
-    exponents = torch.randint(
-        118, 124, (weight.shape[0], weight.shape[1] // 32), generator=torch.Generator().manual_seed(2)
-    )
-    factors = (2.0 ** (exponents - 127)).repeat_interleave(32, dim=1)
-    codes = (weight / factors).clamp(-448, 448).to(torch.float8_e4m3fn)
-    scales = tiled(exponents.to(torch.uint8))
-    return {"weight": codes, "weight_scale": scales.view(dtype), "comfy_quant": comfy_quant(format="mxfp8")}, (
-        codes.float() * factors
-    )
-
-
-MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-
-
-def nvfp4(weight: Tensor) -> Stored:
-    whole = 0.003
-    scales = (
-        torch.rand(weight.shape[0], weight.shape[1] // 16, generator=torch.Generator().manual_seed(3)) * 8 + 1
-    ).to(torch.float8_e4m3fn)
-    factors = (scales.float() * whole).repeat_interleave(16, dim=1)
-    codes = (weight.abs()[..., None] / factors[..., None] - MAGNITUDES).abs().argmin(-1)
-    values = MAGNITUDES[codes] * weight.sign() * factors
-    codes = codes + 8 * (weight < 0)
-    packed = (codes[:, 0::2] * 16 + codes[:, 1::2]).to(torch.uint8)
-    return {
-        "weight": packed, "weight_scale": tiled(scales.float()).to(torch.float8_e4m3fn),
-        "weight_scale_2": torch.tensor(whole), "comfy_quant": comfy_quant(format="nvfp4"),
-        "input_scale": torch.tensor(1.0),
-    }, values  # fmt: skip
-
-
-def quanto(weight: Tensor) -> Stored:
-    codes, scale = int8_rows(weight)
-    return {"weight._data": codes, "weight._scale": scale}, codes.float() * scale
-
-
-FORMATS: dict[str, Callable[[Tensor], Stored]] = {
-    "int8 ConvRot": convrot(64), "int8 ConvRot, 4 inputs": convrot(4), "int8 ConvRot by tensor": convrot_by_tensor,
-    "int8 by blocks": blocks(torch.int8, 1, 64, "weight_scale", format="int8_blockwise", group_size=64),
-    "int8 by squares": blocks(torch.int8, 64, 64, "weight_scale", format="int8_blockwise", block_size=64),
-    "fp8 by squares": blocks(torch.float8_e4m3fn, 128, 128, "weight_scale_inv"),
-    "nvfp4": nvfp4, "mxfp8": mxfp8, "mxfp8, e8m0": lambda weight: mxfp8(weight, torch.float8_e8m0fnu),
-    "quanto": quanto,
-}  # fmt: skip
-
-
-def store(path: Path, kind: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the values."""
-    tensors, values = {}, {}
-    for name, tensor in weights.items():
-        if not is_quantised(name, tensor):
-            tensors[name] = values[name] = tensor
-            continue
-        layer = name.removesuffix(".weight")
-        stored, values[name] = FORMATS[kind](tensor)
-        tensors |= {f"{layer}.{part}": value for part, value in stored.items()}
-    save_file(tensors, path)
-    return values
 
 
 @pytest.mark.parametrize("kind", FORMATS)
