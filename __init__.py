@@ -2,9 +2,10 @@
 
 if __package__:
     from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
-    from .nodes.host import warm
+    from .nodes.host import host, warm
 
     warm.register()
+    host.log_folder()
 else:
     # pytest imports this file alone while it collects: there is no package to be relative to.
     NODE_CLASS_MAPPINGS = {}

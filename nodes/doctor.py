@@ -68,6 +68,7 @@ class WanVideoDistributedDoctor:
                 model=[file.path for file in model.transformer] if model is not None else [],
                 output=output,
                 temp=temp,
+                folder=host.pack_folder(),
                 cancelled=host.interrupted,
                 environment=environment,
             )

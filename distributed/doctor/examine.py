@@ -30,6 +30,7 @@ from .gpu_findings import driver_findings, exchange_findings, gpu_findings
 from .system import (  # fmt: skip
     disk_findings,
     ffmpeg_findings,
+    folder_findings,
     memory_findings,
     package_findings,
     variable_findings,
@@ -56,10 +57,13 @@ class _Answer:
     done: threading.Event = field(default_factory=threading.Event)
 
 
-def probes(*, model: Sequence[Path] = (), output: Path | None = None, temp: Path | None = None) -> list[Probe]:
+def probes(
+    *, folder: str, model: Sequence[Path] = (), output: Path | None = None, temp: Path | None = None
+) -> list[Probe]:
     """All of them, in the order of the report.
 
     Args:
+        folder: the name of the pack's.
         model: the file, the folder or all shards of a transformer; empty for none.
         output: where videos go; None for the current folder.
         temp: where jobs live; None for the system's.
@@ -78,6 +82,7 @@ def probes(*, model: Sequence[Path] = (), output: Path | None = None, temp: Path
         *(Probe(name, functools.partial(disk_findings, {name: path}), 10) for name, path in folders.items()),
         Probe("memory", lambda: memory_findings(len(list_gpus())), 15),
         Probe("environment", variable_findings, 5),
+        Probe("folder", functools.partial(folder_findings, folder), 5),
     ]
 
 
@@ -160,8 +165,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--model", type=Path, nargs="+", default=(), help="file, folder or shards of a transformer")
     parser.add_argument("--output", type=Path, help="folder for videos (default: this one)")
     parser.add_argument("--temp", type=Path, help="folder where jobs live (default: the system's)")
+    # As it was typed: ComfyUI goes by the name of a link.
+    own = Path(sys.argv[0]).absolute().parent.name
+    parser.add_argument("--pack-folder", default=own, help="the pack's folder in custom_nodes (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     options = parser.parse_args(arguments)
-    report = examine(probes(model=options.model, output=options.output, temp=options.temp))
+    report = examine(probes(folder=options.pack_folder, model=options.model, output=options.output, temp=options.temp))
     print(json.dumps(report.data(), indent=2) if options.json else report.text(), flush=True)
     return 0 if report.healthy else 1

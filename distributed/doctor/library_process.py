@@ -28,6 +28,7 @@ def run_doctor(
     model: Sequence[str],
     output: Path,
     temp: Path,
+    folder: str,
     cancelled: Callable[[], bool],
     environment: Mapping[str, str] = os.environ,
 ) -> dict[str, Any]:
@@ -37,12 +38,14 @@ def run_doctor(
         model: the files of a transformer; empty for none.
         output: folder for videos.
         temp: folder in which jobs live.
+        folder: the name of the pack's, as ComfyUI sees it.
         cancelled: asked every 0.1 s.
     Raises:
         JobCancelled: `cancelled` said so.
         JobError: the doctor ended without a report.
     """
     command = [sys.executable, "-u", str(PACK), "doctor", "--json", "--output", str(output), "--temp", str(temp)]
+    command += ["--pack-folder", folder]
     command += ["--model", *model] if model else []
     # Killed, it cannot clean up: what it makes is made in here.
     with (

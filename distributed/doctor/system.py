@@ -14,6 +14,7 @@ from ..group.environment import ALLOCATOR
 from ..group.installation import installation_problem
 from ..job.errors import JobError
 from ..machine.host_memory import read_sizes
+from ..machine.pack_folder import REMEDY, folder_problem
 from ..machine.prerequisites import ffmpeg_problem, require_platform, torch_problem, writing_problem
 from .findings import NOTE, OK, WRONG, Finding
 
@@ -50,6 +51,12 @@ def version_findings() -> list[Finding]:
     if problem := torch_problem():
         found.append(Finding("torch", problem, WRONG))
     return found
+
+
+def folder_findings(name: str) -> list[Finding]:
+    """Of the pack's own folder, by its name; videos are made in any."""
+    problem = folder_problem(name)
+    return [Finding("folder", problem, NOTE, REMEDY)] if problem else []
 
 
 def package_findings() -> list[Finding]:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...distributed.machine.pack_folder import REMEDY, folder_problem
 from ...wan.files.headers import brief
 from .other_pages import comes_from_another_page, refusal
 from .request_body import sent_object
@@ -205,6 +206,17 @@ def comfyui_version() -> str:
 def log(line: str) -> None:
     """One line into ComfyUI's log and the page's console."""
     logging.getLogger("wan_distributed").info("%s", line)
+
+
+def pack_folder() -> str:
+    """The name of the pack's folder in custom_nodes, which may be a link."""
+    return Path(__file__).absolute().parents[2].name
+
+
+def log_folder() -> None:
+    """Says at the start what does not work in a folder of this name."""
+    if problem := folder_problem(pack_folder()):
+        logging.getLogger("wan_distributed").warning("%s. %s", problem, REMEDY)
 
 
 def verbose() -> bool:

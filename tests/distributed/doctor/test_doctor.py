@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fake_machine import SMI, pretend, texts
+from mount import ROOT
 from tiny import random_weights, write_official
 from wan_pack.distributed.doctor import examine as doctor
 from wan_pack.distributed.doctor import gpu_findings as doctor_gpus
@@ -192,11 +193,18 @@ def test_folders(tmp_path: Path):
     assert "ok output" in said and "GiB free" in said and "wrong temp" in said
 
 
+@pytest.mark.parametrize("name", ["wan distributed", "wan.v2"])
+def test_a_folder_whose_name_the_page_cannot_use(name: str):
+    said = texts(doctor_system.folder_findings(name))
+    assert said.startswith("note folder: the pack's folder is called ") and name in said
+    assert doctor_system.folder_findings("wan-distributed") == []
+
+
 # From ComfyUI
 
 
 def doctor_from_comfyui(tmp_path: Path, cancelled: Any = lambda: False) -> dict[str, Any]:
-    return doctor_process.run_doctor(model=[], output=tmp_path, temp=tmp_path, cancelled=cancelled)
+    return doctor_process.run_doctor(model=[], output=tmp_path, temp=tmp_path, folder="wan", cancelled=cancelled)
 
 
 @pytest.mark.processes
@@ -248,6 +256,7 @@ def test_the_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert answer["ui"] == {"text": (text,)}
     assert shown[-1] == "Ready to make videos\n! memory: little"
     assert given["model"] == [] and given["temp"] == tmp_path / "temp"
+    assert given["folder"] == ROOT.name
     # ComfyUI's own, by which it places itself.
     assert "CUDA_VISIBLE_DEVICES" not in given["environment"]
     once = node.WanVideoDistributedDoctor.IS_CHANGED()
