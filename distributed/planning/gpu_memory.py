@@ -19,6 +19,11 @@ GATHERED_BLOCKS = 3
 STREAMED_BLOCKS = 2
 VAE_PIXEL_BYTES = 15_100
 """Per pixel of a frame, decoding in bf16: 5.6 GiB were measured at 832x480."""
+FRAME_BYTES = 3 * 2
+"""Of a pixel of a decoded frame in bf16."""
+DECODED_FRAMES = 16
+"""That exist at once where a VAE makes more pixels than it computes on: the last layer's four, put in order, gathered,
+and on their way to the file."""
 CONTEXT_BYTES = int(0.6 * GIB)
 """A process's CUDA context and library handles, which torch's peak leaves out."""
 NCCL_BYTES = int(0.7 * GIB)
@@ -46,6 +51,8 @@ class Workload:
     """Weights stay in 8 bits and are unpacked for use."""
     vae_bytes: int = 0
     """Of the VAE's parameters in bf16."""
+    vae_upscale: int = 1
+    """Pixels per row and column that the VAE makes for one of the video."""
     text_bytes: int = 0
     """Of the text encoder, if the job runs it."""
     guided: bool = False
@@ -204,7 +211,9 @@ def vae_decode_bytes(work: Workload, parallel: Parallel) -> int:
     width = 2 if parallel.mixed_precision == "bf16" else 4
     rows = work.height // work.latents.stride
     split = parallel.gpu_count if rows >= parallel.gpu_count else 1
-    return (work.vae_bytes + work.width * math.ceil(rows / split) * work.latents.stride * VAE_PIXEL_BYTES) * width // 2
+    more = (work.vae_upscale**2 - 1) * DECODED_FRAMES * FRAME_BYTES * work.width * work.height
+    pixels = work.width * math.ceil(rows / split) * work.latents.stride
+    return (work.vae_bytes + pixels * VAE_PIXEL_BYTES + more) * width // 2
 
 
 def process_bytes(parallel: Parallel, *changing: int) -> int:

@@ -13,6 +13,7 @@ from ...wan.lora.lora import Lora
 from ...wan.model.config import HIGH_NOISE, LOW_NOISE
 from ...wan.model.latent_space import TEMPORAL_STRIDE
 from ...wan.text.t5_keys import check_text_encoder_files, module_shapes
+from ...wan.vae.vae_keys import check_vae_file
 from ..job.job import Parallel
 from ..job.model_files import FileIdentity, LoraFile, ModelFiles
 from ..job.sampling import Sampling
@@ -65,6 +66,7 @@ def workload_of(
         outside_bytes=max(size.outside for size in sizes),
         unpacked=_unpacks(checkpoint, parallel),
         vae_bytes=checkpoint.config.variant.latents.vae_bytes,
+        vae_upscale=check_vae_file(model.vae[0].path).upscale if decode else 1,
         text_bytes=text_bytes,
         guided=needs_negative(model, sampling),
         given_frames=given_frames,

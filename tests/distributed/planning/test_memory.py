@@ -14,7 +14,7 @@ from wan_pack.distributed.parallel.memory_layout import MemoryLayout
 from wan_pack.distributed.parallel.parallelize import parallelize_wan
 from wan_pack.distributed.parallel.sequence import SequenceShard, split_evenly
 from wan_pack.distributed.planning import gpu_memory as memory
-from wan_pack.distributed.planning.gpu_memory import estimate
+from wan_pack.distributed.planning.gpu_memory import estimate, vae_decode_bytes
 from wan_pack.wan.model.attention import attention
 from wan_pack.wan.transformer.transformer import WanModel
 
@@ -87,6 +87,18 @@ def test_what_a_video_needs_more_of(change: dict[str, Any], grows: str):
     parallel = Parallel(gpu_count=1)
     before, after = estimate(workload(), parallel), estimate(workload(**change), parallel)
     assert getattr(after, grows) > getattr(before, grows)
+
+
+def test_a_vae_of_twice_the_size_holds_more_frames():
+    """Those of all rows, on the GPU that gathers them; what it computes on is of the video's size."""
+    pixels = 832 * 480
+    for mixed_precision, width in (("bf16", 2), ("fp32", 4)):
+        parallel = Parallel(gpu_count=4, mixed_precision=mixed_precision)
+        once, twice = (vae_decode_bytes(workload(vae_upscale=scale), parallel) for scale in (1, 2))
+        assert twice - once == 3 * pixels * 16 * 3 * width
+    streamed = Parallel(gpu_count=1, stream_blocks=True, offload_model=True)
+    once, twice = (estimate(workload(width=1280, height=720, vae_upscale=scale), streamed) for scale in (1, 2))
+    assert twice.vae > once.vae and twice.total > once.total
 
 
 def test_the_phase_that_takes_most_counts():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_formats import write_scaled
-from safetensors.torch import save_file
+from mount import GOLDEN
+from safetensors.torch import load_file, save_file
 from tiny import random_weights
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.job.model_files import FileIdentity, LoraFile, ModelFiles
@@ -38,9 +40,9 @@ def write(folder: Path, kind: str) -> ModelFiles:
     return ModelFiles(high_noise=files, low_noise=(), vae=files, high_noise_loras=loras)
 
 
-def counted(model: ModelFiles, parallel: Parallel) -> Workload:
+def counted(model: ModelFiles, parallel: Parallel, *, decode: bool = False) -> Workload:
     sampling = Sampling(width=64, height=64, num_frames=5, steps=2, seed=0)
-    return workload_of(model, sampling, parallel, encodes_text=False)
+    return workload_of(model, sampling, parallel, encodes_text=False, decode=decode)
 
 
 @pytest.mark.parametrize("precision", ["full", "fp8", "int8"])
@@ -71,3 +73,14 @@ def test_loras_beside_are_counted(tmp_path: Path):
     model = write(tmp_path, "fp8")
     beside, merged = (counted(model, Parallel(gpu_count=1, quantised_loras=how)) for how in ("beside", "merged"))
     assert beside.experts[0] - merged.experts[0] == 2 * (128 + 128) * 8 * 2
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_the_videos_size_is_counted_as_the_vae_makes_it(tmp_path: Path, scale: int):
+    state = load_file(GOLDEN / "vae_wan21" / "vae" / "model.safetensors")
+    for name in ("decoder.head.2.weight", "decoder.head.2.bias"):
+        state[name] = state[name].repeat_interleave(scale**2, 0)
+    save_file(state, tmp_path / "vae.safetensors")
+    model = dataclasses.replace(write(tmp_path, "bf16"), vae=(FileIdentity.of(tmp_path / "vae.safetensors"),))
+    assert counted(model, Parallel(gpu_count=1), decode=True).vae_upscale == scale
+    assert counted(model, Parallel(gpu_count=1)).vae_upscale == 1
