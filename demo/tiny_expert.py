@@ -6,8 +6,12 @@ coloured clouds.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
+
+from ..wan.model.config import PICTURE_ROWS
 
 DIM = 256
 """Two heads of 128: without a config.json a head has 128 channels."""
@@ -15,6 +19,8 @@ FFN_DIM = 512
 LAYERS = 2
 TEXT_DIM = 64
 FREQ_DIM = 256
+CLIP_DIM = 1280
+CONTROL_DIM = 96
 SHARPNESS = 1.7
 """Of the blur: higher is narrower."""
 GROWTH = 2.0
@@ -22,13 +28,20 @@ LORA_RANK = 4
 LORA_LAYERS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "ffn.0", "ffn.2")
 
 
-def expert(seed: int, in_dim: int = 16, out_dim: int = 16, text_dim: int = TEXT_DIM) -> dict[str, Tensor]:
+def expert(
+    seed: int,
+    in_dim: int = 16,
+    out_dim: int = 16,
+    text_dim: int = TEXT_DIM,
+    parts: Collection[str] = (),
+) -> dict[str, Tensor]:
     """One transformer.
 
     Args:
         in_dim: channels of the latents, and of the conditioning behind them: 16 for T2V, 36 for I2V, 48 for TI2V.
         out_dim: channels of the latents.
         text_dim: channels of the text; ComfyUI's own loader takes umT5-xxl's 4096 only.
+        parts: what only some variants have: img_emb, emb_pos, vace_blocks.
     """
     make = _Weights(seed)
     for name, rows, columns in (
@@ -41,21 +54,39 @@ def expert(seed: int, in_dim: int = 16, out_dim: int = 16, text_dim: int = TEXT_
         make.linear(name, rows, columns)
     make.linear("patch_embedding", DIM, in_dim, 1, 2, 2)
     for layer in range(LAYERS):
-        block = f"blocks.{layer}"
-        make.normal(f"{block}.modulation", (1, 6, DIM), DIM**-0.5)
-        for attention in ("self_attn", "cross_attn"):
-            for part in "qkvo":
-                make.linear(f"{block}.{attention}.{part}", DIM, DIM)
-            for part in ("norm_q", "norm_k"):
-                make.ones(f"{block}.{attention}.{part}.weight", DIM)
-        make.ones(f"{block}.norm3.weight", DIM)
-        make.normal(f"{block}.norm3.bias", (DIM,), 0.02)
-        make.linear(f"{block}.ffn.0", FFN_DIM, DIM)
-        make.linear(f"{block}.ffn.2", DIM, FFN_DIM)
+        make.block(f"blocks.{layer}")
     make.normal("head.modulation", (1, 2, DIM), DIM**-0.5)
     make.linear("head.head", 4 * out_dim, DIM)
     _keep_what_neighbours_share(make.tensors, out_dim)
+    if "img_emb" in parts:
+        _add_image_branch(make, places="emb_pos" in parts)
+    if "vace_blocks" in parts:
+        _add_vace_blocks(make)
     return make.tensors
+
+
+def _add_image_branch(make: _Weights, *, places: bool) -> None:
+    """places: of two pictures (FLF2V)."""
+    for part, dim in (("0", CLIP_DIM), ("4", DIM)):
+        make.ones(f"img_emb.proj.{part}.weight", dim)
+        make.normal(f"img_emb.proj.{part}.bias", (dim,), 0.02)
+    make.linear("img_emb.proj.1", CLIP_DIM, CLIP_DIM)
+    make.linear("img_emb.proj.3", DIM, CLIP_DIM)
+    if places:
+        make.normal("img_emb.emb_pos", (1, 2 * PICTURE_ROWS, CLIP_DIM), 0.5)
+    for layer in range(LAYERS):
+        for part in ("k_img", "v_img"):
+            make.linear(f"blocks.{layer}.cross_attn.{part}", DIM, DIM)
+        make.ones(f"blocks.{layer}.cross_attn.norm_k_img.weight", DIM)
+
+
+def _add_vace_blocks(make: _Weights) -> None:
+    """One behind each block."""
+    make.linear("vace_patch_embedding", DIM, CONTROL_DIM, 1, 2, 2)
+    for layer in range(LAYERS):
+        make.block(f"vace_blocks.{layer}")
+        make.linear(f"vace_blocks.{layer}.after_proj", DIM, DIM)
+    make.linear("vace_blocks.0.before_proj", DIM, DIM)
 
 
 def lora(seed: int) -> dict[str, Tensor]:
@@ -104,6 +135,19 @@ class _Weights:
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator("cpu").manual_seed(seed)
         self.tensors: dict[str, Tensor] = {}
+
+    def block(self, name: str) -> None:
+        """All that is in each block."""
+        self.normal(f"{name}.modulation", (1, 6, DIM), DIM**-0.5)
+        for attention in ("self_attn", "cross_attn"):
+            for part in "qkvo":
+                self.linear(f"{name}.{attention}.{part}", DIM, DIM)
+            for part in ("norm_q", "norm_k"):
+                self.ones(f"{name}.{attention}.{part}.weight", DIM)
+        self.ones(f"{name}.norm3.weight", DIM)
+        self.normal(f"{name}.norm3.bias", (DIM,), 0.02)
+        self.linear(f"{name}.ffn.0", FFN_DIM, DIM)
+        self.linear(f"{name}.ffn.2", DIM, FFN_DIM)
 
     def linear(self, name: str, out_dim: int, *in_dims: int) -> None:
         fan_in = torch.Size(in_dims).numel()

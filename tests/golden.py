@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 from forks import fork_ranks
 from layouts import Layout, Ranks
+from recorded_controls import recorded_controls
 
 LIMIT = 1e-4
 """Largest relative error, ||out - expected|| / ||expected||."""
@@ -86,6 +87,7 @@ class GoldenRun:
         from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
         from wan_pack.wan.model.rope import rope_table
         from wan_pack.wan.transformer.context import Context, pad_text
+        from wan_pack.wan.transformer.vace import Control
 
         io = read(folder / "io.safetensors")
         grid = token_grid(tuple(io["x"].shape))
@@ -100,8 +102,14 @@ class GoldenRun:
             timesteps, which = timesteps.flatten().unique(return_inverse=True)
             which = shard.split(which[:, None])[:, 0]
         picture = Context(io["clip_fea"].flatten(0, 1)) if "clip_fea" in io else None
-        local = model(tokens, timesteps, Context(pad_text(io["context"])), rope, which, picture)
-        return relative_error(unpatchify(self.gather(local, shard), grid), io["out"])
+        case = json.loads((folder / "case.json").read_text())
+        error = 0.0
+        for name, strength in case.get("vace_context_scale", {"out": 1.0}).items():
+            controls = [Control(shard.split(patchify(io["vace_context"])), strength)] if "vace_context" in io else []
+            text = Context(pad_text(io["context"]))
+            local = model(tokens, timesteps, text, rope, which, picture, controls)
+            error = max(error, relative_error(unpatchify(self.gather(local, shard), grid), io[name]))
+        return error
 
     def generate(self, folder: Path) -> float:
         """A whole loop: noise from the seed, two experts, guidance, solver."""
@@ -135,7 +143,7 @@ class GoldenRun:
             only=next(iter(models)) if len(models) == 1 else None,
         )  # fmt: skip
         picture = io["clip_fea"].flatten(0, 1) if "clip_fea" in io else None
-        conditions = Conditions(image=io.get("y"), picture=picture)
+        conditions = Conditions(image=io.get("y"), picture=picture, controls=recorded_controls(case, io))
         known = None
         if "first_frame" in io:
             latents, mask = first_frame_known(noise, torch.zeros(3, 1, 1), lambda picture: io["first_frame"][None])
@@ -154,7 +162,8 @@ class GoldenRun:
         tokens = denoise(
             shard.split(patchify(noise)), solver=solver, guidance=guidance, predict=predictor.predict, known=known
         )
-        return relative_error(unpatchify(self.gather(tokens, shard), grid), io["latents"])
+        latents = unpatchify(self.gather(tokens, shard), grid)
+        return relative_error(latents[:, case.get("references", 0) :], io["latents"])
 
     def vae(self, folder: Path) -> float:
         """Encoding and decoding as the job does it: split over the ranks, latent frame by latent frame."""

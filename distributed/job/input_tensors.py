@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ...wan.model.config import PICTURE_ROWS, TEXT_LEN, WanConfig
 from ...wan.model.variants import takers
+from .control_inputs import check_controls, reference_frames
 from .job import Job
 
 Shape = tuple[int, ...]
@@ -36,6 +37,7 @@ def check_inputs(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> No
     _check_text(job, config, shapes)
     _check_images(job, config, shapes)
     _check_features(config, shapes)
+    check_controls(job.sampling, config, shapes, latents_shape(job, config, shapes))
     _check_samples(job, config, shapes)
 
 
@@ -70,14 +72,14 @@ def _check_images(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> N
                 f"{name} is given, but the model makes videos from text only ({variant.name}); choose an I2V model"
             )
         if name not in variant.takes:
-            taken = ", ".join(picture for picture in variant.takes if picture in PICTURES)
+            taken = ", ".join([picture for picture in variant.takes if picture in PICTURES] or variant.takes)
             raise ValueError(f"{name} is given; this model ({variant.name}) takes {taken} only")
     if pictures and IMAGE_CONDITIONING in shapes:
         raise ValueError(f"{pictures[0]} and image conditioning are both given; connect one of them")
     for name in pictures:
         _check_shape(name, shapes[name], (3, sampling.height, sampling.width))
     if IMAGE_CONDITIONING in shapes:
-        expected = (config.in_dim - config.out_dim, *_latents(job, config)[1:])
+        expected = (config.in_dim - config.out_dim, *latents_shape(job, config, shapes)[1:])
         _check_shape("image conditioning", shapes[IMAGE_CONDITIONING], expected)
 
 
@@ -103,6 +105,13 @@ def _check_features(config: WanConfig, shapes: Mapping[str, Shape]) -> None:
         )
 
 
+def latents_shape(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> tuple[int, int, int, int]:
+    """[C, T, h, w] of what is sampled: the video, behind its reference frames."""
+    sampling = job.sampling
+    channels, frames, rows, cols = config.variant.latents.shape(sampling.width, sampling.height, sampling.num_frames)
+    return channels, frames + reference_frames(shapes, frames), rows, cols
+
+
 def _check_samples(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> None:
     sampling = job.sampling
     if SAMPLES not in shapes:
@@ -117,7 +126,7 @@ def _check_samples(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> 
                 f"{name} is {getattr(sampling, name, 'given')}, but no latents to start from; connect samples"
             )
         return
-    _check_shape("samples", shapes[SAMPLES], _latents(job, config))
+    _check_shape("samples", shapes[SAMPLES], latents_shape(job, config, shapes))
     if NOISE_MASK in shapes:
         if NOISE_MASK not in config.variant.takes:
             raise ValueError(
@@ -125,12 +134,7 @@ def _check_samples(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> 
             )
         if START_IMAGE in shapes:
             raise ValueError("samples with a noise mask and start_image are both given; connect one of them")
-        _check_shape("the noise mask", shapes[NOISE_MASK], _latents(job, config)[1:])
-
-
-def _latents(job: Job, config: WanConfig) -> Shape:
-    sampling = job.sampling
-    return config.variant.latents.shape(sampling.width, sampling.height, sampling.num_frames)
+        _check_shape("the noise mask", shapes[NOISE_MASK], latents_shape(job, config, shapes)[1:])
 
 
 def _check_shape(name: str, shape: Shape, expected: Shape) -> None:

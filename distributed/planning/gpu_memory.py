@@ -60,6 +60,10 @@ class Workload:
     given_frames: bool = False
     """Some tokens have a timestep of their own (`wan.sampling.denoise.Known`)."""
     decode: bool = True
+    controls: int = 0
+    """Control videos that VACE blocks read, each through all of them."""
+    references: int = 0
+    """Latent frames of pictures in front of the video's."""
 
     @property
     def latents(self) -> LatentSpace:
@@ -68,7 +72,12 @@ class Workload:
     @property
     def tokens(self) -> int:
         _, frames, rows, cols = self.latents.shape(self.width, self.height, self.num_frames)
-        return frames * (rows // PATCH_SIZE[1]) * (cols // PATCH_SIZE[2])
+        return (frames + self.references) * (rows // PATCH_SIZE[1]) * (cols // PATCH_SIZE[2])
+
+    @property
+    def block_runs(self) -> int:
+        """Blocks that a step computes."""
+        return self.config.num_layers + len(self.config.vace_layers) * self.controls
 
     @property
     def blocks_bytes(self) -> int:
@@ -190,8 +199,10 @@ def activation_bytes(work: Workload, parallel: Parallel) -> int:
         # Modulation by token: six fp32 vectors for each.
         inputs, outputs = inputs + 24, outputs + 24
     unpacked = config.ffn_dim * config.dim * b if work.unpacked else 0
+    # Of VACE: the controls' streams beside the main one, and what they were embedded from.
+    beside = work.controls * (4 + 4 * config.control_dim * math.prod(PATCH_SIZE) / config.dim)
     rotary = tokens * config.head_dim * 4
-    return int(max(inputs, attention, outputs) * tokens * config.dim) + rotary + unpacked
+    return int((max(inputs, attention, outputs) + beside) * tokens * config.dim) + rotary + unpacked
 
 
 def peer_bytes(work: Workload, parallel: Parallel) -> int:

@@ -102,7 +102,7 @@ def seconds(work: Workload, parallel: Parallel, ulysses_link: str, link: str) ->
         link: the slowest one among all.
     """
     config, gpus, size = work.config, parallel.gpu_count, parallel.ulysses_size
-    dim, layers, tokens = config.dim, len(config.block_names), rank_tokens(work, parallel)
+    dim, layers, tokens = config.dim, work.block_runs, rank_tokens(work, parallel)
     matrices = 2 * (6 * dim + 2 * config.ffn_dim) * dim * tokens * layers
     heads = math.ceil(config.num_heads / size) / config.num_heads if parallel.use_ulysses else 1.0
     attention = 4 * work.tokens**2 * dim * layers * heads / COMPUTE

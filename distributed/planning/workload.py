@@ -31,6 +31,8 @@ def workload_of(
     encodes_text: bool,
     given_frames: bool = False,
     decode: bool = True,
+    controls: int = 0,
+    references: int = 0,
 ) -> Workload:
     """Sizes of the job's parts, as they are kept on a GPU.
 
@@ -38,6 +40,7 @@ def workload_of(
         parallel: of which the precisions count.
         encodes_text: the job runs the text encoder.
         given_frames: some frames are given to a TI2V model.
+        controls, references: of a VACE model.
     """
     keeping = keeping_of(parallel)
     sizes = [
@@ -71,6 +74,8 @@ def workload_of(
         guided=needs_negative(model, sampling),
         given_frames=given_frames,
         decode=decode,
+        controls=controls,
+        references=references,
     )
 
 

@@ -241,7 +241,9 @@ class VelocityPredictor:
         if self._image is not None:
             # Channels are fastest within a token: the image's go behind the latent's at each of its positions.
             tokens = torch.cat((tokens.unflatten(1, (self._image.shape[1], -1)), self._image), dim=2).flatten(1)
-        return self._models[expert](tokens, t, self._contexts[conditional], self._rope, which, self._picture)
+        return self._models[expert](
+            tokens, t, self._contexts[conditional], self._rope, which, self._picture, self._conditions.controls
+        )
 
     def release(self) -> None:
         """After the last step: what FSDP has gathered and kept is let go."""

@@ -23,7 +23,7 @@ from ...wan.sampling.step_cache import StepCache
 from ...wan.transformer.context import pad_text
 from ...wan.vae.latents import denormalise, normalise
 from ..group.group_folder import GroupDir
-from ..job.input_tensors import CONTEXT, CONTEXT_NULL
+from ..job.input_tensors import CONTEXT, CONTEXT_NULL, latents_shape
 from ..job.job import Job, JobError
 from ..job.job_folder import JobDir
 from ..job.progress import steady_seconds
@@ -77,8 +77,9 @@ class VideoWork(Work[Job]):
         """The schedule, and the noise that it starts from."""
         sampling, model = self.job.sampling, self.job.model
         self.config = Checkpoint([file.path for file in model.transformer]).config
-        shape = self.config.variant.latents.shape(sampling.width, sampling.height, sampling.num_frames)
-        self.noise = draw_noise(shape, sampling.seed)
+        self.inputs = load_file(self.folder.inputs) if self.folder.inputs.exists() else {}
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.inputs.items()}
+        self.noise = draw_noise(latents_shape(self.job, self.config, shapes), sampling.seed)
         self.steps = sampling.step_range
         self.solver = make_solver(sampling.solver, sampling.schedule_steps, sampling.shift, self.steps.start)
         present = [name for name in (HIGH_NOISE, LOW_NOISE) if getattr(model, name)]
@@ -86,7 +87,6 @@ class VideoWork(Work[Job]):
             low=sampling.guidance_low, high=sampling.guidance_high, boundary=sampling.boundary,
             only=present[0] if len(present) == 1 else None,
         )  # fmt: skip
-        self.inputs = load_file(self.folder.inputs) if self.folder.inputs.exists() else {}
 
     def check_ranks_agree(self) -> None:
         """Raises JobError naming the first rank that has other inputs or other noise than rank 0."""
@@ -243,6 +243,9 @@ class VideoWork(Work[Job]):
         from ...wan.vae.video import VideoWriter
 
         sampling = self.job.sampling
+        # Reference pictures are in front: to the VAE the first of them would be the video's first frame.
+        _, frames, *_ = self.config.variant.latents.shape(sampling.width, sampling.height, sampling.num_frames)
+        latents = latents[:, -frames:]
         if self.rank > 0:
             with self.phase("decode"):
                 for _ in self.session.vae(self.job).decode(latents[None]):

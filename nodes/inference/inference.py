@@ -19,6 +19,7 @@ from ..sockets import embeds, wrapper_model
 from ..sockets.clip_vision import clip_tensors
 from ..sockets.images import image_tensors
 from ..sockets.latent_input import latent_tensors
+from ..sockets.vace_inputs import carried_control, control_size, own_control
 from ..sockets.video_inputs import VideoInputs
 from ..sockets.wrapper_model import AUTO
 from . import saved_video
@@ -104,18 +105,24 @@ def build_job(asked: VideoInputs, status: Status) -> tuple[Job, dict[str, Any]]:
     sampling = _sampling(with_preset(asked.sampling, asked.preset, config.variant, status), status)
     text, tensors = embeds.text_inputs(asked, model, sampling, status)
     asked.say_overruled(status)
+    control = carried_control(asked)
     parallel, sampling = planned(
         asked,
         lambda: _parallel(asked, model, sampling, status),
         model,
         sampling,
-        variant=config.variant,
+        config=config,
+        control=control,
         encodes_text=text is not None,
         status=status,
     )
     images = image_tensors(asked, sampling, config, status)
     images |= clip_tensors(asked, config, status)
-    latents = {} if asked.samples is None else latent_tensors(asked.samples, sampling, config, status)
+    images |= control or own_control(asked, sampling, config, status)
+    _, references = control_size(asked, control, sampling, config)
+    latents = {}
+    if asked.samples is not None:
+        latents = latent_tensors(asked.samples, sampling, config, status, references)
     if "samples" in images and latents:
         raise ValueError("samples is connected, and image_embeds carries extra_latents; take one of them out")
     tensors = {**tensors, **images, **latents}

@@ -26,6 +26,9 @@ SOCKETS = {
     "low_noise_model": "WANVIDEOMODEL",
     "clip_vision_start_image": "CLIP_VISION_OUTPUT",
     "clip_vision_end_image": "CLIP_VISION_OUTPUT",
+    "control_video": "IMAGE",
+    "control_mask": "MASK",
+    "reference_images": "IMAGE",
 }
 """Inputs without a widget."""
 _SETTINGS = {INPUT_NAMES.get(name, name): name for name in SamplingSettings.__dataclass_fields__}
@@ -89,6 +92,13 @@ OPTIONAL = {
     "clip_vision_start_image": "What CLIP sees in start_image, for Wan2.1 I2V and FLF2V: from CLIP Vision Encode (crop "
     "none) with clip_vision_h.",
     "clip_vision_end_image": "What CLIP sees in end_image, for FLF2V.",
+    "control_video": "What a VACE model follows: depth, pose, edges, or a video of which control_mask says what to "
+    "make anew. Scaled to cover width x height; frames beyond it are made without one.",
+    "control_mask": "Where a VACE model makes control_video anew (white) and where it keeps it (black). Without one, "
+    "control_video is followed everywhere.",
+    "reference_images": "Pictures of who or what a VACE model shows. Each takes a latent frame in front of the video, "
+    "which samples keeps and the decoded video does not.",
+    "vace_strength": "How strongly a VACE model follows its control. 1: as it was trained.",
 }
 
 

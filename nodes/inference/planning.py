@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 from ...distributed.job.job import ModelFiles, Parallel, Sampling
 from ..host.status import Status
+from ..sockets.vace_inputs import control_size
 from ..sockets.video_inputs import VideoInputs
 from .ground import ground_for, shown
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ...distributed.planning.policies import Request
-    from ...wan.model.variants import Variant
+    from ...wan.model.config import WanConfig
 
 
 def planned(
@@ -22,7 +25,8 @@ def planned(
     model: ModelFiles,
     sampling: Sampling,
     *,
-    variant: Variant,
+    config: WanConfig,
+    control: dict[str, Tensor],
     encodes_text: bool,
     status: Status,
 ) -> tuple[Parallel, Sampling]:
@@ -30,7 +34,8 @@ def planned(
 
     Args:
         literal: the switches as they are.
-        variant: of the model.
+        config: of the model.
+        control: what a VACE model follows, where other nodes have encoded it.
         encodes_text: the job runs the text encoder.
     Raises:
         ValueError: the video does not fit; the message says what would.
@@ -46,14 +51,17 @@ def planned(
         return shown(as_set(literal(), ground), status), sampling
     request = _request(asked, model, sampling)
     image = asked.start_image is not None
-    sized = asked.samples is not None or asked.image_embeds is not None
+    sized = asked.samples is not None or asked.image_embeds is not None or bool(control)
+    controls, references = control_size(asked, control, sampling, config)
     work = workload_of(
         model,
         sampling,
         request.base,
         encodes_text=encodes_text,
-        given_frames=variant.known_frames and image,
-        decode=asked.decode_video or image,
+        given_frames=config.variant.known_frames and image,
+        decode=asked.decode_video or image or controls > 0,
+        controls=controls,
+        references=references,
     )
     try:
         made = ground.plan(work, request)

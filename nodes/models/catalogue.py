@@ -14,15 +14,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ...distributed.job.job import FileIdentity
-from ...wan.files.model_folder import folder_files, read_json_object
+from ...wan.files.model_folder import TRANSFORMER_CLASSES, folder_files, read_json_object
 from ...wan.text.tokenizer_files import find_tokenizer_files
 from ..host import host
 
 FOLDER_KEYS = ("wan", "diffusers", "diffusion_models")
 CHECKPOINTS = "checkpoints"
 """Shown in front of the names of all-in-one files, which hold transformer, VAE and text encoder."""
-TRANSFORMERS = ("WanModel", "WanTransformer3DModel")
-"""`_class_name` in config.json: official, diffusers."""
 EXPERT_FILE = "diffusion_pytorch_model*.safetensors"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 VAE_FILE = "Wan2*_VAE.pth"
@@ -160,7 +158,7 @@ def _subfolders(root: Path, depth: int) -> Iterator[Path]:
 def _is_transformer(folder: Path) -> bool:
     """Whether config.json is a Wan transformer's; diffusers keeps a VAE in files of the same names."""
     try:
-        return read_json_object(folder / "config.json").get("_class_name") in TRANSFORMERS
+        return read_json_object(folder / "config.json").get("_class_name") in TRANSFORMER_CLASSES
     except ValueError:
         return False
 

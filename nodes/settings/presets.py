@@ -44,6 +44,9 @@ PRESETS: dict[str, Preset] = {
     "official Wan2.1 FLF2V": Preset(
         variant="FLF2V", solver="unipc", steps=50, shift=16.0, guidance_low=5.0, guidance_high=5.0
     ),
+    "official Wan2.1 VACE": Preset(
+        variant="VACE", solver="unipc", steps=50, shift=16.0, guidance_low=5.0, guidance_high=5.0
+    ),
     "Lightning 4 steps": Preset(variant=None, solver="euler", steps=4, shift=5.0, guidance_low=1.0, guidance_high=1.0),
 }
 

@@ -27,11 +27,13 @@ IMAGE_KEYS = frozenset({"concat_latent_image", "concat_mask"})
 """Of a CONDITIONING's dict; images.py reads them."""
 CLIP_KEY = "clip_vision_output"
 """The same; clip_vision.py reads it."""
+VACE_KEYS = ("vace_frames", "vace_mask", "vace_strength")
+"""The same; vace_inputs.py reads them."""
 CHANGING = frozenset(
     {
         *("area", "mask", "mask_strength", "set_area_to_bounds", "control", "control_apply_to_uncond", "hooks"),
         *("gligen", "reference_latents", "reference_motion", "reference_audio_embeds", "control_video", "model_conds"),
-        *("vace_frames", "vace_mask", "vace_strength", "camera_conditions", "audio_embed", "audio_embed_scale"),
+        *("camera_conditions", "audio_embed", "audio_embed_scale"),
         *("time_dim_concat", "face_video_pixels", "pose_video_latent", "unclip_conditioning", "track_path"),
         *("lora_strengths", "timestep_start", "timestep_end", "noise_mask"),
     }
@@ -134,7 +136,11 @@ def _from_conditioning(value: Any, name: str) -> Embedding:
 
 def _read_extras(extras: dict[str, Any], name: str) -> list[str]:
     """Notes on what a conditioning carries beside the prompt. Raises ValueError for what would change the video."""
-    carried = {key for key, extra in extras.items() if extra is not None} - IMAGE_KEYS - {"pooled_output", CLIP_KEY}
+    carried = (
+        {key for key, extra in extras.items() if extra is not None}
+        - IMAGE_KEYS
+        - {"pooled_output", CLIP_KEY, *VACE_KEYS}
+    )
     carried -= {
         key
         for key, value in NEUTRAL.items()

@@ -35,6 +35,14 @@ EMBEDS_KEYS = frozenset(
 )
 """What this pack understands of WANVIDIMAGE_EMBEDS; every other key asks for a model that it does not run."""
 
+VACE_EMBEDS = frozenset(
+    {
+        *("vace_context", "vace_scale", "vace_start_percent", "vace_end_percent", "vace_seq_len", "has_ref"),
+        "additional_vace_inputs",
+    }
+)
+"""Those of a VACE control, which vace_inputs.py reads."""
+
 
 def image_tensors(asked: VideoInputs, sampling: Sampling, config: WanConfig, status: Status) -> dict[str, Tensor]:
     """What the node's image inputs and the conditioning hold, by the names that a job knows.
@@ -122,11 +130,13 @@ def _from_embeds(value: Any, sampling: Sampling, config: WanConfig) -> dict[str,
     """image_conditioning of I2V embeds; samples and noise_mask of empty ones with a first frame; else nothing."""
     if not isinstance(value, dict):
         raise ValueError(f"image_embeds is {kind_of(value)}; it must be WANVIDIMAGE_EMBEDS")
-    other = [key for key, held in value.items() if key not in EMBEDS_KEYS and held is not None and held is not False]
+    known = EMBEDS_KEYS | (VACE_EMBEDS if is_set(value.get("vace_context")) else frozenset())
+    other = [key for key, held in value.items() if key not in known and held is not None and held is not False]
     if other:
         raise ValueError(
             f"image_embeds carries {listed(sorted(other, key=str))}, which this node does not support; "
-            "it takes the embeds of WanVideoImageToVideoEncode and WanVideoEmptyEmbeds without controls"
+            "it takes the embeds of WanVideoImageToVideoEncode, WanVideoVACEEncode and, without controls, "
+            "WanVideoEmptyEmbeds"
         )
     if value.get("image_embeds") is not None:
         return {"image_conditioning": _i2v_embeds(value, sampling)}

@@ -25,11 +25,15 @@ WRAPPER_KEYS = frozenset(
 """Of what ComfyUI-WanVideoWrapper's samplers return, beside the latents."""
 
 
-def latent_tensors(value: Any, sampling: Sampling, config: WanConfig, status: Status) -> dict[str, Tensor]:
+def latent_tensors(
+    value: Any, sampling: Sampling, config: WanConfig, status: Status, references: int = 0
+) -> dict[str, Tensor]:
     """`samples` [C, T, h, w] and `noise_mask` [T, h, w] of a LATENT, as far as it holds them.
 
     A LATENT of zeros, which ComfyUI's nodes make for a video from noise, holds none; its size must fit all the same.
 
+    Args:
+        references: latent frames of pictures in front of the video's.
     Raises:
         ValueError: in the user's words, if it is not one video of this node's size for this model.
     """
@@ -40,7 +44,7 @@ def latent_tensors(value: Any, sampling: Sampling, config: WanConfig, status: St
     mask = _noise_mask(value, size)
     if channels not in LATENT_SPACES:
         raise ValueError(f"samples have {channels} channels; Wan's latents have {' or '.join(map(str, LATENT_SPACES))}")
-    check_video_size("samples", size, LATENT_SPACES[channels].stride, sampling)
+    check_video_size("samples", [size[0] - references, *size[1:]], LATENT_SPACES[channels].stride, sampling)
     if mask is None and not samples.any():
         return {}
     if channels != config.out_dim:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...distributed.job.job import Parallel
 from ...distributed.job.sampling import SamplingSettings
-from ...distributed.job.setting import choice, default_of
+from ...distributed.job.setting import choice, default_of, number
 from ..host.declared import kind_of
 from ..host.status import Status
 from ..settings.presets import CUSTOM, PRESETS
@@ -48,6 +48,10 @@ class VideoInputs:
     dynamic_resolution: bool = False
     clip_vision_start_image: Any = None
     clip_vision_end_image: Any = None
+    control_video: Any = None
+    control_mask: Any = None
+    reference_images: Any = None
+    vace_strength: float = number(1.0, 0.0, 1000.0, step=0.01)
     side_by_side: int = 1
     """Jobs that share this machine's memory; no input, as the next."""
     more_follow: bool = False

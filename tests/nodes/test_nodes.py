@@ -88,7 +88,8 @@ def test_inputs_keep_their_order() -> None:
         *("start_image", "end_image", "image_embeds", "samples", "strength", "start_step", "end_step", "add_noise"),
         *("decode_video", "preset", "low_noise_model", "vae", "preview", "plan", "dynamic_resolution"),
         "reuse_threshold",
-        *("clip_vision_start_image", "clip_vision_end_image"),
+        *("clip_vision_start_image", "clip_vision_end_image", "control_video", "control_mask", "reference_images"),
+        "vace_strength",
     ]
     assert WanVideoDistributedInference.RETURN_NAMES == ("video_path", "log_output", "status", "video", "samples")
     loader = ["high_noise", "low_noise", "vae", "text_encoder", "high_noise_lora", "low_noise_lora"]

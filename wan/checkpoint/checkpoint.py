@@ -15,14 +15,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..files.diffusers_keys import MARKER as DIFFUSERS_MARKER
 from ..files.diffusers_keys import to_official
+from ..files.headers import brief
 from ..files.identify import describe_tensors, prefixes
-from ..files.model_folder import folder_files, read_json_object
+from ..files.model_folder import TRANSFORMER_CLASSES, folder_files, read_json_object
 from ..files.rotated import Rotated
 from ..files.stored_model import StoredModel, open_model
 from ..files.stored_tensor import PlainTensor, RowScale, StoredTensor
@@ -35,8 +37,6 @@ MARKERS = ("head.modulation", DIFFUSERS_MARKER)
 """Tensors by which the transformer's names, and what stands before them, are found."""
 EXPERT_FOLDERS = ("high_noise_model", "low_noise_model", "transformer", "transformer_2")
 
-_NUM_HEADS = {"WanModel": "num_heads", "WanTransformer3DModel": "num_attention_heads"}
-"""Class in config.json -> its name for the number of heads."""
 _FLOATS = ("F32", "BF16", "F16")
 
 
@@ -57,7 +57,8 @@ class Checkpoint:
             self._stored = model.weights(names)
             shapes = {name: tensor.shape for name, tensor in self._stored.items() if not isinstance(tensor, RowScale)}
             check_runs(shapes)
-            self.config: WanConfig = config_from_shapes(shapes, num_heads=_num_heads(Path(self.files[0]).parent))
+            told = _told_beside(Path(self.files[0]).parent)
+            self.config: WanConfig = config_from_shapes(shapes, num_heads=told.num_heads, vace_layers=told.vace_layers)
             self.markers = _check_complete(shapes, self.config)
             """Tensors that hold no weight: they only say what the file is."""
         except ValueError as error:
@@ -152,14 +153,23 @@ def _as_kept(name: str, tensor: StoredTensor) -> KeptWeight | None:
     return KeptWeight(plain.dtype, plain.scale is not None, rotated_by)
 
 
+def _smallest(config: WanConfig) -> WanConfig:
+    """With one main block, or two with the first two VACE blocks behind them."""
+    vace = tuple(range(min(len(config.vace_layers), 2)))
+    return replace(config, num_layers=max(len(vace), 1), vace_layers=vace)
+
+
 def _check_complete(shapes: Mapping[str, tuple[int, ...]], config: WanConfig) -> frozenset[str]:
     """Refuses a model that is not whole, or more than that. Returns the names of tensors that are only marks."""
-    # One block stands for all: forty take a third of a second, for each file that is looked at.
-    one_block = meta_model(replace(config, num_layers=1), torch.float32)
-    expected = {name: tuple(parameter.shape) for name, parameter in one_block.named_parameters()}
+    # One block of a kind stands for the others: forty take a third of a second, for each file that is looked at.
+    small = meta_model(_smallest(config), torch.float32)
+    expected = {name: tuple(parameter.shape) for name, parameter in small.named_parameters()}
+    known = set(small.config.block_names)
     for block in config.block_names:
-        (stand_in,) = one_block.config.block_names
-        of_block = one_block.get_submodule(stand_in).named_parameters()
+        kind = block.partition(".")[0]
+        # The first VACE block differs from the others.
+        stand_in = next(name for name in (block, f"{kind}.1", f"{kind}.0") if name in known)
+        of_block = small.get_submodule(stand_in).named_parameters()
         expected |= {f"{block}.{name}": tuple(parameter.shape) for name, parameter in of_block}
     roots = {name.partition(".")[0] for name in expected}
     # One number outside of the model's modules cannot be a weight of it.
@@ -186,15 +196,25 @@ def _check_complete(shapes: Mapping[str, tuple[int, ...]], config: WanConfig) ->
     return frozenset(marks)
 
 
-def _num_heads(folder: Path) -> int | None:
-    """From the config.json beside the file; None where there is none, or another model's (ComfyUI's folders)."""
-    if not (folder / "config.json").is_file():
-        return None
-    config = read_json_object(folder / "config.json")
-    key = _NUM_HEADS.get(str(config.get("_class_name")))
+class _Told(NamedTuple):
+    """What a config.json says that tensors do not; None: it does not."""
+
+    num_heads: int | None = None
+    vace_layers: tuple[int, ...] | None = None
+
+
+def _told_beside(folder: Path) -> _Told:
+    """By the config.json beside the file, if there is one; that of another model (ComfyUI's folders) says nothing."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return _Told()
+    config = read_json_object(path)
+    key = TRANSFORMER_CLASSES.get(str(config.get("_class_name")))
     if key is None:
-        return None
-    num_heads = config.get(key)
+        return _Told()
+    num_heads, layers = config.get(key), config.get("vace_layers")
     if type(num_heads) is not int or num_heads < 1:
-        raise ValueError(f"{folder / 'config.json'}: {key} is {num_heads!r}; it must be a positive number")
-    return num_heads
+        raise ValueError(f"{path}: {key} is {num_heads!r}; it must be a positive number")
+    if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
+        raise ValueError(f"{path}: vace_layers is {brief(layers)}; it must be a list of numbers of blocks")
+    return _Told(num_heads, None if layers is None else tuple(layers))

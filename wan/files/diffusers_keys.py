@@ -7,7 +7,7 @@ import re
 MARKER = "condition_embedder.time_proj.weight"
 """A tensor that every Wan transformer in diffusers' names has."""
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"((?:vace_)?blocks\.\d+)\.(.+)")
 
 # diffusers module or parameter -> official one; a tensor's last part (weight, bias, weight_scale, ...) stays as it is.
 _ROOT = {
@@ -46,6 +46,9 @@ _IN_BLOCK = {
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
     "scale_shift_table": "modulation",
+    # Of VACE's blocks.
+    "proj_in": "before_proj",
+    "proj_out": "after_proj",
 }
 
 
@@ -54,8 +57,8 @@ def to_official(name: str) -> str:
     match = _BLOCK.fullmatch(name)
     if match is None:
         return _renamed(name, _ROOT)
-    number, rest = match.groups()
-    return f"blocks.{number}.{_renamed(rest, _IN_BLOCK)}"
+    block, rest = match.groups()
+    return f"{block}.{_renamed(rest, _IN_BLOCK)}"
 
 
 def _renamed(name: str, table: dict[str, str]) -> str:

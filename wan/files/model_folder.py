@@ -10,6 +10,13 @@ from .headers import MAX_PARTS, brief
 from .json_text import parse_json
 from .regular_files import regular
 
+TRANSFORMER_CLASSES = {
+    "WanModel": "num_heads",
+    "VaceWanModel": "num_heads",
+    "WanTransformer3DModel": "num_attention_heads",
+    "WanVACETransformer3DModel": "num_attention_heads",
+}
+"""`_class_name` in a transformer's config.json, official and of diffusers -> what it calls the number of heads."""
 MAX_JSON_BYTES = 4 << 20
 """Of an index or a config. 14B's index takes 0.1 MB."""
 MAX_SHARDS = 256

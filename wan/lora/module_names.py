@@ -78,13 +78,15 @@ _UNSUPPORTED = (
 # Where diffusers' names have dots; what they stand for is in diffusers_keys.py.
 _DIFFUSERS_ROOT = (
     *(f"condition_embedder.{part}_embedder.linear_{i}" for part in ("text", "time") for i in (1, 2)),
+    *(f"condition_embedder.image_embedder.{part}" for part in ("norm1", "ff.net.0.proj", "ff.net.2", "norm2")),
     "condition_embedder.time_proj",
     "proj_out",
 )
 _DIFFUSERS_BLOCK = (
     *(f"{attn}.{part}" for attn in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out.0")),
     *(f"{attn}.{part}" for attn in ("attn1", "attn2") for part in ("norm_q", "norm_k")),
-    *("norm2", "ffn.net.0.proj", "ffn.net.2"),
+    *("attn2.add_k_proj", "attn2.add_v_proj", "attn2.norm_added_k"),
+    *("norm2", "ffn.net.0.proj", "ffn.net.2", "proj_in", "proj_out"),
 )
 
 _WRAPPERS = re.compile(
@@ -93,6 +95,7 @@ _WRAPPERS = re.compile(
 )
 _SECOND = re.compile(r"(?:^|\.)(?:transformer_2|dit2)\.")
 _IMAGE_BRANCH = re.compile(r"k_img|v_img|img_emb|add_[kv]_proj|norm_added_k|image_embedder")
+_VACE = re.compile(r"vace_blocks|vace_patch_embedding")
 _TEXT_ENCODER = re.compile(r"^(?:lora_te|text_encoder|conditioner|cond_stage_model)")
 
 
@@ -153,8 +156,10 @@ class ModuleNames:
         modules = {re.sub(r"\.(?:weight|bias)$", "", name) for name in parameters}
         # A difference to "blocks.0.modulation" is written at its owner, blocks.0, or at itself.
         self._modules = modules | {name.removesuffix(".modulation") for name in modules}
-        blocks = {name.split(".")[1] for name in self._modules if name.startswith("blocks.")}
-        in_diffusers = [f"blocks.{number}.{name}" for number in blocks for name in _DIFFUSERS_BLOCK]
+        blocks = {
+            ".".join(name.split(".")[:2]) for name in self._modules if name.startswith(("blocks.", "vace_blocks."))
+        }
+        in_diffusers = [f"{block}.{name}" for block in blocks for name in _DIFFUSERS_BLOCK]
         self._underscored = {name.replace(".", "_"): name for name in self._modules}
         self._underscored |= {name.replace(".", "_"): to_official(name) for name in (*_DIFFUSERS_ROOT, *in_diffusers)}
 
@@ -170,6 +175,8 @@ def skip_reason(module: LoraModule) -> str:
     """Why a module that the model does not have may be left out."""
     if _IMAGE_BRANCH.search(module.path):
         return "of the image branch of Wan2.1 I2V"
+    if _VACE.search(module.path):
+        return "of VACE's own blocks"
     if _TEXT_ENCODER.search(module.spelled):
         return "of a text encoder"
     return "of modules that the model does not have"

@@ -130,14 +130,43 @@ def _optional_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     return found
 
 
-def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], *, num_heads: int | None = None) -> WanConfig:
+def _block_count(shapes: Mapping[str, tuple[int, ...]], kind: str) -> int:
+    parts = (name.split(".") for name in shapes if name.startswith(f"{kind}."))
+    count = len({int(part[1]) for part in parts if part[1].isdecimal()})
+    if count > MAX_LAYERS:
+        raise ValueError(f"it has {count} blocks; at most {MAX_LAYERS} are read")
+    return count
+
+
+def _vace_layers(count: int, layers: int, told: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The main blocks behind which `count` VACE blocks run."""
+    if count == 0:
+        return ()
+    found = tuple(range(0, layers, max(layers // count, 1)))[:count] if told is None else told
+    fits = len(found) == count and found == tuple(sorted(set(found))) and found[0] == 0 and found[-1] < layers
+    if not fits:
+        raise ValueError(
+            f"its {count} VACE blocks run behind blocks {list(found)} of {layers}; vace_layers must name as many, in "
+            "order, from block 0 on"
+        )
+    return found
+
+
+def config_from_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    num_heads: int | None = None,
+    vace_layers: tuple[int, ...] | None = None,
+) -> WanConfig:
     """Reads the sizes off a checkpoint's tensor shapes (official names).
 
     Args:
         shapes: tensor name -> shape.
         num_heads: from the checkpoint's config.json; without it a head has 128 channels, as in every release.
+        vace_layers: from the same; without it the VACE blocks are spread evenly, as in every release.
     Raises:
-        ValueError: a tensor that decides a size is missing or has another rank.
+        ValueError: a tensor that decides a size is missing or has another rank, or the VACE blocks are not as many as
+            `vace_layers`.
     """
     decisive = {
         "head.modulation": 3,
@@ -157,20 +186,17 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]], *, num_heads: int 
     dim = shapes["head.modulation"][-1]
     if num_heads is None and dim % HEAD_DIM:
         raise ValueError(f"dim is {dim}; without a config.json it must be a multiple of {HEAD_DIM}")
-    layers = {
-        int(name.split(".")[1]) for name in shapes if name.startswith("blocks.") and name.split(".")[1].isdecimal()
-    }
-    if len(layers) > MAX_LAYERS:
-        raise ValueError(f"it has {len(layers)} blocks; at most {MAX_LAYERS} are read")
+    layers = _block_count(shapes, "blocks")
     config = WanConfig(
         dim=dim,
         ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
         num_heads=dim // HEAD_DIM if num_heads is None else num_heads,
-        num_layers=len(layers),
+        num_layers=layers,
         in_dim=shapes["patch_embedding.weight"][1],
         out_dim=shapes["head.head.weight"][0] // 4,
         text_dim=shapes["text_embedding.0.weight"][1],
         freq_dim=shapes["time_embedding.0.weight"][1],
         parts=optional_parts(shapes),
+        vace_layers=_vace_layers(_block_count(shapes, "vace_blocks"), layers, vace_layers),
     )
     return replace(config, **_optional_sizes(shapes))

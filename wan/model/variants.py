@@ -29,6 +29,8 @@ class Variant:
     """Channels of the residual stream -> what its releases of that size are called."""
     takes: tuple[str, ...] = ()
     """Tensors of a job (`distributed/job/input_tensors.py`) that it may be given beside text."""
+    controlled: bool = False
+    """Whether a control video is read beside the noise."""
     known_frames: bool = False
     """Frames that are given stay in the latents, at timestep 0."""
     boundary: float | None = None
@@ -73,6 +75,15 @@ _ROWS = (
         takes=("start_image", "end_image", "image_conditioning", "clip_features"),
     ),
     Variant(
+        name="VACE",
+        channels=(16, 16),
+        parts=frozenset({"vace_blocks"}),
+        releases={5120: "Wan2.1 VACE 14B or Wan2.2 VACE-Fun A14B", 1536: "Wan2.1 VACE 1.3B"},
+        takes=("control_video", "control_mask", "reference_images", "vace_context", "vace_strength"),
+        controlled=True,
+        boundary=0.875,
+    ),
+    Variant(
         name="TI2V-5B",
         channels=(48, 48),
         releases={3072: "Wan2.2 TI2V 5B"},
@@ -97,7 +108,6 @@ class Refused:
 
 # In order: the first that fits decides.
 REFUSED = (
-    Refused(name="a Wan VACE transformer", parts=frozenset({"vace_blocks", "vace_patch_embedding"})),
     Refused(name="a Wan Fun-Camera or Fun-Control transformer", parts=frozenset({"control_adapter"})),
     Refused(name="a Wan Fun-Control transformer", parts=frozenset({"ref_conv"})),
     Refused(

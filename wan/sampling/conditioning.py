@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +11,8 @@ from ..model.latent_space import TEMPORAL_STRIDE
 from ..model.variants import Variant
 from ..transformer.conditions import NONE, Conditions
 from ..vae.latents import normalise
+from .control import Encode, build_controls
 from .denoise import noised
-
-Encode = Callable[[Tensor], Tensor]
-"""Frames [1, 3, F, H, W] in -1 to 1 -> normalised latents [1, C, T, h, w]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +72,8 @@ def build_conditioning(
 
     Args:
         inputs: start_image and end_image [3, H, W] in -1 to 1; image_conditioning [4 + C, T, h, w]; clip_features
-            [257 or 514, clip_dim]; samples [C, T, h, w], un-normalised; noise_mask [T, h, w], 1 where latents are made.
-            All may be absent.
+            [257 or 514, clip_dim]; those of VACE (control.py); samples [C, T, h, w], un-normalised; noise_mask
+            [T, h, w], 1 where latents are made. All may be absent.
         noise: [C, T, h, w].
         variant: of the model.
         sigma: noise level of the first step.
@@ -91,6 +88,9 @@ def build_conditioning(
             frames, height, width = noise.shape[1:]
             image = image_channels(start, end, num_frames, (frames, height, width), encode)
         return Conditioning(latents, Conditions(image=image, picture=inputs.get("clip_features")))
+    if variant.controlled:
+        frames, height, width = num_frames, *(side * variant.latents.stride for side in noise.shape[2:])
+        return Conditioning(latents, Conditions(controls=build_controls(inputs, (frames, height, width), encode)))
     if start is not None:
         return Conditioning(latents, NONE, *first_frame_known(latents, start, encode))
     if "noise_mask" in inputs:

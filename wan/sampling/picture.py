@@ -37,6 +37,17 @@ def fit_image(image: Tensor, width: int, height: int, variant: Variant) -> Tenso
     return (picture[:, top : top + height, left : left + width] * 2 - 1).contiguous()
 
 
+def fit_mask(mask: Tensor, width: int, height: int) -> Tensor:
+    """Scales masks [F, H, W] to cover the frame and cuts off what is over, as `fit_image` does to a picture."""
+    rows, cols = mask.shape[1:]
+    scale = max(width / cols, height / rows)
+    covering = max(round(rows * scale), height), max(round(cols * scale), width)
+    if covering != (rows, cols):
+        mask = F.interpolate(mask[:, None], size=covering, mode="bilinear")[:, 0]
+    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+    return mask[:, top : top + height, left : left + width].clamp(0, 1)
+
+
 def _bicubic(picture: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(picture[None], size=size, mode="bicubic")[0]
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .vace import Control
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conditions:
@@ -17,6 +19,8 @@ class Conditions:
     """Further input channels: mask (1: given), latents."""
     picture: Tensor | None = None
     """CLIP features of pictures, [257 for each, clip_dim], the first frame's first."""
+    controls: tuple[Control, ...] = ()
+    """Of VACE."""
 
     def on_rank(self, tokens_of: Callable[[Tensor], Tensor], device: torch.device) -> Conditions:
         """tokens_of: [C, T, h, w] -> the rank's [S, 4 * C] on the device."""
@@ -24,6 +28,7 @@ class Conditions:
             self,
             image=None if self.image is None else tokens_of(self.image),
             picture=None if self.picture is None else self.picture.to(device),
+            controls=tuple(Control(tokens_of(control.values), control.strength) for control in self.controls),
         )
 
 

@@ -11,7 +11,7 @@ are float32 (`parameter_dtype`), as in the official code under autocast. The ari
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from .block import Block, WanBlock, Which, per_token
 from .context import Context
 from .image_branch import ImageEmbedding
 from .patch_embedding import PatchEmbedding
+from .vace import Control, VaceBlock
 
 
 def parameter_dtype(name: str, compute: torch.dtype) -> torch.dtype:
@@ -64,6 +65,9 @@ class WanModel(nn.Module):
         if config.image_branch:
             self.img_emb = ImageEmbedding(config)
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
+        if config.vace_layers:
+            self.vace_patch_embedding = PatchEmbedding(config.control_dim, dim)
+            self.vace_blocks = nn.ModuleList(VaceBlock(config, first=i == 0) for i in config.vace_layers)
         self.head = Head(config)
 
     @property
@@ -80,6 +84,7 @@ class WanModel(nn.Module):
         rope: Rope,
         which: Which = None,
         picture: Context | None = None,
+        controls: Sequence[Control] = (),
     ) -> Tensor:
         """One evaluation.
 
@@ -91,6 +96,7 @@ class WanModel(nn.Module):
             which: [S], int64, the index into `timestep` of each token: what depends on the timestep is computed for
                 the few different ones, not for every token.
             picture: CLIP features of the pictures, for a model with an image branch.
+            controls: the same tokens of VACE's control videos, [S, 4 * control_dim] each.
         Returns:
             velocity [S, 4 * out_dim], float32.
         """
@@ -100,8 +106,15 @@ class WanModel(nn.Module):
         if picture is not None:
             attended.append((picture, picture.embedded(self.img_emb)))
         x = self.patch_embedding(tokens).float()
-        for block in self.blocks:
+        streams: list[Tensor] = []
+        begin = [x] if controls else []
+        for i, block in enumerate(self.blocks):
             x = block(x, e6, which, rope, attended)
+            if controls and i in self.config.vace_layers:
+                streams = streams or [self.vace_patch_embedding(control.values).float() for control in controls]
+                strengths = [control.strength for control in controls]
+                vace = self.vace_blocks[self.config.vace_layers.index(i)]
+                x = x + vace(streams, begin, strengths, e6, which, rope, attended)
         return self.head(x, e, which)
 
 

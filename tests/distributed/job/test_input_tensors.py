@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from jobs import stub_job
-from tiny import TINY
+from tiny import TINY, TINY_VACE
 from wan_pack.distributed.job.input_tensors import check_inputs
 
 TEXT = {"context": (7, TINY.text_dim)}
@@ -60,3 +60,48 @@ def test_latents_to_start_from_are_of_the_videos_shape():
         check(TINY, settings, samples=LATENTS)
         with pytest.raises(ValueError, match=f"{words}, but no latents"):
             check(TINY, settings)
+
+
+WITH_CLIP = dataclasses.replace(I2V, parts=frozenset({"img_emb"}), clip_dim=64)
+PICTURE = {"start_image": (3, 48, 64)}
+
+
+def test_an_image_branch_needs_the_features_of_one_or_two_pictures():
+    for rows in (257, 514):
+        check(WITH_CLIP, **PICTURE, clip_features=(rows, 64))
+    for shape in ((256, 64), (771, 64), (257, 63), (1, 257, 64)):
+        with pytest.raises(ValueError, match=r"this model takes \[257, 64\] or \[514, 64\]"):
+            check(WITH_CLIP, **PICTURE, clip_features=shape)
+    with pytest.raises(ValueError, match="connect CLIP Vision Encode, with clip_vision_h, to clip_vision_start_image"):
+        check(WITH_CLIP, **PICTURE)
+    with pytest.raises(ValueError, match=r"no image branch, as Wan2\.1 I2V, FLF2V has"):
+        check(I2V, **PICTURE, clip_features=(257, 64))
+
+
+PIXELS = {"control_video": (3, 5, 48, 64), "control_mask": (5, 48, 64), "reference_images": (2, 3, 48, 64)}
+
+
+def test_a_control_is_of_the_videos_size_and_references_are_in_front():
+    check(TINY_VACE)
+    check(TINY_VACE, **PIXELS, vace_strength=(1,))
+    check(TINY_VACE, vace_context=(3, 96, 4, 6, 8), vace_strength=(3,))
+    check(TINY_VACE, reference_images=(2, 3, 48, 64), samples=(16, 4, 6, 8))
+    for name, shape in (
+        ("control_video", (3, 9, 48, 64)), ("control_video", (5, 48, 64)), ("control_mask", (5, 64, 48)),
+        ("reference_images", (3, 48, 64)), ("reference_images", (0, 3, 48, 64)), ("vace_strength", (2,)),
+        ("vace_context", (1, 96, 2, 8, 8)), ("vace_context", (1, 96, 1, 6, 8)), ("vace_context", (0, 96, 2, 6, 8)),
+        ("vace_context", (96, 2, 6, 8)), ("vace_context", ()),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} has shape"):
+            check(TINY_VACE, **{name: shape})
+    with pytest.raises(ValueError, match="samples has shape"):
+        check(TINY_VACE, reference_images=(2, 3, 48, 64), samples=LATENTS)
+    with pytest.raises(ValueError, match="control_video and another control, of text_embeds"):
+        check(TINY_VACE, control_video=PIXELS["control_video"], vace_context=(1, 96, 2, 6, 8))
+    for name, shape in PIXELS.items():
+        with pytest.raises(
+            ValueError, match=rf"{name} is given, but this model \(T2V\) follows no control; choose a VACE"
+        ):
+            check(TINY, **{name: shape})
+    with pytest.raises(ValueError, match=r"start_image is given; this model \(VACE\) takes control_video,"):
+        check(TINY_VACE, start_image=(3, 48, 64))

@@ -244,3 +244,42 @@ def test_processes_that_stay_keep_their_weights_while_the_rest_runs():
     assert (cold.weights, warm.weights) == (0, 2 * A14B[0])
     assert cold.text == warm.text == text
     assert estimate(workload(decode=False), Parallel(gpu_count=1)).weights == 2 * A14B[0]
+
+
+def test_vace_blocks_are_counted():
+    """Eight more of a 14B model: weights, kept text, streams beside the main one, and reference frames as tokens."""
+    from dataclasses import replace
+
+    import torch
+    from wan_pack.wan.transformer.transformer import meta_model
+
+    plain = workload(experts=1)
+    config = replace(plain.config, parts=frozenset({"vace_blocks"}), vace_layers=tuple(range(0, 40, 5)))
+    model = meta_model(config, torch.bfloat16)
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in model.running_order]
+    whole = sum(p.nbytes for p in model.parameters())
+    vace = replace(
+        plain, config=config, experts=(whole,), block_bytes=max(sizes), outside_bytes=whole - sum(sizes), controls=1
+    )
+    assert vace.blocks_bytes == sum(sizes) and vace.block_runs == 48
+    one = Parallel(gpu_count=1)
+    for parallel in (one, Parallel(gpu_count=2, use_fsdp=True), Parallel(gpu_count=1, stream_blocks=True)):
+        assert estimate(vace, parallel).total > estimate(plain, parallel).total
+    assert memory.kept_text_bytes(vace, one) == memory.kept_text_bytes(plain, one) * 48 // 40
+    streams = memory.activation_bytes(vace, one) - memory.activation_bytes(plain, one)
+    assert streams == pytest.approx(plain.tokens * (4 * 5120 + 4 * 4 * 96), rel=1e-6)
+    assert memory.activation_bytes(replace(vace, controls=2), one) - memory.activation_bytes(vace, one) == streams
+    assert replace(vace, references=2).tokens == plain.tokens * 23 // 21
+    work = estimate(replace(vace, references=2), one)
+    assert work.activations > estimate(vace, one).activations
+
+
+def test_kept_pictures_are_counted():
+    from dataclasses import replace
+
+    plain = workload(experts=1)
+    one = Parallel(gpu_count=1)
+    for parts, rows in ((frozenset({"img_emb"}), 257), (frozenset({"img_emb", "emb_pos"}), 514)):
+        work = replace(plain, config=replace(plain.config, parts=parts))
+        more = memory.kept_text_bytes(work, one) - memory.kept_text_bytes(plain, one)
+        assert more == 2 * 40 * rows * 5120 * 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import TINY, random_weights, write_official
+from tiny import TINY, TINY_VACE, random_weights, write_official
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank.expert import Weights, load_expert, relora_expert
@@ -18,6 +18,7 @@ from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.rope import rope_table
 from wan_pack.wan.transformer.context import Context, pad_text
 from wan_pack.wan.transformer.transformer import WanModel
+from wan_pack.wan.transformer.vace import Control
 
 CPU = torch.device("cpu")
 
@@ -28,9 +29,11 @@ def config(layers: int) -> WanConfig:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    """Number of blocks -> checkpoint: even and odd numbers take the two buffers in other ways."""
+    """Number of blocks -> checkpoint (7: of VACE): even and odd numbers take the two buffers in other ways."""
     folder = tmp_path_factory.mktemp("stream")
-    return {n: str(write_official(folder / str(n), random_weights(config(n)), config(n))) for n in (1, 4, 5)}
+    written = {n: str(write_official(folder / str(n), random_weights(config(n)), config(n))) for n in (1, 4, 5)}
+    # Five and two others between them.
+    return {**written, 7: str(write_official(folder / "vace", random_weights(TINY_VACE, scale=0.3), TINY_VACE))}
 
 
 def load(folder: str, **settings: bool) -> tuple[WanModel, Weights]:
@@ -48,12 +51,13 @@ def velocity(model: WanModel) -> torch.Tensor:
     tokens = torch.randn(45, 4 * model.config.in_dim, generator=generator)
     text = Context(pad_text(torch.randn(9, model.config.text_dim, generator=generator)))
     rope = rope_table((3, 3, 5), model.config.head_dim, start=0, stop=45)
-    first, second = (model(tokens, torch.tensor([700.0]), text, rope) for _ in range(2))
+    controls = [Control(torch.randn(45, 4 * 96, generator=generator))] if model.config.vace_layers else []
+    first, second = (model(tokens, torch.tensor([700.0]), text, rope, controls=controls) for _ in range(2))
     assert torch.equal(first, second)
     return first
 
 
-@pytest.mark.parametrize("layers", [1, 4, 5])
+@pytest.mark.parametrize("layers", [1, 4, 5, 7])
 def test_streamed_blocks_give_the_same_video(checkpoints: dict[int, str], layers: int):
     expected = velocity(load(checkpoints[layers])[0])
     model, stream = load(checkpoints[layers], stream_blocks=True)

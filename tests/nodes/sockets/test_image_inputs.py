@@ -140,7 +140,6 @@ def test_conditioning_that_does_not_fit_is_refused(extras: dict[str, Any], messa
 @pytest.mark.parametrize(
     "extras",
     [
-        {"vace_frames": [1], "vace_mask": [1], "vace_strength": [1.0]},
         {"control": object()},
         {"audio_embed": noise(1)},
         {"reference_latents": [noise(1)]},
@@ -238,7 +237,6 @@ def test_known_frames_of_the_5b_model_become_latents_and_a_mask(index: int, fram
 @pytest.mark.parametrize(
     "extras",
     [
-        {"vace_context": [noise(1)], "vace_scale": [1.0]},
         {"audio_embeds": {}},
         {"pose_latents": noise(1), "vae": object()},
         {"has_ref": True},

@@ -25,7 +25,7 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 1
 
 
 def is_quantised(name: str, tensor: Tensor) -> bool:
-    return name.startswith("blocks.") and tensor.dim() == 2
+    return name.startswith(("blocks.", "vace_blocks.")) and tensor.dim() == 2
 
 
 def write_plain_fp8(path: Path, weights: Weights, dtype: torch.dtype, prefix: str = "") -> Weights:

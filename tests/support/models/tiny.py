@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from wan_pack.wan.transformer.transformer import WanModel
 TINY = WanConfig(
     dim=32, ffn_dim=80, num_heads=4, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32
 )  # fmt: skip
+TINY_VACE = replace(TINY, num_layers=5, parts=frozenset({"vace_blocks"}), vace_layers=(0, 3))
+"""With control blocks that are spread unevenly over the others."""
 GRID = (3, 3, 5)
 """Latent frames, token rows and columns of a small video: 45 tokens, which few numbers of ranks divide."""
 
@@ -29,7 +32,10 @@ def random_weights(config: WanConfig = TINY, seed: int = 0, scale: float = 0.1) 
 def write_official(folder: Path, weights: dict[str, Tensor], config: WanConfig = TINY, shards: int = 1) -> Path:
     """config.json and safetensors in the official folder layout. Returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel", "num_heads": config.num_heads}))
+    says = {"_class_name": "WanModel", "num_heads": config.num_heads}
+    if config.vace_layers:
+        says |= {"_class_name": "VaceWanModel", "vace_layers": list(config.vace_layers)}
+    (folder / "config.json").write_text(json.dumps(says))
     names = sorted(weights)
     parts = [names[i::shards] for i in range(shards)]
     if shards == 1:

@@ -11,6 +11,7 @@ from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank.expert import load_expert
 from wan_pack.wan.model.rope import rope_table
 from wan_pack.wan.transformer.context import Context, pad_text
+from wan_pack.wan.transformer.vace import Control
 
 CPU = torch.device("cpu")
 
@@ -39,8 +40,11 @@ def velocity_by(
     rows = torch.randn(9, model.config.text_dim, generator=generator)
     text = Context(pad_text(rows), keep=not parallel.memory_optimization)
     rope = rope_table((3, 3, 5), model.config.head_dim, start=shard.start, stop=shard.stop)
+    controls = []
+    if model.config.vace_layers:
+        controls = [Control(shard.split(torch.randn(45, 4 * 96, generator=generator)), s) for s in (1.0, 0.5)]
     for _ in range(times):  # the second time on kept text
-        local = model(shard.split(tokens), torch.tensor([700.0]), text, rope)
+        local = model(shard.split(tokens), torch.tensor([700.0]), text, rope, controls=controls)
     return shard.gather(local, mesh.ulysses_group if mesh else None), local.shape[0]
 
 

@@ -155,7 +155,8 @@ def test_heads_come_from_config_json(tmp_path: Path):
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ({"vace_patch_embedding.weight": (4,)}, "VACE"),
+        ({"vace_blocks.0.norm3.weight": (4,)}, r"not a whole VACE transformer: \d+ tensors are missing"),
+        ({"vace_blocks.x.norm3.weight": (4,)}, r"unknown \(vace_blocks\.x\.norm3"),
         ({"control_adapter.conv.weight": (4,)}, "Fun-Camera"),
         ({"ref_conv.weight": (4,)}, "Fun-Control"),
         ({"audio_injector.x": (4,)}, "S2V"),

@@ -1,0 +1,164 @@
+"""ComfyUI's own graph and our node on the same small models of Wan2.1 I2V, FLF2V and VACE: the same latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from core_sampling import CFG, SEED, STEPS, TEXT_DIM, Modules
+from node_inputs import asked_for, use_model_folders
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from wan_pack.demo.tiny_expert import expert
+from wan_pack.demo.tiny_vae import vae as tiny_vae
+from wan_pack.distributed.job.job import FileIdentity, ModelFiles
+from wan_pack.distributed.launch.launcher import run_job
+from wan_pack.nodes.host import host
+from wan_pack.nodes.host.status import Status
+from wan_pack.nodes.inference import inference as inference_module
+from wan_pack.nodes.inference.outcome import inputs_writer
+
+pytestmark = pytest.mark.processes
+
+LIMIT = 1e-4
+WIDTH, HEIGHT, FRAMES, SHIFT = 64, 48, 9, 8.0
+"""SHIFT is ComfyUI's own for these models."""
+SIZE = {"width": WIDTH, "height": HEIGHT, "length": FRAMES, "batch_size": 1}
+PARTS = {"I2V": (36, ("img_emb",)), "FLF2V": (36, ("img_emb", "emb_pos")), "VACE": (16, ("vace_blocks",))}
+"""Model -> channels in and parts."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One of each, and a VAE, as single files."""
+    folder = tmp_path_factory.mktemp("variants")
+    files = {name: folder / f"{name}.safetensors" for name in (*PARTS, "vae")}
+    for name, (channels, parts) in PARTS.items():
+        save_file(expert(3, channels, text_dim=TEXT_DIM, parts=parts), files[name])
+    save_file(tiny_vae(2), files["vae"])
+    return files
+
+
+def text(seed: int) -> list[Any]:
+    """A CONDITIONING as CLIP Text Encode makes it: ended with zeros."""
+    rows = torch.zeros(1, 512, TEXT_DIM)
+    rows[:, :9] = torch.randn(1, 9, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
+    return [[rows, {"pooled_output": None}]]
+
+
+def pixels(seed: int, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def clip_vision(core: Modules, seed: int) -> Any:
+    output = core["comfy.clip_vision"].Output()
+    output.penultimate_hidden_states = torch.randn(1, 257, 1280, generator=torch.Generator().manual_seed(seed))
+    return output
+
+
+class Run:
+    """One model behind ComfyUI's KSampler, and as a job of our node."""
+
+    def __init__(self, core: Modules, models: dict[str, Path], name: str, folder: Path) -> None:
+        self.core, self.files, self.name, self.folder = core, models, name, folder
+        sd = core["comfy.sd"]
+        self.vae = sd.VAE(sd=load_file(models["vae"]), dtype=torch.float32)
+
+    def theirs(self, positive: Any, negative: Any, latent: Any) -> Tensor:
+        """[C, T, h, w] of KSampler."""
+        model = self.core["comfy.sd"].load_diffusion_model(str(self.files[self.name]))
+        samples = self.core["sampled"](model, positive=positive, negative=negative, latent_image=latent)
+        return samples[0]
+
+    def ours(self, **inputs: Any) -> tuple[Tensor, int]:
+        """[C, T, h, w] of our node, and the frames of its video."""
+        files = {name: (FileIdentity.of(self.files[name]),) for name in (self.name, "vae")}
+        model = ModelFiles(high_noise=files[self.name], low_noise=(), vae=files["vae"])
+        given = {
+            "width": WIDTH, "height": HEIGHT, "num_frames": FRAMES, "sample_steps": STEPS, "seed": SEED, "shift": SHIFT,
+            "scheduler": "euler", "guidance_low": CFG, "guidance_high": CFG, "gpu_count": 2, "use_fsdp": True,
+            "config": None,
+        }  # fmt: skip
+        job, tensors = inference_module.build_job(asked_for(model=model, **{**given, **inputs}), Status())
+        assert job.parallel.mixed_precision == "bf16"
+        from dataclasses import replace
+
+        job = replace(job, parallel=replace(job.parallel, mixed_precision="fp32"))
+        result = run_job(job, inputs_writer(tensors), parent=self.folder / "jobs", failed=self.folder / "failed")
+        samples = load_file(result.folder.latents)["samples"][0]
+        result.remove()
+        return samples, result.info["video"]["frames"]
+
+
+@pytest.fixture
+def run(
+    core: Modules, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], Run]:
+    use_model_folders(tmp_path, monkeypatch)
+    monkeypatch.setattr(host, "visible_gpus", lambda: "")
+    monkeypatch.setattr(host, "free_memory", lambda: None)
+    return lambda name: Run(core, models, name, tmp_path)
+
+
+def same(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape and theirs.std() > 0.1
+    error = ((ours - theirs).norm() / theirs.norm()).item()
+    assert error < LIMIT, error
+
+
+def test_i2v(core: Modules, run: Callable[[str], Run]):
+    made, picture, seen = run("I2V"), pixels(1, 1, HEIGHT, WIDTH, 3), clip_vision(core, 2)
+    node = core["comfy_extras.nodes_wan"].WanImageToVideo
+    positive, negative, latent = node.execute(
+        text(1), text(2), made.vae, **SIZE, start_image=picture, clip_vision_output=seen
+    ).result
+    theirs = made.theirs(positive, negative, latent)
+    ours, frames = made.ours(text_embeds=positive, negative_embeds=negative, samples=latent)
+    same(ours, theirs)
+    assert frames == FRAMES
+    ours, _ = made.ours(text_embeds=text(1), negative_embeds=text(2), start_image=picture, clip_vision_start_image=seen)
+    same(ours, theirs)
+
+
+def test_flf2v(core: Modules, run: Callable[[str], Run]):
+    made, (start, end) = run("FLF2V"), pixels(1, 2, 1, HEIGHT, WIDTH, 3)
+    seen = {"clip_vision_start_image": clip_vision(core, 2), "clip_vision_end_image": clip_vision(core, 3)}
+    node = core["comfy_extras.nodes_wan"].WanFirstLastFrameToVideo
+    positive, negative, latent = node.execute(
+        text(1), text(2), made.vae, **SIZE, start_image=start, end_image=end, **seen
+    ).result
+    theirs = made.theirs(positive, negative, latent)
+    same(made.ours(text_embeds=positive, negative_embeds=negative)[0], theirs)
+    own = made.ours(text_embeds=text(1), negative_embeds=text(2), start_image=start, end_image=end, **seen)
+    same(own[0], theirs)
+
+
+def test_vace_with_control_video_mask_and_reference(core: Modules, run: Callable[[str], Run]):
+    made, video, picture = run("VACE"), pixels(1, FRAMES, HEIGHT, WIDTH, 3), pixels(2, 1, HEIGHT, WIDTH, 3)
+    mask = torch.zeros(FRAMES, HEIGHT, WIDTH)
+    mask[3:, 10:, 20:50] = 1
+    node = core["comfy_extras.nodes_wan"].WanVaceToVideo
+    given = {"control_video": video, "control_masks": mask, "reference_image": picture, "strength": 0.8}
+    positive, negative, latent, trim = node.execute(text(1), text(2), made.vae, **SIZE, **given).result
+    theirs = made.theirs(positive, negative, latent)
+    ours, frames = made.ours(text_embeds=positive, negative_embeds=negative, samples=latent)
+    same(ours, theirs)
+    # The reference is in front of the latents, and not in the video.
+    assert trim == 1 and ours.shape[1] == 4 and frames == FRAMES
+    own = {"control_video": video, "control_mask": mask, "reference_images": picture, "vace_strength": 0.8}
+    same(made.ours(text_embeds=text(1), negative_embeds=text(2), **own)[0], theirs)
+
+
+def test_a_chain_of_vace_controls(core: Modules, run: Callable[[str], Run]):
+    made, node = run("VACE"), core["comfy_extras.nodes_wan"].WanVaceToVideo
+    positive, negative = text(1), text(2)
+    for seed, strength in ((1, 1.0), (2, 0.4)):
+        video = pixels(seed, FRAMES, HEIGHT, WIDTH, 3)
+        positive, negative, latent, _ = node.execute(
+            positive, negative, made.vae, **SIZE, strength=strength, control_video=video
+        ).result
+    theirs = made.theirs(positive, negative, latent)
+    same(made.ours(text_embeds=positive, negative_embeds=negative)[0], theirs)
