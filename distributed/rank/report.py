@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from ...wan.model.int8_products import int8_products_there
 from ..job.job import VERSION, Job, ModelFiles, Parallel
+from ..parallel.opened_memory import way_of
 from ..parallel.parallelize import chosen_engine
-from ..parallel.peer_memory import way_of
 from .session import Session
 
 Peaks = list[list[int]]

@@ -32,14 +32,15 @@ def test_heads_that_a_kernel_writes_into_the_message_equal_packing():
 @pytest.mark.parametrize("relayed", [False, True])
 def test_a_hidden_exchange_gives_the_bits_of_the_packed_one(tmp_path: Path, relayed: bool):
     """Between processes; test_symmetric.py has every way and number of heads."""
-    sizes, heads, lengths = [2, 3], [24, 5, 2] if relayed else [5, 2], [16, 45]
-    ways = [[0, 2, "k"]] if relayed else [[0, 2, "k"], [2, 2, ""]]
+    sizes, heads, lengths = [2, 3], [24, 5, 2], [16, 45]
     folder = "" if relayed else str(tmp_path)
-    results = run_ranks(
-        "hidden_exchange_equals_packed", 3, folder=folder, sizes=sizes, heads=heads, lengths=lengths, ways=ways
-    )
-    each = len(heads) * len(ways) * 8
+    results = run_ranks("hidden_exchange_equals_packed", 3, folder=folder, sizes=sizes, heads=heads, lengths=lengths)
+    each = len(heads) * 8
     assert [result["compared"] for result in results] == [2 * each, 2 * each, each]
+
+
+def test_one_rank_that_cannot_share_memory_keeps_nobody_waiting():
+    run_ranks("one_that_cannot_share_memory_keeps_nobody_waiting", 2)
 
 
 def test_deepspeed_attention_where_heads_divide():

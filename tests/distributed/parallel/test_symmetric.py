@@ -13,8 +13,8 @@ import torch
 from jobs import stub_job
 from layers import WRITING, attention_on_codes, random_layer
 from torch import Tensor
-from wan_pack.distributed.parallel import peer_memory, symmetric
-from wan_pack.distributed.parallel.memory_layout import growing_parts, parts_of
+from wan_pack.distributed.parallel import opened_memory, symmetric
+from wan_pack.distributed.parallel.memory_layout import parts_of
 from wan_pack.distributed.parallel.sequence import SequenceShard, split_evenly
 from wan_pack.distributed.parallel.symmetric import SymmetricUlysses
 from wan_pack.distributed.rank import report
@@ -28,12 +28,11 @@ from wan_pack.wan.transformer.self_attention import SelfAttention
 class ThreadMemory:
     """`PeerMemory` of threads."""
 
-    direct = True
-
     def __init__(self, world: int) -> None:
         self._barrier = threading.Barrier(world, timeout=20)
         self.world = world
         self.buffers: list[Tensor] = []
+        self.own = torch.empty(0)
 
     def of(self, group: Any, nbytes: int, device: torch.device) -> ThreadMemory:
         """For `symmetric.peer_memory`: the same for all threads, NaN at first."""
@@ -56,14 +55,13 @@ def exchange(
     inputs: list[Tensor],
     ops: Ops,
     kernel: Attention,
-    **how: Any,
 ) -> list[Tensor]:
     """x [length, C] of some videos, one after another -> what all ranks together make of each, [length, H, D]."""
     monkeypatch.setattr(symmetric, "peer_memory", ThreadMemory(world).of)
 
     @torch.no_grad()
     def run(rank: int) -> list[Tensor]:
-        engine = SymmetricUlysses(None, SequenceShard(length=1, rank=rank, world=world), kernel, **how)
+        engine = SymmetricUlysses(None, SequenceShard(length=1, rank=rank, world=world), kernel)
         results = []
         for x in inputs:
             engine.shard = shard = SequenceShard(length=len(x), rank=rank, world=world)
@@ -102,27 +100,16 @@ def expected(world: int, layer: SelfAttention, x: Tensor, kernel: Attention) -> 
 
 @pytest.mark.parametrize("kernel", [attention, attention_on_codes], ids=["full", "codes"])
 @pytest.mark.parametrize("ops", [PLAIN, WRITING], ids=["tensors", "kernel"])
-@pytest.mark.parametrize(("first", "last", "direct"), [(0, 2, "k"), (2, 2, ""), (0, 0, "vqk"), (1, 1, "v")])
-def test_it_changes_no_bit(
-    monkeypatch: pytest.MonkeyPatch, first: int, last: int, direct: str, ops: Ops, kernel: Attention
-):
+def test_it_changes_no_bit(monkeypatch: pytest.MonkeyPatch, ops: Ops, kernel: Attention):
     """Heads that ranks divide or not, ranks with one or none; videos one after another, also of the same length."""
-    for world, heads in product((2, 3), (12, 5, 2)):
+    for world, heads in product((2, 3), (24, 12, 5, 2)):
         layer = random_layer(heads=heads, channels=8)
         inputs = [
             torch.randn(n, heads * 8, generator=torch.Generator().manual_seed(i)) for i, n in enumerate((16, 16, 45))
         ]
-        found = exchange(monkeypatch, world, layer, inputs, ops, kernel, first=first, last=last, direct=direct)
+        found = exchange(monkeypatch, world, layer, inputs, ops, kernel)
         for x, out in zip(inputs, found, strict=True):
             assert torch.equal(out, expected(world, layer, x, kernel)), (world, heads, len(x))
-
-
-@pytest.mark.parametrize(
-    ("heads", "first", "last", "parts"),
-    [(10, 0, 2, [0, 8, 2]), (10, 2, 2, [2, 6, 2]), (5, 2, 2, [1, 2, 2]), (1, 0, 2, [0, 1, 0]), (0, 2, 2, [0, 0, 0])],
-)
-def test_parts_of_the_heads(heads: int, first: int, last: int, parts: list[int]):
-    assert parts_of(heads, first, last) == parts
 
 
 def test_ranks_that_cannot_reach_each_other_exchange_as_packed(monkeypatch: pytest.MonkeyPatch):
@@ -154,7 +141,7 @@ def test_what_keeps_ranks_from_each_others_memory(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda one, other: {one, other} == {0, 1})
-    assert peer_memory.obstacle(places, 0) == found
+    assert opened_memory.obstacle(places, 0) == found
 
 
 @pytest.mark.parametrize(
@@ -169,7 +156,7 @@ def test_what_keeps_ranks_from_each_others_memory(
     ],
 )
 def test_the_status_says_which_exchange_ran(monkeypatch: pytest.MonkeyPatch, reasons: dict[str, Any], status: str):
-    monkeypatch.setattr(peer_memory, "_reasons", reasons)
+    monkeypatch.setattr(opened_memory, "_reasons", reasons)
     session: Any = SimpleNamespace(
         mesh=SimpleNamespace(ulysses_group=SimpleNamespace(group_name="row")), device=torch.device("cpu")
     )
@@ -195,9 +182,9 @@ def test_the_status_says_which_exchange_ran(monkeypatch: pytest.MonkeyPatch, rea
         (5, 5, [2, 3]),
     ],
 )
-def test_parts_of_what_is_relayed(heads: int, most: int, parts: list[int]):
+def test_parts_of_the_heads(heads: int, most: int, parts: list[int]):
     """As many for a rank with fewer heads."""
-    assert growing_parts(heads, most) == parts
+    assert parts_of(heads, most) == parts
 
 
 @pytest.mark.parametrize(
@@ -205,12 +192,12 @@ def test_parts_of_what_is_relayed(heads: int, most: int, parts: list[int]):
     [([[7, 0], [7, 1]], ""), ([[7, -1], [7, -1]], ""), ([[7, 0], [8, 0]], "the ranks are on several machines")],
 )
 def test_what_keeps_ranks_from_relaying(places: list[list[int]], found: str):
-    assert peer_memory.relay_obstacle(places, 0, 1 << 20) == found
+    assert opened_memory.relay_obstacle(places, 0, 1 << 20) == found
 
 
 @pytest.mark.parametrize(
     ("available", "found"), [(2 << 30, ""), (None, ""), ((2 << 30) - 1, "2.0 GiB of the host's memory are not free")]
 )
 def test_a_relay_needs_room_in_the_hosts_memory(monkeypatch: pytest.MonkeyPatch, available: int | None, found: str):
-    monkeypatch.setattr(peer_memory, "available_bytes", lambda: available)
-    assert peer_memory.relay_obstacle([[7, 0], [7, 1]], 0, 1 << 30) == found
+    monkeypatch.setattr(opened_memory, "available_bytes", lambda: available)
+    assert opened_memory.relay_obstacle([[7, 0], [7, 1]], 0, 1 << 30) == found

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from layers import WRITING, Projected, random_layer
 from peer_files import FileMemory, reach_as_gpus
-from wan_pack.distributed.parallel.host_relay import HostRelay
+from wan_pack.distributed.parallel import opened_memory
+from wan_pack.distributed.parallel.host_memory_map import HostMemoryMap
 from wan_pack.distributed.parallel.parallelize import ENGINES
+from wan_pack.distributed.parallel.peer_memory import HostRelay
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.wan.model.attention import attention
 from wan_pack.wan.model.ops import PLAIN
@@ -59,13 +61,12 @@ def written_message_equals_packing(
 
 
 def hidden_exchange_equals_packed(
-    rank: int, world: int, *, folder: str, sizes: list[int], heads: list[int], lengths: list[int], ways: list[list[Any]]
+    rank: int, world: int, *, folder: str, sizes: list[int], heads: list[int], lengths: list[int]
 ) -> dict[str, int]:
     """In every bit, from tensors and from a kernel, in every number of parts, one video after another.
 
     Args:
         folder: for memory that ranks reach as GPUs with peer access do; empty: they relay.
-        ways: (first, last, direct) of `SymmetricUlysses`.
     Returns:
         what was compared.
     """
@@ -76,10 +77,10 @@ def hidden_exchange_equals_packed(
         group = dist.new_group(list(range(size)))
         if rank >= size:
             continue
-        for h, (first, last, direct) in product(heads, ways):
+        for h in heads:
             shard = SequenceShard(length=1, rank=rank, world=size)
             packed = ENGINES["packed"](group, shard, attention)
-            hidden = ENGINES["symmetric"](group, shard, attention, first=first, last=last, direct=direct)
+            hidden = ENGINES["symmetric"](group, shard, attention)
             layers = random_layer(heads=h, channels=8), random_layer(heads=h, channels=8, seed=1)
             for length, layer, ops in product(lengths, layers, (PLAIN, WRITING)):
                 packed.shard = hidden.shard = shard = SequenceShard(length=length, rank=rank, world=size)
@@ -91,6 +92,27 @@ def hidden_exchange_equals_packed(
                 assert isinstance(memory, FileMemory if folder else HostRelay)
                 memory.buffers[rank].fill_(255)
                 expected = packed(layer, x, rope, ops)
-                assert torch.equal(out, expected), f"{size} ranks, {h} heads, {length} tokens, {first} {last} {direct}"
+                assert torch.equal(out, expected), f"{size} ranks, {h} heads, {length} tokens"
                 compared += 1
     return {"compared": compared}
+
+
+def one_that_cannot_share_memory_keeps_nobody_waiting(rank: int, world: int) -> None:
+    """All exchange as packed then, and say why."""
+
+    def map_memory(*arguments: Any) -> HostMemoryMap:
+        mapped = HostMemoryMap(*arguments)
+        if rank == 1:
+            raise OSError("not permitted")
+        return mapped
+
+    opened_memory.HostMemoryMap = map_memory  # type: ignore[assignment,misc]
+    group = dist.new_group(list(range(world)))
+    shard = SequenceShard(length=16, rank=rank, world=world)
+    layer = random_layer(heads=4, channels=8)
+    x = shard.split(torch.randn(16, 32, generator=torch.Generator().manual_seed(1)))
+    rope = rope_table((1, 1, 16), 8, start=shard.start, stop=shard.stop)
+    expected, out = (ENGINES[name](group, shard, attention)(layer, x, rope, PLAIN) for name in ("packed", "symmetric"))
+    assert torch.equal(out, expected)
+    reason = "OSError: not permitted" if rank == 1 else "another rank cannot"
+    assert opened_memory.way_of(group) == f"packed (no GPU; {reason})"

@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 from exchange_rank_functions import attention_equals_plain as attention_equals_plain
 from exchange_rank_functions import hidden_exchange_equals_packed as hidden_exchange_equals_packed
+from exchange_rank_functions import (
+    one_that_cannot_share_memory_keeps_nobody_waiting as one_that_cannot_share_memory_keeps_nobody_waiting,
+)
 from exchange_rank_functions import written_message_equals_packing as written_message_equals_packing
 from made_up_video import CPU, load_folder, spread_over, tokens_of, velocity_by, velocity_of
 from vae_rank_functions import split_vae_equals_whole as split_vae_equals_whole

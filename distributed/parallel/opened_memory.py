@@ -1,0 +1,129 @@
+"""Which memory the ranks of a group write to each other through: opened once, kept from job to job."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import zlib
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..machine.host_memory import available_bytes
+from .host_memory_map import HostMemoryMap
+from .peer_memory import HostRelay, PeerMemory, SymmetricMemory
+from .sequence import gather_rows
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_opened: dict[str, PeerMemory | None] = {}
+"""By name of the group. What exchanges over a group takes turns: one buffer serves all of it."""
+_reasons: dict[str, list[str]] = {}
+"""By name of the group: why it is not the first way, and why not the second."""
+
+
+def peer_memory(group: dist.ProcessGroup, nbytes: int, device: torch.device) -> PeerMemory | None:
+    """At least `nbytes` on each rank of `group`; what was there before may be let go. Collective.
+
+    None where the ranks cannot write to each other's memory, not even through the host's: alike on all of them.
+    """
+    name = group.group_name
+    found = _opened.get(name)
+    if name not in _opened or (found is not None and found.buffers[group.rank()].nbytes < nbytes):
+        if device.type == "cuda":
+            # What is let go may be at work.
+            torch.cuda.synchronize(device)
+        if found is not None:
+            # No rank may still write to another's.
+            dist.barrier(group)
+            found.close()
+        del found
+        _opened.pop(name, None)
+        found = _opened[name] = _open(group, nbytes, device)
+    return found
+
+
+def way_of(group: dist.ProcessGroup) -> str:
+    """For the status, how `group` exchanges: symmetric, relayed or packed, and why it is not the one before."""
+    reasons = _reasons.get(group.group_name, [])
+    names = ["symmetric", "relayed through the host's memory", "packed"]
+    return names[len(reasons)] + (f" ({'; '.join(reasons)})" if reasons else "")
+
+
+def _open(group: dist.ProcessGroup, nbytes: int, device: torch.device) -> PeerMemory | None:
+    places = _places(group, device)
+    rank = group.rank()
+    ways: tuple[tuple[str, type[PeerMemory]], ...] = (
+        (obstacle(places, rank), SymmetricMemory),
+        (relay_obstacle(places, rank, nbytes), HostRelay),
+    )
+    reasons = _reasons[group.group_name] = []
+    for reason, kind in ways:
+        # All agree before each step, or one would wait for another that has given up.
+        if _all(group, not reason, device):
+            host, reason = _tried(partial(HostMemoryMap, group, kind.host_bytes(nbytes), device))
+            if _all(group, host is not None, device):
+                assert host is not None
+                memory, reason = _tried(partial(kind, group, nbytes, device, host))
+                if _all(group, memory is not None, device):
+                    return memory
+        reasons.append(reason or "another rank cannot")
+        log.info("not through memory: %s", reasons[-1])
+    return None
+
+
+def _tried(make: Callable[[], T]) -> tuple[T | None, str]:
+    """What it makes, or None and why."""
+    try:
+        return make(), ""
+    except (RuntimeError, OSError, ImportError) as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _places(group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
+    """Of each rank a number for its machine, and its GPU's index there; -1 without one. Collective."""
+    index = device.index if device.type == "cuda" else -1
+    return gather_rows(torch.tensor([zlib.crc32(socket.gethostname().encode()), index], device=device), group)
+
+
+def obstacle(places: list[list[int]], rank: int) -> str:
+    """What keeps `rank` from writing to the others' memory; empty: nothing that is known.
+
+    Args:
+        places: see `_places`.
+    """
+    machine, index = places[rank]
+    if any(gpu < 0 for _, gpu in places):
+        return "no GPU"
+    if any(other != machine for other, _ in places):
+        return "the ranks are on several machines"
+    if os.environ.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
+        return "NCCL_P2P_DISABLE is set"
+    far = [gpu for _, gpu in places if gpu != index and not torch.cuda.can_device_access_peer(index, gpu)]
+    return f"GPU {index} has no peer access to {', '.join(map(str, far))}" if far else ""
+
+
+def relay_obstacle(places: list[list[int]], rank: int, nbytes: int) -> str:
+    """What keeps `rank` from sending through the host's memory; empty: nothing that is known.
+
+    Args:
+        nbytes: of each rank's part of that memory.
+    """
+    if any(machine != places[rank][0] for machine, _ in places):
+        return "the ranks are on several machines"
+    needed, available = nbytes * len(places), available_bytes()
+    if available is not None and available < needed:
+        return f"{needed / 2**30:.1f} GiB of the host's memory are not free"
+    return ""
+
+
+def _all(group: dist.ProcessGroup, value: bool, device: torch.device) -> bool:
+    """Whether `value` is true on all ranks."""
+    flag = torch.tensor([int(value)], device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
+    return bool(flag.item())
