@@ -54,7 +54,9 @@ def expert_files(name: str) -> tuple[Path, ...]:
 
 def vae_names() -> list[str]:
     """Files of the VAE folder, VAEs of official and diffusers folders, all-in-one checkpoints."""
-    return _unique(host.model_files("vae"), sorted(_beside_experts(VAE_FILE, VAE_FOLDER)), _checkpoint_names())
+    return _unique(
+        host.model_files("vae"), _gguf_files("vae"), sorted(_beside_experts(VAE_FILE, VAE_FOLDER)), _checkpoint_names()
+    )
 
 
 def vae_files(name: str) -> tuple[Path, ...]:

@@ -47,6 +47,14 @@ def test_single_files_of_both_formats_are_listed(folders: Path) -> None:
     )
 
 
+def test_gguf_vaes_are_listed(folders: Path) -> None:
+    make(folders / "vae", "wan_2.1_vae.safetensors", "pig/wan_2.1_vae_fp32-f16.gguf")
+    assert catalogue.vae_names() == ["wan_2.1_vae.safetensors", "pig/wan_2.1_vae_fp32-f16.gguf"]
+    assert catalogue.vae_files("pig/wan_2.1_vae_fp32-f16.gguf") == (
+        folders / "vae" / "pig" / "wan_2.1_vae_fp32-f16.gguf",
+    )
+
+
 def test_all_in_one_checkpoint_is_listed_everywhere(folders: Path) -> None:
     make(folders / "checkpoints", "rapid.safetensors", "old.ckpt")
     name = "checkpoints/rapid.safetensors"

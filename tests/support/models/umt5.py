@@ -68,11 +68,14 @@ def wide_hf_weights() -> dict[str, Tensor]:
     return tensors
 
 
-def write_gguf(path: Path, tensors: Mapping[str, Tensor], kind: str, metadata: Mapping[str, Any]) -> dict[str, Tensor]:
+def write_gguf(
+    path: Path, tensors: Mapping[str, Tensor], kind: str, metadata: Mapping[str, Any], *, renamed: bool = True
+) -> dict[str, Tensor]:
     """A text encoder as llama.cpp's converter names and stores it; matrices in type `kind`.
 
     Args:
         tensors: under transformers' names.
+        renamed: to llama.cpp's; others keep transformers'.
     Returns:
         what the stored values stand for, under the same names.
     """
@@ -90,7 +93,8 @@ def write_gguf(path: Path, tensors: Mapping[str, Tensor], kind: str, metadata: M
         exact = tensor.dim() == 1 or "relative_attention_bias" in name
         stored_as = gguf.GGMLQuantizationType["F32" if exact else kind]
         data = gguf.quants.quantize(tensor.numpy(), stored_as)
-        writer.add_tensor(f"{names[name.removesuffix('.weight')]}.weight", data, raw_dtype=stored_as)
+        named = f"{names[name.removesuffix('.weight')]}.weight" if renamed else name
+        writer.add_tensor(named, data, raw_dtype=stored_as)
         meaning[name] = torch.from_numpy(gguf.quants.dequantize(data, stored_as))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -191,10 +191,10 @@ def test_a_tensor_in_two_shards_is_named(tokenizer_file: Path, tmp_path: Path) -
         check_text_encoder_files([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], [tokenizer_file])
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
-def test_gguf(kind: str, tokenizer_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "renamed"), [("F16", True), ("Q8_0", True), ("Q4_0", True), ("Q8_0", False)])
+def test_gguf(kind: str, renamed: bool, tokenizer_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "umt5-xxl-encoder.gguf"
-    meaning = write_gguf(path, wide_hf_weights(), kind, {})
+    meaning = write_gguf(path, wide_hf_weights(), kind, {}, renamed=renamed)
     for attempt in (check_text_encoder_files, load_text_encoder):
         with pytest.raises(ValueError, match=r"umt5-xxl-encoder\.gguf carries no tokenizer.*google/umt5-xxl"):
             attempt([path], [])
