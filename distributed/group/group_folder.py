@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import select
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from ..job.job_folder import JobDir, remove_folder
 from ..job.json_files import read_json, write_json
+from ..machine.bell import Bell, ring
 
 GROUP_PREFIX = "wan-group-"
-
-
-class Bell:
-    """The end of a named pipe that a rank waits at."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def wait(self, seconds: float) -> None:
-        """Sleeps until somebody rings, `seconds` at most."""
-        if select.select([self._descriptor], [], [], seconds)[0]:
-            os.read(self._descriptor, 4096)
 
 
 class GroupDir:
@@ -58,31 +43,16 @@ class GroupDir:
         """Asks for this job, and wakes the ranks that wait for it."""
         write_json(self.request(number), {"folder": str(job.path)})
         for bell in self.path.glob("bell-*"):
-            # A rank that does not wait yet will look for the file before it does.
-            with contextlib.suppress(OSError):
-                descriptor = os.open(bell, os.O_WRONLY | os.O_NONBLOCK)
-                try:
-                    os.write(descriptor, b"!")
-                finally:
-                    os.close(descriptor)
+            ring(bell)
 
     def read_request(self, number: int) -> JobDir | None:
         """The folder of job `number`; None while there is no such job."""
         path = self.request(number)
         return JobDir(read_json(path)["folder"]) if path.exists() else None
 
-    @contextlib.contextmanager
-    def bell(self, rank: int) -> Iterator[Bell]:
-        """Where `rank` sleeps until the next request: a named pipe, so that an idle rank uses no processor."""
-        path = self.path / f"bell-{rank}"
-        if not path.exists():
-            os.mkfifo(path, 0o600)
-        # For writing too: a pipe without a writer would be readable all the time.
-        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)
-        try:
-            yield Bell(descriptor)
-        finally:
-            os.close(descriptor)
+    def bell(self, rank: int) -> Bell:
+        """Where `rank` sleeps until the next request."""
+        return Bell(self.path / f"bell-{rank}")
 
     def remove(self) -> None:
         """Deletes the folder and what it holds. A second call does nothing."""

@@ -28,6 +28,8 @@ class JobDir:
         self.job = self.path / "job.json"
         self.inputs = self.path / "inputs.safetensors"
         """Text embeddings, where the job does not encode its prompt."""
+        self.evaluations = self.path / "evaluations.json"
+        """`memory`, `answers`: where evaluations are asked for, and the bell of who waits for their answers."""
         self.owner = self.path / "owner.lock"
         """Locked by the process that will remove the folder, for as long as that lives."""
         self.progress = self.path / "progress.json"
@@ -54,6 +56,10 @@ class JobDir:
         folder = cls(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         folder.logs.mkdir(mode=0o700)
         return folder
+
+    def bell(self, rank: int) -> Path:
+        """Where the rank waits for the next evaluation."""
+        return self.path / f"bell-{rank}"
 
     def alive(self, rank: int) -> Path:
         """Rewritten by the rank at every phase and step; its age is the sign of life."""

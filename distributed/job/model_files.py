@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,34 @@ class LoraFile:
         check(ok, "strength", self.strength, f"{-MAX_STRENGTH} to {MAX_STRENGTH}")
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertFiles:
+    """What an expert is made from."""
+
+    files: tuple[FileIdentity, ...]
+    loras: tuple[LoraFile, ...]
+    side: str | None
+    """Which of the changes counts in a LoRA file that has those of both experts."""
+
+    @property
+    def paths(self) -> list[str]:
+        return [file.path for file in self.files]
+
+    @property
+    def strengths(self) -> list[tuple[str, float]]:
+        """(path, strength) of each LoRA."""
+        return [(lora.file.path, lora.strength) for lora in self.loras]
+
+    @property
+    def loras_are_there(self) -> bool:
+        """Their files, still the same."""
+        with suppress(JobError):
+            for lora in self.loras:
+                lora.file.check_unchanged()
+            return True
+        return False
+
+
 def check_loras(name: str, count: int) -> None:
     """Raises ValueError if one expert has more LoRAs than a job takes."""
     if count > MAX_LORAS:
@@ -109,6 +138,10 @@ class ModelFiles:
     def transformer(self) -> tuple[FileIdentity, ...]:
         """The files of one expert: both have the same sizes."""
         return self.high_noise or self.low_noise
+
+    def expert(self, name: str) -> ExpertFiles:
+        """high_noise or low_noise."""
+        return ExpertFiles(getattr(self, name), getattr(self, f"{name}_loras"), name)
 
     def all(self) -> tuple[FileIdentity, ...]:
         parts = (part for field in dataclasses.fields(self) for part in getattr(self, field.name))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 from pathlib import Path
 
@@ -23,8 +25,43 @@ class MemoryFile:
         """From its beginning, at most `limit` bytes."""
         return os.pread(self._descriptor, limit, 0)
 
+    def map(self, size: int) -> mmap.mmap:
+        """Its first `size` bytes, shared with all that map them. It grows to that; what is new is zeros."""
+        if os.fstat(self._descriptor).st_size < size:
+            os.ftruncate(self._descriptor, size)
+        return mmap.mmap(self._descriptor, size)
+
     def close(self) -> None:
         """A second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class OpenedMemory:
+    """Another process' `MemoryFile`, to read and to write, for as long as this one wants.
+
+    Args:
+        path: as that process has it. It is opened once: later it may be another file's.
+    Raises:
+        OSError: that process has ended or closed it, or it is no file in memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        if not os.readlink(f"/proc/self/fd/{self._descriptor}").startswith("/memfd:"):
+            self.close()
+            raise OSError(errno.EINVAL, "it is no file in memory", str(path))
+
+    def map(self, size: int) -> mmap.mmap:
+        """Its first `size` bytes. Raises ValueError if it is smaller."""
+        there = os.fstat(self._descriptor).st_size
+        if there < size:
+            raise ValueError(f"a file in memory has {there} bytes; it must have {size}")
+        return mmap.mmap(self._descriptor, size)
+
+    def close(self) -> None:
+        """What is mapped stays. A second call does nothing."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -28,6 +28,8 @@ CONTEXT_BYTES = int(0.6 * GIB)
 """A process's CUDA context and library handles, which torch's peak leaves out."""
 NCCL_BYTES = int(0.7 * GIB)
 """Of a process that talks to others."""
+GUIDED_PROMPTS = 2
+"""The prompt and the negative prompt."""
 FRAGMENTATION = 0.06
 """Of what is allocated and freed at every step: the allocator's blocks are larger than what they hold."""
 
@@ -130,6 +132,13 @@ def estimate(work: Workload, parallel: Parallel) -> Estimate:
     )
 
 
+def evaluation_bytes(work: Workload, parallel: Parallel) -> int:
+    """Beyond the weights at rest, of processes that run already."""
+    changing = kept_text_bytes(work, parallel) + activation_bytes(work, parallel)
+    taken = gathered_bytes(work, parallel) + peer_bytes(work, parallel) + changing
+    return taken + int(FRAGMENTATION * changing)
+
+
 def compute_bytes(parallel: Parallel) -> int:
     """Per element of the matrix products."""
     return 4 if parallel.mixed_precision == "fp32" else 2
@@ -173,7 +182,7 @@ def kept_text_bytes(work: Workload, parallel: Parallel) -> int:
     """Bytes of the cross-attention's keys and values, 2 * L * R * C elements a prompt, and of the pictures'."""
     if parallel.memory_optimization:
         return 0
-    prompts = 2 if work.guided and not parallel.cfg_parallel else 1
+    prompts = GUIDED_PROMPTS if work.guided and not parallel.cfg_parallel else 1
     config = work.config
     rows = prompts * TEXT_LEN + (config.pictures * PICTURE_ROWS if config.image_branch else 0)
     return 2 * len(config.block_names) * rows * config.dim * compute_bytes(parallel)

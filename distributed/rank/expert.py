@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ...wan.checkpoint.checkpoint import Checkpoint
@@ -26,6 +25,7 @@ from ...wan.transformer.transformer import WanModel
 from ..job.job import Parallel
 from ..parallel.mesh import Mesh
 from ..parallel.parallelize import parallelize_wan, release_gathered
+from ..parallel.passes import Pass, evaluate_passes
 from ..parallel.sequence import SequenceShard
 from ..parallel.shared_reading import ALONE, SharedReading
 from ..planning.workload import keeping_of
@@ -173,6 +173,23 @@ def relora_expert(
     return True
 
 
+def take_turn(weights: dict[str, Weights], expert: str) -> None:
+    """Brings one expert's weights onto the device, where those of the others leave it.
+
+    Args:
+        weights: of each that takes part; empty where all stay.
+    """
+    for name, others in weights.items():
+        if name != expert:
+            others.park()
+    if expert in weights:
+        weights[expert].fetch()
+    if weights:
+        resident = sum(each.resident_bytes for each in weights.values())
+        other = ", the other in host memory" if len(weights) > 1 else ""
+        log.info("offload: %s expert on the device (%.2f GiB)%s", expert, resident / 2**30, other)
+
+
 class VelocityPredictor:
     """What the sampling loop asks for velocities (`wan.sampling.denoise.Predict`).
 
@@ -228,22 +245,14 @@ class VelocityPredictor:
         """tokens: this rank's [S, 4 * out_dim] -> for each pass the velocity, the same shape, float32."""
         if expert != self._active:
             self._activate(expert)
-        if len(passes) == 2 and self._mesh is not None and self._mesh.cfg_group is not None:
-            mine = self._evaluate(expert, tokens, timestep, passes[self._mesh.cfg_rank])
-            both = mine.new_empty(2 * mine.shape[0], mine.shape[1])
-            dist.all_gather_into_tensor(both, mine.contiguous(), group=self._mesh.cfg_group)
-            return list(both.chunk(2))
-        return [self._evaluate(expert, tokens, timestep, conditional) for conditional in passes]
-
-    def _evaluate(self, expert: str, tokens: Tensor, timestep: float, conditional: bool) -> Tensor:
         which = self._which_timestep
         t = torch.tensor([timestep] if which is None else [0.0, timestep], dtype=torch.float32, device=self._device)
         if self._image is not None:
             # Channels are fastest within a token: the image's go behind the latent's at each of its positions.
             tokens = torch.cat((tokens.unflatten(1, (self._image.shape[1], -1)), self._image), dim=2).flatten(1)
-        return self._models[expert](
-            tokens, t, self._contexts[conditional], self._rope, which, self._picture, self._conditions.controls
-        )
+        picture, controls = self._picture, self._conditions.controls
+        asked = [Pass(tokens, t, self._contexts[conditional], which, picture, controls) for conditional in passes]
+        return evaluate_passes(self._models[expert], asked, self._rope, self._mesh)
 
     def release(self) -> None:
         """After the last step: what FSDP has gathered and kept is let go."""
@@ -253,15 +262,7 @@ class VelocityPredictor:
     def _activate(self, expert: str) -> None:
         self.release()
         self._arrive(expert)
-        for name, weights in self._weights.items():
-            if name != expert:
-                weights.park()
-        if expert in self._weights:
-            self._weights[expert].fetch()
-        resident = sum(weights.resident_bytes for weights in self._weights.values())
-        if self._weights:
-            other = ", the other in host memory" if len(self._weights) > 1 else ""
-            log.info("offload: %s expert on the device (%.2f GiB)%s", expert, resident / 2**30, other)
+        take_turn(self._weights, expert)
         self._contexts = {c: Context(text, keep=self._keep_text) for c, text in self._texts.items()}
         picture = self._conditions.picture
         # One for both prompts.

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...wan.model.attention import Attention
-from ...wan.model.config import HIGH_NOISE, LOW_NOISE
 from ...wan.transformer.transformer import WanModel
-from ..job.job import FileIdentity, Job, LoraFile
+from ..job.job import FileIdentity, Parallel
+from ..job.model_files import ExpertFiles
 from ..machine.host_memory import available_bytes
 from ..parallel.mesh import Mesh
 from ..parallel.parallelize import release_gathered, set_shard, spread_tokens
-from ..parallel.sequence import SequenceShard
+from ..parallel.sequence import SequenceShard, gather_bytes
 from ..parallel.shared_reading import SharedReading
+from ..weights.free_memory import free_bytes, free_host_bytes
 from ..weights.prefetch import OnRead, Prefetch, read_ahead
 from .expert import Weights, build_expert, load_expert, relora_expert
 from .library_imports import import_diffusers
 
 log = logging.getLogger(__name__)
 
-EXPERTS = (HIGH_NOISE, LOW_NOISE)
 OnTensor = Callable[[str, int, int], None]
 """(message, tensors read, tensors in all), called while weights are loaded; 0 of 0 where none are counted."""
 
@@ -35,31 +37,10 @@ def _nothing() -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class _ExpertFiles:
-    """What an expert was made from."""
-
-    files: tuple[FileIdentity, ...]
-    loras: tuple[LoraFile, ...]
-
-    @classmethod
-    def of(cls, job: Job, name: str) -> _ExpertFiles:
-        return cls(getattr(job.model, name), getattr(job.model, f"{name}_loras"))
-
-    @property
-    def paths(self) -> list[str]:
-        return [file.path for file in self.files]
-
-    @property
-    def strengths(self) -> list[tuple[str, float]]:
-        """(path, strength) of each LoRA."""
-        return [(lora.file.path, lora.strength) for lora in self.loras]
-
-
-@dataclass(frozen=True, slots=True)
 class _PendingExpert:
     """An expert whose files are read during the steps of the other."""
 
-    made_of: _ExpertFiles
+    made_of: ExpertFiles
     reading: Prefetch
     finish: Callable[[OnRead], None]
     """Afterwards it is loaded."""
@@ -80,33 +61,37 @@ class ExpertCache:
         self._rank, self._device, self._attention, self._ops = rank, device, attention, ops
         self.models: dict[str, WanModel] = {}
         self.weights: dict[str, Weights] = {}
-        self._made_of: dict[str, _ExpertFiles] = {}
+        self._made_of: dict[str, ExpertFiles] = {}
         self._pending: dict[str, _PendingExpert] = {}
+        self._numbers = itertools.count(1)
         self._mesh: Mesh | None = None
         """That the models' attention talks over."""
 
     def load(
-        self, names: Sequence[str], job: Job, mesh: Mesh | None, shard: SequenceShard, on_tensor: OnTensor
+        self, names: Sequence[str], wanted: Mapping[str, ExpertFiles], parallel: Parallel, mesh: Mesh | None,
+        shard: SequenceShard, on_tensor: OnTensor,
     ) -> None:  # fmt: skip
         """Loads the expert that runs first and begins to read the other's files; what a job before has loaded stays.
 
-        Files that are not the job's are let go first. With other LoRAs or strengths only the weights that they change
-        are read again: adding a difference to rounded weights would not give what a fresh start gives.
+        Files that are not wanted by this name are let go first. With other LoRAs or strengths only the weights that
+        they change are read again: adding a difference to rounded weights would not give what a fresh start gives.
 
         Args:
             names: of the experts that the schedule runs, in its order.
+            wanted: name -> what it is made from; one of another name stays as it is.
         """
-        wanted = {name: _ExpertFiles.of(job, name) for name in EXPERTS}
         settings = {
-            "parallel": job.parallel, "mesh": mesh, "shard": shard, "device": self._device,
+            "parallel": parallel, "mesh": mesh, "shard": shard, "device": self._device,
             "attention": self._attention, "ops": self._ops,
         }  # fmt: skip
-        for name in [name for name, made_of in self._made_of.items() if made_of.files != wanted[name].files]:
+        for name in [
+            name for name, made_of in self._made_of.items() if name in wanted and made_of.files != wanted[name].files
+        ]:
             self._drop(name)
         if mesh is not self._mesh:
             for model in self.models.values():
                 spread_tokens(
-                    model, mesh, shard=shard, attention=self._attention, ulysses_engine=job.parallel.ulysses_engine
+                    model, mesh, shard=shard, attention=self._attention, ulysses_engine=parallel.ulysses_engine
                 )
             self._mesh = mesh
         stale = [name for name in names if self._made_of.get(name) != wanted[name]]
@@ -120,7 +105,7 @@ class ExpertCache:
             def report(done: int, total: int, name: str = name, index: int = index) -> None:
                 on_tensor(f"{name} expert", index * total + done, total * len(now))
 
-            if job.parallel.parks_experts:
+            if parallel.parks_experts:
                 for other in set(self.weights) - {name}:
                     self.weights[other].park()
             self._load(name, wanted[name], settings, report, meanwhile, lambda: on_tensor("sharing the weights", 0, 0))
@@ -128,9 +113,40 @@ class ExpertCache:
             known = "loaded now" if name in now else "read during the steps" if name in later else "kept"
             log.debug("%s expert: %s", name, known)
             if name in later:
-                self._pending[name] = self._read_ahead(name, wanted[name], job, settings)
+                self._pending[name] = self._read_ahead(name, wanted[name], parallel, settings)
             else:
                 set_shard(self.models[name], shard)
+
+    def named(self, files: tuple[FileIdentity, ...]) -> str:
+        """The name by which a model of these files is held here, or can be; it counts as used now."""
+        for name, made_of in self._made_of.items():
+            if made_of.files == files:
+                self._made_of[name] = self._made_of.pop(name)
+                return name
+        return f"{Path(files[0].path).stem} {next(self._numbers)}"
+
+    def make_room(self, needed: int, *, but: str, parks: bool, ranks: int) -> None:
+        """Lets go of the models that were used longest ago, until there is room for `needed` bytes. Collective.
+
+        Args:
+            but: the name of the one that stays on the device.
+            parks: the others wait in the host's memory, where that has room.
+            ranks: that share it.
+        """
+        for name in [name for name in self._made_of if name != but]:
+            if parks:
+                size = self.weights[name].resident_bytes
+                if self._everywhere(size == 0 or free_host_bytes(ranks) >= size):
+                    self.weights[name].park()
+                    continue
+            elif self._everywhere(free_bytes(self._device, ranks) >= needed):
+                return
+            log.info("let go, for there is no room: %s", name)
+            self._drop(name)
+
+    def _everywhere(self, mine: bool) -> bool:
+        """Whether it is so on every rank."""
+        return mine if self._mesh is None else b"\0" not in gather_bytes(b"\1" if mine else b"\0", self._device)
 
     def check_pending(self) -> None:
         """Raises what has gone wrong with an expert that is still being read."""
@@ -178,31 +194,36 @@ class ExpertCache:
             torch.cuda.empty_cache()
 
     def _load(
-        self, name: str, wanted: _ExpertFiles, settings: dict[str, Any], report: OnRead,
+        self, name: str, wanted: ExpertFiles, settings: dict[str, Any], report: OnRead,
         meanwhile: Callable[[], None] = _nothing, on_send: Callable[[], None] = _nothing,
     ) -> None:  # fmt: skip
+        if name in self.models and not self._made_of[name].loras_are_there:
+            # What they changed cannot be known any more.
+            self._drop(name)
         if name in self.models:
             before = [lora.file.path for lora in self._made_of.pop(name).loras]
             with self.weights[name].writable():
                 changed = relora_expert(
                     self.models[name], wanted.paths, before, wanted.strengths, parallel=settings["parallel"],
                     reading=SharedReading.of(settings["parallel"], settings["mesh"], self._device),
-                    device=self._device, expert=name, on_tensor=report,
+                    device=self._device, expert=wanted.side, on_tensor=report,
                 )  # fmt: skip
             if not changed:
                 self._drop(name)
         if name not in self.models:
             self.models[name] = load_expert(
-                wanted.paths, wanted.strengths, expert=name, **settings,
+                wanted.paths, wanted.strengths, expert=wanted.side, **settings,
                 on_tensor=report, meanwhile=meanwhile, on_send=on_send,
                 on_weights=partial(self.weights.__setitem__, name),
             )  # fmt: skip
         self._made_of[name] = wanted
 
-    def _read_ahead(self, name: str, wanted: _ExpertFiles, job: Job, settings: dict[str, Any]) -> _PendingExpert:
-        if not job.parallel.parks_experts:
+    def _read_ahead(
+        self, name: str, wanted: ExpertFiles, parallel: Parallel, settings: dict[str, Any]
+    ) -> _PendingExpert:
+        if not parallel.parks_experts:
             # Its memory is taken now: a device that is too small is to be noticed before the first step.
-            built = build_expert(wanted.paths, wanted.strengths, expert=name, **settings)
+            built = build_expert(wanted.paths, wanted.strengths, expert=wanted.side, **settings)
             self.models[name], self.weights[name] = built.model, built.weights
             reading = Prefetch(lambda on_read: built.read(on_tensor=on_read))
 
@@ -216,23 +237,23 @@ class ExpertCache:
         if available is not None and available < sum(file.size for file in wanted.files):
             log.info("the %s expert is not read ahead: host memory does not hold its files", name)
             paths = []
-        ranks = job.parallel.gpus_per_host
+        ranks = parallel.gpus_per_host
         reading = Prefetch(partial(read_ahead, paths, part=self._rank % ranks, parts=ranks))
 
         def take_the_place(on_read: OnRead) -> None:
             # What it has not read yet is not read faster by two.
             reading.stop()
             reading.check()
-            self._take_the_place(name, wanted, job, settings, on_read)
+            self._take_the_place(name, wanted, parallel, settings, on_read)
 
         return _PendingExpert(wanted, reading, take_the_place)
 
     def _take_the_place(
-        self, name: str, wanted: _ExpertFiles, job: Job, settings: dict[str, Any], on_read: OnRead
+        self, name: str, wanted: ExpertFiles, parallel: Parallel, settings: dict[str, Any], on_read: OnRead
     ) -> None:  # fmt: skip
         """Loads an expert after the other one has left the device."""
         for other in list(self.weights):
-            if job.parallel.stays:
+            if parallel.stays:
                 self.weights[other].park()
             else:
                 # Nobody asks for it again.

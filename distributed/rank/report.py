@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ...wan.model.int8_products import int8_products_there
-from ..job.job import VERSION, Job, ModelFiles, Parallel
+from ..job.job import VERSION, ForwardsJob, GroupJob, Job, LoraFile, Parallel
 from ..parallel.opened_memory import way_of
 from ..parallel.parallelize import chosen_engine
 from .session import Session
@@ -39,43 +40,42 @@ def video_size(job: Job, session: Session) -> dict[str, int]:
 
 
 def result_of(
-    job: Job,
-    session: Session,
-    *,
-    frames: int,
-    latents_shape: list[int],
-    phases: dict[str, float],
-    step_seconds: list[float],
-    reused: list[int],
-    peaks: Peaks,
-    notes: list[str],
-) -> dict[str, Any]:
+    job: GroupJob, session: Session, *, phases: dict[str, float], step_seconds: list[float], peaks: Peaks,
+    notes: Sequence[str] = (), reused: Sequence[int] | None = None, **made: Any,
+) -> dict[str, Any]:  # fmt: skip
     """The object for result.json.
 
     Args:
-        frames: of the video; 0 if none was made.
         phases: name -> seconds.
-        reused: indices of the steps that the model was not asked for.
         notes: for the status, of what only the run could know.
+        reused: indices of the steps that the model was not asked for; None where the job has no steps.
+        made: what only this kind of job has.
     """
-    sampling = job.sampling
-    video = {**video_size(job, session), "frames": frames, "fps": sampling.fps} if frames else None
     return {
         "id": job.id,
         "version": VERSION,
-        "latents": {"shape": latents_shape, "dtype": "float32"},
-        "video": video,
+        **made,
         "phases": phases,
         "step_seconds": step_seconds,
-        "reused_steps": reused,
+        **({} if reused is None else {"reused_steps": reused}),
         "peak_gpu_bytes": [gpu for gpu, _ in peaks],
         "peak_rss_bytes": [host for _, host in peaks],
-        "settings": settings_of(job, session) | _reused(job, reused),
+        "settings": settings_of(job, session) | _reused(job, reused or ()),
         "warnings": [*job.warnings, *notes],
     }
 
 
-def _sequence(job: Job, session: Session) -> str:
+def video_of(job: Job, session: Session, *, frames: int, latents_shape: list[int]) -> dict[str, Any]:
+    """What result.json says of a video.
+
+    Args:
+        frames: 0 if none was made.
+    """
+    video = {**video_size(job, session), "frames": frames, "fps": job.sampling.fps} if frames else None
+    return {"latents": {"shape": latents_shape, "dtype": "float32"}, "video": video}
+
+
+def _sequence(job: GroupJob, session: Session) -> str:
     parallel = job.parallel
     if session.mesh is None or not parallel.use_ulysses or parallel.ulysses_size == 1:
         return "off"
@@ -85,15 +85,17 @@ def _sequence(job: Job, session: Session) -> str:
     return f"Ulysses over {parallel.ulysses_size} GPUs, {engine}"
 
 
-def _sparse(job: Job, session: Session) -> str:
-    if session.sparse is None:
+def _sparse(job: GroupJob, session: Session) -> str:
+    if session.sparse is None or not isinstance(job, Job):
         return ""
     return f", tau {session.sparse.tau:g}, in {len(session.sparse.steps)} of {len(job.sampling.step_range)} steps"
 
 
-def _reused(job: Job, reused: list[int]) -> dict[str, str]:
-    threshold, steps = job.sampling.reuse_threshold, job.sampling.step_range
-    return {"reused steps": f"{len(reused)} of {len(steps)} (reuse_threshold {threshold:g})"} if threshold else {}
+def _reused(job: GroupJob, reused: Sequence[int]) -> dict[str, str]:
+    if not isinstance(job, Job) or not job.sampling.reuse_threshold:
+        return {}
+    steps, threshold = job.sampling.step_range, job.sampling.reuse_threshold
+    return {"reused steps": f"{len(reused)} of {len(steps)} (reuse_threshold {threshold:g})"}
 
 
 def _keep_warm(parallel: Parallel) -> str:
@@ -110,28 +112,22 @@ def _linears(parallel: Parallel, device: torch.device) -> str:
     return f", large weights int8, {'multiplied by comfy-kitchen' if by_codes else 'unpacked for each use'}"
 
 
-def _loras(model: ModelFiles) -> str:
+def _loras(**given: tuple[LoraFile, ...]) -> str:
     """ "high lightning 1, style 0.5; low lightning 1", by file name and strength."""
-    sides = {"high": model.high_noise_loras, "low": model.low_noise_loras}
     texts = [
-        f"{side} " + ", ".join(f"{Path(lora.file.path).stem} {lora.strength:g}" for lora in loras)
-        for side, loras in sides.items()
+        f"{side} ".lstrip() + ", ".join(f"{Path(lora.file.path).stem} {lora.strength:g}" for lora in loras)
+        for side, loras in given.items()
         if loras
     ]
     return "; ".join(texts) or "none"
 
 
-def settings_of(job: Job, session: Session) -> dict[str, str | int | float | bool]:
+def settings_of(job: GroupJob, session: Session) -> dict[str, str | int | float | bool]:
     """What was in effect, for the status."""
-    parallel, sampling, device = job.parallel, job.sampling, session.device
+    parallel, device = job.parallel, session.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    vae_dtype = str(session.vae_dtype(job)).removeprefix("torch.")
-    steps = sampling.step_range
-    part = (
-        ""
-        if len(steps) == sampling.schedule_steps
-        else f" ({steps.start} to {steps.stop} of {sampling.schedule_steps})"
-    )
+    vae = f", VAE {str(session.vae_dtype(job)).removeprefix('torch.')}" if isinstance(job, Job) else ""
+    own = {"LoRAs": _loras(**{"": job.loras})} if isinstance(job, ForwardsJob) else {}
     return {
         "device": f"{session.world} x {name}",
         "sequence parallel": _sequence(job, session),
@@ -141,12 +137,25 @@ def settings_of(job: Job, session: Session) -> dict[str, str | int | float | boo
         "streamed blocks": parallel.stream_blocks,
         "memory optimization": parallel.memory_optimization,
         "compiled": parallel.torch_compile,
-        "precision": f"{parallel.mixed_precision}{_linears(parallel, device)}, VAE {vae_dtype}",
+        "precision": f"{parallel.mixed_precision}{_linears(parallel, device)}{vae}",
         "kernels": session.ops,
         "attention": f"{session.kernel.name} ({session.kernel.reason}){_sparse(job, session)}",
-        "LoRAs": _loras(job.model),
-        "solver": f"{sampling.solver}, {sampling.steps} steps{part}, shift {sampling.shift:g}",
-        "guidance": f"{sampling.guidance_high:g} high, {sampling.guidance_low:g} low",
+        **(_video_settings(job) if isinstance(job, Job) else own),
         "keep warm": _keep_warm(parallel),
         "torch": torch.__version__,
+    }
+
+
+def _video_settings(job: Job) -> dict[str, str | int | float | bool]:
+    sampling = job.sampling
+    steps = sampling.step_range
+    part = (
+        ""
+        if len(steps) == sampling.schedule_steps
+        else f" ({steps.start} to {steps.stop} of {sampling.schedule_steps})"
+    )
+    return {
+        "LoRAs": _loras(high=job.model.high_noise_loras, low=job.model.low_noise_loras),
+        "solver": f"{sampling.solver}, {sampling.steps} steps{part}, shift {sampling.shift:g}",
+        "guidance": f"{sampling.guidance_high:g} high, {sampling.guidance_low:g} low",
     }

@@ -102,10 +102,11 @@ class Session:
         """The attention kernel, where it is sparse in some steps."""
         return self.kernel.run if isinstance(self.kernel.run, SparseAttention) else None
 
-    def shard(self, job: Job, grid: tuple[int, int, int]) -> SequenceShard:
+    def shard(self, job: GroupJob, grid: tuple[int, int, int]) -> SequenceShard:
         """This rank's part of the job's tokens, `grid` of them, before its first step."""
-        length, order, steps = math.prod(grid), None, job.sampling.step_range
-        if self.sparse is not None:
+        length, order = math.prod(grid), None
+        if self.sparse is not None and isinstance(job, Job):
+            steps = job.sampling.step_range
             self.sparse.steps = sparse_steps(steps, job.sampling.schedule_steps, length)
             self.sparse.enter(steps.start)
             order = block_order(grid) if self.sparse.steps else None

@@ -31,7 +31,7 @@ from ..parallel.sequence import mean_size
 from ..planning.preflight import needs_negative
 from .expert import VelocityPredictor
 from .live_preview import PreviewWriter
-from .report import gather_peaks, result_of, video_size
+from .report import gather_peaks, result_of, video_of, video_size
 from .session import Session
 from .signs import MIN_INTERVAL, RankFiles
 from .work import Work
@@ -140,7 +140,8 @@ class VideoWork(Work[Job]):
         with self.phase("load"):
             runs = {self.guidance.expert(self.solver.timesteps[index]) for index in self.steps}
             needed = [name for name in (HIGH_NOISE, LOW_NOISE) if name in runs]
-            session.experts.load(needed, self.job, session.mesh, shard, self.files.say)
+            wanted = {name: self.job.model.expert(name) for name in (HIGH_NOISE, LOW_NOISE)}
+            session.experts.load(needed, wanted, parallel, session.mesh, shard, self.files.say)
             self.files.say("preparing the live picture" if self.job.preview else "")
             group = None if session.mesh is None else session.mesh.ulysses_group
             preview = PreviewWriter(
@@ -233,8 +234,9 @@ class VideoWork(Work[Job]):
         peaks = gather_peaks(self.session)
         if self.rank == 0:
             result = result_of(
-                self.job, self.session, frames=frames, latents_shape=shape, phases=self.phase_seconds,
-                step_seconds=self.step_seconds, reused=self.reused, peaks=peaks, notes=self.notes,
+                self.job, self.session, phases=self.phase_seconds, step_seconds=self.step_seconds, peaks=peaks,
+                reused=self.reused, notes=self.notes,
+                **video_of(self.job, self.session, frames=frames, latents_shape=shape),
             )  # fmt: skip
             self.folder.write_json(self.folder.result, result)
 

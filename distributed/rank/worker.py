@@ -7,8 +7,9 @@ import logging
 import torch
 
 from ..group.group_folder import GroupDir
-from ..job.job import GroupJob, Job
+from ..job.job import ForwardsJob, GroupJob, Job
 from ..job.job_folder import JobDir
+from .forwards_work import ForwardsWork
 from .session import Session, Stopped
 from .signs import RankFiles
 from .video_work import VideoWork
@@ -21,7 +22,8 @@ def work_of(job: GroupJob, group: GroupDir, folder: JobDir, files: RankFiles, se
     """What this rank does for a job of this kind."""
     if isinstance(job, Job):
         return VideoWork(job, group, folder, files, session)
-    raise AssertionError(type(job))
+    assert isinstance(job, ForwardsJob), type(job)
+    return ForwardsWork(job, group, folder, files, session)
 
 
 def main(group: GroupDir, folder: JobDir, files: RankFiles, session: Session | None) -> Session:

@@ -1,0 +1,129 @@
+"""Samplings whose evaluations a group of processes computes, and what they are compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tiny import TINY, random_weights, write_official
+from torch import Tensor
+from wan_pack.distributed.job.evaluator import SampleConditioning
+from wan_pack.distributed.job.job import FileIdentity, ForwardsJob, LoraFile, Parallel
+from wan_pack.distributed.launch.launcher import new_job_id
+from wan_pack.wan.model.config import WanConfig
+from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
+from wan_pack.wan.model.rope import rope_table
+from wan_pack.wan.transformer.context import Context
+from wan_pack.wan.transformer.transformer import WanModel
+
+CONFIGS = {
+    "T2V": TINY,
+    "I2V": dataclasses.replace(TINY, in_dim=36),
+    "TI2V-5B": dataclasses.replace(TINY, in_dim=48, out_dim=48),
+}
+"""Variant -> a tiny one."""
+SHAPE = (3, 6, 10)
+"""Latent frames, rows and columns: 45 tokens, which few numbers of ranks divide."""
+LORA_LAYERS = ("blocks.0.self_attn.v", "blocks.1.cross_attn.k")
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model as a file, and in this process."""
+
+    config: WanConfig
+    file: Path
+    weights: dict[str, Tensor]
+
+    @classmethod
+    def make(cls, folder: Path, variant: str = "T2V", seed: int = 0) -> Known:
+        weights = random_weights(CONFIGS[variant], seed)
+        write_official(folder, weights, CONFIGS[variant])
+        return cls(CONFIGS[variant], folder / "diffusion_pytorch_model.safetensors", weights)
+
+    def job(self, loras: tuple[tuple[Path, float], ...] = (), **parallel: Any) -> ForwardsJob:
+        """In fp32."""
+        defaults = {"gpu_count": 1, "mixed_precision": "fp32", "start_timeout": 120.0, "stall_timeout": 60.0}
+        files = tuple(LoraFile(file=FileIdentity.of(path), strength=strength) for path, strength in loras)
+        return ForwardsJob(
+            id=new_job_id(), model=(FileIdentity.of(self.file),), loras=files,
+            parallel=Parallel(**{**defaults, "keep_warm_seconds": 300.0, **parallel}),
+        )  # fmt: skip
+
+    def evaluate(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        samples: list[SampleConditioning],
+        loras: tuple[tuple[Path, float], ...] = (),
+    ) -> Tensor:
+        """What an evaluator is to give."""
+        model = WanModel(self.config)
+        model.load_state_dict(self.weights if not loras else with_loras(self.weights, loras))
+        grid = token_grid(tuple(x.shape[1:]))
+        rope = rope_table(grid, self.config.head_dim)
+        velocities = []
+        for latents, t, sample in zip(x, timesteps, samples, strict=True):
+            which = None
+            if t.dim():
+                t, index = t.unique(return_inverse=True)
+                which = index.repeat_interleave(grid[1] * grid[2])
+            text = Context(sample.text.float())
+            velocities.append(unpatchify(model(patchify(latents), t.reshape(-1), text, rope, which), grid))
+        return torch.stack(velocities)
+
+
+def write_lora(path: Path, seed: int) -> Path:
+    """Of rank 4, for `TINY` and its like."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in LORA_LAYERS:
+        tensors[f"diffusion_model.{layer}.lora_down.weight"] = torch.randn(4, TINY.dim, generator=generator) / 4
+        tensors[f"diffusion_model.{layer}.lora_up.weight"] = torch.randn(TINY.dim, 4, generator=generator) / 4
+    save_file(tensors, path)
+    return path
+
+
+def with_loras(weights: dict[str, Tensor], loras: tuple[tuple[Path, float], ...]) -> dict[str, Tensor]:
+    """Merged."""
+    from safetensors.torch import load_file
+
+    merged = dict(weights)
+    for path, strength in loras:
+        tensors = load_file(path)
+        for layer in LORA_LAYERS:
+            up, down = (tensors[f"diffusion_model.{layer}.lora_{part}.weight"] for part in ("up", "down"))
+            merged[f"{layer}.weight"] = merged[f"{layer}.weight"] + strength * up @ down
+    return merged
+
+
+def inputs(
+    config: WanConfig, seed: int, *, batch: int = 1, shape: tuple[int, int, int] = SHAPE, by_frame: bool = False
+) -> tuple[Tensor, Tensor, list[SampleConditioning]]:
+    """Of an evaluation. Every second sample is of the negative prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, config.in_dim, *shape, generator=generator)
+    timesteps = torch.rand(batch, shape[0], generator=generator) * 1000
+    if by_frame:
+        timesteps[:, 0] = 0.0
+        timesteps[:, 1:] = timesteps[:, 1:2]
+    return x, timesteps if by_frame else timesteps[:, 0], texts(config, batch)
+
+
+def texts(config: WanConfig, count: int) -> list[SampleConditioning]:
+    """Of different lengths; the same for each call."""
+    found = []
+    for number in range(count):
+        rows = torch.randn(5 + 2 * number, config.text_dim, generator=torch.Generator().manual_seed(100 + number))
+        found.append(SampleConditioning(text=rows, conditional=number % 2 == 0))
+    return found
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """The largest, of values whose size is about 1."""
+    assert one.shape == other.shape and one.dtype == other.dtype
+    return float((one - other).abs().max() / other.abs().max())
