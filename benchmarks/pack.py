@@ -14,6 +14,10 @@ RESULTS = Path(__file__).resolve().parent / "results.jsonl"
 
 def mount_pack(root: Path = ROOT) -> None:
     """Makes the pack in `root` importable as `wan_pack`: this checkout's, or another one to compare with."""
+    mounted = sys.modules.get("wan_pack")
+    if mounted is not None and list(mounted.__path__) == [str(root)]:
+        # What is imported of it already hangs on that module.
+        return
     package = types.ModuleType("wan_pack")
     package.__path__ = [str(root)]
     sys.modules["wan_pack"] = package
