@@ -20,7 +20,7 @@ def work(config: Any, tokens: int) -> tuple[float, float]:
     """FLOPs of one forward in matrix products and in attention; what does not grow with the tokens is left out."""
     linear = 6 * config.dim**2 + 2 * config.dim * config.ffn_dim
     attention = 2 * tokens * config.dim + 2 * 512 * config.dim
-    scale = 2.0 * tokens * config.num_layers
+    scale = 2.0 * tokens * len(config.block_names)
     return scale * linear, scale * attention
 
 

@@ -130,7 +130,7 @@ def measure(name: str, config: Any, place: Any, arguments: argparse.Namespace, r
             "spread": round(max(seconds) - min(seconds), 4),
             "tflops_per_gpu": round(sum(work(config, tokens)) / median / world / 1e12, 1),
             "floor_share": round(floor / median, 3),
-            "block_ms": block_times(system, config.num_layers),
+            "block_ms": block_times(system, len(config.block_names)),
             "peak_gib": round(peak / 2**30, 2),
             "difference": relative(whole, reference),
             "attention": kernel, "precision": precision,

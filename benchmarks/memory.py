@@ -107,6 +107,7 @@ def plan_of(job: Job, gpus: list[Gpu], host_gib: float | None) -> Plan:
 
     base = dataclasses.replace(job.parallel, gpu_count=1, gpu_ids=(), use_fsdp=True)
     work = workload_of(job.model, job.sampling, base, encodes_text=False)
+    work = dataclasses.replace(work, controls=int(work.config.variant.controlled))
     host = available_bytes() if host_gib is None else int(host_gib * GIB)
     return make_plan(work, Request(base=base, gpu_count=len(gpus)), gpus, read_topology(), host_bytes=host)
 

@@ -41,18 +41,20 @@ Fill = Callable[[str, "Tensor"], None]
 
 
 def model_config(name: str) -> WanConfig:
-    """A name in wan/model/config.py; or tiny, tiny-i2v, tiny-5B for machines without a GPU."""
+    """A name in wan/model/config.py; or tiny, tiny-i2v, tiny-5B, tiny-vace for machines without a GPU."""
     from wan_pack.wan.model.config import WAN_CONFIGS, WanConfig
 
-    channels = {"tiny": (16, 16), "tiny-i2v": (36, 16), "tiny-5B": (48, 48)}
+    channels = {"tiny": (16, 16), "tiny-i2v": (36, 16), "tiny-5B": (48, 48), "tiny-vace": (16, 16)}
     if name in WAN_CONFIGS:
         return WAN_CONFIGS[name]
     if name not in channels:
         raise ValueError(f"model is {name!r}; it must be one of {', '.join([*WAN_CONFIGS, *channels])}")
     in_dim, out_dim = channels[name]
+    vace = {"parts": frozenset({"vace_blocks"}), "vace_layers": (0, 1)} if name == "tiny-vace" else {}
     return WanConfig(
-        dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=in_dim, out_dim=out_dim, text_dim=64, freq_dim=256
-    )
+        dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=in_dim, out_dim=out_dim, text_dim=64, freq_dim=256,
+        **vace,
+    )  # fmt: skip
 
 
 def write_model(folder: Path, name: str, threads: int = THREADS) -> Path:
@@ -68,8 +70,8 @@ def write_model(folder: Path, name: str, threads: int = THREADS) -> Path:
     shapes = {key: tuple(p.shape) for key, p in meta_model(config, torch.bfloat16).named_parameters()}
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in shapes.items():
-        block = key.split(".")[1] if key.startswith("blocks.") else None
-        part = f"blocks-{int(block) // BLOCKS_PER_FILE:02}" if block else "input" if "patch" in key else "outside"
+        kind, number = (key.split(".") if "blocks." in key else ("", ""))[:2]
+        part = f"{kind}-{int(number) // BLOCKS_PER_FILE:02}" if number else "input" if "patch" in key else "outside"
         parts.setdefault(part, {})[key] = shape
     store = folder / "parts"
     store.mkdir(parents=True, exist_ok=True)
@@ -246,7 +248,10 @@ def _link_expert(target: Path, files: Mapping[Path, Mapping[str, Any]], config: 
     index = {"metadata": {}, "weight_map": weight_map}
     (target / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     # Last: with it the expert is whole.
-    (target / "config.json").write_text(json.dumps({"_class_name": "WanModel", "num_heads": config.num_heads}))
+    told: dict[str, Any] = {"_class_name": "WanModel", "num_heads": config.num_heads}
+    if config.vace_layers:
+        told |= {"_class_name": "VaceWanModel", "vace_layers": list(config.vace_layers)}
+    (target / "config.json").write_text(json.dumps(told))
 
 
 def main() -> None:
@@ -254,7 +259,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=THREADS, help="that write at a time")
     parser.add_argument("--text", action="store_true", help="umT5 as well")
-    parser.add_argument("models", nargs="+", help="names in wan/model/config.py, or tiny, tiny-i2v, tiny-5B")
+    parser.add_argument("models", nargs="+", help="names in wan/model/config.py, or tiny, tiny-i2v, ...")
     arguments = parser.parse_args()
     mount_pack()
     start = time.perf_counter()

@@ -5,6 +5,7 @@ Every system gets the same random weights, drawn per tensor from its official na
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import types
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from unsplit_vace import Unsplit, controls_for
 
 TIMESTEP = 700.0
 TEXT_ROWS = 512
@@ -71,7 +73,8 @@ class System(ABC):
 
 class Ours(System):
     """This pack. Options, joined by +: compiled, triton, symmetric (exchange), fp8 (linears), and the name of an
-    attention kernel; sol is sparse at tau 1.
+    attention kernel; sol is sparse at tau 1. A VACE model follows one control; unsplit: every GPU computes all of its
+    VACE blocks' tokens.
 
     Raises:
         ValueError: an option is unknown, or cannot run here.
@@ -91,14 +94,17 @@ class Ours(System):
 
         options = set(option.split("+")) - {""}
         names = options & set(KERNELS)
-        unknown = options - names - {"compiled", "triton", "symmetric", "fp8"}
+        unknown = options - names - {"compiled", "triton", "symmetric", "fp8", "unsplit"}
         if unknown or len(names) > 1:
             raise ValueError(
-                f"option {option!r}: it must join some of compiled, triton, symmetric, fp8, {list(KERNELS)}"
+                f"option {option!r}: it must join some of compiled, triton, symmetric, fp8, unsplit, {list(KERNELS)}"
             )
         capability = torch.cuda.get_device_capability(place.device) if place.device.type == "cuda" else None
-        if "symmetric" in options and place.world == 1:
+        if options & {"symmetric", "unsplit"} and place.world == 1:
             raise ValueError("one GPU has nothing to send")
+        self.unsplit = "unsplit" in options
+        if self.unsplit and not config.vace_layers:
+            raise ValueError("unsplit is about VACE's blocks, which this model does not have")
         self.kernel = choose_kernel(capability, place.dtype, *names)
         if self.kernel.sparse:
             self.kernel = sparse_kernel(self.kernel, choose_kernel(capability, place.dtype), 1.0)
@@ -110,7 +116,7 @@ class Ours(System):
         check_kernels(capability, kernels)
         fp8 = {}
         if self.precision == "fp8":
-            layers = (f"blocks.{i}.{layer}.weight" for i in range(config.num_layers) for layer in FP8_PRODUCTS)
+            layers = (f"{block}.{layer}.weight" for block in config.block_names for layer in FP8_PRODUCTS)
             fp8 = dict.fromkeys(layers, KeptWeight(E4M3, scaled=True))
         self.model = meta_model(config, place.dtype, fp8, fp8_products=bool(fp8))
         parallelize_wan(
@@ -143,17 +149,23 @@ class Ours(System):
         order = block_order(self.grid) if self.kernel.sparse else None
         self.shard = SequenceShard(length=math.prod(self.grid), rank=place.rank, world=place.world, order=order)
         set_shard(self.model, self.shard)
-        self.tokens = self.shard.split(patchify(latents))
+        whole = patchify(latents)
+        self.tokens = self.shard.split(whole)
         self.text = Context(text)
+        controls = controls_for(self.config, self.grid, place.device)
+        self.controls = [dataclasses.replace(one, values=self.shard.split(one.values)) for one in controls]
         self.rope = rope_table(
             self.grid, self.config.head_dim, start=self.shard.start, stop=self.shard.stop, device=place.device,
             order=order,
         )  # fmt: skip
         self.timestep = torch.tensor([TIMESTEP], device=place.device)
+        if self.unsplit:
+            rope = rope_table(self.grid, self.config.head_dim, device=place.device)
+            Unsplit(self.model, self.kernel.run, self.shard, whole, controls, rope)
 
     def forward(self) -> Tensor:
         with self.kernel.activate():
-            return self.model(self.tokens, self.timestep, self.text, self.rope)
+            return self.model(self.tokens, self.timestep, self.text, self.rope, controls=self.controls)
 
     def whole(self, output: Tensor) -> Tensor:
         from wan_pack.wan.model.patch import unpatchify

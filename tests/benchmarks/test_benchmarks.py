@@ -183,3 +183,20 @@ def test_what_merging_leaves_of_a_lora(capsys: pytest.CaptureFixture[str], monke
     slopes = {(row[1], row[2]): float(row[4]) for row in rows}
     assert len(rows) == 10 and slopes["bf16", "merged"] == pytest.approx(1, abs=0.05)
     assert slopes["fp8 by tensor", "the file's scales"] < 0.5 and slopes["fp8 by tensor", "beside"] == 1
+
+
+@pytest.mark.processes
+def test_vace_blocks_that_are_not_split_compute_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What their splitting is compared with."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    results = tmp_path / "results.jsonl"
+    command = [
+        sys.executable, str(BENCHMARKS / "forward.py"), "--model", "tiny-vace", "--gpus", "2", "--sizes", "96x48x9",
+        "--systems", "ours", "ours:unsplit", "--repeats", "1", "--results", str(results),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    split, whole = (json.loads(line) for line in results.read_text().splitlines())
+    assert whole["system"] == "ours:unsplit"
+    assert float(whole["difference"]) < 1e-5 and float(whole["latents_difference"]) < 1e-5
+    assert split["block_ms"]["gemm"] > 0

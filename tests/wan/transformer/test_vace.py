@@ -24,7 +24,7 @@ from wan_pack.wan.transformer.vace import Control
 
 SINGLE = replace(TINY_VACE, dim=128, num_heads=1, num_layers=4, vace_layers=(0, 2))
 """Of heads of 128 channels and with evenly spread blocks: it needs no config.json."""
-VACE_14B = replace(WAN_CONFIGS["t2v-A14B"], parts=frozenset({"vace_blocks"}), vace_layers=tuple(range(0, 40, 5)))
+VACE_14B = WAN_CONFIGS["vace-14B"]
 
 
 def noise(seed: int, *shape: int) -> Tensor:
