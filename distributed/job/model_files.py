@@ -9,11 +9,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...wan.model.selection import EVERYTHING, Selection
 from .errors import JobError, check, is_unicode
 
 MAX_LORAS = 64
 """Per expert: each one's header is read before a job starts, and its weights while an expert loads."""
+LoraSpec = tuple[str, float] | tuple[str, float, Selection]
+"""(path, strength, which of a LoRA's changes; without it: all)."""
 MAX_STRENGTH = 100
+MAX_BLOCKS = 1000
+"""Of a transformer; Wan's have 30 or 40."""
+MAX_PARTS, MAX_PART = 64, 200
+"""Of layers' names that a selection leaves out, and characters of each."""
 MAX_FILES = 256
 """Of a checkpoint, a VAE or a text encoder: its shards. Released models have up to seven."""
 
@@ -61,8 +68,15 @@ class LoraFile:
     file: FileIdentity
     strength: float
     """Factor of its change; may be negative."""
+    selection: Selection = EVERYTHING
+    """Of its changes."""
 
     def __post_init__(self) -> None:
+        blocks, without = self.selection.blocks, self.selection.without
+        ok = len(blocks) <= MAX_BLOCKS and all(0 <= block < MAX_BLOCKS for block in blocks)
+        check(ok, "blocks", blocks, f"at most {MAX_BLOCKS} numbers under {MAX_BLOCKS}")
+        ok = len(without) <= MAX_PARTS and all(part and len(part) <= MAX_PART for part in without)
+        check(ok, "without", without, f"at most {MAX_PARTS} parts of names, of 1 to {MAX_PART} characters")
         ok = math.isfinite(self.strength) and -MAX_STRENGTH <= self.strength <= MAX_STRENGTH
         check(ok, "strength", self.strength, f"{-MAX_STRENGTH} to {MAX_STRENGTH}")
 
@@ -81,9 +95,9 @@ class ExpertFiles:
         return [file.path for file in self.files]
 
     @property
-    def strengths(self) -> list[tuple[str, float]]:
-        """(path, strength) of each LoRA."""
-        return [(lora.file.path, lora.strength) for lora in self.loras]
+    def specs(self) -> list[LoraSpec]:
+        """Of the LoRAs."""
+        return [(lora.file.path, lora.strength, lora.selection) for lora in self.loras]
 
     @property
     def loras_are_there(self) -> bool:

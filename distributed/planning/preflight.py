@@ -84,7 +84,7 @@ def _lora_reports(model: ModelFiles, experts: list[Checkpoint]) -> Iterator[str]
 
 def _of_one_expert(expert: Checkpoint, loras: Iterable[LoraFile], side: str | None) -> Iterator[str]:
     for lora in loras:
-        opened = Lora(lora.file.path, lora.strength, expert.shapes, expert=side)
+        opened = Lora(lora.file.path, lora.strength, expert.shapes, expert=side, selection=lora.selection)
         if opened.skipped or not opened.applied:
             yield opened.report()
 

@@ -148,7 +148,10 @@ def _expert_bytes(
     keeping: Keeping,
 ) -> _ExpertBytes:
     checkpoint = Checkpoint([file.path for file in files])
-    opened = [Lora(lora.file.path, lora.strength, checkpoint.shapes, expert=expert) for lora in loras]
+    opened = [
+        Lora(lora.file.path, lora.strength, checkpoint.shapes, expert=expert, selection=lora.selection)
+        for lora in loras
+    ]
     model = empty_model(checkpoint, COMPUTE_DTYPES[mixed_precision], opened, keeping)
     blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in model.running_order]
     whole = sum(parameter.nbytes for parameter in model.parameters())

@@ -14,15 +14,18 @@ from torch import Tensor
 from ...wan.checkpoint.checkpoint import Checkpoint
 from ...wan.checkpoint.weights import COMPUTE_DTYPES, empty_model, kept_weights
 from ...wan.lora.beside import LORA_FACTORS
-from ...wan.lora.lora import Lora, changes
+from ...wan.lora.lora import Lora
+from ...wan.lora.merging import changes
 from ...wan.model.attention import Attention, attention
 from ...wan.model.int8_products import use_int8_products
 from ...wan.model.latent_space import PATCH_SIZE
 from ...wan.model.rope import rope_table
+from ...wan.model.selection import EVERYTHING
 from ...wan.transformer.conditions import NONE, Conditions
 from ...wan.transformer.context import Context, pad_text
 from ...wan.transformer.transformer import WanModel
 from ..job.job import Parallel
+from ..job.model_files import LoraSpec
 from ..parallel.mesh import Mesh
 from ..parallel.parallelize import parallelize_wan, release_gathered
 from ..parallel.passes import Pass, evaluate_passes
@@ -52,7 +55,7 @@ class UnreadExpert:
 
 def build_expert(
     files: Sequence[str],
-    loras: Sequence[tuple[str, float]] = (),
+    loras: Sequence[LoraSpec] = (),
     *,
     parallel: Parallel,
     mesh: Mesh | None,
@@ -65,11 +68,11 @@ def build_expert(
     """One expert on `device`, parallelized over `mesh` as `parallel` says.
 
     Args:
-        loras: (path, strength) of each LoRA to merge.
+        loras: to merge into the weights, or to keep beside them.
         expert: HIGH_NOISE or LOW_NOISE, for a LoRA file that holds both experts' changes.
     """
     checkpoint = Checkpoint(files)
-    opened = [Lora(path, strength, checkpoint.shapes, expert=expert) for path, strength in loras]
+    opened = _opened(loras, checkpoint, expert)
     for lora in opened:
         log.info(lora.report())
     keeping = keeping_of(parallel)
@@ -106,7 +109,7 @@ def build_expert(
 
 def load_expert(
     files: Sequence[str],
-    loras: Sequence[tuple[str, float]] = (),
+    loras: Sequence[LoraSpec] = (),
     *,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
     meanwhile: Callable[[], None] = lambda: None,
@@ -132,7 +135,7 @@ def relora_expert(
     model: WanModel,
     files: Sequence[str],
     before: Sequence[str],
-    loras: Sequence[tuple[str, float]],
+    loras: Sequence[LoraSpec],
     *,
     parallel: Parallel,
     reading: SharedReading = ALONE,
@@ -152,7 +155,7 @@ def relora_expert(
         gives it a scale for each row, and what stays beside one has a rank.
     """
     checkpoint, kept = Checkpoint(files), kept_weights(model)
-    opened = [Lora(path, strength, checkpoint.shapes, expert=expert) for path, strength in loras]
+    opened = _opened(loras, checkpoint, expert)
     old = [Lora(path, 1.0, checkpoint.shapes, expert=expert) for path in before]
     if keeping_of(parallel).weights(checkpoint, opened) != kept:
         return False
@@ -171,6 +174,13 @@ def relora_expert(
     reading.read(model, checkpoint, names, device=device, loras=opened, on_tensor=on_tensor)
     reading.send(model, names)
     return True
+
+
+def _opened(loras: Sequence[LoraSpec], checkpoint: Checkpoint, expert: str | None) -> list[Lora]:
+    return [
+        Lora(lora[0], lora[1], checkpoint.shapes, expert=expert, selection=lora[2] if len(lora) == 3 else EVERYTHING)
+        for lora in loras
+    ]
 
 
 def take_turn(weights: dict[str, Weights], expert: str) -> None:

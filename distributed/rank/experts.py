@@ -204,7 +204,7 @@ class ExpertCache:
             before = [lora.file.path for lora in self._made_of.pop(name).loras]
             with self.weights[name].writable():
                 changed = relora_expert(
-                    self.models[name], wanted.paths, before, wanted.strengths, parallel=settings["parallel"],
+                    self.models[name], wanted.paths, before, wanted.specs, parallel=settings["parallel"],
                     reading=SharedReading.of(settings["parallel"], settings["mesh"], self._device),
                     device=self._device, expert=wanted.side, on_tensor=report,
                 )  # fmt: skip
@@ -212,7 +212,7 @@ class ExpertCache:
                 self._drop(name)
         if name not in self.models:
             self.models[name] = load_expert(
-                wanted.paths, wanted.strengths, expert=wanted.side, **settings,
+                wanted.paths, wanted.specs, expert=wanted.side, **settings,
                 on_tensor=report, meanwhile=meanwhile, on_send=on_send,
                 on_weights=partial(self.weights.__setitem__, name),
             )  # fmt: skip
@@ -223,7 +223,7 @@ class ExpertCache:
     ) -> _PendingExpert:
         if not parallel.parks_experts:
             # Its memory is taken now: a device that is too small is to be noticed before the first step.
-            built = build_expert(wanted.paths, wanted.strengths, expert=wanted.side, **settings)
+            built = build_expert(wanted.paths, wanted.specs, expert=wanted.side, **settings)
             self.models[name], self.weights[name] = built.model, built.weights
             reading = Prefetch(lambda on_read: built.read(on_tensor=on_read))
 

@@ -114,12 +114,13 @@ def _linears(parallel: Parallel, device: torch.device) -> str:
 
 def _loras(**given: tuple[LoraFile, ...]) -> str:
     """ "high lightning 1, style 0.5; low lightning 1", by file name and strength."""
-    texts = [
-        f"{side} ".lstrip() + ", ".join(f"{Path(lora.file.path).stem} {lora.strength:g}" for lora in loras)
-        for side, loras in given.items()
-        if loras
-    ]
+    texts = [f"{side} ".lstrip() + ", ".join(_lora(lora) for lora in loras) for side, loras in given.items() if loras]
     return "; ".join(texts) or "none"
+
+
+def _lora(lora: LoraFile) -> str:
+    selected = f" ({lora.selection})" if str(lora.selection) else ""
+    return f"{Path(lora.file.path).stem} {lora.strength:g}{selected}"
 
 
 def settings_of(job: GroupJob, session: Session) -> dict[str, str | int | float | bool]:

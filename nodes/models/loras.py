@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 from ...distributed.job.errors import listed
 from ...distributed.job.job import LoraFile, ModelFiles, Sampling
 from ...distributed.job.model_files import MAX_STRENGTH, check_loras
+from ...wan.model.selection import EVERYTHING, Selection
 from ..host import host
 from ..host.declared import as_declared, is_set, kind_of, number
 from . import catalogue
 from .model_paths import listed_file
 
+_BLOCK = re.compile(r"blocks\.(\d{1,3})\.", re.ASCII)
 DISTILLED = re.compile(r"lightning|lightx2v|(?<!\d)4[-_ ]?steps?|distill|causvid|accvid", re.IGNORECASE)
 """In the names of models and LoRAs that are made for few steps without guidance."""
 
@@ -137,13 +139,30 @@ def _lora_file(entry: dict[str, Any], name: str) -> LoraFile:
     label = f"{name}: {listed([entry['name'] if is_set(entry.get('name')) else entry['path']])}"
     strength = entry.get("strength", 1.0)
     if isinstance(strength, list | tuple):
-        raise ValueError(f"{label} has a strength for each step, which merging cannot follow; give it one number")
+        if not strength or any(each != strength[0] for each in strength):
+            raise ValueError(f"{label} has a strength for each step, which merging cannot follow; give it one number")
+        strength = strength[0]
     factor = number(f"strength of {label}", strength, -MAX_STRENGTH, MAX_STRENGTH)
-    for key, what in (("blocks", "selected blocks"), ("layer_filter", "a layer filter")):
-        if is_set(entry.get(key)):
-            raise ValueError(
-                f"{label} is limited to {what} ({key}), which this node does not do; "
-                "choose it with Wan Video Distributed Lora, or take the block selection out"
-            )
+    selection = _selection(entry, label)
     path = listed_file(entry["path"], "loras", name=f"path of {label}")
-    return LoraFile(file=catalogue.identity(path), strength=factor)
+    return LoraFile(file=catalogue.identity(path), strength=factor, selection=selection)
+
+
+def _selection(entry: dict[str, Any], label: str) -> Selection:
+    """Of WanVideoLoraBlockEdit: {"blocks.3.": True, ...} and a list of parts of names, or a text with one."""
+    blocks, parts = entry.get("blocks"), entry.get("layer_filter")
+    parts = [parts] if isinstance(parts, str) else parts or []
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"{label} has {kind_of(parts)} for layer_filter; it must be a list of parts of layers' names")
+    without = tuple(part for part in parts if part)
+    if not is_set(blocks) and not without:
+        return EVERYTHING
+    if not isinstance(blocks, dict) or not all(isinstance(name, str) and blocks[name] is True for name in blocks):
+        raise ValueError(f"{label} has {kind_of(blocks)} for blocks; it must be from WanVideoLoraBlockEdit")
+    found = [match for name in blocks if (match := _BLOCK.fullmatch(name))]
+    if not found or len(found) < len(blocks):
+        raise ValueError(
+            f"{label} is limited to {listed(list(blocks)) or 'no blocks'}; it must be to some of blocks.0., blocks.1. "
+            "and so on, as WanVideoLoraBlockEdit has them"
+        )
+    return Selection(tuple(sorted(int(match[1]) for match in found)), without)

@@ -9,7 +9,8 @@ from itertools import product
 import torch
 
 from ..lora.beside import lora_rank
-from ..lora.lora import Lora, changes
+from ..lora.lora import Lora
+from ..lora.merging import changes
 from ..model.eight_bits import E4M3, KeptWeight
 from ..model.linear import FP8_PRODUCTS
 from .checkpoint import Checkpoint

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..files.stored_tensor import STAGING_BYTES
 from ..lora.beside import LORA_FACTORS, read_factor
-from ..lora.lora import Lora, changes, merge
+from ..lora.lora import Lora
+from ..lora.merging import changes, merge
 from ..model.eight_bits import KeptWeight, quantise_rows, rotate_inputs
 from ..model.linear import Linear
 from ..model.precisions import TORCH_NAMES

@@ -1,33 +1,28 @@
-"""LoRA files -> updates by official parameter name, merged row by row.
+"""LoRA files -> updates by official parameter name, which are merged (merging.py) or stay beside (beside.py).
 
     W += strength * (alpha / rank * up @ down + diff)      (Hu et al., 2021, arXiv 2106.09685)
 
-and its kin (families.py). A rank that keeps rows [a, b) of W reads rows [a, b) of `up` and `diff` only, and the product
-is added chunk by chunk: neither a whole update nor a whole file is ever in memory.
+and its kin (families.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from torch import Tensor
 
 from ..files.identify import describe_tensors
 from ..files.quantised import stored_tensor
 from ..files.stored_model import open_file
 from ..files.stored_tensor import StoredTensor
 from ..model.config import HIGH_NOISE, LOW_NOISE
+from ..model.selection import EVERYTHING, Selection
 from .alpha import AdapterConfig, read_adapter_config
 from .dora import Decomposed
 from .families import Family, family_of, matrix_size
 from .module_names import LoraModule, ModuleNames, Role, lora_modules, skip_reason
 from .origin import describe_origin
-from .updates import Difference, LowRank, ReadRows, Update, read_elements
-
-CHUNK_BYTES = 32 << 20
-"""Of the float32 rows that are summed at a time."""
+from .updates import Difference, Update, read_elements
 
 _DIFFERENCES = {Role.DIFF: "weight", Role.DIFF_BIAS: "bias", Role.DIFF_MODULATION: "modulation"}
 _NO_PARAMETER = "of parameters that the model does not have"
@@ -43,13 +38,15 @@ class Lora:
         strength: factor of the whole change; 0: none, and the file is not opened.
         targets: the transformer's parameters, official name -> shape.
         expert: "high_noise" or "low_noise"; needed for a file that holds both experts' LoRAs.
+        selection: of its changes.
     Raises:
         ValueError: the file is damaged, of an unsupported kind, or made for another model.
     """
 
     def __init__(
-        self, path: str | Path, strength: float, targets: Mapping[str, Shape], *, expert: str | None = None
-    ) -> None:
+        self, path: str | Path, strength: float, targets: Mapping[str, Shape], *, expert: str | None = None,
+        selection: Selection = EVERYTHING,
+    ) -> None:  # fmt: skip
         assert expert in (None, HIGH_NOISE, LOW_NOISE), expert
         self.path = str(path)
         self.strength = strength
@@ -64,7 +61,7 @@ class Lora:
         self._alpha_sources: set[str] = set()
         if strength == 0:
             return
-        self._file = open_file(self.path)
+        self._file, self._selection = open_file(self.path), selection
         self._targets = targets
         try:
             modules, unknown = lora_modules(self._file.tensors)
@@ -110,10 +107,14 @@ class Lora:
             second: read_adapter_config(Path(self.path), self._file.metadata, second=second) for second in experts
         }
         changed: dict[tuple[str, Role], str] = {}
+        left_out = 0
         for module in modules:
             official = names.find(module.path)
             if official is None:
                 self._skip(skip_reason(module), module.spelled)
+                continue
+            if not self._selection.has(official):
+                left_out += 1
                 continue
             for role in module.tensors:
                 if changed.setdefault((official, role), module.spelled) != module.spelled:
@@ -128,11 +129,15 @@ class Lora:
             for role, parameter in _DIFFERENCES.items():
                 if role in module.tensors:
                     self._add_difference(module, official, role, parameter, self.strength)
+        if left_out and not self.applied:
+            raise ValueError(f"nothing of it is selected ({self._selection})")
         if not self.applied:
             raise ValueError(
                 f"nothing in it fits this model, {describe_origin(self._targets)}; it looks made for "
                 f"{self._origin()} (it changes {modules[0].spelled}, ...)"
             )
+        if left_out:
+            self._notes.append(f"{left_out} left out as selected ({self._selection})")
         if self._without_alpha:
             self._notes.append(f"{self._without_alpha} without alpha, taken as the rank")
         self._notes += [f"alpha from {source}" for source in sorted(self._alpha_sources)]
@@ -242,58 +247,6 @@ class Lora:
         if not stored.dtype.is_floating_point:
             raise ValueError(f"{name} is {stored.dtype}; it must be of a float dtype")
         return stored
-
-
-def changes(loras: Iterable[Lora], name: str, *, without_products: bool = False) -> bool:
-    """Whether any of `loras` changes parameter `name`, by more than products of two matrices or at all."""
-    return bool(_updates(loras, name, without_products))
-
-
-def merge(
-    loras: Iterable[Lora],
-    name: str,
-    rows: Tensor,
-    first_row: int,
-    read_rows: ReadRows | None = None,
-    *,
-    without_products: bool = False,
-) -> None:
-    """Adds in place what `loras` change in rows [first_row, ...) of parameter `name`.
-
-    Summed in float32 and rounded once, however many there are. Changes that depend on the weight see it as it is in the
-    checkpoint, and add up.
-
-    Args:
-        rows: [n, ...], contiguous, of any device and a float dtype that torch can round to.
-        read_rows: gives any rows of the parameter as it is in the checkpoint; None: nobody asks for other ones.
-        without_products: leave out products of two matrices, which stay beside the weight (beside.py).
-    Raises:
-        OSError: a file cannot be read any more, or ended early.
-    """
-    updates = _updates(loras, name, without_products)
-    if not updates or rows.numel() == 0:
-        return
-    flat = rows.view(rows.shape[0], -1)
-
-    def these(first: int, count: int) -> Tensor:
-        assert first_row <= first and first + count <= first_row + flat.shape[0], "rows that nobody reads"
-        return flat[first - first_row :][:count].float()
-
-    adders = [update.adder(first_row, flat.shape[0], flat.device, read_rows or these) for update in updates]
-    needs_base = any(update.needs_base for update in updates)
-    step = max(CHUNK_BYTES // (4 * flat.shape[1]), 1)
-    for start in range(0, flat.shape[0], step):
-        piece = flat[start : start + step]
-        total = piece.float()
-        base = total.clone() if needs_base else total
-        for add in adders:
-            add(total, start, base)
-        piece.copy_(total)
-
-
-def _updates(loras: Iterable[Lora], name: str, without_products: bool) -> list[Update]:
-    updates = (update for lora in loras for update in lora.updates.get(name, ()))
-    return [update for update in updates if not (without_products and isinstance(update, LowRank))]
 
 
 def _wide(shape: Shape) -> Shape:

@@ -11,6 +11,7 @@ import pytest
 from node_inputs import identity, model_files, sampling, use_model_folders
 from wan_pack.distributed.job.job import LoraFile
 from wan_pack.nodes.models.loras import WanVideoDistributedLora, distilled_warnings, lora_files, refreshed
+from wan_pack.wan.model.selection import Selection
 
 
 @pytest.fixture(autouse=True)
@@ -82,8 +83,13 @@ def test_what_makes_no_difference_is_taken(folders: Path, values: dict[str, Any]
         ({"strength": 10**5000}, "strength of high_noise_lora: fox is int .*; it must be -100 to 100"),
         ({"strength": float("nan")}, "is nan; it must be -100 to 100"),
         ({"strength": 1e9}, "is 1000000000.0; it must be -100 to 100"),
-        ({"blocks": {"blocks.0.": True}}, "fox is limited to selected blocks"),
-        ({"layer_filter": "attn"}, "fox is limited to a layer filter"),
+        ({"strength": []}, "fox has a strength for each step"),
+        ({"blocks": {"double_blocks.0.": True}}, r"fox is limited to double_blocks\.0\.; it must be to some of blocks"),
+        ({"blocks": {"blocks.0.": 1}}, "fox has dict for blocks; it must be from WanVideoLoraBlockEdit"),
+        ({"blocks": ["blocks.0."]}, "fox has list for blocks"),
+        ({"layer_filter": "attn"}, "fox is limited to no blocks; it must be to some"),
+        ({"blocks": {"blocks.0.": True}, "layer_filter": [3]}, "fox has list for layer_filter"),
+        ({"blocks": {"blocks.0.": True}, "layer_filter": ["x" * 201]}, "without is .*of 1 to 200 characters"),
         (
             {"path": "missing"},
             "path of high_noise_lora: fox is 'missing'; it must be a file that ComfyUI .*loras",
@@ -93,6 +99,19 @@ def test_what_makes_no_difference_is_taken(folders: Path, values: dict[str, Any]
 def test_what_cannot_be_merged_is_refused(folders: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lora_files([entry(folders, **values)], "high_noise_lora")
+
+
+def test_blocks_and_layers_are_selected_as_the_wrappers_node_says_it(folders: Path) -> None:
+    blocks = {f"blocks.{number}.": True for number in (11, 2, 0)}
+    (found,) = lora_files([entry(folders, blocks=blocks, layer_filter=["", "ffn"])], "lora")
+    assert found.selection == Selection((0, 2, 11), ("ffn",)) and str(found.selection) == "blocks 0, 2, 11; without ffn"
+    (found,) = lora_files([entry(folders, blocks={}, layer_filter=[""])], "lora")
+    assert found.selection == Selection()
+
+
+def test_one_strength_for_every_step_is_one_number(folders: Path) -> None:
+    (found,) = lora_files([entry(folders, strength=[0.5, 0.5, 0.5])], "lora")
+    assert found.strength == 0.5
 
 
 @pytest.mark.parametrize("value", ["fox", [{"strength": 1.0}], [("fox", 1.0)]])

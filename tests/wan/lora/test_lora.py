@@ -16,8 +16,9 @@ from torch.testing import assert_close
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank.expert import load_expert
-from wan_pack.wan.lora import lora as lora_module
-from wan_pack.wan.lora.lora import Lora, changes, merge
+from wan_pack.wan.lora import merging
+from wan_pack.wan.lora.lora import Lora
+from wan_pack.wan.lora.merging import changes, merge
 from wan_pack.wan.lora.module_names import ModuleNames
 from wan_pack.wan.model.config import HIGH_NOISE, LOW_NOISE
 
@@ -65,7 +66,7 @@ def test_every_module_is_found_by_every_spelling():
 
 @pytest.mark.parametrize("ranges", [2, 3, 7])
 def test_row_ranges_add_up_to_the_whole_update(tmp_path: Path, ranges: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lora_module, "CHUNK_BYTES", 3 * 4 * 32)
+    monkeypatch.setattr(merging, "CHUNK_BYTES", 3 * 4 * 32)
     lora = Lora(write(tmp_path / "l.safetensors"), -1.5, TARGETS)
     assert_close(merge_all([lora], ranges), merged(-1.5))
 

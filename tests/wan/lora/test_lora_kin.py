@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from tiny import TINY, random_weights, write_official
 from torch import Tensor
 from torch.testing import assert_close
-from wan_pack.wan.lora import lora as lora_module
-from wan_pack.wan.lora.lora import Lora, merge
+from wan_pack.wan.lora import merging
+from wan_pack.wan.lora.lora import Lora
+from wan_pack.wan.lora.merging import merge
 
 MODULE = "blocks.0.ffn.0"
 WEIGHT = f"{MODULE}.weight"
@@ -115,7 +116,7 @@ def write(path: Path, tensors: dict[str, Tensor], module: str = MODULE) -> Path:
 def test_ranges_of_rows_make_what_the_formula_says(
     tmp_path: Path, case: str, ranges: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(lora_module, "CHUNK_BYTES", 5 * 4 * IN)
+    monkeypatch.setattr(merging, "CHUNK_BYTES", 5 * 4 * IN)
     tensors, formula = CASES[case]()
     lora = Lora(write(tmp_path / "l.safetensors", tensors), STRENGTH, TARGETS)
     weight = random_weights()[WEIGHT]
