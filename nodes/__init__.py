@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .batch.batch import WanVideoDistributedBatch
+from .core.model_loader import LoadDiffusionModelDistributed
 from .doctor import WanVideoDistributedDoctor
 from .host import host, warm
 from .inference.inference import WanVideoDistributedInference
@@ -18,6 +19,7 @@ DISPLAY_NAMES = {
     "WanVideoDistributedDoctor": "Wan Video Distributed Doctor",
     "LoadWanVideoModel": "Load Wan Video Model",
     "WanVideoDistributedLora": "Wan Video Distributed Lora",
+    "LoadDiffusionModelDistributed": "Load Diffusion Model (N GPUs)",
     "LoadWanVideoT5TextEncoder": "Load WanVideo T5 TextEncoder",
     "WanVideoTextEncode": "WanVideo TextEncode",
 }
@@ -35,6 +37,7 @@ def node_classes(taken: frozenset[str]) -> dict[str, type]:
         WanVideoDistributedBatch,
         LoadWanVideoModel,
         WanVideoDistributedLora,
+        LoadDiffusionModelDistributed,
         WanVideoDistributedDoctor,
     ]
     pair = [LoadWanVideoT5TextEncoder, WanVideoTextEncode]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...distributed.job.evaluator import Evaluator, SampleConditioning
+from ..host.exceptions import told_to_comfyui
 from .unsupported import check_conds, check_options
 
 if TYPE_CHECKING:
@@ -42,9 +43,10 @@ class Evaluation:
             # Of an area; ComfyUI's model repeats the other edge.
             whole = pad(whole, (0, columns % 2, 0, rows % 2, 0, 0), mode="circular")
         given = self._samples(context.detach().to("cpu", torch.float32), x.shape[0], options)
-        if self._evaluator is None:
-            self._evaluator = self._start()
-        velocity = self._evaluator.evaluate(whole.contiguous(), timestep.detach().to("cpu", torch.float32), given)
+        with told_to_comfyui():
+            if self._evaluator is None:
+                self._evaluator = self._start()
+            velocity = self._evaluator.evaluate(whole.contiguous(), timestep.detach().to("cpu", torch.float32), given)
         return velocity[..., :rows, :columns].to(x.device)
 
     def close(self) -> None:
@@ -68,6 +70,8 @@ class Evaluation:
         for known in self._texts:
             if known.shape == text.shape and torch.equal(known, text):
                 return known
-        kept = text.clone()
+        # ComfyUI runs in inference mode, whose tensors do not tell whether they have been changed.
+        with torch.inference_mode(False):
+            kept = text.clone()
         self._texts = [kept, *self._texts[: MOST_TEXTS - 1]]
         return kept

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...distributed.job.evaluator import Evaluator
+from ...distributed.machine.cancelling import cancelled_by
+from ..host import host
 from ..host.core_model import CoreSampling
+from ..host.exceptions import told_to_comfyui
 from .evaluation import Evaluation
 from .unsupported import check_sampling
 
@@ -29,7 +32,8 @@ class GroupModel:
 
     def sample(self, sampling: CoreSampling, run: Callable[[], Tensor]) -> Tensor:
         check_sampling(sampling)
-        evaluation = Evaluation(self._prepare(sampling))
+        with told_to_comfyui(), cancelled_by(host.interrupted):
+            evaluation = Evaluation(self._prepare(sampling))
         self._running.append(evaluation)
         try:
             return run()

@@ -7,6 +7,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from ...distributed.job.evaluator import EvaluatorSource
+from ...distributed.launch.group_evaluator import GroupEvaluators
 from ...distributed.launch.pool import Pool
 from . import groups, host
 
@@ -15,6 +17,18 @@ from . import groups, host
 def pool() -> Pool:
     """One for the whole ComfyUI."""
     return Pool()
+
+
+@functools.cache
+def evaluators() -> EvaluatorSource:
+    """Of samplers of ComfyUI's, on groups of the pool."""
+    return GroupEvaluators(
+        pool(),
+        parent=host.jobs_folder(),
+        failed=host.failed_folder(),
+        on_log_line=host.log,
+        cancelled=host.interrupted,
+    )
 
 
 def release(group_id: str | None = None) -> int:

@@ -1,6 +1,6 @@
-"""A node for the tests' ComfyUI: CONDITIONING as CLIP Text Encode makes it with a CLIP of type wan.
+"""Nodes for the tests' ComfyUI: what CLIP Text Encode makes with a CLIP of type wan, and Wan22ImageToVideoLatent.
 
-ComfyUI's own loader takes umT5-xxl at full size only, which is 5.7 GB at the least.
+ComfyUI's own loaders take umT5-xxl and the Wan2.2 VAE at full size only, which are 5.7 and 1.4 GB at the least.
 """
 
 from __future__ import annotations
@@ -20,12 +20,31 @@ class TestCoreConditioning:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"seed": ("INT", {"default": 0}), "tokens": ("INT", {"default": 9})}}
+        sizes = {"tokens": ("INT", {"default": 9}), "channels": ("INT", {"default": 64, "max": 4096})}
+        return {"required": {"seed": ("INT", {"default": 0}), **sizes}}
 
-    def make(self, seed: int, tokens: int) -> tuple[list[list[Any]]]:
-        rows = torch.zeros(1, ROWS, 64)
-        rows[:, :tokens] = torch.randn(1, tokens, 64, generator=torch.Generator().manual_seed(seed))
+    def make(self, seed: int, tokens: int, channels: int) -> tuple[list[list[Any]]]:
+        rows = torch.zeros(1, ROWS, channels)
+        rows[:, :tokens] = torch.randn(1, tokens, channels, generator=torch.Generator().manual_seed(seed))
         return ([[rows, {"pooled_output": None}]],)
 
 
-NODE_CLASS_MAPPINGS = {"TestCoreConditioning": TestCoreConditioning}
+class TestKnownFrame:
+    """Latents of TI2V-5B of which the first frame is given."""
+
+    FUNCTION = "make"
+    CATEGORY = "test"
+    RETURN_TYPES = ("LATENT",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"seed": ("INT", {"default": 0})}}
+
+    def make(self, seed: int) -> tuple[dict[str, torch.Tensor]]:
+        samples = torch.randn(1, 48, 3, 4, 6, generator=torch.Generator().manual_seed(seed))
+        mask = torch.ones(1, 1, 3, 4, 6)
+        mask[:, :, 0] = 0
+        return ({"samples": samples, "noise_mask": mask},)
+
+
+NODE_CLASS_MAPPINGS = {"TestCoreConditioning": TestCoreConditioning, "TestKnownFrame": TestKnownFrame}

@@ -11,6 +11,10 @@ import torch
 from core_sampling import Modules, TwoModels, text
 from wan_pack.demo.tiny_expert import lora
 from wan_pack.distributed.job.errors import JobError
+from wan_pack.nodes.host.core_model import model_without_weights
+from wan_pack.wan.model.config import WanConfig
+from wan_pack.wan.model.variants import VARIANTS
+from wan_pack.wan.transformer.transformer import WanModel
 
 
 def same(output: Any, *_: Any) -> Any:
@@ -97,6 +101,21 @@ def test_outside_of_a_sampling_nothing_is_computed(t2v: TwoModels) -> None:
     model = t2v.ours.model
     with pytest.raises(ValueError, match="outside of a sampling"):
         model.apply_model(torch.zeros(1, 16, 3, 6, 8), torch.ones(1), c_crossattn=text(1)[0][0])
+
+
+@pytest.mark.parametrize("part", ["img_emb", "vace_blocks"])
+def test_transformers_with_further_inputs_are_refused(core: Modules, part: str) -> None:
+    """ComfyUI's conditioning of them is not sent on."""
+    variant = next(row for row in VARIANTS.values() if part in row.parts and "emb_pos" not in row.parts)
+    (channels_in, channels_out), more = variant.channels, {"vace_layers": (0,)} if part == "vace_blocks" else {}
+    config = WanConfig(
+        dim=128, ffn_dim=128, num_heads=1, num_layers=2, in_dim=channels_in, out_dim=channels_out, text_dim=64,
+        freq_dim=64, parts=variant.parts, **more,
+    )  # fmt: skip
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in WanModel(config).named_parameters()}
+    with pytest.raises(ValueError, match="runs in Wan Video Distributed Inference only; it cannot be a MODEL yet"):
+        model_without_weights(shapes, object())
 
 
 def test_nothing_is_held_or_moved(t2v: TwoModels) -> None:

@@ -92,12 +92,20 @@ def test_both_halves_of_guidance_come_in_one_call(t2v: TwoModels) -> None:
     assert len(t2v.evaluators[0].batches) == STEPS
 
 
+def test_a_prompt_stands_before_all_latents_of_its_batch(t2v: TwoModels) -> None:
+    t2v.core["sampled"](t2v.ours, latent_image=empty_latents(batch=3))
+    ((shape, conditional), *_) = t2v.evaluators[0].batches
+    assert shape[0] == 6 and conditional in ([True] * 3 + [False] * 3, [False] * 3 + [True] * 3)
+
+
 def test_guidance_of_one_evaluates_the_prompt_alone(t2v: TwoModels) -> None:
     t2v.same(lambda core, model: core["sampled"](model, cfg=1.0), limit=LIMIT)
     assert t2v.evaluators[0].batches == [((1, 16, 3, 6, 8), [True])] * STEPS
 
 
 def test_a_patched_schedule_does_not_stay(t2v: TwoModels) -> None:
+    """One that changes the timesteps: noise levels alone are looked up before the patch is put on."""
     before = t2v.core["sampled"](t2v.ours)
-    assert (shifted(t2v.core, t2v.ours) - before).abs().max() > 0.01
+    (patched,) = t2v.core["comfy_extras.nodes_model_advanced"].ModelSamplingSD3().patch(t2v.ours, 3.0, multiplier=500)
+    assert (t2v.core["sampled"](patched) - before).abs().max() > 0.01
     assert (t2v.core["sampled"](t2v.ours) == before).all()
