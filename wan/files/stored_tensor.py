@@ -170,6 +170,35 @@ class RowScale:
 
 
 @dataclass(frozen=True, slots=True)
+class ScaledTensor:
+    """Codes times one number, or one for each row; read from any element on."""
+
+    codes: PlainTensor
+    scale: RowScale
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
+        width = max(math.prod(self.shape[1:]), 1)
+        for begin, piece in _pieces(out.view(-1), FLOAT_PIECE):
+            codes = torch.empty(piece.shape, dtype=self.codes.dtype)
+            self.codes.read_into(codes, start=start + begin)
+            first, last = (start + begin) // width, (start + begin + piece.numel() - 1) // width
+            rows = torch.arange(start + begin, start + begin + piece.numel()) // width - first
+            piece.copy_(codes.float() * self.scale.rows(first, last - first + 1).view(-1)[rows])
+
+
+@dataclass(frozen=True, slots=True)
 class PackedTensor:
     """A tensor of a GGUF file; unpacked on the CPU while it is read."""
 

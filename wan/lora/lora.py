@@ -14,13 +14,13 @@ from pathlib import Path
 from ..files.identify import describe_tensors
 from ..files.quantised import stored_tensor
 from ..files.stored_model import open_file
-from ..files.stored_tensor import StoredTensor
+from ..files.stored_tensor import PlainTensor, RowScale, ScaledTensor, StoredTensor
 from ..model.config import HIGH_NOISE, LOW_NOISE
 from ..model.selection import EVERYTHING, Selection
 from .alpha import AdapterConfig, read_adapter_config
 from .dora import Decomposed
 from .families import Family, family_of, matrix_size
-from .module_names import LoraModule, ModuleNames, Role, lora_modules, skip_reason
+from .module_names import LoraModule, ModuleNames, Role, factor_scales, lora_modules, skip_reason
 from .origin import describe_origin
 from .updates import Difference, Update, read_elements
 
@@ -64,7 +64,9 @@ class Lora:
         self._file, self._selection = open_file(self.path), selection
         self._targets = targets
         try:
-            modules, unknown = lora_modules(self._file.tensors)
+            self._scales = factor_scales(self._file.tensors)
+            scales = set(self._scales.values())
+            modules, unknown = lora_modules([name for name in self._file.tensors if name not in scales])
             if not modules:
                 raise ValueError(f"it is {describe_tensors(self._file.tensors)}; expected a LoRA")
             if unknown:
@@ -244,9 +246,23 @@ class Lora:
     def _tensor(self, module: LoraModule, role: Role) -> StoredTensor:
         name = module.tensors[role]
         stored = stored_tensor(self._file, name)
+        if name in self._scales:
+            return self._scaled(stored, name)
         if not stored.dtype.is_floating_point:
             raise ValueError(f"{name} is {stored.dtype}; it must be of a float dtype")
         return stored
+
+    def _scaled(self, stored: StoredTensor, name: str) -> StoredTensor:
+        scale, rows = stored_tensor(self._file, self._scales[name]), stored.shape[0] if stored.shape else 1
+        fits = math.prod(scale.shape) == 1 or scale.shape in ((rows,), (rows, 1))
+        if not isinstance(stored, PlainTensor) or not isinstance(scale, PlainTensor) or not fits:
+            raise ValueError(
+                f"{self._scales[name]} has shape {list(scale.shape)}; it must be one number, or one for each of the "
+                f"{rows} rows of {name}"
+            )
+        if not scale.dtype.is_floating_point:
+            raise ValueError(f"{self._scales[name]} is {scale.dtype}; it must be of a float dtype")
+        return ScaledTensor(stored, RowScale(scale, rows))
 
 
 def _wide(shape: Shape) -> Shape:

@@ -72,8 +72,10 @@ _UNSUPPORTED = (
     ("(IA)^3", re.compile(r"\.on_input$")),
     ("Tucker-decomposed LoCon", re.compile(r"\.lora_mid\.")),
     ("weight-replacing (set_weight)", re.compile(r"\.(?:set_weight|reshape_weight)$")),
-    ("scaled fp8 LoRA", re.compile(r"\.lora[_.](?:down|up|A|B)\b.*(?:scale_weight|weight_scale)$")),
+    ("scaled LoRA without what is scaled", re.compile(r"\.lora[_.](?:down|up|A|B)\b.*(?:scale_weight|weight_scale)$")),
 )
+
+_SCALES = (".scale_weight", ".weight_scale")
 
 # Where diffusers' names have dots; what they stand for is in diffusers_keys.py.
 _DIFFUSERS_ROOT = (
@@ -114,6 +116,17 @@ class LoraModule:
     def path(self) -> str:
         """Without what trainers put before the module's own name."""
         return _WRAPPERS.sub("", self.spelled, count=1)
+
+
+def factor_scales(names: Collection[str]) -> dict[str, str]:
+    """Matrix of a LoRA in fp8 or int8 -> the tensor that holds its scale."""
+    found = {}
+    for name in names:
+        for ending in _SCALES:
+            matrix = f"{name.removesuffix(ending)}.weight"
+            if name.endswith(ending) and matrix in names:
+                found[matrix] = name
+    return found
 
 
 def lora_modules(names: Collection[str]) -> tuple[list[LoraModule], list[str]]:

@@ -177,7 +177,7 @@ def test_a_t2v_lora_fits_an_i2v_model_but_for_its_patch_embedding(tmp_path: Path
         ("(IA)^3", "on_input"),
         ("Tucker-decomposed LoCon", "lora_mid.weight"),
         ("weight-replacing (set_weight)", "set_weight"),
-        ("scaled fp8 LoRA", "lora_down.weight_scale"),
+        ("scaled LoRA without what is scaled", "lora_down.extra.weight_scale"),
     ],
 )
 def test_other_kinds_are_refused_by_name(tmp_path: Path, kind: str, role: str):
