@@ -22,7 +22,10 @@ class Selection:
         if any(part in f"diffusion_model.{layer}" for part in self.without):
             return False
         kind, _, rest = layer.partition(".")
-        return not self.blocks or kind != "blocks" or int(rest.partition(".")[0]) in self.blocks
+        if not self.blocks or not kind.endswith("blocks"):
+            return True
+        # VACE's own blocks cannot be chosen.
+        return kind == "blocks" and int(rest.partition(".")[0]) in self.blocks
 
     def __str__(self) -> str:
         """ "blocks 0, 1; without ffn"; empty for everything."""

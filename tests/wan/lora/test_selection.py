@@ -78,6 +78,11 @@ def test_only_what_is_selected_is_changed(tmp_path: Path, selection: Selection, 
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, msg=lambda m, n=module: f"{n}: {m}")
 
 
+def test_blocks_of_another_kind_are_none_that_can_be_chosen():
+    assert Selection().has("vace_blocks.1.ffn.0") and not Selection((1,)).has("vace_blocks.1.ffn.0")
+    assert Selection((1,)).has("blocks.1.ffn.0") and Selection((1,)).has("head.head")
+
+
 def test_a_job_keeps_the_selection(tmp_path: Path):
 
     (tmp_path / "l.safetensors").touch()
