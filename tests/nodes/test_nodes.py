@@ -137,6 +137,31 @@ def test_example_workflow_holds_a_value_for_every_widget() -> None:
     assert (ROOT / "example_workflows" / "distributed_inference_workflow.jpg").is_file()
 
 
+def widgets_of(kind: Any) -> list[str]:
+    """What a workflow holds the values of, in order."""
+    names = []
+    for name, (type_, options) in inputs_of(kind).items():
+        if isinstance(type_, list) or type_ in ("INT", "FLOAT", "STRING", "BOOLEAN"):
+            names += [name, "control"] if options.get("control_after_generate") else [name]
+    return names
+
+
+def test_every_example_holds_a_value_for_every_widget_of_our_nodes() -> None:
+    """One that a new input was not added to is shown with shifted values."""
+    wrong = []
+    for path in sorted((ROOT / "example_workflows").glob("*.json")):
+        api = json.loads((path.parent / "api" / path.name).read_text())
+        for node in json.loads(path.read_text())["nodes"]:
+            kind = NODE_CLASS_MAPPINGS.get(node["type"])
+            names = [] if kind is None else widgets_of(kind)
+            if kind is not None and len(node["widgets_values"]) != len(names):
+                wrong.append((path.name, node["type"], len(node["widgets_values"]), len(names)))
+            sent = api.get(str(node["id"]), {"inputs": {}})["inputs"]
+            missing = [name for name in names if name != "control" and sent and name not in sent]
+            wrong += [(path.name, node["type"], "api", missing)] if missing else []
+    assert wrong == []
+
+
 def test_examples_say_where_every_file_that_they_name_comes_from() -> None:
     """The page offers to download what is missing, into the folder where it belongs."""
     seen = set()
