@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from .linear import Linear
@@ -30,14 +32,27 @@ def use_int8_products(model: nn.Module) -> int:
         return 0
     layers = [module for module in model.modules() if isinstance(module, Linear) and module.keeps_int8]
     for layer in layers:
-        layer.int8_product = kitchen_product
+        layer.int8_product = kitchen_product()
     return len(layers)
 
 
-def kitchen_product(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, rotated_by: int) -> Tensor:
-    """comfy-kitchen's, which rotates and rounds the activations itself."""
-    from comfy_kitchen import int8_linear
+@functools.cache
+def kitchen_product() -> Int8Product:
+    """comfy-kitchen's, which rotates and rounds the activations itself, as one operation of a compiled graph."""
 
-    rotation = {"convrot": True, "convrot_groupsize": rotated_by} if rotated_by else {}
-    y: Tensor = int8_linear(x, codes, scale, bias=bias, out_dtype=x.dtype, **rotation)
-    return y
+    def multiply(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, rotated_by: int) -> Tensor:
+        from comfy_kitchen import int8_linear
+
+        rotation = {"convrot": True, "convrot_groupsize": rotated_by} if rotated_by else {}
+        y: Tensor = int8_linear(x, codes, scale, bias=bias, out_dtype=x.dtype, **rotation)
+        return y
+
+    def shaped(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, rotated_by: int) -> Tensor:
+        return x.new_empty(x.shape[0], codes.shape[0])
+
+    product = torch.library.custom_op(
+        "wan_distributed::int8_linear", multiply, mutates_args=(),
+        schema="(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int rotated_by) -> Tensor",
+    )  # fmt: skip
+    product.register_fake(shaped)
+    return product

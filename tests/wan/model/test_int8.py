@@ -209,6 +209,17 @@ def test_products_of_codes_where_the_package_is(tmp_path: Path, monkeypatch: pyt
     assert use_int8_products(read_model(path, torch.float32)) == 0
 
 
+@pytest.mark.skipif(not int8_products_there(), reason="comfy-kitchen is not installed")
+def test_a_compiled_graph_holds_comfy_kitchens_product_whole(tmp_path: Path):
+    path = tmp_path / "m.safetensors"
+    write(path, "rotated")
+    layer = layers_of(read_model(path, torch.bfloat16, keeping=INT8))[Q]
+    use_int8_products(torch.nn.Sequential(layer))
+    x = torch.randn(9, CONFIG.dim, generator=torch.Generator().manual_seed(1)).bfloat16()
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(layer.forward, backend="aot_eager", fullgraph=True)(x), layer(x))
+
+
 def test_without_the_package_weights_are_unpacked(monkeypatch: pytest.MonkeyPatch):
     for missing in ("comfy_kitchen", "packaging"):
         monkeypatch.setattr(
