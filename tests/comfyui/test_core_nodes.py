@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from serving import INFERENCE, Comfy
 from wan_pack.demo.client import Run
-from wan_pack.demo.example import Prompt
+from wan_pack.demo.example import VACE, Prompt, node_id
 
 WIDTH, HEIGHT, FRAMES, STEPS = 96, 64, 9, 4
 SIZE = {"width": WIDTH, "height": HEIGHT}
@@ -158,3 +158,16 @@ def test_two_halves_are_the_whole(finished: Finished) -> None:
     assert "no video (decode_video is off)" in finished.status("first half")
     assert finished.shows("second half")
     assert not finished.shows("first half") and not finished.shows("video of half")
+
+
+def test_the_vace_example_shows_its_video_without_the_reference(comfy: Comfy) -> None:
+    """The reference picture is a latent frame in front of the samples; the video has as many frames as were asked."""
+    prompt = comfy.example(VACE, preset="custom", sample_steps=2, num_frames=FRAMES)
+    video = node_id(prompt, INFERENCE)
+    prompt["latents"] = node("SaveLatent", samples=[video, 4], filename_prefix="core/vace")
+    run = comfy.run(prompt)
+    finished = Finished(comfy, run)
+    assert finished.latents("vace").shape[1] == 1 + (FRAMES - 1) // 4 + 1
+    (entry,) = comfy.outputs(run)[video]["video"]
+    path = comfy.server.base / "output" / entry["subfolder"] / entry["filename"]
+    assert imageio_ffmpeg.count_frames_and_secs(str(path))[0] == FRAMES

@@ -177,4 +177,4 @@ def test_examples_say_where_every_file_that_they_name_comes_from() -> None:
                 )
                 assert re.fullmatch(f"{repository}/{model['directory']}/{re.escape(model['name'])}", model["url"])
                 seen.add(model["directory"])
-    assert seen == {"diffusion_models", "loras", "text_encoders", "vae"}
+    assert seen == {"clip_vision", "diffusion_models", "loras", "text_encoders", "vae"}
