@@ -8,6 +8,7 @@ Numbers are written last: what they speak of is whole then. The next request is 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import struct
@@ -66,6 +67,12 @@ class _End:
     def _set(self, place: int, value: int) -> None:
         struct.pack_into("<Q", self._memory, place, value)
 
+    def _map(self, file: MemoryFile | OpenedMemory, size: int) -> None:
+        """Takes more of it."""
+        if size > len(self._memory):
+            before, self._memory = self._memory, file.map(size)
+            _unmap(before)
+
 
 class AskingEnd(_End):
     """ComfyUI's."""
@@ -89,8 +96,7 @@ class AskingEnd(_End):
         check(len(data) <= HEADER - REQUEST, "bytes of a request", len(data), f"at most {HEADER - REQUEST}")
         if request.evaluation is not None:
             places = Places.of(request.evaluation)
-            if places.size > len(self._memory):
-                self._memory = self._file.map(places.size)
+            self._map(self._file, places.size)
             for place, part in zip((places.latents, places.timesteps, *places.texts), parts, strict=True):
                 self._memory[place] = memoryview(part).cast("B")
         self._memory[REQUEST : REQUEST + len(data)] = data
@@ -114,6 +120,7 @@ class AskingEnd(_End):
     def close(self) -> None:
         """The other end keeps what it has mapped. A second call does nothing."""
         self._file.close()
+        _unmap(self._memory)
 
 
 class AnsweringEnd(_End):
@@ -154,10 +161,16 @@ class AnsweringEnd(_End):
 
     def _places(self, evaluation: Evaluation) -> Places:
         places = Places.of(evaluation)
-        if places.size > len(self._memory):
-            self._memory = self._file.map(places.size)
+        self._map(self._file, places.size)
         return places
 
     def close(self) -> None:
         """A second call does nothing."""
         self._file.close()
+        _unmap(self._memory)
+
+
+def _unmap(memory: mmap.mmap) -> None:
+    # It has a descriptor of its own. Where a tensor is still of this memory, it goes with that.
+    with contextlib.suppress(BufferError):
+        memory.close()

@@ -63,7 +63,7 @@ class ExpertCache:
         self.weights: dict[str, Weights] = {}
         self._made_of: dict[str, ExpertFiles] = {}
         self._pending: dict[str, _PendingExpert] = {}
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(2)
         self._mesh: Mesh | None = None
         """That the models' attention talks over."""
 
@@ -123,7 +123,9 @@ class ExpertCache:
             if made_of.files == files:
                 self._made_of[name] = self._made_of.pop(name)
                 return name
-        return f"{Path(files[0].path).stem} {next(self._numbers)}"
+        path = Path(files[0].path)
+        known = path.stem if len(files) == 1 else path.parent.name
+        return known if known not in self._made_of else f"{known} {next(self._numbers)}"
 
     def make_room(self, needed: int, *, but: str, parks: bool, ranks: int) -> None:
         """Lets go of the models that were used longest ago, until there is room for `needed` bytes. Collective.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -65,11 +66,12 @@ class ForwardsWork(Work[ForwardsJob]):
             """Shapes for which there is room."""
             self.done = 0
             self.step_seconds: list[float] = []
-        with self.phase("load"):
-            self.load()
-        with self.phase("denoise"), self.session.kernel.activate(), Bell(self.folder.bell(self.rank)) as bell:
-            while (evaluation := self.next_request(bell).evaluation) is not None:
-                self.serve(evaluation)
+        with contextlib.closing(self.memory), contextlib.closing(self.answers):
+            with self.phase("load"):
+                self.load()
+            with self.phase("denoise"), self.session.kernel.activate(), Bell(self.folder.bell(self.rank)) as bell:
+                while (evaluation := self.next_request(bell).evaluation) is not None:
+                    self.serve(evaluation)
         self.finish()
 
     def load(self) -> None:

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from wan_pack.distributed.job.job import FileIdentity, Job, JobError, LoraFile, ModelFiles, Parallel, Sampling, Text
+from wan_pack.distributed.job.job import (
+    FileIdentity,
+    ForwardsJob,
+    GroupJob,
+    Job,
+    JobError,
+    LoraFile,
+    ModelFiles,
+    Parallel,
+    Sampling,
+    Text,
+)
 from wan_pack.distributed.job.job_folder import JobDir
 
 FILE = FileIdentity(path="/models/high.safetensors", size=10, mtime_ns=1)
@@ -15,6 +27,9 @@ MODEL = ModelFiles(high_noise=(FILE,), low_noise=(FILE,), vae=(FILE,), text_enco
 PARALLEL = Parallel(gpu_count=2)
 SAMPLING = Sampling(width=832, height=480, num_frames=81, steps=20, seed=1)
 JOB = Job(id="0f", model=MODEL, parallel=PARALLEL, sampling=SAMPLING, text=Text(prompt='a "cat" ${local_rank} $(id)'))
+
+
+FORWARDS = ForwardsJob(id="0e", model=(FILE,), parallel=PARALLEL, loras=(LoraFile(file=FILE, strength=-1.0),))
 
 
 def test_round_trip():
@@ -96,3 +111,37 @@ def test_job_folder_is_private(tmp_path: Path):
     assert folder.job.stat().st_mode & 0o777 == 0o600
     assert folder.read_job() == JOB
     folder.remove()
+
+
+def test_every_kind_of_job_is_read_as_what_it_is():
+    for job in (JOB, FORWARDS):
+        assert GroupJob.from_json(job.to_json()) == job
+    with pytest.raises(JobError, match=r"kind is 'forwards'; it must be one of video"):
+        Job.from_json(FORWARDS.to_json())
+    for kind in ("", "KIND", None, 3):
+        raw = json.loads(FORWARDS.to_json()) | {"kind": kind}
+        with pytest.raises(JobError, match=r"kind is .*; it must be one of video, forwards"):
+            GroupJob.from_json(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": ()}, "model is"),
+        ({"side": "high"}, "side is 'high'"),
+        ({"loras": FORWARDS.loras * 65}, "65 LoRAs"),
+        ({"parallel": Parallel(gpu_count=2, hosts=("a", "b"))}, "hosts is .* its latents stay here"),
+        ({"parallel": Parallel(gpu_count=2, attention="sol")}, "attention is 'sol'.* Choose 'auto'"),
+        ({"id": "x"}, "hexadecimal"),
+    ],
+)
+def test_fault_19_evaluations_that_cannot_be_are_refused(change: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(FORWARDS, **change)
+
+
+def test_models_of_one_layout_share_processes_where_evaluations_are_asked_for():
+    other = dataclasses.replace(FILE, path="/models/low.safetensors")
+    assert dataclasses.replace(FORWARDS, model=(other,)).shared == FORWARDS.shared
+    assert dataclasses.replace(JOB, model=dataclasses.replace(MODEL, low_noise=(other,))).shared != JOB.shared
+    assert FORWARDS.files == (FILE, FILE)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluating import SHAPE, Known, difference, inputs
+from evaluating import SHAPE, Known, Warm, difference, inputs, write_lora
 from fresh_jobs import run_fresh
+from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.job.job import ForwardsJob
-from wan_pack.distributed.launch.group_evaluator import GroupEvaluator
 from wan_pack.distributed.launch.result import Result
+from wan_pack.distributed.launch.served_job import ServedJob
+from wan_pack.distributed.machine.processes import Process
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +25,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Known]:
     return {name: Known.make(folder / name, name) for name in ("T2V", "I2V", "TI2V-5B")}
 
 
-def on_forked_ranks(job: ForwardsJob, folder: Path) -> GroupEvaluator:
+def on_forked_ranks(job: ForwardsJob, folder: Path) -> ServedJob:
     """On real ranks, without the seconds of their start."""
-    return GroupEvaluator(lambda write, cancelled: Result(run_fresh(job, folder, write), {}, "", 0.0))
+    return ServedJob(lambda write, cancelled: Result(run_fresh(job, folder, write), {}, "", 0.0))
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -36,8 +42,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("variant", ["T2V", "I2V", "TI2V-5B"])
+CASES = [("T2V", layout) for layout in LAYOUTS] + [
+    (variant, layout) for variant in ("I2V", "TI2V-5B") for layout in ("1", "3", "4 by prompt, sharded")
+]
+
+
+@pytest.mark.parametrize(("variant", "layout"), CASES)
 def test_a_group_gives_what_the_model_gives(variant: str, layout: str, models: dict[str, Known], tmp_path: Path):
     """Batches of one, two and three, other sizes meanwhile, timesteps by frame where the model has them."""
     model = models[variant]
@@ -49,3 +59,106 @@ def test_a_group_gives_what_the_model_gives(variant: str, layout: str, models: d
             assert difference(evaluator.evaluate(*given), model.evaluate(*given)) < 1e-5
     finally:
         evaluator.close()
+
+
+def test_texts_are_sent_once_and_of_those_that_come_and_go_each_is_right(models: dict[str, Known], tmp_path: Path):
+    """More than the ranks keep what is derived of, and one that is changed in place."""
+    model = models["T2V"]
+    served = on_forked_ranks(model.job(gpu_count=1, keep_warm_seconds=0), tmp_path)
+    sent = []
+    ask = served._ask
+    served._ask = lambda evaluation, parts=(): (  # type: ignore[method-assign]
+        sent.append(len(evaluation.sent) if evaluation else 0),
+        ask(evaluation, parts),
+    )
+    x, timesteps, samples = inputs(model.config, 1, batch=5)
+    try:
+        for numbers in ([0], [1], [0, 1, 2, 3, 4], [3, 3, 0], [4, 2]):
+            given = x[: len(numbers)], timesteps[: len(numbers)], [samples[number] for number in numbers]
+            assert difference(served.evaluate(*given), model.evaluate(*given)) < 1e-5
+        samples[0].text.mul_(2)
+        given = x[:1], timesteps[:1], [samples[0]]
+        assert difference(served.evaluate(*given), model.evaluate(*given)) < 1e-5
+    finally:
+        served.close()
+    assert sent == [1, 1, 3, 0, 0, 1, 0]
+
+
+@pytest.fixture(scope="module")
+def warm(models: dict[str, Known], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    folder = tmp_path_factory.mktemp("warm")
+    second = {"T2V, the other": Known.make(folder / "second", "T2V", seed=9)}
+    warm = Warm(folder, models | second)
+    yield warm
+    warm.pool.release()
+    assert not list((folder / "jobs").iterdir())
+
+
+@pytest.mark.ranks
+@pytest.mark.processes
+def test_models_and_loras_change_on_the_same_processes(warm: Warm):
+    """Two models in turns are read once each; other LoRAs, also where the file of the last one is gone."""
+    loras = [write_lora(warm.folder / f"lora{seed}.safetensors", seed) for seed in (1, 2)]
+    ranks = warm.sample("T2V")
+    for name, kept in (
+        ("T2V, the other", False),
+        ("T2V", True),
+        ("T2V, the other", True),
+        ("I2V", False),
+        ("T2V", True),
+    ):
+        assert warm.sample(name, seed=3) == ranks
+        assert warm.kept is kept, name
+    for strengths in ((0.5, 0.0), (0.5, 0.25), (-1.0, 0.25)):
+        given = tuple(zip(loras, strengths, strict=True))
+        assert warm.sample("T2V", given) == ranks
+    loras[0].unlink()
+    assert warm.sample("T2V", ((loras[1], 0.7),)) == ranks
+    assert warm.sample("T2V", cfg_parallel=True) == ranks
+    assert warm.sample("T2V") == ranks
+
+
+@pytest.mark.ranks
+@pytest.mark.processes
+@pytest.mark.parametrize("when", ["between two", "in one"])
+def test_fault_07_a_cancelled_sampling_leaves_the_processes_for_the_next(when: str, warm: Warm):
+    ranks = warm.sample()
+    config, evaluator = warm.models["T2V"].config, warm.open()
+    evaluator.evaluate(*inputs(config, 1))
+    given = inputs(config, 1, shape=SHAPE if when == "between two" else (5, 60, 60))
+    threading.Timer(0.3, setattr, [warm, "cancelled", True]).start()
+    if when == "between two":
+        time.sleep(1)
+    started = time.monotonic()
+    with pytest.raises(JobCancelled):
+        while time.monotonic() - started < 30:
+            evaluator.evaluate(*given)
+    evaluator.close()
+    warm.cancelled = False
+    assert warm.sample(seed=5) == ranks
+
+
+@pytest.mark.ranks
+@pytest.mark.processes
+def test_waiting_for_an_evaluation_costs_less_than_two_percent_of_a_core(warm: Warm):
+    ranks = warm.sample()
+    evaluator = warm.open()
+    given = inputs(warm.models["T2V"].config, 1)
+    evaluator.evaluate(*given)
+    try:
+        # On a busy machine they may still be at work; then they are looked at again.
+        for _ in range(3):
+            time.sleep(0.5)
+            before = {process: cpu_seconds(process) for process in ranks}
+            time.sleep(3.0)
+            used = {process: cpu_seconds(process) - before[process] for process in ranks}
+            if all(seconds <= 0.06 for seconds in used.values()):
+                return
+        pytest.fail(f"still at work: {used}")
+    finally:
+        evaluator.close()
+
+
+def cpu_seconds(process: Process) -> float:
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

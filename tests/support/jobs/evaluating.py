@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ from tiny import TINY, random_weights, write_official
 from torch import Tensor
 from wan_pack.distributed.job.evaluator import SampleConditioning
 from wan_pack.distributed.job.job import FileIdentity, ForwardsJob, LoraFile, Parallel
+from wan_pack.distributed.launch.group_evaluator import GroupEvaluator, GroupEvaluators
 from wan_pack.distributed.launch.launcher import new_job_id
+from wan_pack.distributed.launch.pool import Pool
+from wan_pack.distributed.machine.processes import Process
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
 from wan_pack.wan.model.rope import rope_table
@@ -51,7 +54,7 @@ class Known:
         files = tuple(LoraFile(file=FileIdentity.of(path), strength=strength) for path, strength in loras)
         return ForwardsJob(
             id=new_job_id(), model=(FileIdentity.of(self.file),), loras=files,
-            parallel=Parallel(**{**defaults, "keep_warm_seconds": 300.0, **parallel}),
+            parallel=Parallel(**{**defaults, "keep_warm_seconds": 300.0, **parallel}), verbose=True,
         )  # fmt: skip
 
     def evaluate(
@@ -127,3 +130,39 @@ def difference(one: Tensor, other: Tensor) -> float:
     """The largest, of values whose size is about 1."""
     assert one.shape == other.shape and one.dtype == other.dtype
     return float((one - other).abs().max() / other.abs().max())
+
+
+@dataclass
+class Warm:
+    """One group of two ranks for all tests that use it."""
+
+    folder: Path
+    models: dict[str, Known]
+    pool: Pool = field(default_factory=Pool)
+    cancelled: bool = False
+    kept: bool = False
+    """The model of the last sampling was there already."""
+
+    def __post_init__(self) -> None:
+        self.source = GroupEvaluators(
+            self.pool, parent=self.folder / "jobs", failed=self.folder / "failed", cancelled=lambda: self.cancelled,
+        )  # fmt: skip
+
+    def open(self, name: str = "T2V", loras: tuple[tuple[Path, float], ...] = (), **parallel: Any) -> GroupEvaluator:
+        return self.source.open(self.models[name].job(loras, gpu_count=2, **parallel))
+
+    def sample(
+        self, name: str = "T2V", loras: tuple[tuple[Path, float], ...] = (), seed: int = 0, **parallel: Any
+    ) -> list[Process]:
+        """Two evaluations, which must be right. Returns the ranks."""
+        evaluator = self.open(name, loras, **parallel)
+        try:
+            for batch in (1, 2):
+                given = inputs(self.models[name].config, seed, batch=batch)
+                assert difference(evaluator.evaluate(*given), self.models[name].evaluate(*given, loras)) < 1e-5
+        finally:
+            evaluator.close()
+        assert evaluator.result is not None and evaluator.result.info["evaluations"] == 2
+        self.kept = "expert: kept" in evaluator.result.log
+        (view,) = self.pool.view()
+        return list(view.ranks)

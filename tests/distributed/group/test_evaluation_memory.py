@@ -1,0 +1,203 @@
+"""What an evaluation may be, the memory that it goes through, and the bells of both ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wan_pack.distributed.group.evaluation_memory import HEADER, REQUEST, AnsweringEnd, AskingEnd
+from wan_pack.distributed.group.evaluation_request import (
+    MAX_BATCH,
+    MAX_TEXT_ROWS,
+    MAX_TEXTS,
+    Evaluation,
+    Request,
+    SentText,
+    TextKeys,
+)
+from wan_pack.distributed.job.errors import JobError
+from wan_pack.distributed.machine.bell import Bell, BellRope, ring
+from wan_pack.distributed.machine.memory_file import MemoryFile, OpenedMemory
+
+KEYS = [f"{number:064x}" for number in range(100)]
+TEXT = SentText(key=KEYS[0], rows=3, channels=4, dtype="bfloat16")
+ONE = Evaluation(
+    shape=(2, 3, 2, 4, 6), by_frame=True, texts=(KEYS[0], KEYS[1]), conditional=(True, False), sent=(TEXT,)
+)
+
+
+def test_a_request_is_read_as_it_was_written():
+    for evaluation in (ONE, None):
+        request = Request(number=7, evaluation=evaluation)
+        assert Request.from_json(request.to_json()) == request
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shape": (2, 3, 2, 4)}, "shape"),
+        ({"shape": (0, 3, 2, 4, 6)}, "samples is 0; it must be 1 to 64"),
+        ({"shape": (MAX_BATCH + 1, 3, 2, 4, 6)}, "samples is 65"),
+        ({"shape": (2, 257, 2, 4, 6)}, "latent channels is 257"),
+        ({"shape": (2, 3, 1026, 4, 6)}, "latent frames is 1026; it must be 1 to 1025"),
+        ({"shape": (2, 3, 2, 5, 6)}, "latent rows or columns is 5; it must be even"),
+        ({"shape": (2, 3, 2, 4, 1026)}, "latent rows or columns is 1026"),
+        ({"shape": (2, 48, 1025, 1024, 1024)}, "bytes of latents"),
+        ({"texts": (KEYS[0],)}, "texts is 1; it must be one for each of 2 samples"),
+        ({"conditional": (True,)}, "conditional is 1"),
+        ({"texts": (KEYS[0], "../../x")}, "keys of 64 hexadecimal digits"),
+        ({"sent": (TEXT, TEXT)}, "each once"),
+        ({"sent": (dataclasses.replace(TEXT, key=KEYS[5]),)}, "texts of this evaluation"),
+    ],
+)
+def test_fault_32_an_evaluation_out_of_bounds_is_refused_at_both_ends(change: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(ONE, **change)
+    raw = dataclasses.asdict(Request(number=1, evaluation=ONE))
+    raw["evaluation"] |= {
+        name: [dataclasses.asdict(text) for text in value] if name == "sent" else value
+        for name, value in change.items()
+    }
+    with pytest.raises(JobError, match=words):
+        Request.from_json(json.dumps(raw).encode())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rows": 0}, "rows"), ({"rows": MAX_TEXT_ROWS + 1}, "rows"), ({"channels": 1 << 20}, "channels"),
+        ({"dtype": "float64"}, "dtype"), ({"key": "0" * 63}, "key"),
+    ],
+)  # fmt: skip
+def test_fault_32_a_text_out_of_bounds_is_refused(change: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(TEXT, **change)
+
+
+def test_fault_20_mutated_requests_only_raise_job_error():
+    good = Request(number=3, evaluation=ONE).to_json().decode()
+    for seed in range(500):
+        rng, text = random.Random(seed), good
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(text))
+            text = text[:at] + rng.choice(['"', "{", "[", "null", "1e999", "-", "NaN", "true"]) + text[at + 2 :]
+        try:
+            Request.from_json(text.encode())
+        except JobError:
+            continue
+
+
+def test_what_is_asked_arrives_and_what_is_answered_too():
+    asking = AskingEnd()
+    answering = AnsweringEnd(asking.path)
+    assert (answering.asked, asking.answered) == (0, 0)
+    for number, evaluation in enumerate((ONE, dataclasses.replace(ONE, shape=(2, 3, 40, 40, 60), sent=())), start=1):
+        latents, timesteps = os.urandom(evaluation.latent_bytes), os.urandom(4 * evaluation.timestep_count)
+        texts = [os.urandom(text.nbytes) for text in evaluation.sent]
+        asking.ask(Request(number=number, evaluation=evaluation), [latents, timesteps, *texts])
+        assert answering.asked == number
+        request, digest = answering.read()
+        assert request == Request(number=number, evaluation=evaluation) and len(digest) == 32
+        there = answering.parts(evaluation)
+        assert (bytes(there[0]), bytes(there[1])) == (latents, timesteps)
+        assert [bytes(text) for text in there[2]] == texts
+        velocity = os.urandom(evaluation.latent_bytes // 3 * 2)
+        answering.write(evaluation, 2, velocity)
+        assert asking.answered == number - 1
+        answering.say_answered(number)
+        assert asking.answered == number
+        assert asking.velocity(evaluation) == (2, bytearray(velocity))
+    asking.close()
+    asking.close()
+    answering.close()
+
+
+def test_fault_32_numbers_that_cannot_be_are_refused():
+    asking = AskingEnd()
+    answering = AnsweringEnd(asking.path)
+    asking.ask(Request(number=1, evaluation=ONE), [bytes(ONE.latent_bytes), bytes(16), bytes(TEXT.nbytes)])
+    for channels in (0, 4, 1 << 40):
+        answering._set(24, channels)
+        with pytest.raises(JobError, match="channels; there are at most 3"):
+            asking.velocity(ONE)
+    asking._set(8, HEADER - REQUEST + 1)
+    with pytest.raises(JobError, match="a request has 65473 bytes"):
+        answering.read()
+    larger = dataclasses.replace(ONE, shape=(2, 3, 100, 4, 6))
+    with pytest.raises(ValueError, match="a file in memory has"):
+        answering.parts(larger)
+    asking.close()
+    answering.close()
+
+
+def test_fault_23_only_a_file_in_memory_and_only_a_pipe_are_taken(tmp_path: Path):
+    file = tmp_path / "a video"
+    file.write_bytes(b"x" * HEADER)
+    with pytest.raises(OSError, match="no file in memory"):
+        OpenedMemory(file)
+    with pytest.raises(OSError, match="no bell"):
+        BellRope(file)
+    ring(file)
+    assert file.read_bytes() == b"x" * HEADER
+
+
+def test_the_memory_stays_with_who_has_opened_it():
+    """Its path may be another file's by then."""
+    there = MemoryFile("test")
+    there.map(10)[:4] = b"abcd"
+    opened = OpenedMemory(there.path)
+    there.close()
+    assert opened.map(10)[:4] == b"abcd"
+    opened.close()
+    opened.close()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_ring_wakes_at_once_and_one_before_the_wait_is_not_lost(named: bool, tmp_path: Path):
+    with Bell(tmp_path / "bell" if named else None) as bell:
+        rope = BellRope(bell.path)
+        threading.Timer(0.1, rope.ring).start()
+        started = time.monotonic()
+        bell.wait(10)
+        assert 0.05 < time.monotonic() - started < 5
+        for _ in range(100_000):
+            # Nobody empties it; a full pipe is no error.
+            rope.ring()
+        bell.wait(10)
+        rope.close()
+    assert time.monotonic() - started < 9
+    ring(bell.path)
+
+
+def test_both_ends_count_the_texts_alike():
+    here, there = TextKeys(), TextKeys()
+    assert here.missing([KEYS[0], KEYS[1], KEYS[0]]) == [KEYS[0], KEYS[1]]
+    rng, kept = random.Random(1), set()
+    for _ in range(300):
+        used = rng.sample(KEYS, rng.randint(1, 9))
+        missing = here.missing(used)
+        assert set(missing) == set(used) - kept
+        dropped = here.use(used)
+        assert dropped == there.use(used)
+        kept = (kept | set(used)) - set(dropped)
+        assert set(used) <= kept and len(kept) <= MAX_TEXTS
+
+
+@pytest.mark.parametrize(
+    ("conditional", "order"),
+    [("cu", [0, 1]), ("uc", [1, 0]), ("ccuu", [0, 2, 1, 3]), ("ccu", [0, 1, 2]), ("c", [0]), ("uu", [0, 1])],
+)
+def test_prompt_and_negative_prompt_are_neighbours(conditional: str, order: list[int]):
+    count = len(conditional)
+    evaluation = Evaluation(
+        shape=(count, 1, 1, 2, 2), by_frame=False, texts=tuple(KEYS[:count]),
+        conditional=tuple(letter == "c" for letter in conditional),
+    )  # fmt: skip
+    assert evaluation.pairs == order

@@ -1,0 +1,244 @@
+"""A sampling of ComfyUI's whose processes die, hang or are cancelled: between two evaluations and in one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluating import Known, inputs
+from jobs import STUB_FORWARDS, agent_of, gone_within, pack_with, rank_of
+from wan_pack.distributed.group import worker_group
+from wan_pack.distributed.job.errors import JobCancelled
+from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.launch.group_evaluator import GroupEvaluator, GroupEvaluators
+from wan_pack.distributed.launch.launcher import JobFailed
+from wan_pack.distributed.launch.pool import Pool
+from wan_pack.distributed.machine.processes import Process
+
+pytestmark = pytest.mark.processes
+
+
+class Samplings:
+    """On ranks without torch."""
+
+    def __init__(self, folder: Path, pool: Pool) -> None:
+        self.folder, self.pool = folder, pool
+        self.model = Known.make(folder / "model")
+        self.cancelled = False
+        self.before = self.held()
+        self.evaluators: list[GroupEvaluator] = []
+
+    def open(self, **parallel: Any) -> GroupEvaluator:
+        source = GroupEvaluators(
+            self.pool, parent=self.folder / "jobs", failed=self.folder / "failed", cancelled=lambda: self.cancelled
+        )
+        evaluator = source.open(self.model.job(**{"gpu_count": 2, "keep_warm_seconds": 0.0, **parallel}))
+        self.evaluators.append(evaluator)
+        return evaluator
+
+    def evaluate(self, evaluator: GroupEvaluator, seed: int = 0) -> None:
+        given = inputs(self.model.config, seed)
+        assert torch.equal(evaluator.evaluate(*given), given[0])
+
+    @property
+    def job(self) -> JobDir:
+        (path,) = (self.folder / "jobs").glob("wan-job-*")
+        return JobDir(path)
+
+    @property
+    def processes(self) -> list[Process]:
+        return [agent_of(self.job), rank_of(self.job, 0), rank_of(self.job, 1)]
+
+    def held(self) -> dict[str, int]:
+        """What could be left over in this process and on this machine."""
+        links = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if _open(name)]
+        return {
+            "files in memory": sum(link.startswith("/memfd:") for link in links),
+            "pipes": sum(link.startswith("pipe:") for link in links),
+            "shared memory": len(os.listdir("/dev/shm")),
+        }
+
+    def nothing_is_left(self, *processes: Process) -> None:
+        assert gone_within(1, *processes)
+        assert self.held() == self.before
+        assert not list((self.folder / "jobs").glob("*"))
+        assert self.pool.view() == []
+
+
+def _open(name: str) -> bool:
+    # That of the listing itself is closed by now.
+    return os.path.lexists(f"/proc/self/fd/{name}")
+
+
+@pytest.fixture
+def samplings(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Samplings]]:
+    """Ranks that do, at evaluation `at`, what `action` says."""
+    made = []
+
+    def make(action: str = "", at: int = 0) -> Samplings:
+        monkeypatch.setattr(worker_group, "AGENT", pack_with(STUB_FORWARDS, tmp_path, action=action, at=at))
+        made.append(Samplings(tmp_path, pool))
+        return made[-1]
+
+    yield make
+    for each in made:
+        for evaluator in each.evaluators:
+            evaluator.close()
+
+
+def settled(seconds: float = 20.0) -> None:
+    """Until no group is about to stop."""
+    for thread in [thread for thread in threading.enumerate() if thread.name == "wan-stop"]:
+        thread.join(seconds)
+        assert not thread.is_alive()
+
+
+def fails(samplings: Samplings, evaluator: GroupEvaluator) -> JobFailed:
+    with pytest.raises(JobFailed) as caught:
+        samplings.evaluate(evaluator)
+    evaluator.close()
+    return caught.value
+
+
+@pytest.mark.parametrize("who", ["rank", "agent"])
+def test_fault_01_10_29_a_process_killed_between_evaluations_is_named_by_the_next(
+    who: str, samplings: Callable[..., Samplings]
+):
+    """And the sampling behind it starts on new processes."""
+    here = samplings()
+    evaluator = here.open()
+    here.evaluate(evaluator)
+    agent, _, rank = processes = here.processes
+    (agent if who == "agent" else rank).kill()
+    assert gone_within(2, rank), "a rank ends with its agent"
+    started = time.monotonic()
+    error = fails(here, evaluator)
+    assert time.monotonic() - started < 5
+    assert str(error).startswith({"rank": "rank 1 was killed by SIGKILL", "agent": "the agent was killed by SIG"}[who])
+    assert "the job is kept in" in str(error) and "distributed run" not in str(error)
+    here.nothing_is_left(*processes)
+    evaluator = here.open()
+    here.evaluate(evaluator)
+    evaluator.close()
+    here.nothing_is_left()
+
+
+def test_fault_02_a_rank_that_raises_in_an_evaluation_says_why(samplings: Callable[..., Samplings]):
+    here = samplings("raise", at=2)
+    evaluator = here.open()
+    here.evaluate(evaluator)
+    processes = here.processes
+    error = fails(here, evaluator)
+    assert str(error).startswith("rank 1: ValueError: the weights of layer 3 are bad\nin denoise at step 1")
+    here.nothing_is_left(*processes)
+
+
+def test_fault_05_waiting_for_ComfyUI_is_no_hang_and_a_hung_evaluation_is_one(samplings: Callable[..., Samplings]):
+    here = samplings("hang", at=2)
+    evaluator = here.open(stall_timeout=1.5)
+    here.evaluate(evaluator)
+    processes = here.processes
+    time.sleep(3)
+    assert all(process.alive() for process in processes)
+    started = time.monotonic()
+    error = fails(here, evaluator)
+    assert 1 < time.monotonic() - started < 6
+    assert "made no progress for 1.5 s in denoise at step 1" in str(error)
+    assert "stall_timeout is 1.5 s; raise it if that is too short" in str(error)
+    here.nothing_is_left(*processes)
+
+
+def test_fault_06_a_rank_that_is_frozen_between_evaluations_is_found_by_the_next(samplings: Callable[..., Samplings]):
+    here = samplings("hang", at=2)
+    evaluator = here.open(stall_timeout=1.5)
+    here.evaluate(evaluator)
+    processes = here.processes
+    processes[2].kill(signal.SIGSTOP)
+    error = fails(here, evaluator)
+    assert str(error).startswith("rank 1 made no progress for 1.5 s")
+    assert "it is frozen" in str(error)
+    here.nothing_is_left(*processes)
+
+
+@pytest.mark.parametrize(
+    ("when", "warm"), [("in one", 0.0), ("in one", 60.0), ("between two", 60.0)], ids=["", "warm", "warm, between"]
+)
+def test_fault_07_a_cancel_ends_the_sampling_at_once(when: str, warm: float, samplings: Callable[..., Samplings]):
+    """The stub hangs in the evaluation: warm processes get their time, and are ended."""
+    here = samplings("hang", at=2)
+    evaluator = here.open(keep_warm_seconds=warm)
+    here.evaluate(evaluator)
+    processes, job = here.processes, here.job
+    started = time.monotonic()
+    if when == "in one":
+
+        def cancel(*_: Any) -> None:
+            here.cancelled = True
+
+        signal.signal(signal.SIGALRM, cancel)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+    else:
+        here.cancelled = True
+    with pytest.raises(JobCancelled):
+        here.evaluate(evaluator)
+    assert time.monotonic() - started < 2
+    evaluator.close()
+    here.cancelled = False
+    if not warm:
+        here.nothing_is_left(*processes)
+        return
+    assert all(process.alive() for process in processes)
+    assert job.stop.exists()
+    here.pool.release()
+    settled()
+    here.nothing_is_left(*processes)
+
+
+def test_fault_07_29_a_sampling_that_is_given_up_leaves_nothing(samplings: Callable[..., Samplings]):
+    """Its sampler raised between two evaluations, or was interrupted in one; or it never evaluated."""
+    here = samplings()
+    evaluator = here.open()
+    evaluator.close()
+    here.nothing_is_left()
+    evaluator = here.open()
+    here.evaluate(evaluator)
+    processes = here.processes
+    evaluator.close()
+    evaluator.close()
+    here.nothing_is_left(*processes)
+
+
+def test_a_sampling_inside_of_another_ones_step_has_the_processes_meanwhile(samplings: Callable[..., Samplings]):
+    here = samplings()
+    source = GroupEvaluators(here.pool, parent=here.folder / "jobs", failed=here.folder / "failed")
+    job = here.model.job(gpu_count=2, keep_warm_seconds=60.0)
+    outer, inner = source.open(job), source.open(job)
+    here.evaluate(outer)
+    processes = here.processes
+    here.evaluate(inner)
+    assert here.processes == processes
+    here.evaluate(inner, 1)
+    inner.close()
+    here.evaluate(outer, 2)
+    assert here.processes == processes
+    outer.close()
+    assert here.pool.release() == 1
+    here.nothing_is_left(*processes)
+
+
+def test_fault_09_the_processes_end_with_free_memory_once_the_sampling_is_over(samplings: Callable[..., Samplings]):
+    here = samplings()
+    evaluator = here.open(keep_warm_seconds=60.0)
+    here.evaluate(evaluator)
+    processes = here.processes
+    assert here.pool.release() == 0
+    here.evaluate(evaluator)
+    evaluator.close()
+    here.nothing_is_left(*processes)
