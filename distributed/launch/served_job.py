@@ -65,8 +65,8 @@ class ServedJob:
         expected = (x.shape[0], x.shape[2]) if by_frame else (x.shape[0],)
         if tuple(timesteps.shape) != expected:
             raise ValueError(f"timesteps have shape {list(timesteps.shape)}; these latents call for {list(expected)}")
-        self._keys.use(keys)
         self._ask(evaluation, [_bytes(part) for part in (x, timesteps, *(texts[key] for key in missing))])
+        self._keys.use(keys)
         try:
             self._wait()
         except BaseException:
@@ -103,8 +103,8 @@ class ServedJob:
         self._folder = folder
 
     def _ask(self, evaluation: Evaluation | None, parts: Sequence[memoryview] = ()) -> None:
+        self._memory.ask(Request(number=self._number + 1, evaluation=evaluation), parts)
         self._number += 1
-        self._memory.ask(Request(number=self._number, evaluation=evaluation), parts)
         if self._folder is not None:
             for bell in self._folder.path.glob("bell-*"):
                 ring(bell)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,9 @@ import pytest
 import torch
 from evaluating import Known, inputs
 from jobs import STUB_FORWARDS, agent_of, gone_within, pack_with, rank_of
+from mount import SUPPORT
 from wan_pack.distributed.group import worker_group
+from wan_pack.distributed.group.leftovers import remove_abandoned
 from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.launch.group_evaluator import GroupEvaluator, GroupEvaluators
@@ -233,7 +237,7 @@ def test_a_sampling_inside_of_another_ones_step_has_the_processes_meanwhile(samp
     here.nothing_is_left(*processes)
 
 
-def test_fault_09_the_processes_end_with_free_memory_once_the_sampling_is_over(samplings: Callable[..., Samplings]):
+def test_the_processes_end_with_free_memory_once_the_sampling_is_over(samplings: Callable[..., Samplings]):
     here = samplings()
     evaluator = here.open(keep_warm_seconds=60.0)
     here.evaluate(evaluator)
@@ -242,3 +246,44 @@ def test_fault_09_the_processes_end_with_free_memory_once_the_sampling_is_over(s
     here.evaluate(evaluator)
     evaluator.close()
     here.nothing_is_left(*processes)
+
+
+PARENT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from mount import mount_pack
+mount_pack()
+from pathlib import Path
+from evaluating import Known, inputs
+from wan_pack.distributed.group import worker_group
+from wan_pack.distributed.launch.group_evaluator import GroupEvaluators
+from wan_pack.distributed.launch.pool import Pool
+worker_group.AGENT = Path(sys.argv[3])
+folder = Path(sys.argv[2])
+model = Known.make(folder / "model")
+evaluator = GroupEvaluators(Pool(), parent=folder / "jobs", failed=folder / "failed").open(model.job(gpu_count=2))
+evaluator.evaluate(*inputs(model.config, 0))
+(folder / "evaluated").touch()
+evaluator.evaluate(*inputs(model.config, 0))
+"""
+
+
+def test_fault_09_everything_ends_with_comfyui_in_an_evaluation(samplings: Callable[..., Samplings], tmp_path: Path):
+    """Also ranks that only wait for the next one: the first is in that loop, the other one hangs."""
+    here = samplings("hang", at=2)
+    with (tmp_path / "parent.log").open("wb") as log:
+        parent = subprocess.Popen(
+            [sys.executable, "-c", PARENT, str(SUPPORT), str(tmp_path), str(worker_group.AGENT)], stderr=log
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "evaluated").exists():
+            assert time.monotonic() < deadline and parent.poll() is None, (tmp_path / "parent.log").read_text()
+            time.sleep(0.05)
+        processes = here.processes
+    finally:
+        parent.kill()
+        parent.wait(10)
+    assert gone_within(1, *processes)
+    remove_abandoned(tmp_path / "jobs")
+    here.nothing_is_left()

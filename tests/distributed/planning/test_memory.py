@@ -283,3 +283,14 @@ def test_kept_pictures_are_counted():
         work = replace(plain, config=replace(plain.config, parts=parts))
         more = memory.kept_text_bytes(work, one) - memory.kept_text_bytes(plain, one)
         assert more == 2 * 40 * rows * 5120 * 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"cfg_parallel": True}, {"use_fsdp": True}, {"memory_optimization": True}, {"ulysses_engine": "symmetric"}],
+)
+def test_what_an_evaluation_takes_is_what_its_plan_counts_beside_weights_and_process(settings: dict[str, Any]):
+    work = workload(experts=1, vae_bytes=0, guided=True, decode=False)
+    parallel = Parallel(gpu_count=2, **settings)
+    beside = memory.weights_at_rest(work, parallel) + memory.process_bytes(parallel)
+    assert memory.evaluation_bytes(work, parallel) == estimate(work, parallel).total - beside

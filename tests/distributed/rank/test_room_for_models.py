@@ -1,0 +1,89 @@
+"""Models that a rank keeps from one sampling to the next, as far as there is room."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from wan_pack.distributed.job.job import FileIdentity
+from wan_pack.distributed.job.model_files import ExpertFiles
+from wan_pack.distributed.rank import experts
+from wan_pack.distributed.rank.experts import ExpertCache
+from wan_pack.wan.model.attention import attention
+
+SIZE = 10
+
+
+@dataclasses.dataclass
+class Weights:
+    """Of a model of `SIZE` bytes."""
+
+    resident_bytes: int = SIZE
+    dropped: bool = False
+
+    def park(self) -> None:
+        self.resident_bytes = 0
+
+    def drop(self) -> None:
+        self.resident_bytes, self.dropped = 0, True
+
+
+def files(name: str) -> tuple[FileIdentity, ...]:
+    return (FileIdentity(path=f"/models/{name}.safetensors", size=1, mtime_ns=1),)
+
+
+@pytest.fixture
+def cache() -> ExpertCache:
+    """With three models, the first used longest ago."""
+    cache = ExpertCache(0, torch.device("cpu"), attention, "plain")
+    for name in ("a", "b", "c"):
+        assert cache.named(files(name)) == name
+        cache.models[name] = torch.nn.Module()  # type: ignore[assignment]
+        cache.weights[name] = Weights()  # type: ignore[assignment]
+        cache._made_of[name] = ExpertFiles(files(name), (), None)
+    return cache
+
+
+def free_of(cache: ExpertCache, monkeypatch: pytest.MonkeyPatch, total: int) -> None:
+    """The device has this much, of which models have taken theirs."""
+    monkeypatch.setattr(
+        experts, "free_bytes", lambda device, ranks: total - sum(each.resident_bytes for each in cache.weights.values())
+    )
+
+
+@pytest.mark.parametrize(("needed", "left"), [(5, "abc"), (6, "bc"), (15, "bc"), (16, "c"), (99, "")])
+def test_those_used_longest_ago_make_room(needed: int, left: str, cache: ExpertCache, monkeypatch: pytest.MonkeyPatch):
+    free_of(cache, monkeypatch, total=3 * SIZE + 5)
+    dropped = dict(cache.weights)
+    cache.make_room(needed, but="d", parks=False, ranks=1)
+    assert "".join(cache.models) == left
+    assert all(weights.dropped is (name not in left) for name, weights in dropped.items())
+
+
+def test_what_was_used_just_now_stays_longest_and_the_one_at_work_always(
+    cache: ExpertCache, monkeypatch: pytest.MonkeyPatch
+):
+    free_of(cache, monkeypatch, total=3 * SIZE)
+    assert cache.named(files("a")) == "a"
+    cache.make_room(SIZE, but="c", parks=False, ranks=1)
+    assert list(cache.models) == ["a", "c"]
+    cache.make_room(1000, but="c", parks=False, ranks=1)
+    assert list(cache.models) == ["c"]
+
+
+@pytest.mark.parametrize(("host", "left"), [(SIZE, "abc"), (SIZE - 1, "c")])
+def test_models_that_take_turns_wait_in_the_hosts_memory_where_it_has_room(
+    host: int, left: str, cache: ExpertCache, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(experts, "free_host_bytes", lambda ranks: host // ranks)
+    cache.make_room(1, but="c", parks=True, ranks=1)
+    assert "".join(cache.models) == left
+    assert [weights.resident_bytes for weights in cache.weights.values()] == [0] * (len(left) - 1) + [SIZE]
+
+
+def test_two_files_of_one_name_are_two_models(cache: ExpertCache):
+    other = (FileIdentity(path="/elsewhere/a.safetensors", size=1, mtime_ns=1),)
+    assert cache.named(other) not in cache.models
+    shards = tuple(FileIdentity(path=f"/wan/high/{n}.safetensors", size=1, mtime_ns=1) for n in (1, 2))
+    assert cache.named(shards) == "high"
