@@ -41,7 +41,7 @@ SIGN_SECONDS = 5.0
 """Between two signs of life meanwhile, or a quarter of the time in which one is expected."""
 KEPT_GRIDS = 4
 """Of whose tokens the places are kept: of a whole video, and of the windows and areas of one."""
-SHAPES_TOLD = 1000
+STEPS_TOLD = 1000
 """Steps whose seconds are told."""
 STOP = bytes(hashlib.sha256().digest_size)
 """In the place of a request's digest, from a rank that has seen the cancel."""
@@ -233,7 +233,7 @@ class ForwardsWork(Work[ForwardsJob]):
             self.session.experts.drop()
         if self.rank == 0:
             result = result_of(
-                self.job, self.session, phases=self.phase_seconds, step_seconds=self.step_seconds[:SHAPES_TOLD],
+                self.job, self.session, phases=self.phase_seconds, step_seconds=self.step_seconds[:STEPS_TOLD],
                 peaks=peaks, evaluations=self.done,
             )  # fmt: skip
             self.folder.write_json(self.folder.result, result)

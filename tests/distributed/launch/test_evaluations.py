@@ -14,6 +14,8 @@ from evaluating import SHAPE, Known, Warm, difference, inputs, write_lora
 from fresh_jobs import run_fresh
 from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.job.job import ForwardsJob
+from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.launch import standalone
 from wan_pack.distributed.launch.result import Result
 from wan_pack.distributed.launch.served_job import ServedJob
 from wan_pack.distributed.machine.processes import Process
@@ -82,6 +84,17 @@ def test_texts_are_sent_once_and_of_those_that_come_and_go_each_is_right(models:
     finally:
         served.close()
     assert sent == [1, 1, 3, 0, 0, 1, 0]
+
+
+def test_such_a_job_cannot_be_run_again_by_itself(
+    models: dict[str, Known], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(standalone.signal, "signal", lambda number, act: None)
+    folder = JobDir.create(tmp_path)
+    folder.write_job(models["T2V"].job())
+    assert standalone.main([str(folder.path)]) == 1
+    assert "served a sampler of ComfyUI's: queue that workflow again" in capsys.readouterr().err
+    folder.remove()
 
 
 @pytest.fixture(scope="module")
