@@ -1,0 +1,129 @@
+"""ComfyUI's own workflows in API form, with one of two loaders: Load Diffusion Model, or ours in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from core_sampling import TEXT_DIM
+from wan_pack.demo.example import Prompt
+
+OURS, THEIRS = "LoadDiffusionModelDistributed", "UNETLoader"
+WIDTH, HEIGHT, FRAMES, STEPS = 64, 48, 9, 4
+LORA = "core_lora.safetensors"
+Link = list[Any]
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+class Workflow:
+    """A prompt in the making, with one loader."""
+
+    def __init__(self, loader: str, experts: dict[str, str], vae: str, picture: str, config: dict[str, Any]) -> None:
+        text = {"tokens": 9, "channels": TEXT_DIM}
+        self.loader, self._experts = loader, experts
+        self.prompt: Prompt = {
+            "config": node("WanVideoDistributedConfig", **config),
+            "vae": node("VAELoader", vae_name=vae),
+            "picture": node("LoadImage", image=picture),
+            "positive": node("TestCoreConditioning", seed=1, **text),
+            "negative": node("TestCoreConditioning", seed=2, **text),
+            "latent": node("EmptyHunyuanLatentVideo", width=WIDTH, height=HEIGHT, length=FRAMES, batch_size=1),
+        }
+
+    def add(self, kind: str, **inputs: Any) -> str:
+        name = f"{len(self.prompt)} {kind}"
+        self.prompt[name] = node(kind, **inputs)
+        return name
+
+    def model(self, expert: str, *nodes: tuple[str, dict[str, Any]]) -> Link:
+        """A MODEL; `nodes` are put on it, in order."""
+        file = self._experts[expert]
+        if self.loader == THEIRS:
+            link = [self.add(THEIRS, unet_name=file, weight_dtype="default"), 0]
+        else:
+            link = [self.add(OURS, unet_name=file, config=["config", 0]), 0]
+        for kind, inputs in nodes:
+            link = [self.add(kind, model=link, **inputs), 0]
+        return link
+
+    def sampled(self, model: Link, sampler: str = "euler", **inputs: Any) -> str:
+        """KSampler, of the text alone unless told otherwise."""
+        given = {"positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["latent", 0]}
+        given |= {"seed": 3, "steps": STEPS, "cfg": 3.0, "scheduler": "simple", "denoise": 1.0, **inputs}
+        return self.add("KSampler", model=model, sampler_name=sampler, **given)
+
+    def save(self, graph: str, sampler: str) -> None:
+        self.add("SaveLatent", samples=[sampler, 0], filename_prefix=f"{self.loader}/{graph}")
+
+
+def two_stages(flow: Workflow) -> str:
+    shift = ("ModelSamplingSD3", {"shift": 8.0})
+    given = {"positive": ["positive", 0], "negative": ["negative", 0], "noise_seed": 3, "steps": STEPS, "cfg": 3.5}
+    given |= {"sampler_name": "euler", "scheduler": "simple"}
+    first = flow.add(
+        "KSamplerAdvanced", **given, model=flow.model("T2V high", shift), latent_image=["latent", 0],
+        add_noise="enable", start_at_step=0, end_at_step=STEPS // 2, return_with_leftover_noise="enable",
+    )  # fmt: skip
+    return flow.add(
+        "KSamplerAdvanced", **given, model=flow.model("T2V low", shift), latent_image=[first, 0],
+        add_noise="disable", start_at_step=STEPS // 2, end_at_step=10_000, return_with_leftover_noise="disable",
+    )  # fmt: skip
+
+
+def custom(flow: Workflow) -> str:
+    model = flow.model("T2V high")
+    guider = flow.add("CFGGuider", model=model, positive=["positive", 0], negative=["negative", 0], cfg=3.0)
+    sampler = flow.add("KSamplerSelect", sampler_name="dpmpp_2m")
+    sigmas = flow.add("BasicScheduler", model=model, scheduler="beta", steps=STEPS, denoise=1.0)
+    noise = flow.add("RandomNoise", noise_seed=3)
+    links = {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent_image": "latent"}
+    return flow.add("SamplerCustomAdvanced", **{name: [link, 0] for name, link in links.items()})
+
+
+def with_pictures(kind: str, *names: str) -> Callable[[Workflow], str]:
+    """An I2V model, conditioned by ComfyUI's own node."""
+
+    def graph(flow: Workflow) -> str:
+        pictures = {name: ["picture", 0] for name in names}
+        links = {name: [name, 0] for name in ("positive", "negative", "vae")}
+        made = flow.add(kind, width=WIDTH, height=HEIGHT, length=FRAMES, batch_size=1, **links, **pictures)
+        return flow.sampled(flow.model("I2V"), positive=[made, 0], negative=[made, 1], latent_image=[made, 2])
+
+    return graph
+
+
+def known_frame(flow: Workflow) -> str:
+    return flow.sampled(flow.model("TI2V-5B"), "uni_pc", latent_image=[flow.add("TestKnownFrame", seed=4), 0])
+
+
+def cached(flow: Workflow) -> str:
+    settings = {"reuse_threshold": 1.0, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
+    return flow.sampled(flow.model("T2V high", ("EasyCache", settings)), steps=8)
+
+
+def windows(flow: Workflow) -> str:
+    settings = {"context_length": 5, "context_overlap": 4, "context_schedule": "standard_static", "context_stride": 1}
+    settings |= {"closed_loop": False, "fuse_method": "pyramid"}
+    return flow.sampled(flow.model("T2V high", ("WanContextWindowsManual", settings)))
+
+
+def with_lora(flow: Workflow) -> str:
+    loader = ("LoraLoaderModelOnly", {"lora_name": LORA, "strength_model": 0.8})
+    return flow.sampled(flow.model("T2V high", loader), "res_multistep")
+
+
+GRAPHS: dict[str, Callable[[Workflow], str]] = {
+    "euler": lambda flow: flow.sampled(flow.model("T2V high")),
+    "one prompt": lambda flow: flow.sampled(flow.model("T2V high"), cfg=1.0),
+    "two stages": two_stages,
+    "custom": custom,
+    "image to video": with_pictures("WanImageToVideo", "start_image"),
+    "first and last frame": with_pictures("WanFirstLastFrameToVideo", "start_image", "end_image"),
+    "known frame": known_frame,
+    "EasyCache": cached,
+    "context windows": windows,
+    "LoRA": with_lora,
+}
