@@ -257,7 +257,7 @@ def main() -> None:
     mount_pack()
     from wan_pack.wan.model.int8_products import int8_products_there
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     by_kitchen = device.type == "cuda" and int8_products_there()
     print(f"int8: {'products by comfy-kitchen' if by_kitchen else 'unpacked for each use'}\n")
     print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
