@@ -22,6 +22,7 @@ from ..parallel.mesh import Mesh
 from ..parallel.parallelize import release_gathered, set_shard, spread_tokens
 from ..parallel.sequence import SequenceShard, gather_bytes
 from ..parallel.shared_reading import SharedReading
+from ..planning.plan import HOST_SHARE
 from ..weights.free_memory import free_bytes, free_host_bytes
 from ..weights.prefetch import OnRead, Prefetch, read_ahead
 from .expert import Weights, build_expert, load_expert, relora_expert
@@ -127,24 +128,31 @@ class ExpertCache:
         known = path.stem if len(files) == 1 else path.parent.name
         return known if known not in self._made_of else f"{known} {next(self._numbers)}"
 
+    def is_on_device(self, name: str) -> bool:
+        """Whether a model is there, and does not wait in the host's memory."""
+        return name in self.weights and self.weights[name].resident_bytes > 0
+
     def make_room(self, needed: int, *, but: str, parks: bool, ranks: int) -> None:
-        """Lets go of the models that were used longest ago, until there is room for `needed` bytes. Collective.
+        """Takes the models that were used longest ago off the device, until `needed` bytes are free. Collective.
+
+        They wait in the host's memory where that has room, as far as it is another one than the device's.
 
         Args:
-            but: the name of the one that stays on the device.
-            parks: the others wait in the host's memory, where that has room.
-            ranks: that share it.
+            but: the name of the one that stays.
+            parks: all others go.
+            ranks: that share the host's memory.
         """
-        for name in [name for name in self._made_of if name != but]:
-            if parks:
-                size = self.weights[name].resident_bytes
-                if self._everywhere(size == 0 or free_host_bytes(ranks) >= size):
-                    self.weights[name].park()
-                    continue
-            elif self._everywhere(free_bytes(self._device, ranks) >= needed):
+        for name in [name for name in self._made_of if name != but and self.is_on_device(name)]:
+            if not parks and self._everywhere(free_bytes(self._device, ranks) >= needed):
                 return
-            log.info("let go, for there is no room: %s", name)
-            self._drop(name)
+            waits = parks or self._device.type == "cuda"
+            room = free_host_bytes(ranks) * HOST_SHARE >= self.weights[name].resident_bytes
+            if self._everywhere(waits and room):
+                log.info("waits in host memory: %s", name)
+                self.weights[name].park()
+            else:
+                log.info("let go, for there is no room: %s", name)
+                self._drop(name)
 
     def _everywhere(self, mine: bool) -> bool:
         """Whether it is so on every rank."""

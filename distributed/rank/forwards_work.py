@@ -28,7 +28,6 @@ from ..parallel.passes import Pass, evaluate_passes
 from ..parallel.sequence import SequenceShard, gather_bytes
 from ..planning.gpu_memory import GUIDED_PROMPTS, Workload, evaluation_bytes, weights_at_rest
 from ..planning.workload import workload_of_forwards
-from .expert import take_turn
 from .report import gather_peaks, result_of
 from .session import Stopped
 from .work import Work
@@ -81,12 +80,11 @@ class ForwardsWork(Work[ForwardsJob]):
         self.name = session.experts.named(wanted.files)
         # Of no video yet: its size comes with the first evaluation.
         work = self.workload((1, 2, 2))
-        if self.name not in session.experts.models:
+        if not session.experts.is_on_device(self.name):
             self.make_room(weights_at_rest(work, parallel))
         shard = session.shard(self.job, (1, 1, 1))
         session.experts.load([self.name], {self.name: wanted}, parallel, session.mesh, shard, self.files.say)
-        if parallel.parks_experts:
-            take_turn(session.experts.weights, self.name)
+        session.experts.weights[self.name].fetch()
         self.model = session.experts.models[self.name]
 
     def workload(self, size: tuple[int, ...]) -> Workload:

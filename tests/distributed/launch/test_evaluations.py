@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from evaluating import SHAPE, Known, Warm, difference, inputs, write_lora
 from fresh_jobs import run_fresh
+from wan_pack.distributed.group.group_folder import GroupDir
 from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.job.job import ForwardsJob
 from wan_pack.distributed.job.job_folder import JobDir
@@ -19,6 +20,10 @@ from wan_pack.distributed.launch import standalone
 from wan_pack.distributed.launch.result import Result
 from wan_pack.distributed.launch.served_job import ServedJob
 from wan_pack.distributed.machine.processes import Process
+from wan_pack.distributed.rank import experts
+from wan_pack.distributed.rank.session import Session
+from wan_pack.distributed.rank.signs import RankFiles
+from wan_pack.distributed.rank.worker import main as run_rank
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +89,40 @@ def test_texts_are_sent_once_and_of_those_that_come_and_go_each_is_right(models:
     finally:
         served.close()
     assert sent == [1, 1, 3, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "free", "held", "on_device"),
+    [({}, 1 << 40, 2, 2), ({}, 0, 1, 1), ({"offload_model": True}, 1 << 40, 2, 1), ({"stream_blocks": True}, 0, 2, 1)],
+)
+def test_two_models_take_turns_where_there_is_no_room_for_both(
+    settings: dict[str, Any], free: int, held: int, on_device: int, models: dict[str, Known], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """On one rank in this process, whose device has as much memory as is said."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(experts, "free_bytes", lambda device, ranks: free)
+    sessions: list[Session | None] = [None]
+    for seed, name in enumerate(("T2V", "I2V", "T2V", "T2V", "I2V")):
+        model, folder = models[name], JobDir.create(tmp_path)
+        folder.write_job(model.job(**settings))
+
+        def run(write: Callable[[Path], None], cancelled: object, folder: JobDir = folder) -> Result:
+            write(folder.inputs)
+            sessions[0] = run_rank(GroupDir(tmp_path), folder, RankFiles(folder, 0), sessions[0])
+            return Result(folder, folder.read_json(folder.result), "", 0.0)
+
+        served, given = ServedJob(run), inputs(model.config, seed, batch=2)
+        try:
+            assert difference(served.evaluate(*given), model.evaluate(*given)) < 1e-5
+        finally:
+            served.close()
+        assert served.result is not None
+    assert sessions[0] is not None
+    cache = sessions[0].experts
+    assert (len(cache.models), sum(map(cache.is_on_device, cache.models))) == (held, on_device)
 
 
 def test_such_a_job_cannot_be_run_again_by_itself(

@@ -72,14 +72,25 @@ def test_what_was_used_just_now_stays_longest_and_the_one_at_work_always(
     assert list(cache.models) == ["c"]
 
 
-@pytest.mark.parametrize(("host", "left"), [(SIZE, "abc"), (SIZE - 1, "c")])
-def test_models_that_take_turns_wait_in_the_hosts_memory_where_it_has_room(
-    host: int, left: str, cache: ExpertCache, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("parks", [True, False])
+@pytest.mark.parametrize("room", [True, False])
+def test_models_wait_in_the_hosts_memory_where_that_is_another_one_and_has_room(
+    room: bool, parks: bool, device: str, cache: ExpertCache, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(experts, "free_host_bytes", lambda ranks: host // ranks)
-    cache.make_room(1, but="c", parks=True, ranks=1)
-    assert "".join(cache.models) == left
-    assert [weights.resident_bytes for weights in cache.weights.values()] == [0] * (len(left) - 1) + [SIZE]
+    """`parks`: all but one go. Else the first of them makes room for what is needed."""
+    cache._device = torch.device(device)
+    free_of(cache, monkeypatch, total=3 * SIZE)
+    # A tenth of the host's memory is left alone.
+    monkeypatch.setattr(experts, "free_host_bytes", lambda ranks: (SIZE / 0.9 + (1 if room else -1)) / ranks)
+    cache.make_room(SIZE, but="c", parks=parks, ranks=1)
+    on_device = [name for name in cache.models if cache.is_on_device(name)]
+    assert on_device == (["c"] if parks else ["b", "c"])
+    waits = room and (parks or device == "cuda")
+    assert list(cache.models) == (["a", "b", "c"] if waits else on_device)
+    # What waits is not asked again, and is no longer there when it is.
+    cache.make_room(SIZE, but="c", parks=parks, ranks=1)
+    assert not cache.is_on_device("a")
 
 
 def test_two_files_of_one_name_are_two_models(cache: ExpertCache):
