@@ -20,7 +20,7 @@ class SamplingSettings:
     """Pixels."""
     height: int = number(480, 16, 8192, step=WAN21.pixel_multiple, required=True)
     """Pixels."""
-    num_frames: int = number(121, 1, 4097, step=4, required=True)
+    num_frames: int = number(81, 1, 4097, step=4, required=True)
     """4n + 1."""
     steps: int = number(20, 1, 1000, required=True)
     seed: int = number(0, 0, MAX_SEED, words="0 to 2**64 - 1", required=True)

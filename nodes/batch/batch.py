@@ -43,7 +43,9 @@ class WanVideoDistributedBatch(VideoNode):
         "One block for each video, in order: its seed and prompt, success or error, settings, times and warnings.",
         "The latents (un-normalised, as ComfyUI's own), as a list.",
     )
-    SEARCH_ALIASES: ClassVar[list[str]] = ["wan2.2", "batch", "queue", "prompts", "seeds", "multi gpu", "list"]
+    SEARCH_ALIASES: ClassVar[list[str]] = [
+        "wan2.2", "batch", "queue", "prompts", "seeds", "multi gpu", "list", "steps", "cfg", "sampler",
+    ]  # fmt: skip
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:

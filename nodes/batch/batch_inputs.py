@@ -28,7 +28,11 @@ def required() -> dict[str, Any]:
     """The inputs of this node alone come last here: the optional ones grow with the inference node's."""
     inputs: dict[str, Any] = {}
     for name, declared in inference_inputs.required().items():
-        inputs["prompts" if name == "prompt" else name] = PROMPTS if name == "prompt" else declared
+        if name == "prompt":
+            overruled = {"overruled_by": declared[1]["overruled_by"]}
+            inputs["prompts"] = PROMPTS[0], {**PROMPTS[1], **overruled}
+        else:
+            inputs[name] = declared
     inputs["gpu_count"] = ("INT", {**inputs["gpu_count"][1], "tooltip": GPU_COUNT_TOOLTIP})
     inputs["batch_count"] = (
         "INT",

@@ -45,7 +45,10 @@ class WanVideoDistributedInference(VideoNode):
         "The video, for Save Video and other video nodes.",
         "The latents (un-normalised, as ComfyUI's own), for VAE Decode or another of these nodes.",
     )
-    SEARCH_ALIASES: ClassVar[list[str]] = ["wan2.2", "text to video", "image to video", "i2v", "multi gpu", "torchrun"]
+    SEARCH_ALIASES: ClassVar[list[str]] = [
+        "wan2.2", "text to video", "image to video", "t2v", "i2v", "multi gpu", "torchrun", "steps", "cfg", "guidance",
+        "sampler", "KSampler", "seed", "shift", "frames", "video length",
+    ]  # fmt: skip
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 from ...distributed.job.sampling import SamplingSettings
 from ..models import catalogue
 from ..settings import spread as config_node
+from ..settings.presets import SET_BY_PRESETS
 from ..settings.widgets import INPUT_NAMES, widget
 from ..sockets.video_inputs import LAYOUT, VideoInputs
 from ..sockets.wrapper_model import AUTO
@@ -102,6 +103,19 @@ OPTIONAL = {
 }
 
 
+COMMON = {
+    "prompt", "width", "height", "num_frames", "sample_steps", "gpu_count", "negative_prompt", "seed", "scheduler",
+    "shift", "guidance_low", "guidance_high", "fps", "filename_prefix", "preset", "plan",
+}  # fmt: skip
+"""The other widgets are folded away by pages that can."""
+OVERRULED = {
+    **dict.fromkeys(("prompt", "negative_prompt"), "text_embeds"),
+    **dict.fromkeys(LAYOUT, "config"),
+    **dict.fromkeys(SET_BY_PRESETS, "preset"),
+}
+"""Input -> the one that decides in its place, where that is connected or not at its default; overruled.js hides it."""
+
+
 def required() -> dict[str, Any]:
     return {name: _input(name, tooltip) for name, tooltip in REQUIRED.items()}
 
@@ -111,6 +125,13 @@ def optional() -> dict[str, Any]:
 
 
 def _input(name: str, tooltip: str) -> tuple[Any, dict[str, Any]]:
+    kind, options = _declared(name, tooltip)
+    rare = {} if name in COMMON or name in SOCKETS else {"advanced": True}
+    overruled = {"overruled_by": OVERRULED[name]} if name in OVERRULED else {}
+    return kind, {**options, **rare, **overruled}
+
+
+def _declared(name: str, tooltip: str) -> tuple[Any, dict[str, Any]]:
     if name in SOCKETS:
         # See check_lazy_status of the nodes that make videos.
         return SOCKETS[name], {"tooltip": tooltip, "lazy": True}

@@ -25,7 +25,7 @@ class LoadWanVideoModel:
     RETURN_TYPES = ("WAN_DISTRIBUTED_MODEL",)
     RETURN_NAMES = ("model",)
     OUTPUT_TOOLTIPS = ("The model's files, for Wan Video Distributed Inference.",)
-    SEARCH_ALIASES: ClassVar[list[str]] = ["wan2.2 loader", "multi gpu"]
+    SEARCH_ALIASES: ClassVar[list[str]] = ["wan2.2 loader", "load checkpoint", "unet loader", "gguf", "multi gpu"]
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:

@@ -51,6 +51,13 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+SET_BY_PRESETS = (
+    *(INPUT_NAMES.get(field.name, field.name) for field in dataclasses.fields(Preset) if field.name != "variant"),
+    "boundary",
+)
+"""Inputs of the nodes that make videos."""
+
+
 def with_preset(sampling: SamplingSettings, name: str, variant: Variant, status: Status) -> SamplingSettings:
     """The settings with those of the preset `name`.
 

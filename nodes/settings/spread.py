@@ -76,6 +76,10 @@ OPTIONAL = {
     "weights, which takes no time per step, but loses most of a weak LoRA.",
 }
 """Inputs of the config node with their tooltips; those that make videos have some of them, too."""
+COMMON = {
+    "gpu_count", "use_ulysses", "use_fsdp", "offload_model", "mixed_precision", "gpu_ids", "plan", "keep_warm_seconds",
+}  # fmt: skip
+"""The others are folded away by pages that can."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +116,8 @@ def config_input(name: str) -> tuple[Any, dict[str, Any]]:
     """The declaration of one of them."""
     placeholder = {"placeholder": "0,1"} if name == "gpu_ids" else {}
     kind, options = widget(DistributedConfig, name, {**REQUIRED, **OPTIONAL}[name], **placeholder)
-    return [THIS_MACHINE, *hostfile_names()] if name == "hostfile" else kind, options
+    rare = {} if name in COMMON else {"advanced": True}
+    return [THIS_MACHINE, *hostfile_names()] if name == "hostfile" else kind, {**options, **rare}
 
 
 class WanVideoDistributedConfig:
@@ -125,7 +130,10 @@ class WanVideoDistributedConfig:
     RETURN_TYPES = ("WAN_DISTRIBUTED_CONFIG",)
     RETURN_NAMES = ("config",)
     OUTPUT_TOOLTIPS = ("The settings, for the config input of Wan Video Distributed Inference.",)
-    SEARCH_ALIASES: ClassVar[list[str]] = ["multi gpu", "ulysses", "fsdp", "torchrun"]
+    SEARCH_ALIASES: ClassVar[list[str]] = [
+        "multi gpu", "ulysses", "fsdp", "torchrun", "sequence parallel", "context parallel", "cfg parallel",
+        "sage attention", "flash attention", "torch compile", "block swap", "vram",
+    ]  # fmt: skip
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:

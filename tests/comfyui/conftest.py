@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from browsing import Browser, find_browser, page_folder
-from serving import INFERENCE, Comfy
+from serving import INFERENCE, Comfy, saving
 from wan_pack.demo.client import Run
 from wan_pack.demo.comfyui import Server
 from wan_pack.demo.example import ROOT, Prompt, node_id
@@ -49,7 +49,7 @@ def _running(base: Path, *arguments: str) -> Iterator[Comfy]:
 
 @pytest.fixture(scope="session")
 def finished_prompt(comfy: Comfy) -> Prompt:
-    return comfy.example(sample_steps=3, num_frames=6)
+    return saving(comfy.example(sample_steps=3, num_frames=6))
 
 
 @pytest.fixture(scope="session")

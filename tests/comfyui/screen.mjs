@@ -54,8 +54,31 @@ async function visit(vue) {
   seen.saved = await page.evaluate(() => window.app.graph.serialize().nodes.map(node => ({
     type: node.type, values: node.widgets_values ?? [] })));
   seen.sent = await page.evaluate(async id => Object.keys((await window.app.graphToPrompt()).output[id].inputs), plan.node);
+  seen.overruled = await page.evaluate(overruled, Number(plan.node));
+  await shoot('overruled');
   await page.close();
   return seen;
+}
+
+// Runs in the page: the widgets that the node does not show, with its links and the preset 'custom', with another preset,
+// and with neither a config nor embeddings.
+async function overruled(id) {
+  const node = window.app.graph.getNodeById(id), card = () => document.querySelector(`[data-node-id="${id}"]`);
+  const preset = node.widgets.find(widget => widget.name === 'preset');
+  const look = async () => {
+    await new Promise(resolve => setTimeout(resolve, 300));
+    const names = how => node.widgets.filter(how).map(widget => widget.name);
+    return { hidden: names(widget => widget.hidden), grey: names(widget => widget.disabled), height: node.size[1],
+      text: card()?.innerText ?? '' };
+  };
+  const choose = value => { preset.value = value; preset.callback?.(value); };
+  choose('custom');
+  const linked = await look();
+  choose('Lightning 4 steps');
+  const chosen = await look();
+  choose('custom');
+  for (const name of ['config', 'text_embeds']) node.disconnectInput(node.inputs.findIndex(input => input.name === name));
+  return { linked, chosen, unlinked: await look(), sent: Object.keys((await window.app.graphToPrompt()).output[id].inputs) };
 }
 
 // Runs in the page.

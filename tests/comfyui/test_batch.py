@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import imageio_ffmpeg
-from serving import INFERENCE, Comfy
+from serving import INFERENCE, Comfy, saving
 from wan_pack.demo.client import Run
 from wan_pack.demo.example import BATCH, Prompt, node_id, node_of
 
@@ -48,7 +48,7 @@ def with_single_video(prompt: Prompt) -> Prompt:
 
 
 def test_batch_makes_the_videos_of_single_runs(comfy: Comfy) -> None:
-    prompt = with_single_video(comfy.example(BATCH))
+    prompt = saving(with_single_video(comfy.example(BATCH)))
     run = comfy.run(prompt)
     assert run.ending[0] == "execution_success", run.ending
     assert comfy.server.request("/wan_distributed/release", {}) == {"released": 2}
@@ -59,7 +59,7 @@ def test_batch_makes_the_videos_of_single_runs(comfy: Comfy) -> None:
     (alone,) = paths(comfy, shown["single"])
     assert frames(second) == frames(alone)
     assert frames(first) != frames(alone)
-    saved = paths(comfy, shown[node_id(prompt, "SaveVideo")])
+    saved = paths(comfy, shown["save"])
     assert [frames(path) for path in saved] == [frames(first), frames(second)], "a list, in order"
     (status,) = shown[node_id(prompt, "PreviewAny")]["text"]
     assert status.startswith("success\n- 2 videos, 2 at a time, each on 1 CPU process\n\nvideo 1 of 2 (seed 42, A")

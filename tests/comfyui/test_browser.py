@@ -49,8 +49,7 @@ def test_example_loads_runs_and_plays(
     workflow = ui_workflow(name)
     # The picture that a workflow can begin with.
     enable = [node["id"] for node in workflow["nodes"] if node["mode"] == BYPASSED]
-    # One on the inference node, one on Save Video.
-    players = 2
+    players = 1
     errors = []
     settings = {
         "values": changes(shipped, small),
@@ -62,7 +61,6 @@ def test_example_loads_runs_and_plays(
     if name == TEXT_TO_VIDEO:
         settings["values"][node_id(shipped, CONFIG)]["keep_warm_seconds"] = 300
     if name in IN_A_SUBGRAPH:
-        players = 1
         # ComfyUI's own, when it looks for the node of a text.
         errors = ["Error: Subgraph not found"]
     shown = browser.visit("browser.mjs", comfy, tmp_path, name, vue=vue, run=True, players=players, **settings)

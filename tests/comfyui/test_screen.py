@@ -55,6 +55,7 @@ def test_text_picture_and_players_are_there_in_every_run(
         assert source(seen["cancelled"]) == source(seen["reopened"]) == sources[-1]
         check_saved(seen["saved"], name)
         assert "wan_video" not in seen["sent"]
+        check_overruled(seen["overruled"], name, hides=version == "newest_page")
 
 
 def check_live(live: dict[str, Any], pictures: tuple[list[int], ...]) -> None:
@@ -71,6 +72,29 @@ def check_after(after: dict[str, Any], videos: int) -> None:
         assert (player["ready"], player["width"], player["height"], player["error"]) == (4, 224, 128, None), after
         assert min(player["shown"]) >= 60, after
     assert nothing_of_the_page(after), after
+
+
+def check_overruled(seen: dict[str, Any], name: str, *, hides: bool) -> None:
+    """What another input decides is not shown, or grey where a page cannot hide it, and sent nevertheless."""
+    by_config = {"gpu_count", "use_ulysses", "use_fsdp", "offload_model", "plan"}
+    by_text = set() if name == BATCH else {"prompt", "negative_prompt"}
+    by_preset = {"scheduler", "sample_steps", "shift", "guidance_low", "guidance_high", "boundary"}
+    how, other = ("hidden", "grey") if hides else ("grey", "hidden")
+    linked, chosen, unlinked = (seen[when] for when in ("linked", "chosen", "unlinked"))
+    assert set(linked[how]) == by_config | by_text
+    assert set(chosen[how]) == by_config | by_text | by_preset
+    assert unlinked[how] == linked[other] == chosen[other] == []
+    assert by_config | by_preset <= set(seen["sent"])
+    if not hides:
+        assert chosen["height"] == linked["height"] == unlinked["height"]
+    elif linked["text"]:
+        # Nodes 2.0: "scheduler" is a row's own name. The rarely used are folded away.
+        words = ("scheduler", "strength", "plan")
+        shown = [{word for word in words if word in one["text"]} for one in (linked, chosen, unlinked)]
+        assert shown == [{"scheduler"}, set(), {"scheduler", "plan"}]
+        assert "Show advanced inputs" in linked["text"]
+    else:
+        assert chosen["height"] < linked["height"] < unlinked["height"]
 
 
 def nothing_of_the_page(seen: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import imageio_ffmpeg
 import pytest
-from serving import INFERENCE, Comfy, at_first_step
+from serving import INFERENCE, Comfy, at_first_step, saving
 from wan_pack.demo.client import Refused, Run
 from wan_pack.demo.example import Prompt, node_id, node_of
 
@@ -83,7 +83,7 @@ def test_example_makes_the_video_it_says(comfy: Comfy, finished: Run, inference_
 
 
 def test_save_video_behind_the_node_works(comfy: Comfy, finished: Run) -> None:
-    path, _ = saved(comfy, finished, node_id(comfy.example(), "SaveVideo"))
+    path, _ = saved(comfy, finished, "save")
     assert probe(path)[:2] == (9, (224, 128))
 
 
@@ -191,14 +191,14 @@ def test_rank_that_raises_is_quoted_first(comfy: Comfy) -> None:
 
 
 def test_killed_rank_is_named_first_and_on_error_return_hands_that_out(comfy: Comfy) -> None:
-    prompt = comfy.example(sample_steps=500, num_frames=17, on_error="return", seed=9)
+    prompt = saving(comfy.example(sample_steps=500, num_frames=17, on_error="return", seed=9))
     run = comfy.run(prompt, at_first_step(lambda _: kill_rank_one(comfy)))
     assert run.ending[0] == "execution_success", run.ending
     outputs = comfy.outputs(run)
     (status,) = outputs[node_id(prompt, "PreviewAny")]["text"]
     assert re.match(r"error: rank 1 was killed by SIGKILL", status), status
     # The error did not stop the workflow, but there is no video to save.
-    assert node_id(prompt, "SaveVideo") not in outputs
+    assert "save" not in outputs
 
 
 @pytest.mark.parametrize(

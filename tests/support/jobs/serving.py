@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from wan_pack.demo.client import Run, run_prompt
 from wan_pack.demo.comfyui import Server
-from wan_pack.demo.example import TEXT_TO_VIDEO, Prompt, TinyModel, small_example
+from wan_pack.demo.example import TEXT_TO_VIDEO, Prompt, TinyModel, node_id, small_example, video_node
 
 INFERENCE = "WanVideoDistributedInference"
 
@@ -78,6 +78,13 @@ class Comfy:
             assert time.monotonic() - start < timeout, f"processes left: {self.job_processes()}"
             time.sleep(0.02)
         return time.monotonic() - start
+
+
+def saving(prompt: Prompt) -> Prompt:
+    """With ComfyUI's own node behind the video, whose id is "save"."""
+    video = [node_id(prompt, video_node(prompt)), 3 if video_node(prompt) == INFERENCE else 0]
+    inputs = {"video": video, "filename_prefix": "video/wan_saved", "format": "auto", "codec": "auto"}
+    return {**prompt, "save": {"class_type": "SaveVideo", "inputs": inputs}}
 
 
 def at_first_step(action: Callable[[Run], Any]) -> Callable[[Run, str, dict[str, Any]], None]:
