@@ -119,11 +119,12 @@ class Linear(nn.Linear):
                 y = F.linear(turned, self.unpacked_weight(), self.bias)
         if self.lora_down is None:
             return y
-        return y.addmm_(F.linear(_unpacked(x, self.compute_dtype), self.lora_down), self.lora_up.t())
-
-
-def _unpacked(x: LinearInput, dtype: torch.dtype) -> Tensor:
-    return x if isinstance(x, Tensor) else x.codes.to(dtype).mul_(x.scale)
+        if isinstance(x, Tensor):
+            inner = F.linear(x, self.lora_down)
+        else:
+            # The scale of a token on its few products, not on all of its channels.
+            inner = F.linear(x.codes.to(self.compute_dtype), self.lora_down).mul_(x.scale)
+        return y.addmm_(inner, self.lora_up.t())
 
 
 def fp8_tokens(x: LinearInput) -> Fp8Tokens:
