@@ -24,8 +24,8 @@ MAX_BYTES = 2 << 30
 MAX_TEXT_ROWS = 1 << 13
 """ComfyUI joins prompts of 512 rows each."""
 MAX_TEXT_CHANNELS = 1 << 14
-MAX_TEXTS = 64
-"""That the ranks keep: no fewer than one batch may have."""
+MAX_TEXTS = 128
+"""That the ranks keep, with pictures: no fewer than one batch may have."""
 FLOAT_BYTES = 4
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 """Of the dtypes that a text may have."""
@@ -67,8 +67,10 @@ class Evaluation:
     """For each sample the key of its text."""
     conditional: tuple[bool, ...]
     """For each sample: of the prompt, not of the negative prompt."""
+    pictures: tuple[str, ...] = ()
+    """For each sample the key of what CLIP sees in its pictures; none where the model does not look at any."""
     sent: tuple[SentText, ...] = ()
-    """In the order of their bytes."""
+    """Texts and pictures, in the order of their bytes."""
 
     def __post_init__(self) -> None:
         check(len(self.shape) == 5, "shape", list(self.shape), "[samples, channels, frames, rows, columns]")
@@ -81,10 +83,21 @@ class Evaluation:
         check(self.latent_bytes <= MAX_BYTES, "bytes of latents", self.latent_bytes, f"at most {MAX_BYTES}")
         for name, values in (("texts", self.texts), ("conditional", self.conditional)):
             check(len(values) == batch, name, len(values), f"one for each of {batch} samples")
-        check(all(_KEY.fullmatch(key) for key in self.texts), "texts", self.texts, "keys of 64 hexadecimal digits")
+        check(
+            len(self.pictures) in (0, batch),
+            "pictures",
+            len(self.pictures),
+            f"one for each of {batch} samples, or none",
+        )
+        check(all(_KEY.fullmatch(key) for key in self.keys), "texts", self.keys, "keys of 64 hexadecimal digits")
         keys = [text.key for text in self.sent]
-        ok = len(set(keys)) == len(keys) and set(keys) <= set(self.texts)
+        ok = len(set(keys)) == len(keys) and set(keys) <= set(self.keys)
         check(ok, "sent", keys, "texts of this evaluation, each once")
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of all that the samples are told."""
+        return self.texts + self.pictures
 
     @property
     def latent_bytes(self) -> int:

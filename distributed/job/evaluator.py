@@ -19,6 +19,8 @@ class SampleConditioning:
     text: Tensor
     """[n, text_dim], float32 or bfloat16, on the CPU. Attended to as it is, neither padded nor cut to the 512 rows of
     the official code: ComfyUI's text encoder has done what is done, and its model takes any number."""
+    picture: Tensor | None = None
+    """[257 or 514, clip_dim], float32, on the CPU: what CLIP sees in the pictures, for a model with an image branch."""
     conditional: bool = True
     """Of the prompt; off: of the negative prompt. It decides only who computes it."""
 

@@ -54,11 +54,14 @@ class ServedJob:
             if given.dtype != torch.float32 or given.device.type != "cpu":
                 raise ValueError(f"{name} is {given.dtype} on {given.device}; it must be torch.float32 on the CPU")
         by_frame = timesteps.dim() == 2
-        keys = [self._key(sample.text) for sample in samples]
-        texts = dict(zip(keys, (sample.text for sample in samples), strict=True))
+        pictures = [sample.picture for sample in samples if sample.picture is not None]
+        told = [*(sample.text for sample in samples), *pictures]
+        keys = [self._key(one) for one in told]
+        texts = dict(zip(keys, told, strict=True))
         missing = self._keys.missing(keys)
         evaluation = Evaluation(
-            shape=tuple(x.shape), by_frame=by_frame, texts=tuple(keys),
+            shape=tuple(x.shape), by_frame=by_frame,
+            texts=tuple(keys[: len(samples)]), pictures=tuple(keys[len(samples) :]),
             conditional=tuple(sample.conditional for sample in samples),
             sent=tuple(_sent(key, texts[key]) for key in missing),
         )  # fmt: skip

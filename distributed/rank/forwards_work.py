@@ -60,6 +60,8 @@ class ForwardsWork(Work[ForwardsJob]):
             self.texts: dict[str, Tensor] = {}
             self.contexts: dict[str, Context] = {}
             """The one that was used last is last."""
+            self.pictures: dict[str, Context] = {}
+            """Of the last evaluation."""
             self.placed: dict[tuple[int, int, int], tuple[SequenceShard, Rope]] = {}
             self.roomy: set[tuple[int, ...]] = set()
             """Shapes for which there is room."""
@@ -124,6 +126,13 @@ class ForwardsWork(Work[ForwardsJob]):
         _, channels, *size = evaluation.shape
         if channels != self.config.in_dim:
             raise JobError(f"the latents have {channels} channels; this model takes {self.config.in_dim}")
+        if evaluation.pictures and not self.config.image_branch:
+            raise JobError("the sampler gives what CLIP sees in a picture, and this model has no image branch")
+        if self.config.image_branch and not evaluation.pictures:
+            raise JobError(
+                "the model looks at its pictures through CLIP: connect CLIP Vision Encode, with clip_vision_h, to the "
+                "node that gives the sampler its picture (clip_vision_output)"
+            )
         latents, timesteps, texts = self.take(evaluation)
         if evaluation.shape not in self.roomy:
             work = replace(self.workload(tuple(size)), given_frames=evaluation.by_frame)
@@ -133,7 +142,8 @@ class ForwardsWork(Work[ForwardsJob]):
         shard, rope = self.places(grid)
         set_shard(self.model, shard)
         order = evaluation.pairs
-        passes = [self.asked(latents[i], timesteps[i], texts[i], grid, shard) for i in order]
+        pictures = self.pictures_of(evaluation)
+        passes = [self.asked(latents[i], timesteps[i], texts[i], pictures[i], grid, shard) for i in order]
         velocities = evaluate_passes(self.model, passes, rope, self.session.mesh)
         group = None if self.session.mesh is None else self.session.mesh.ulysses_group
         velocity = torch.empty(len(order), self.config.out_dim, *size)
@@ -150,12 +160,13 @@ class ForwardsWork(Work[ForwardsJob]):
         timesteps = torch.frombuffer(views[1], dtype=torch.float32).view(evaluation.shape[0], -1).clone()
         for text, view in zip(evaluation.sent, views[2], strict=True):
             rows = torch.frombuffer(view, dtype=getattr(torch, text.dtype)).view(text.rows, text.channels)
-            if text.channels != self.config.text_dim:
-                raise JobError(
-                    f"the text has rows of {text.channels} channels; this model takes {self.config.text_dim}"
-                )
+            what, taken = "the text", self.config.text_dim
+            if text.key in evaluation.pictures:
+                what, taken = "what CLIP sees", self.config.clip_dim
+            if text.channels != taken:
+                raise JobError(f"{what} has rows of {text.channels} channels; this model takes {taken}")
             self.texts[text.key] = rows.clone()
-        for key in self.keys.use(evaluation.texts):
+        for key in self.keys.use(evaluation.keys):
             self.texts.pop(key, None)
         return latents, timesteps, self.contexts_of(evaluation.texts)
 
@@ -176,6 +187,16 @@ class ForwardsWork(Work[ForwardsJob]):
             found[key] = Context(self.texts[key].to(self.device), keep=False)
         return [found[key] for key in keys]
 
+    def pictures_of(self, evaluation: Evaluation) -> list[Context | None]:
+        """For each sample, where the model looks at pictures. Kept while they are the same, as texts are."""
+        known, self.pictures = self.pictures, {}
+        for key in evaluation.pictures:
+            if key not in self.texts:
+                raise JobError(f"the picture {key} is asked for, but was never sent")
+            keep = not self.job.parallel.memory_optimization
+            self.pictures[key] = known.get(key) or Context(self.texts[key].to(self.device), keep=keep)
+        return [self.pictures[key] for key in evaluation.pictures] or [None] * evaluation.shape[0]
+
     def places(self, grid: tuple[int, int, int]) -> tuple[SequenceShard, Rope]:
         """This rank's tokens of a video of `grid` tokens, and their rotations."""
         known = self.placed.pop(grid, None)
@@ -189,7 +210,8 @@ class ForwardsWork(Work[ForwardsJob]):
         return known
 
     def asked(
-        self, latents: Tensor, timesteps: Tensor, text: Context, grid: tuple[int, int, int], shard: SequenceShard
+        self, latents: Tensor, timesteps: Tensor, text: Context, picture: Context | None,
+        grid: tuple[int, int, int], shard: SequenceShard,
     ) -> Pass:  # fmt: skip
         """One sample. latents: [C, T, h, w]; timesteps: [1], or [T] by latent frame."""
         different, index = timesteps.unique(return_inverse=True)
@@ -197,7 +219,7 @@ class ForwardsWork(Work[ForwardsJob]):
         if len(different) > 1:
             by_token = index.repeat_interleave(grid[1] * grid[2])
             which = shard.split(by_token[:, None])[:, 0].to(self.device)
-        return Pass(shard.split(patchify(latents)), different.to(self.device), text, which)
+        return Pass(shard.split(patchify(latents)), different.to(self.device), text, which, picture)
 
     def answer(self, evaluation: Evaluation, latents: Tensor, velocity: Tensor) -> None:
         if self.rank == 0:

@@ -42,7 +42,9 @@ class Evaluation:
         if rows % 2 or columns % 2:
             # Of an area; ComfyUI's model repeats the other edge.
             whole = pad(whole, (0, columns % 2, 0, rows % 2, 0, 0), mode="circular")
-        given = self._samples(context.detach().to("cpu", torch.float32), x.shape[0], options)
+        seen = conds.get("clip_fea")
+        pictures = None if seen is None else seen.detach().to("cpu", torch.float32)
+        given = self._samples(context.detach().to("cpu", torch.float32), pictures, x.shape[0], options)
         with told_to_comfyui():
             if self._evaluator is None:
                 self._evaluator = self._start()
@@ -54,12 +56,18 @@ class Evaluation:
         if self._evaluator is not None:
             self._evaluator.close()
 
-    def _samples(self, context: Tensor, count: int, options: Mapping[str, Any]) -> list[SampleConditioning]:
+    def _samples(
+        self, context: Tensor, pictures: Tensor | None, count: int, options: Mapping[str, Any]
+    ) -> list[SampleConditioning]:
         """What each sample of a batch is conditioned on: ComfyUI stacks prompts, each with all latents of its batch."""
         prompts: Sequence[int] = options.get("cond_or_uncond") or [0]
         each = count // len(prompts)
         return [
-            SampleConditioning(text=self._same(context[i % context.shape[0]]), conditional=prompts[i // each] == 0)
+            SampleConditioning(
+                text=self._same(context[i % context.shape[0]]),
+                picture=None if pictures is None else self._same(pictures[i % pictures.shape[0]]),
+                conditional=prompts[i // each] == 0,
+            )
             for i in range(count)
         ]
 

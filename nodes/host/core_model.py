@@ -118,7 +118,7 @@ def model_without_weights(shapes: Mapping[str, tuple[int, ...]], transformer: Tr
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model(tensors, "", device="meta")
     inner = model.diffusion_model
-    if type(inner) is not WanModel or inner.img_emb is not None or inner.ref_conv is not None:
+    if type(inner) is not WanModel or inner.ref_conv is not None:
         raise ValueError("such a transformer runs in Wan Video Distributed Inference only; it cannot be a MODEL yet")
     # What is computed elsewhere takes no memory here.
     model.memory_usage_factor = 0.0
@@ -132,7 +132,9 @@ def model_without_weights(shapes: Mapping[str, tuple[int, ...]], transformer: Tr
         transformer_options: Mapping[str, Any] = {},
         **conds: Any,
     ) -> Tensor:
-        given = {"clip_fea": clip_fea, "time_dim_concat": time_dim_concat, **conds}
+        # As there, one without an image branch does not look at pictures.
+        seen = None if inner.img_emb is None else clip_fea
+        given = {"clip_fea": seen, "time_dim_concat": time_dim_concat, **conds}
         return transformer.velocity(x, timestep, context, transformer_options, given)
 
     def around(executor: Any, noise: Tensor, latent_image: Any, sampler: Any, sigmas: Tensor, *rest: Any, **more: Any):

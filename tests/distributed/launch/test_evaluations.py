@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from wan_pack.distributed.rank.worker import main as run_rank
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Known]:
     folder = tmp_path_factory.mktemp("models")
-    return {name: Known.make(folder / name, name) for name in ("T2V", "I2V", "TI2V-5B")}
+    return {name: Known.make(folder / name, name) for name in ("T2V", "I2V", "TI2V-5B", "FLF2V")}
 
 
 def on_forked_ranks(job: ForwardsJob, folder: Path) -> ServedJob:
@@ -50,7 +51,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 CASES = [("T2V", layout) for layout in LAYOUTS] + [
-    (variant, layout) for variant in ("I2V", "TI2V-5B") for layout in ("1", "3", "4 by prompt, sharded")
+    (variant, layout) for variant in ("I2V", "TI2V-5B", "FLF2V") for layout in ("1", "3", "4 by prompt, sharded")
 ]
 
 
@@ -215,3 +216,21 @@ def test_fault_05_waiting_for_an_evaluation_is_no_hang_and_costs_less_than_two_p
 def cpu_seconds(process: Process) -> float:
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize(
+    ("variant", "words"), [("FLF2V", "connect CLIP Vision Encode"), ("I2V", "has no image branch")]
+)
+def test_pictures_belong_to_the_models_that_look_at_them(
+    variant: str, words: str, models: dict[str, Known], tmp_path: Path
+):
+    other = models["I2V" if variant == "FLF2V" else "FLF2V"]
+    served = on_forked_ranks(models[variant].job(gpu_count=1, keep_warm_seconds=0), tmp_path)
+    try:
+        # Of the same channels, and told what the other model is.
+        with pytest.raises(Exception, match=words):
+            served.evaluate(*inputs(other.config, 1))
+    finally:
+        served.close()
+        for folder in (path for kind in ("job", "group") for path in tmp_path.rglob(f"wan-{kind}-*")):
+            shutil.rmtree(folder)

@@ -103,7 +103,7 @@ def test_outside_of_a_sampling_nothing_is_computed(t2v: TwoModels) -> None:
         model.apply_model(torch.zeros(1, 16, 3, 6, 8), torch.ones(1), c_crossattn=text(1)[0][0])
 
 
-@pytest.mark.parametrize("part", ["img_emb", "vace_blocks"])
+@pytest.mark.parametrize("part", ["vace_blocks"])
 def test_transformers_with_further_inputs_are_refused(core: Modules, part: str) -> None:
     """ComfyUI's conditioning of them is not sent on."""
     variant = next(row for row in VARIANTS.values() if part in row.parts and "emb_pos" not in row.parts)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from core_sampling import CFG, SEED, STEPS, Modules, TwoModels, empty_latents, text
 
 LIMIT = 1e-4
@@ -109,3 +111,27 @@ def test_a_patched_schedule_does_not_stay(t2v: TwoModels) -> None:
     (patched,) = t2v.core["comfy_extras.nodes_model_advanced"].ModelSamplingSD3().patch(t2v.ours, 3.0, multiplier=500)
     assert (t2v.core["sampled"](patched) - before).abs().max() > 0.01
     assert (t2v.core["sampled"](t2v.ours) == before).all()
+
+
+def test_pictures_of_a_model_that_looks_at_them(core: Modules, expert_files: dict[str, Path], tmp_path: Path) -> None:
+    """Wan2.1's first and last frame: what CLIP sees comes with ComfyUI's own conditioning."""
+    models = TwoModels(core, expert_files["FLF2V"], tmp_path)
+
+    def graph(core: Modules, model: Any) -> Any:
+        seen = []
+        for seed in (1, 2):
+            output = core["comfy.clip_vision"].Output()
+            states = torch.randn(1, 257, 1280, generator=torch.Generator().manual_seed(seed))
+            output.penultimate_hidden_states = states
+            seen.append(output)
+        node = core["comfy_extras.nodes_wan"].WanImageToVideo
+        joined = core["comfy.clip_vision"].Output()
+        joined.penultimate_hidden_states = torch.cat([one.penultimate_hidden_states for one in seen], dim=-2)
+        positive, negative, latent = node.execute(
+            text(1), text(2), None, 64, 48, 9, 1, clip_vision_output=joined
+        ).result
+        return core["sampled"](model, positive=positive, negative=negative, latent_image=latent)
+
+    models.same(graph, limit=LIMIT)
+    (evaluator,) = models.evaluators
+    assert len(evaluator.batches) == STEPS

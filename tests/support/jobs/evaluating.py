@@ -27,6 +27,7 @@ CONFIGS = {
     "T2V": TINY,
     "I2V": dataclasses.replace(TINY, in_dim=36),
     "TI2V-5B": dataclasses.replace(TINY, in_dim=48, out_dim=48),
+    "FLF2V": dataclasses.replace(TINY, in_dim=36, parts=frozenset({"img_emb", "emb_pos"}), clip_dim=64),
 }
 """Variant -> a tiny one."""
 SHAPE = (3, 6, 10)
@@ -76,7 +77,9 @@ class Known:
                 t, index = t.unique(return_inverse=True)
                 which = index.repeat_interleave(grid[1] * grid[2])
             text = Context(sample.text.float())
-            velocities.append(unpatchify(model(patchify(latents), t.reshape(-1), text, rope, which), grid))
+            picture = None if sample.picture is None else Context(sample.picture)
+            velocity = model(patchify(latents), t.reshape(-1), text, rope, which, picture)
+            velocities.append(unpatchify(velocity, grid))
         return torch.stack(velocities)
 
 
@@ -122,7 +125,12 @@ def texts(config: WanConfig, count: int) -> list[SampleConditioning]:
     found = []
     for number in range(count):
         rows = torch.randn(5 + 2 * number, config.text_dim, generator=torch.Generator().manual_seed(100 + number))
-        found.append(SampleConditioning(text=rows, conditional=number % 2 == 0))
+        picture = None
+        if config.image_branch:
+            # Every third sample has another one, or a single one.
+            generator = torch.Generator().manual_seed(200 + number // 3)
+            picture = torch.randn(514 - 257 * (number // 3 % 2), config.clip_dim, generator=generator)
+        found.append(SampleConditioning(text=rows, picture=picture, conditional=number % 2 == 0))
     return found
 
 

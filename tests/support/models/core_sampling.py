@@ -19,8 +19,9 @@ from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 
 TEXT_DIM = 4096
 STEPS, SEED, CFG = 4, 7, 3.0
-KINDS = {"T2V": (16, 16), "I2V": (36, 16), "TI2V-5B": (48, 48)}
+KINDS = {"T2V": (16, 16), "I2V": (36, 16), "TI2V-5B": (48, 48), "FLF2V": (36, 16)}
 """Variant -> channels in and out."""
+PARTS = {"FLF2V": ("img_emb", "emb_pos")}
 Modules = Mapping[str, Any]
 """ComfyUI's, by name; and "sampled", `ksampler` of them."""
 Conditioning = list[list[Any]]
@@ -66,8 +67,9 @@ def ksampler(nodes: ModuleType, model: Any, sampler: str = "euler", **inputs: An
 def write_expert(folder: Path, kind: str, seed: int = 0) -> Path:
     """A transformer in float32 that ComfyUI's own loader takes too."""
     channels_in, channels_out = KINDS[kind]
+    parts = PARTS.get(kind, ())
     path = folder / f"{kind}-{seed}.safetensors"
-    save_file(expert(seed, channels_in, channels_out, text_dim=TEXT_DIM), path)
+    save_file(expert(seed, channels_in, channels_out, text_dim=TEXT_DIM, parts=parts), path)
     return path
 
 

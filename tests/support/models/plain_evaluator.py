@@ -52,4 +52,5 @@ class PlainEvaluator:
             which = torch.arange(grid[0]).repeat_interleave(grid[1] * grid[2])
         rope = rope_table(grid, self.config.head_dim)
         text = Context(sample.text.float(), keep=False)
-        return unpatchify(self._model(patchify(latents), different, text, rope, which), grid)
+        picture = None if sample.picture is None else Context(sample.picture, keep=False)
+        return unpatchify(self._model(patchify(latents), different, text, rope, which, picture), grid)
