@@ -48,7 +48,7 @@ def with_single_video(prompt: Prompt) -> Prompt:
 
 
 def test_batch_makes_the_videos_of_single_runs(comfy: Comfy) -> None:
-    prompt = saving(with_single_video(comfy.example(BATCH)))
+    prompt = with_single_video(saving(comfy.example(BATCH)))
     run = comfy.run(prompt)
     assert run.ending[0] == "execution_success", run.ending
     assert comfy.server.request("/wan_distributed/release", {}) == {"released": 2}
