@@ -71,9 +71,10 @@ OPTIONAL = {
     "paths.",
     "sparse_tau": "For attention sol only: how sparse it is. The larger, the faster, and the further "
     "the video is from the one of full attention.",
-    "quantised_loras": "LoRAs of weights that stay in 8 bits (fp8 files, linear_precision fp8 or int8). beside: "
-    "computed beside the weights, exactly; a new strength on a warm group reads no weight. merged: rounded into the "
-    "weights, which takes no time per step (beside: 8 %, with fp8 30 %), but loses most of a weak LoRA.",
+    "quantised_loras": "LoRAs of weights that a file has in 8 bits and that stay so; those of other files are merged "
+    "before they are rounded. beside: computed beside the weights, exactly; a new strength on a warm group reads no "
+    "weight. merged: rounded into the weights, which takes no time per step (beside: 8 %, with fp8 30 %), but loses "
+    "most of a weak LoRA.",
 }
 """Inputs of the config node with their tooltips; those that make videos have some of them, too."""
 COMMON = {

@@ -25,7 +25,7 @@ class Keeping:
     file's where it has them, or made of its values. int8: the file's codes, fp8 or int8, stay as they are; the large
     layers of other files are rounded to int8, row by row."""
     quantised_loras: str = "merged"
-    """beside: products of LoRAs on weights in 8 bits are computed beside these (`Linear`), not merged into them."""
+    """beside: products of LoRAs on weights that a file has in 8 bits are computed beside these (`Linear`)."""
 
     def weights(self, checkpoint: Checkpoint, loras: Sequence[Lora] = ()) -> dict[str, KeptWeight]:
         """The matrices that are kept in 8 bits; what LoRAs change of them gets a scale for each row."""
@@ -34,14 +34,18 @@ class Keeping:
             for name, weight in checkpoint.codes.items()
             if weight.dtype != torch.int8 or self.linear_precision == "int8"
         }
+        rounded_here = set()
         if self.linear_precision != "full":
             wanted = E4M3 if self.linear_precision == "fp8" else torch.int8
             for block, layer in product(checkpoint.config.block_names, FP8_PRODUCTS):
                 name = f"{block}.{layer}.weight"
                 if name not in kept or (wanted == E4M3 and kept[name].dtype != E4M3):
                     kept[name] = KeptWeight(wanted, scaled=True)
+                    rounded_here.add(name)
         for name, weight in kept.items():
-            rank = lora_rank(loras, name) if self.quantised_loras == "beside" else 0
+            # Into values that are only rounded afterwards a LoRA is merged without loss.
+            beside = self.quantised_loras == "beside" and name not in rounded_here
+            rank = lora_rank(loras, name) if beside else 0
             kept[name] = replace(
                 weight, lora_rank=rank, scaled=weight.scaled or changes(loras, name, without_products=rank > 0)
             )

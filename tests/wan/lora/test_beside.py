@@ -20,6 +20,7 @@ from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.checkpoint.keeping import Keeping
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.config import WanConfig
+from wan_pack.wan.model.eight_bits import quantise_rows
 from wan_pack.wan.model.linear import Linear
 from wan_pack.wan.model.rope import rope_table
 from wan_pack.wan.transformer.context import Context, pad_text
@@ -102,25 +103,38 @@ def test_the_sum_is_of_three_products_in_the_compute_dtype(tmp_path: Path):
     torch.testing.assert_close(layer(x), plain + F.linear(F.linear(x, down), up), rtol=2**-7, atol=2**-9)
 
 
-def test_beside_fp8_products_and_int8_too(tmp_path: Path):
+@pytest.mark.parametrize(("precision", "dtype"), [("fp8", E4M3), ("int8", torch.int8)])
+def test_beside_products_of_the_files_own_codes(tmp_path: Path, precision: str, dtype: torch.dtype):
     path = tmp_path / "m.safetensors"
-    save_file({name: tensor.bfloat16() for name, tensor in random_weights(CONFIG).items()}, path)
-    values = {name: tensor.bfloat16().float() for name, tensor in random_weights(CONFIG).items()}
+    values = write_scaled(path, random_weights(CONFIG), dtype, scale="weight_scale", per_row=True)
     change = write_lora(tmp_path / "a.safetensors", 1)
     x = torch.randn(9, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
-    for precision in ("fp8", "int8"):
-        keeping = Keeping(precision, "beside")
-        model, without = (
-            read_model(path, torch.bfloat16, loras, keeping) for loras in (loras_of(tmp_path, values, a=4.0), ())
-        )
-        # ffn.0 is one of the layers that are rounded, cross_attn.k is not: there the LoRA is merged.
-        layer, base = (each.get_submodule("blocks.1.ffn.0") for each in (model, without))
-        expected = x.float() @ (4 * change["blocks.1.ffn.0.weight"]).T
-        difference = layer(x).float() - base(x).float()
-        assert (difference - expected).norm() < 3e-2 * expected.norm(), precision
-        merged = model.get_parameter("blocks.0.cross_attn.k.weight")
-        exact = values["blocks.0.cross_attn.k.weight"] + 4 * change["blocks.0.cross_attn.k.weight"]
-        torch.testing.assert_close(merged.float(), exact, rtol=2**-8, atol=1e-6)
+    keeping = Keeping(precision, "beside")
+    model, without = (
+        read_model(path, torch.bfloat16, loras, keeping) for loras in (loras_of(tmp_path, values, a=4.0), ())
+    )
+    layer, base = (each.get_submodule("blocks.1.ffn.0") for each in (model, without))
+    expected = x.float() @ (4 * change["blocks.1.ffn.0.weight"]).T
+    difference = layer(x).float() - base(x).float()
+    assert (difference - expected).norm() < 3e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_what_is_only_rounded_here_is_merged_before(tmp_path: Path, precision: str):
+    """That loses nothing, and takes no time per step."""
+    path = tmp_path / "m.safetensors"
+    values = {name: tensor.bfloat16() for name, tensor in random_weights(CONFIG).items()}
+    save_file(values, path)
+    change = write_lora(tmp_path / "a.safetensors", 1)
+    model = read_model(path, torch.bfloat16, loras_of(tmp_path, values, a=4.0), Keeping(precision, "beside"))
+    layer = model.get_submodule("blocks.1.ffn.0")
+    assert layer.kept.lora_rank == 0
+    exact = values["blocks.1.ffn.0.weight"].float() + 4 * change["blocks.1.ffn.0.weight"]
+    codes, scale = quantise_rows(exact, layer.kept.dtype)
+    torch.testing.assert_close(layer.unpacked_weight().float(), codes.float() * scale, rtol=2**-8, atol=1e-6)
+    other = model.get_parameter("blocks.0.cross_attn.k.weight")
+    exact = values["blocks.0.cross_attn.k.weight"].float() + 4 * change["blocks.0.cross_attn.k.weight"]
+    torch.testing.assert_close(other.float(), exact, rtol=2**-8, atol=1e-6)
 
 
 def test_what_is_no_product_of_two_matrices_is_merged(tmp_path: Path):

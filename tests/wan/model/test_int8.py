@@ -182,7 +182,9 @@ def test_int8_under_fsdp_streaming_and_loras(tmp_path: Path, kind: str):
     settings = {"mixed_precision": "bf16", "linear_precision": "int8"}
     loras = [(str(tmp_path / "l.safetensors"), 0.1)]
     for result in run_ranks("codes_spread", 2, folder=str(folder), loras=loras, settings=settings):
-        assert result["bytes"] <= (0.65 if kind == "bf16" else 0.6) * whole / 2 and result["read"] == []
+        assert result["bytes"] <= (0.65 if kind == "bf16" else 0.6) * whole / 2
+        # A file without codes gets its LoRA before it is rounded, and is read for another one.
+        assert bool(result["read"]) == (kind == "bf16")
 
 
 def test_products_of_codes_where_the_package_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
