@@ -16,7 +16,7 @@ quick: $(READY)
 	$(PYTHON_IN_VENV) -m pytest -m "not (processes or ranks)"
 
 test: $(READY) lint
-	$(PYTHON_IN_VENV) -m pytest --durations=30 --durations-min=5
+	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadgroup --durations=30 --durations-min=5
 
 # Three hundred jobs in one ComfyUI, every tenth with a fault, of every kind in soak_faults.py.
 # Then a hundred samplings of ComfyUI's, every fifth with a fault.
