@@ -21,6 +21,7 @@ from ...wan.sampling.denoise import Guidance, denoise, draw_noise
 from ...wan.sampling.schedule import make_solver
 from ...wan.sampling.step_cache import StepCache
 from ...wan.text.text_encoder import DEFAULT_NEGATIVE_PROMPT, load_text_encoder
+from ...wan.transformer.conditions import Conditions
 from ...wan.transformer.transformer import WanModel
 from ...wan.vae.autoencoder import decode_frames, encode, load_vae
 from ...wan.vae.video import VideoWriter
@@ -96,7 +97,8 @@ class Pipeline:
         rows = self.text.encode([prompt, negative or DEFAULT_NEGATIVE_PROMPT])
         ask = VelocityPredictor(
             self._experts, dict(zip((True, False), rows, strict=True)), grid=grid,
-            shard=SequenceShard(length=math.prod(grid)), device=self.device, keep_text=True, weights={}, image=image,
+            shard=SequenceShard(length=math.prod(grid)), device=self.device, keep_text=True, weights={},
+            conditions=Conditions(image=image),
         )  # fmt: skip
         cache = StepCache(
             ask.predict, threshold=settings.reuse_threshold, steps=range(settings.steps), schedule_steps=settings.steps,

@@ -83,8 +83,8 @@ def workflow(comfy: Comfy) -> Prompt:
     prompt = {
         "picture": node("LoadImage", image=comfy.picture(WIDTH, HEIGHT)),
         "vae": node("VAELoader", vae_name=model.vae),
-        "positive": node("TestCoreConditioning", seed=1, tokens=9),
-        "negative": node("TestCoreConditioning", seed=2, tokens=4),
+        "positive": node("TestCoreConditioning", seed=1, tokens=9, channels=64),
+        "negative": node("TestCoreConditioning", seed=2, tokens=4, channels=64),
         "image to video": node(
             "WanImageToVideo",
             **SIZE,
