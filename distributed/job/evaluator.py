@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from .job import ForwardsJob
 
 
+NO_PICTURE = (
+    "the model looks at its pictures through CLIP: connect CLIP Vision Encode, with clip_vision_h, to the node that "
+    "gives the sampler its picture (clip_vision_output)"
+)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SampleConditioning:
     """What one sample of a batch is conditioned on. A tensor that is the same is the same object from call to call."""

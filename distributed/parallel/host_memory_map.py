@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import mmap
 import os
+from contextlib import closing
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..machine.memory_file import MemoryFile
+from ..machine.memory_file import MemoryFile, OpenedMemory
+from .page_locks import lock_pages, unlock_pages
 from .sequence import gather_rows
 
 
@@ -25,24 +28,24 @@ class HostMemoryMap:
         self._file = MemoryFile("wan-exchange")
         os.truncate(self._file.path, nbytes)
         place = torch.tensor([os.getpid(), int(self._file.path.name)], device=device)
-        found = [f"/proc/{pid}/fd/{descriptor}" for pid, descriptor in gather_rows(place, group)]
-        self.of = [torch.frombuffer(_map(path, nbytes), dtype=torch.uint8) for path in found]
+        found = [Path(f"/proc/{pid}/fd/{descriptor}") for pid, descriptor in gather_rows(place, group)]
+        self.of = [torch.frombuffer(_mapped(path, nbytes), dtype=torch.uint8) for path in found]
         """By rank, uint8 [nbytes]."""
         self._locked: list[Tensor] = []
         for memory in self.of if device.type == "cuda" else []:
-            # 1 | 2: portable and mapped, so that streams of every device find it.
-            code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 3))
-            if code != 0:
-                raise RuntimeError(f"CUDA cannot lock {nbytes / 2**20:.0f} MiB of the host's memory (error {code})")
+            if not lock_pages(memory, mapped=True):
+                self.close()
+                raise RuntimeError(f"CUDA cannot lock {nbytes / 2**20:.0f} MiB of the host's memory")
             self._locked.append(memory)
 
     def close(self) -> None:
         """Gives it back. Nothing may be under way."""
         for memory in self._locked:
-            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+            unlock_pages(memory)
+        self._locked.clear()
         self._file.close()
 
 
-def _map(path: str, nbytes: int) -> mmap.mmap:
-    with open(path, "r+b") as file:
-        return mmap.mmap(file.fileno(), nbytes)
+def _mapped(path: Path, nbytes: int) -> mmap.mmap:
+    with closing(OpenedMemory(path)) as memory:
+        return memory.map(nbytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import socket
@@ -57,10 +58,10 @@ def way_of(group: dist.ProcessGroup) -> str:
 
 def _open(group: dist.ProcessGroup, nbytes: int, device: torch.device) -> PeerMemory | None:
     places = _places(group, device)
-    rank = group.rank()
+    rank, missing = group.rank(), "" if device.type != "cuda" or _bindings_there() else "cuda-bindings is not installed"
     ways: tuple[tuple[str, type[PeerMemory]], ...] = (
-        (obstacle(places, rank), SymmetricMemory),
-        (relay_obstacle(places, rank, nbytes), HostRelay),
+        (missing or obstacle(places, rank), SymmetricMemory),
+        (missing or relay_obstacle(places, rank, nbytes), HostRelay),
     )
     reasons = _reasons[group.group_name] = []
     for reason, kind in ways:
@@ -72,9 +73,19 @@ def _open(group: dist.ProcessGroup, nbytes: int, device: torch.device) -> PeerMe
                 memory, reason = _tried(partial(kind, group, nbytes, device, host))
                 if _all(group, memory is not None, device):
                     return memory
+            if host is not None:
+                host.close()
         reasons.append(reason or "another rank cannot")
         log.info("not through memory: %s", reasons[-1])
     return None
+
+
+def _bindings_there() -> bool:
+    """Whether streams can be told to count (shared_counters.py)."""
+    try:
+        return importlib.util.find_spec("cuda.bindings") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _tried(make: Callable[[], T]) -> tuple[T | None, str]:
@@ -88,7 +99,9 @@ def _tried(make: Callable[[], T]) -> tuple[T | None, str]:
 def _places(group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
     """Of each rank a number for its machine, and its GPU's index there; -1 without one. Collective."""
     index = device.index if device.type == "cuda" else -1
-    return gather_rows(torch.tensor([zlib.crc32(socket.gethostname().encode()), index], device=device), group)
+    # Containers may have one name; what they do not share is the numbers of processes, by which memory is found.
+    machine = f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return gather_rows(torch.tensor([zlib.crc32(machine.encode()), index], device=device), group)
 
 
 def obstacle(places: list[list[int]], rank: int) -> str:

@@ -27,6 +27,7 @@ class SharedCounters:
         memory: that of each rank, uint8 [COUNTERS], zeros, mapped by all of them.
     Raises:
         ImportError: the package cuda-bindings is missing, which comes with torch since 2.10.
+        RuntimeError: the driver does not let streams count.
     """
 
     def __init__(self, rank: int, memory: Sequence[Tensor], device: torch.device) -> None:
@@ -34,6 +35,12 @@ class SharedCounters:
         self._sent, self._waited = [0] * len(memory), [0] * len(memory)
         self._counters = [own.view(torch.int32) for own in memory]
         self._counting: _Counting = _OfStreams() if device.type == "cuda" else _OfProcesses()
+        if device.type == "cuda":
+            # With the counter that nobody uses: not every driver lets streams do this, and now is the time to hear it.
+            own = self._counters[rank][rank]
+            self._counting.write(own, 1)
+            self._counting.wait(own, 1)
+            torch.cuda.synchronize(device)
 
     def signal(self, rank: int) -> None:
         """Tells `rank` that what was queued on the current stream before is done, once it is."""

@@ -6,10 +6,10 @@ next one needs arrives, and what the last one results in is sent, while one is a
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...wan.model.attention import Attention
 from ...wan.model.linear import LinearInput
 from ...wan.model.ops import Ops, Rope
 from ...wan.transformer.self_attention import SelfAttention
@@ -18,29 +18,36 @@ from .opened_memory import peer_memory
 from .sequence import SequenceShard, split_evenly
 from .ulysses import PackedUlysses, write_projections
 
+_layouts: dict[str, tuple[tuple[object, ...], MemoryLayout | None]] = {}
+"""By name of the group: what is laid out, or that nothing can be. Models take turns: none may hold on to memory that
+another one has let go for more."""
+
+
+def _layout(
+    group: dist.ProcessGroup, device: torch.device, shard: SequenceShard, heads: list[int], channels: int,
+    dtypes: list[torch.dtype],
+) -> MemoryLayout | None:  # fmt: skip
+    """Collective where it is another one than the last of this group, alike on all ranks."""
+    name, what = group.group_name, (shard.length, shard.rank, shard.world, *heads, channels, *dtypes)
+    if name not in _layouts or _layouts[name][0] != what:
+        # The one before lets its memory go first.
+        _layouts.pop(name, None)
+        memory = peer_memory(group, MemoryLayout.nbytes(shard, heads, channels, dtypes), device)
+        made = None if memory is None else MemoryLayout(memory, shard, heads, channels, dtypes)
+        _layouts[name] = what, made
+    return _layouts[name][1]
+
 
 class SymmetricUlysses(PackedUlysses):
     """Where the ranks cannot write to each other's memory, not even through the host's, it is what it inherits."""
 
-    def __init__(self, group: dist.ProcessGroup, shard: SequenceShard, attention: Attention) -> None:
-        super().__init__(group, shard, attention)
-        self._layout: MemoryLayout | None = None
-        self._able = True
-
     def __call__(self, layer: SelfAttention, x: LinearInput, rope: Rope, ops: Ops) -> Tensor:
-        if self._able and (self._layout is None or self._layout.shard != self.shard):
-            self._layout = None
-            self._layout = self._lay_out(layer)
-            self._able = self._layout is not None
-        if self._layout is None:
-            return super().__call__(layer, x, rope, ops)
-        return self._hidden(self._layout, layer, x, rope, ops)
-
-    def _lay_out(self, layer: SelfAttention) -> MemoryLayout | None:
         heads = split_evenly(layer.num_heads, self.shard.world)
-        what = self.shard, heads, layer.head_dim, self._dtypes(layer)
-        memory = peer_memory(self._group, MemoryLayout.nbytes(*what), layer.norm_q.weight.device)
-        return None if memory is None else MemoryLayout(memory, *what)
+        asked = self.shard, heads, layer.head_dim, self._dtypes(layer)
+        layout = _layout(self._group, layer.norm_q.weight.device, *asked)
+        if layout is None:
+            return super().__call__(layer, x, rope, ops)
+        return self._hidden(layout, layer, x, rope, ops)
 
     def _hidden(self, layout: MemoryLayout, layer: SelfAttention, x: LinearInput, rope: Rope, ops: Ops) -> Tensor:
         q, k, v = layout.sent

@@ -19,6 +19,7 @@ from ...wan.model.rope import rope_table
 from ...wan.transformer.context import Context
 from ..group.evaluation_memory import AnsweringEnd
 from ..group.evaluation_request import Evaluation, Request, TextKeys
+from ..job.evaluator import NO_PICTURE
 from ..job.job import ForwardsJob, JobError
 from ..job.model_files import ExpertFiles
 from ..job.progress import steady_seconds
@@ -129,10 +130,7 @@ class ForwardsWork(Work[ForwardsJob]):
         if evaluation.pictures and not self.config.image_branch:
             raise JobError("the sampler gives what CLIP sees in a picture, and this model has no image branch")
         if self.config.image_branch and not evaluation.pictures:
-            raise JobError(
-                "the model looks at its pictures through CLIP: connect CLIP Vision Encode, with clip_vision_h, to the "
-                "node that gives the sampler its picture (clip_vision_output)"
-            )
+            raise JobError(NO_PICTURE)
         latents, timesteps, texts = self.take(evaluation)
         if evaluation.shape not in self.roomy:
             work = replace(self.workload(tuple(size)), given_frames=evaluation.by_frame)

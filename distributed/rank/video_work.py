@@ -124,8 +124,9 @@ class VideoWork(Work[Job]):
 
     def encode_pictures(self, video: Tensor) -> Tensor:
         """[1, 3, n, H, W] in -1 to 1 -> [1, C, T, h, w] on the CPU. Collective."""
-        given = [name.replace("_", " ") for name in ("start_image", "end_image") if name in self.inputs]
-        self.files.say(f"encoding the {' and the '.join(given)}")
+        named = ("start_image", "end_image", "control_video", "reference_images")
+        given = [name.replace("_", " ") for name in named if name in self.inputs]
+        self.files.say(f"encoding the {' and the '.join(given) or 'control'}")
         return self.session.vae(self.job).encode(video).cpu()
 
     def denoised(self, texts: dict[bool, Tensor], conditioning: Conditioning) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ...wan.checkpoint.weights import local_rows
+from ..parallel.page_locks import lock_pages, unlock_pages
 
 
 class HostParking:
@@ -50,7 +51,7 @@ class HostParking:
             self._sizes = [storage.nbytes() for storage in self._storages]
             self._host = torch.empty(sum(self._sizes), dtype=torch.uint8)
             if self._on_cuda:
-                lock_pages(self._host)
+                lock_or_say(self._host)
             for storage, copy in zip(self._storages, self._host.split(self._sizes), strict=True):
                 copy.copy_(_bytes_of(storage))
         for storage in self._storages:
@@ -98,25 +99,10 @@ class HostParking:
         self._host = None
 
 
-def lock_pages(host: Tensor) -> None:
-    """Page-locks a CPU tensor, so that copies to and from a GPU run by themselves."""
-    if int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)) != 0:
-        _forget_error()
-        # A container may forbid locked memory; the copy is then slower, not wrong.
+def lock_or_say(host: Tensor) -> None:
+    """`lock_pages`; without it a copy is slower, not wrong."""
+    if not lock_pages(host):
         logging.getLogger(__name__).warning("host memory could not be page-locked; copies to the GPU are slower")
-
-
-def unlock_pages(host: Tensor) -> None:
-    """Undoes `lock_pages`, before the tensor's memory is freed."""
-    if int(torch.cuda.cudart().cudaHostUnregister(host.data_ptr())) != 0:
-        # It was never locked.
-        _forget_error()
-
-
-def _forget_error() -> None:
-    """CUDA keeps a failed call's error until it is asked for, and torch asks after each of its kernels."""
-    with suppress(RuntimeError):
-        torch.ones(1, device="cuda")
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ...wan.transformer.transformer import WanModel
-from .offload import HostParking, lock_pages, unlock_pages
+from ..parallel.page_locks import unlock_pages
+from .offload import HostParking, lock_or_say
 
 ALIGNMENT = 256
 """Bytes between the beginnings of a block's tensors: what the fastest kernels ask for."""
@@ -44,7 +45,7 @@ class BlockStream:
         self._slabs = [torch.empty(layout.size, dtype=torch.uint8) for layout in self._layouts]
         self._cuda = device.type == "cuda"
         for slab in self._slabs if self._cuda else ():
-            lock_pages(slab)
+            lock_or_say(slab)
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         self._buffers: list[Tensor] = []
         self._enter(self._slabs)

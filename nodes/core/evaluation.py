@@ -44,6 +44,8 @@ class Evaluation:
             whole = pad(whole, (0, columns % 2, 0, rows % 2, 0, 0), mode="circular")
         seen = conds.get("clip_fea")
         pictures = None if seen is None else seen.detach().to("cpu", torch.float32)
+        # As ComfyUI's model takes one for all.
+        timestep = timestep.expand(x.shape[0], *timestep.shape[1:])
         given = self._samples(context.detach().to("cpu", torch.float32), pictures, x.shape[0], options)
         with told_to_comfyui():
             if self._evaluator is None:
@@ -61,6 +63,9 @@ class Evaluation:
     ) -> list[SampleConditioning]:
         """What each sample of a batch is conditioned on: ComfyUI stacks prompts, each with all latents of its batch."""
         prompts: Sequence[int] = options.get("cond_or_uncond") or [0]
+        if count % len(prompts):
+            # A node's wrapper around the model asks for a part of the batch, or for more.
+            prompts = [0]
         each = count // len(prompts)
         return [
             SampleConditioning(

@@ -23,6 +23,9 @@ from .unsupported import WHAT_TO_DO
 if TYPE_CHECKING:
     from torch import Tensor
 
+KEPT = 4
+"""Files whose patches are gone, of those used last: ranks look up in them what they have merged, so that another
+strength costs no more than what it changes."""
 PREFIX = "diffusion_model."
 """Of the transformer's parameters in ComfyUI's names."""
 _ADAPTERS = {
@@ -45,7 +48,7 @@ _PLAIN = {"diff": {"weight": "diff", "bias": "diff_b", "": "diff"}, "set": {"wei
 
 
 class PatchFiles:
-    """Such files, each for as long as the patches that it is made of are in use.
+    """Such files, each for as long as the patches that it is made of are in use, and the last few for longer.
 
     Args:
         folder: where they are written, by their content: a group that has merged one knows it again.
@@ -55,6 +58,8 @@ class PatchFiles:
         self._folder = folder
         self._paths: weakref.WeakKeyDictionary[AddedPatches, Path] = weakref.WeakKeyDictionary()
         self._users: dict[Path, int] = {}
+        self._unused: dict[Path, None] = {}
+        """The one that became so last is last."""
         self._lock = threading.RLock()
 
     def files(self, added: Iterable[AddedPatches]) -> tuple[LoraFile, ...]:
@@ -62,7 +67,8 @@ class PatchFiles:
         return tuple(
             LoraFile(file=catalogue.identity(self._path(one)), strength=float(one.strength))
             for one in added
-            if one.patches and one.strength != 0
+            # What scales the weights themselves is refused, not left out.
+            if one.patches and (one.strength != 0 or one.model_strength != 1)
         )
 
     def _path(self, added: AddedPatches) -> Path:
@@ -76,6 +82,7 @@ class PatchFiles:
             if not path.exists():
                 _write(tensors, path)
             if known is None:
+                self._unused.pop(path, None)
                 self._users[path] = self._users.get(path, 0) + 1
                 weakref.finalize(added, self._drop, path)
             self._paths[added] = path
@@ -86,7 +93,10 @@ class PatchFiles:
             self._users[path] -= 1
             if self._users[path] == 0:
                 del self._users[path]
-                path.unlink(missing_ok=True)
+                self._unused[path] = None
+                for old in list(self._unused)[:-KEPT]:
+                    del self._unused[old]
+                    old.unlink(missing_ok=True)
 
 
 def _tensors(added: AddedPatches) -> dict[str, Tensor]:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...distributed.job.errors import listed
-from ...distributed.job.evaluator import Evaluator, EvaluatorSource
+from ...distributed.job.evaluator import NO_PICTURE, Evaluator, EvaluatorSource
 from ...distributed.job.job import FileIdentity, ForwardsJob, LoraFile, Parallel
 from ...distributed.launch.launcher import new_job_id
+from ...distributed.machine.prerequisites import require_platform
 from ...wan.files.identify import noise_side
 from ..host import host
 from ..host.core_model import CoreSampling
@@ -46,7 +47,9 @@ class SamplingJobs:
         Raises:
             ValueError: the latents or the LoRAs do not fit the model, or the video does not fit the GPUs.
         """
+        require_platform()
         self._check_latents(sampling.shape)
+        self._check_conds(sampling)
         job = self._job(sampling)
         return lambda: self.source.open(job)
 
@@ -57,6 +60,14 @@ class SamplingJobs:
                 f"the latents are [{listed(shape)}]; a {self.variant.name} model's are videos of {channels} channels "
                 "[batch, channels, frames, rows, columns]"
             )
+
+    def _check_conds(self, sampling: CoreSampling) -> None:
+        """What a rank would find out with its weights loaded."""
+        for entry in (entry for entries in sampling.conds.values() for entry in entries):
+            if entry.get("cross_attn") is None:
+                raise ValueError("a conditioning has no text; connect CLIP Text Encode with a CLIP of type wan")
+            if "img_emb" in self.variant.parts and entry.get("clip_vision_output") is None:
+                raise ValueError(NO_PICTURE)
 
     def _job(self, sampling: CoreSampling) -> ForwardsJob:
         from ...distributed.planning.preflight import check_forwards
@@ -90,6 +101,8 @@ class SamplingJobs:
                 f"hostfile is {self.config.hostfile}; a sampler of ComfyUI's needs the GPUs of this machine. Take it "
                 "out of the config, or use Wan Video Distributed Inference"
             )
+        # What ComfyUI itself holds is not in the job's way, planned or not.
+        host.free_memory()
         base, ground = self.config.parallel(), ground_for(self.config)
         if isinstance(ground, str):
             return shown(as_set(as_switched(self.config, base, guided=sampling.guided), ground), status)

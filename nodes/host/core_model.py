@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 KEY = "wan_distributed"
 """Of what is ours among the wrappers and attachments of a ComfyUI model."""
+NO_WEIGHTS = (
+    "the model of Load Diffusion Model (N GPUs) has no weights in ComfyUI: other processes hold them. To save it, to "
+    "merge it or to take a LoRA out of it, load it with Load Diffusion Model"
+)
 
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
@@ -139,7 +143,9 @@ def model_without_weights(shapes: Mapping[str, tuple[int, ...]], transformer: Tr
 
     def around(executor: Any, noise: Tensor, latent_image: Any, sampler: Any, sigmas: Tensor, *rest: Any, **more: Any):
         guider = executor.class_obj
-        patcher, options, cfg = guider.model_patcher, guider.model_options, getattr(guider, "cfg", None)
+        patcher, options = guider.model_patcher, guider.model_options
+        # One with several has ComfyUI's default there.
+        cfg = getattr(guider, "cfg", None) if guider.conds.keys() <= {"positive", "negative"} else None
         sampling = CoreSampling(patcher, guider.conds, options, tuple(noise.shape), sigmas, cfg)
         return transformer.sample(sampling, lambda: executor(noise, latent_image, sampler, sigmas, *rest, **more))
 
@@ -189,5 +195,14 @@ def _patcher_class() -> type[Any]:
 
         def partially_unload(self, *_: Any, **__: Any) -> int:
             return 0
+
+        def get_key_patches(self, *_: Any, **__: Any) -> Any:
+            raise ValueError(NO_WEIGHTS)
+
+        def model_state_dict(self, *_: Any, **__: Any) -> Any:
+            raise ValueError(NO_WEIGHTS)
+
+        def state_dict_for_saving(self, *_: Any, **__: Any) -> Any:
+            raise ValueError(NO_WEIGHTS)
 
     return WeightlessPatcher

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...distributed.job.evaluator import EvaluatorSource
+from ...distributed.job.progress import Progress
 from ...distributed.launch.group_evaluator import GroupEvaluators
 from ...distributed.launch.pool import Pool
 from . import groups, host
@@ -19,6 +20,19 @@ def pool() -> Pool:
     return Pool()
 
 
+class Waits:
+    """Logs what a sampler of ComfyUI's waits for, such as a GPU that another program has: its node says nothing."""
+
+    def __init__(self) -> None:
+        self._said = ""
+
+    def __call__(self, progress: Progress) -> None:
+        message = progress.message if progress.phase == "start" else ""
+        if message and message != self._said:
+            host.log(message)
+        self._said = message
+
+
 @functools.cache
 def evaluators() -> EvaluatorSource:
     """Of samplers of ComfyUI's, on groups of the pool."""
@@ -26,6 +40,7 @@ def evaluators() -> EvaluatorSource:
         pool(),
         parent=host.jobs_folder(),
         failed=host.failed_folder(),
+        on_progress=Waits(),
         on_log_line=host.log,
         cancelled=host.interrupted,
     )

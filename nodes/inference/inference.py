@@ -19,7 +19,7 @@ from ..sockets import embeds, wrapper_model
 from ..sockets.clip_vision import clip_tensors
 from ..sockets.images import image_tensors
 from ..sockets.latent_input import latent_tensors
-from ..sockets.vace_inputs import carried_control, control_size, own_control
+from ..sockets.vace_inputs import carried_control, check_length, control_size, own_control
 from ..sockets.video_inputs import VideoInputs
 from ..sockets.wrapper_model import AUTO
 from . import saved_video
@@ -109,6 +109,7 @@ def build_job(asked: VideoInputs, status: Status) -> tuple[Job, dict[str, Any]]:
     text, tensors = embeds.text_inputs(asked, model, sampling, status)
     asked.say_overruled(status)
     control = carried_control(asked)
+    check_length(control, sampling, config)
     parallel, sampling = planned(
         asked,
         lambda: _parallel(asked, model, sampling, status),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...distributed.job.control_inputs import reference_frames
 from ...distributed.job.errors import check
-from ...wan.model.latent_space import WAN21
+from ...wan.model.latent_space import TEMPORAL_STRIDE, WAN21
 from ..host.declared import is_set, kind_of, number
 from ..host.status import Status
 from ..host.tensors import tensor_of
@@ -31,6 +31,8 @@ OWN = ("control_video", "control_mask", "reference_images")
 CONTEXT, SCALE, MORE = "vace_context", "vace_scale", "additional_vace_inputs"
 """Of WANVIDIMAGE_EMBEDS."""
 MAX_STRENGTH = 1000.0
+NO_PICTURE = 1e-3
+"""Normalised latents below are zeros that were converted to and fro."""
 
 
 def carried_control(asked: VideoInputs) -> dict[str, Tensor]:
@@ -61,6 +63,25 @@ def carried_control(asked: VideoInputs) -> dict[str, Tensor]:
     return {"vace_context": torch.stack(contexts).float(), "vace_strength": torch.tensor(strengths)}
 
 
+def check_length(control: dict[str, Tensor], sampling: Sampling, config: WanConfig) -> None:
+    """Raises ValueError if a carried control is of a longer video: what is more would be taken for references."""
+    if not control:
+        return
+    frames = config.variant.latents.shape(sampling.width, sampling.height, sampling.num_frames)[1]
+    context = control["vace_context"]
+    more = context.shape[2] - frames
+    if more <= 0:
+        return
+    # A reference has no mask, and zeros as latents of what is made anew; a frame has at least grey there.
+    zeros = context[:, WAN21.channels :, :more].abs().amax(dim=(0, 1, 3, 4)) < NO_PICTURE
+    if not zeros.all():
+        whole = TEMPORAL_STRIDE * (context.shape[2] - int(zeros.sum()) - 1) + 1
+        raise ValueError(
+            f"the VACE control of text_embeds or image_embeds is of {whole} frames, and num_frames is "
+            f"{sampling.num_frames}; make them equal"
+        )
+
+
 def own_control(asked: VideoInputs, sampling: Sampling, config: WanConfig, status: Status) -> dict[str, Tensor]:
     """`control_video`, `control_mask`, `reference_images` and `vace_strength`, as far as the node's inputs go."""
     import torch
@@ -81,9 +102,14 @@ def own_control(asked: VideoInputs, sampling: Sampling, config: WanConfig, statu
             raise ValueError("control_mask is connected but control_video is not; connect both, or neither")
         masks = _frames(asked.control_mask, "control_mask", sampling, status)
         mask = torch.ones(sampling.num_frames, sampling.height, sampling.width)
-        mask[: len(masks)] = fit_mask(masks, *size)
+        count = sampling.num_frames if len(masks) == 1 else len(masks)
+        mask[:count] = fit_mask(masks, *size)
+        # There is nothing to keep where there is no frame.
+        mask[len(frames) :] = 1
         found["control_mask"] = mask
-    elif "control_video" in found and len(frames) < sampling.num_frames:
+        if count < sampling.num_frames:
+            status.note(f"control_mask has {count} frames; those behind are made anew")
+    if asked.control_video is not None and len(frames) < sampling.num_frames:
         status.note(f"control_video has {len(frames)} frames; those behind are made without one")
     if asked.reference_images is not None:
         pictures = _images(asked.reference_images, "reference_images", 4, "an IMAGE [n, H, W, 3]")

@@ -55,6 +55,8 @@ def quantise_rows(values: Tensor, dtype: torch.dtype, kept: Tensor | None = None
     if kept is not None:
         fits = values.amax(dim=1, keepdim=True) <= kept * (largest + step / 2)
         fits &= values.amin(dim=1, keepdim=True) >= kept * (least - step / 2)
+        # A row of zeros may have scale 0 in its file.
+        fits &= kept > 0
         scale = torch.where(fits, kept, scale)
     codes = values / scale
     if not dtype.is_floating_point:

@@ -39,6 +39,10 @@ def test_a_hidden_exchange_gives_the_bits_of_the_packed_one(tmp_path: Path, rela
     assert [result["compared"] for result in results] == [2 * each, 2 * each, each]
 
 
+def test_models_take_turns_in_the_memory_of_a_group():
+    run_ranks("models_take_turns", 2)
+
+
 def test_one_rank_that_cannot_share_memory_keeps_nobody_waiting():
     run_ranks("one_that_cannot_share_memory_keeps_nobody_waiting", 2)
 

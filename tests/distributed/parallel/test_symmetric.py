@@ -58,10 +58,12 @@ def exchange(
 ) -> list[Tensor]:
     """x [length, C] of some videos, one after another -> what all ranks together make of each, [length, H, D]."""
     monkeypatch.setattr(symmetric, "peer_memory", ThreadMemory(world).of)
+    monkeypatch.setattr(symmetric, "_layouts", {})
 
     @torch.no_grad()
     def run(rank: int) -> list[Tensor]:
-        engine = SymmetricUlysses(None, SequenceShard(length=1, rank=rank, world=world), kernel)
+        group: Any = SimpleNamespace(group_name=f"{id(inputs)} {rank}")
+        engine = SymmetricUlysses(group, SequenceShard(length=1, rank=rank, world=world), kernel)
         results = []
         for x in inputs:
             engine.shard = shard = SequenceShard(length=len(x), rank=rank, world=world)
@@ -116,8 +118,10 @@ def test_ranks_that_cannot_reach_each_other_exchange_as_packed(monkeypatch: pyte
     """One that could is told so too."""
     asked = []
     monkeypatch.setattr(symmetric, "peer_memory", lambda *_: asked.append(1))
+    monkeypatch.setattr(symmetric, "_layouts", {})
     monkeypatch.setattr(symmetric.PackedUlysses, "__call__", lambda self, *_: "packed")
-    engine = SymmetricUlysses(None, SequenceShard(length=16, world=2), attention)
+    group: Any = SimpleNamespace(group_name="far apart")
+    engine = SymmetricUlysses(group, SequenceShard(length=16, world=2), attention)
     layer = random_layer(heads=2, channels=8)
     assert [engine(layer, torch.zeros(8, 16), (), PLAIN) for _ in range(2)] == ["packed"] * 2
     # It is found out once.

@@ -10,9 +10,10 @@ import torch
 from ranks import run_ranks
 from tiny import TINY, TINY_VACE, random_weights, write_official
 from wan_pack.distributed.job.job import Parallel
+from wan_pack.distributed.parallel.page_locks import unlock_pages
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank.expert import Weights, load_expert, relora_expert
-from wan_pack.distributed.weights.offload import lock_pages, unlock_pages
+from wan_pack.distributed.weights.offload import lock_or_say
 from wan_pack.distributed.weights.streaming import BlockStream
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.rope import rope_table
@@ -147,7 +148,7 @@ def test_memory_that_cannot_be_locked_leaves_no_error_for_the_next_kernel(
     monkeypatch.setattr(torch.cuda, "cudart", Cudart)
     host = torch.empty(8)
     monkeypatch.setattr(torch, "ones", ones)
-    lock_pages(host)
+    lock_or_say(host)
     assert not pending
     assert "could not be page-locked" in caplog.text
     unlock_pages(host)

@@ -11,6 +11,7 @@ import torch
 from core_sampling import Modules, TwoModels
 from torch import Tensor
 from wan_pack.demo.tiny_expert import DIM, FFN_DIM, lora
+from wan_pack.nodes.core.patch_files import KEPT
 
 LIMIT = 1e-4
 Q = "diffusion_model.blocks.0.self_attn.q"
@@ -79,7 +80,15 @@ def test_a_lora_is_a_file_for_as_long_as_it_is_used(t2v: TwoModels, tmp_path: Pa
     assert files(tmp_path) == [first.name]
     del again
     gc.collect()
-    assert files(tmp_path) == []
+    assert files(tmp_path) == [first.name], "for another strength"
+    t2v.core["sampled"](with_lora(t2v.core, t2v.ours, LORAS["LoRA"], strength=0.7))
+    gc.collect()
+    assert first.stat().st_mtime_ns == written, "ranks know it again"
+    for index in range(KEPT):
+        changed = {name: tensor + index + 1 for name, tensor in LORAS["LoRA"].items()}
+        t2v.core["sampled"](with_lora(t2v.core, t2v.ours, changed))
+        gc.collect()
+    assert len(files(tmp_path)) == KEPT and first.name not in files(tmp_path)
 
 
 def test_a_lora_file_that_was_removed_is_written_again(t2v: TwoModels, tmp_path: Path) -> None:

@@ -136,3 +136,10 @@ def test_nothing_is_held_or_moved(t2v: TwoModels) -> None:
 def test_a_copied_model_option_does_not_copy_the_model(t2v: TwoModels) -> None:
     copied = copy.deepcopy(t2v.ours.clone().model_options)
     assert copied == t2v.ours.model_options
+
+
+def test_what_would_copy_weights_says_where_they_are(t2v: TwoModels) -> None:
+    """ModelSave, merging, LoRA extraction."""
+    for ask in (t2v.ours.get_key_patches, t2v.ours.model_state_dict, lambda: t2v.ours.state_dict_for_saving()):
+        with pytest.raises(ValueError, match=r"no weights in ComfyUI.* load it with Load Diffusion Model$"):
+            ask()

@@ -12,7 +12,9 @@ import pytest
 import torch
 from wan_pack.demo.example import TinyModel
 from wan_pack.demo.tiny_expert import lora
+from wan_pack.distributed.job.errors import JobError
 from wan_pack.distributed.job.job import FileIdentity, ForwardsJob, LoraFile
+from wan_pack.distributed.job.progress import Progress
 from wan_pack.distributed.launch.pool import Pool
 from wan_pack.distributed.machine import gpu_locks, nvidia_smi
 from wan_pack.nodes.core import sampling_jobs
@@ -72,16 +74,50 @@ def job_of(
     monkeypatch.setattr(sampling_jobs, "patch_files", lambda: files)
     monkeypatch.setattr(ground, "_fixed_links", ground._fixed_links.__wrapped__)
 
-    def make(asked: CoreSampling, *, name: str = NAMES.high_noise, loras: Any = (), **config: Any) -> ForwardsJob:
+    def make(
+        asked: CoreSampling, *, name: str = NAMES.high_noise, loras: Any = (), variant: str = "T2V", **config: Any
+    ) -> ForwardsJob:
         file = FileIdentity.of(tiny_models / "diffusion_models" / name)
         opened: list[ForwardsJob] = []
         source = SimpleNamespace(open=opened.append)
-        start = SamplingJobs((file,), loras, DistributedConfig(**config), VARIANTS["T2V"], source).prepare(asked)
+        start = SamplingJobs((file,), loras, DistributedConfig(**config), VARIANTS[variant], source).prepare(asked)
         assert opened == [], "not before the first evaluation"
         start()
         return opened[0]
 
     return make
+
+
+def test_what_is_known_to_be_wrong_is_said_before_anything_starts(
+    job_of: Callable[..., ForwardsJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="a conditioning has no text"):
+        job_of(sampling(conds={"positive": [entry(9)], "negative": [{"cross_attn": None}]}))
+    seen = {"clip_vision_output": object()}
+    with pytest.raises(ValueError, match=r"connect CLIP Vision Encode.*clip_vision_output"):
+        job_of(sampling(conds={"positive": [entry(9) | seen], "negative": [entry(9)]}), variant="Wan2.1 I2V")
+    monkeypatch.setattr("sys.platform", "darwin")
+    with pytest.raises(JobError, match="this system is darwin; videos are made on Linux"):
+        job_of(sampling())
+
+
+@pytest.mark.parametrize("plan", ["auto", "as set"])
+def test_what_comfyui_holds_leaves_the_gpus_planned_or_not(
+    job_of: Callable[..., ForwardsJob], monkeypatch: pytest.MonkeyPatch, plan: str
+) -> None:
+    freed: list[int] = []
+    monkeypatch.setattr(host, "free_memory", lambda: freed.append(1))
+    job_of(sampling(), plan=plan)
+    assert freed
+
+
+def test_what_a_sampler_waits_for_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(host, "log", said.append)
+    waits = warm.Waits()
+    for phase, message in (("start", "GPU 0 is taken"), ("start", "GPU 0 is taken"), ("load", "x"), ("start", "")):
+        waits(Progress(phase=phase, message=message))
+    assert said == ["GPU 0 is taken"]
 
 
 def test_a_guided_sampling_is_planned_with_cfg_parallel(job_of: Callable[..., ForwardsJob]) -> None:

@@ -10,7 +10,7 @@ from node_inputs import rows, sampling
 from tiny import TINY, TINY_VACE
 from torch import Tensor
 from wan_pack.nodes.host.status import Status
-from wan_pack.nodes.sockets.vace_inputs import carried_control, control_size, own_control
+from wan_pack.nodes.sockets.vace_inputs import carried_control, check_length, control_size, own_control
 from wan_pack.nodes.sockets.video_inputs import VideoInputs
 from wan_pack.wan.vae.latents import normalise
 
@@ -135,7 +135,9 @@ def test_pixels_of_the_nodes_own():
     assert found["control_mask"][0, :, :31].eq(1).all() and found["control_mask"][0, :, 33:].eq(0).all()
     assert found["control_mask"][3:].eq(1).all()
     assert found["vace_strength"].tolist() == [0.5]
-    assert status.notes == ["control_video has 7 frames; the first 5 are used"]
+    assert status.notes == [
+        "control_video has 7 frames; the first 5 are used", "control_mask has 3 frames; those behind are made anew"
+    ]  # fmt: skip
     assert control_size(inputs, {}, sampling(), TINY_VACE) == (1, 2)
 
 
@@ -145,6 +147,29 @@ def test_a_short_control_video_ends_in_grey_that_is_made_anew():
     assert found["control_video"][:, :2].eq(1).all() and found["control_video"][:, 2:].eq(0).all()
     assert "control_mask" not in found
     assert status.notes == ["control_video has 2 frames; those behind are made without one"]
+
+
+def test_one_mask_is_that_of_every_frame_that_there_is():
+    status = Status()
+    inputs = asked(control_video=torch.ones(2, 48, 64, 3), control_mask=torch.zeros(1, 48, 64))
+    mask = own_control(inputs, sampling(), TINY_VACE, status)["control_mask"]
+    assert mask[:2].eq(0).all() and mask[2:].eq(1).all()
+    assert status.notes == ["control_video has 2 frames; those behind are made without one"]
+
+
+def test_a_control_of_a_longer_video_is_not_taken_for_references():
+    """5 frames are two latent ones; four are those of 13, or of two references and 5."""
+    longer = noise(2, 96, 4, 6, 8)
+    with pytest.raises(ValueError, match=r"is of 13 frames, and num_frames is 5; make them equal"):
+        check_length({"vace_context": longer}, sampling(), TINY_VACE)
+    one = longer.clone()
+    one[:, 16:, 0] = 1e-7
+    with pytest.raises(ValueError, match="is of 9 frames, and num_frames is 5"):
+        check_length({"vace_context": one}, sampling(), TINY_VACE)
+    one[:, 16:, 1] = 0
+    check_length({"vace_context": one}, sampling(), TINY_VACE)
+    check_length({"vace_context": longer[:, :, :2]}, sampling(), TINY_VACE)
+    check_length({}, sampling(), TINY_VACE)
 
 
 @pytest.mark.parametrize(

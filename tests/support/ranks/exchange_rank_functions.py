@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from layers import WRITING, Projected, random_layer
 from peer_files import FileMemory, reach_as_gpus
-from wan_pack.distributed.parallel import opened_memory
+from wan_pack.distributed.parallel import opened_memory, symmetric
 from wan_pack.distributed.parallel.host_memory_map import HostMemoryMap
 from wan_pack.distributed.parallel.parallelize import ENGINES
 from wan_pack.distributed.parallel.peer_memory import HostRelay
@@ -88,7 +88,7 @@ def hidden_exchange_equals_packed(
                 rope = rope_table((1, 1, length), 8, start=shard.start, stop=shard.stop)
                 out = hidden(layer, x, rope, ops)
                 # Nothing of it may be taken for the next. Before the other one, which no rank leaves before all enter.
-                memory = hidden._layout._memory
+                memory = symmetric._layouts[group.group_name][1]._memory
                 assert isinstance(memory, FileMemory if folder else HostRelay)
                 memory.buffers[rank].fill_(255)
                 expected = packed(layer, x, rope, ops)
@@ -116,3 +116,25 @@ def one_that_cannot_share_memory_keeps_nobody_waiting(rank: int, world: int) -> 
     assert torch.equal(out, expected)
     reason = "OSError: not permitted" if rank == 1 else "another rank cannot"
     assert opened_memory.way_of(group) == f"packed (no GPU; {reason})"
+
+
+def models_take_turns(rank: int, world: int) -> None:
+    """Each has an exchange of its own; one that needs more memory lets the other's go, which must not be used again."""
+    group = dist.new_group(list(range(world)))
+    engines = [
+        ENGINES["symmetric"](group, SequenceShard(length=1, rank=rank, world=world), attention) for _ in range(2)
+    ]
+    packed = ENGINES["packed"](group, SequenceShard(length=1, rank=rank, world=world), attention)
+    layer = random_layer(heads=6, channels=8)
+    used = []
+    for which, length in ((0, 16), (1, 400), (0, 16), (0, 900), (1, 400)):
+        shard = SequenceShard(length=length, rank=rank, world=world)
+        engines[which].shard = packed.shard = shard
+        x = shard.split(torch.randn(length, 48, generator=torch.Generator().manual_seed(length)))
+        rope = rope_table((1, 1, length), 8, start=shard.start, stop=shard.stop)
+        assert torch.equal(engines[which](layer, x, rope, PLAIN), packed(layer, x, rope, PLAIN)), (which, length)
+        used.append(symmetric._layouts[group.group_name][1]._memory)
+        assert used[-1] is opened_memory._opened[group.group_name]
+    # The larger one serves the smaller videos too.
+    assert [memory is used[1] for memory in used] == [False, True, True, False, False]
+    assert used[3] is used[4] and used[0]._host._file._descriptor == -1

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from exchange_rank_functions import attention_equals_plain as attention_equals_plain
 from exchange_rank_functions import hidden_exchange_equals_packed as hidden_exchange_equals_packed
+from exchange_rank_functions import models_take_turns as models_take_turns
 from exchange_rank_functions import (
     one_that_cannot_share_memory_keeps_nobody_waiting as one_that_cannot_share_memory_keeps_nobody_waiting,
 )

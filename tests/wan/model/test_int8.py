@@ -25,7 +25,7 @@ from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.checkpoint.keeping import Keeping
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.config import WanConfig
-from wan_pack.wan.model.eight_bits import KeptWeight
+from wan_pack.wan.model.eight_bits import KeptWeight, quantise_rows
 from wan_pack.wan.model.int8_products import int8_products_there, use_int8_products
 from wan_pack.wan.model.linear import FP8_PRODUCTS, Linear
 from wan_pack.wan.model.precisions import check_precision
@@ -261,6 +261,12 @@ def test_compiled_segments_hold_the_products_whole(tmp_path: Path, monkeypatch: 
     )  # fmt: skip
     assert torch.equal(velocity(model), plain)
     assert sum(counters["graph_break"].values()) == 0 and counters["stats"]["unique_graphs"] >= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_row_of_zeros_whose_scale_is_0_stays_zeros(dtype: torch.dtype):
+    codes, scale = quantise_rows(torch.zeros(1, 4), dtype, torch.zeros(1, 1))
+    assert codes.float().eq(0).all() and scale.item() == 1
 
 
 def test_int8_runs_on_any_gpu_and_in_any_precision():
