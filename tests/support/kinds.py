@@ -42,9 +42,6 @@ class Kinds:
         for item in items:
             for name in _marks(item):
                 item.add_marker(name)
-            # What one process runs (pytest-xdist): a file's tests share fixtures, those in ComfyUI its servers.
-            folder = os.path.basename(os.path.dirname(item.path))
-            item.add_marker(pytest.mark.xdist_group(folder if folder == "comfyui" else str(item.path)))
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
