@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 @functools.cache
 def patch_files() -> PatchFiles:
-    """One for the whole ComfyUI."""
-    return PatchFiles(host.jobs_folder)
+    """One for the whole ComfyUI, in its temp folder; not among the jobs, which leave nothing there."""
+    return PatchFiles(lambda: host.jobs_folder().with_name("wan_distributed_loras"))
 
 
 @dataclass(frozen=True, slots=True)
