@@ -189,3 +189,10 @@ def test_latents_of_another_model_are_refused(job_of: Callable[..., ForwardsJob]
 def test_several_machines_are_refused(job_of: Callable[..., ForwardsJob]) -> None:
     with pytest.raises(ValueError, match="hostfile is two; a sampler of ComfyUI's needs the GPUs of this machine"):
         job_of(sampling(), hostfile="two")
+
+
+def test_files_of_patches_are_no_jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The last few stay, where a job leaves nothing."""
+    monkeypatch.setattr(host, "jobs_folder", lambda: tmp_path / "wan_distributed")
+    folder = sampling_jobs.patch_files.__wrapped__()._folder()
+    assert folder.parent == tmp_path and folder != host.jobs_folder()
