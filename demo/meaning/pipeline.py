@@ -106,7 +106,7 @@ class Pipeline:
         )  # fmt: skip
         tokens = denoise(
             patchify(draw_noise(shape, seed)).to(self.device), guidance=settings.guidance,
-            predict=cache if settings.reuse_threshold > 0 else ask.predict,
+            predict=cache,
             solver=make_solver(settings.solver, settings.steps, settings.shift),
         )  # fmt: skip
         self.reused = cache.reused

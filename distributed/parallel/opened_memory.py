@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ..machine.host_memory import available_bytes
 from .host_memory_map import HostMemoryMap
 from .peer_memory import HostRelay, PeerMemory, SymmetricMemory
-from .sequence import gather_rows
+from .sequence import everywhere, gather_rows
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -66,12 +66,12 @@ def _open(group: dist.ProcessGroup, nbytes: int, device: torch.device) -> PeerMe
     reasons = _reasons[group.group_name] = []
     for reason, kind in ways:
         # All agree before each step, or one would wait for another that has given up.
-        if _all(group, not reason, device):
+        if everywhere(not reason, group, device):
             host, reason = _tried(partial(HostMemoryMap, group, kind.host_bytes(nbytes), device))
-            if _all(group, host is not None, device):
+            if everywhere(host is not None, group, device):
                 assert host is not None
                 memory, reason = _tried(partial(kind, group, nbytes, device, host))
-                if _all(group, memory is not None, device):
+                if everywhere(memory is not None, group, device):
                     return memory
             if host is not None:
                 host.close()
@@ -133,10 +133,3 @@ def relay_obstacle(places: list[list[int]], rank: int, nbytes: int) -> str:
     if available is not None and available < needed:
         return f"{needed / 2**30:.1f} GiB of the host's memory are not free"
     return ""
-
-
-def _all(group: dist.ProcessGroup, value: bool, device: torch.device) -> bool:
-    """Whether `value` is true on all ranks."""
-    flag = torch.tensor([int(value)], device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
-    return bool(flag.item())

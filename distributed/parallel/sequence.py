@@ -83,6 +83,13 @@ def gather_bytes(value: bytes, device: torch.device) -> list[bytes]:
     return [bytes(part.tolist()) for part in everyone.cpu().view(-1, len(value))]
 
 
+def everywhere(value: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether it is true on all ranks of `group`. Collective."""
+    flag = torch.tensor([int(value)], device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
+    return bool(flag.item())
+
+
 def gather_rows(mine: Tensor, group: dist.ProcessGroup) -> list[list[int]]:
     """[n] integers of every rank of `group`, in rank order."""
     everyone = mine.new_empty(group.size() * len(mine))

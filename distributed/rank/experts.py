@@ -20,7 +20,7 @@ from ..job.model_files import ExpertFiles
 from ..machine.host_memory import available_bytes
 from ..parallel.mesh import Mesh
 from ..parallel.parallelize import release_gathered, set_shard, spread_tokens
-from ..parallel.sequence import SequenceShard, gather_bytes
+from ..parallel.sequence import SequenceShard, everywhere
 from ..parallel.shared_reading import SharedReading
 from ..planning.plan import HOST_SHARE
 from ..weights.free_memory import free_bytes, free_host_bytes
@@ -156,7 +156,7 @@ class ExpertCache:
 
     def _everywhere(self, mine: bool) -> bool:
         """Whether it is so on every rank."""
-        return mine if self._mesh is None else b"\0" not in gather_bytes(b"\1" if mine else b"\0", self._device)
+        return mine if self._mesh is None else everywhere(mine, self._mesh.group, self._device)
 
     def check_pending(self) -> None:
         """Raises what has gone wrong with an expert that is still being read."""

@@ -171,7 +171,7 @@ class VideoWork(Work[Job]):
             )  # fmt: skip
             tokens = denoise(
                 tokens_of(conditioning.latents), solver=self.solver, guidance=self.guidance,
-                predict=cache if sampling.reuse_threshold > 0 else predictor.predict,
+                predict=cache,
                 steps=self.steps, known=known, on_step=self.on_step, on_estimate=preview,
             )  # fmt: skip
             predictor.release()

@@ -24,7 +24,7 @@ class StepCache:
 
     Args:
         predict: what evaluates the model.
-        threshold: of the predicted relative movement; the larger, the more steps are reused.
+        threshold: of the predicted relative movement; the larger, the more steps are reused. 0: none, at no cost.
         steps: those that run, in the schedule of `schedule_steps`.
         mean: a tensor like the tokens -> the mean of its elements' sizes over all ranks, alike on all of them, so that
             they decide alike.
@@ -54,7 +54,8 @@ class StepCache:
         if expert != self._expert:
             # Another model's output says nothing of this one's.
             self._begin(expert)
-        if not START * self._schedule_steps <= index < END * self._schedule_steps:
+        within = START * self._schedule_steps <= index < END * self._schedule_steps
+        if not within or self._threshold == 0:
             return self._predict(expert, tokens, timestep, passes)
         moved = None
         if self._tokens is not None:
