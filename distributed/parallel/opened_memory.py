@@ -22,8 +22,10 @@ from .sequence import everywhere, gather_rows
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_opened: dict[str, PeerMemory | None] = {}
+_opened: dict[str, PeerMemory] = {}
 """By name of the group. What exchanges over a group takes turns: one buffer serves all of it."""
+_refused: dict[str, int] = {}
+"""By name of the group: bytes that could not be had. For less, it is tried again."""
 _reasons: dict[str, list[str]] = {}
 """By name of the group: why it is not the first way, and why not the second."""
 
@@ -34,19 +36,33 @@ def peer_memory(group: dist.ProcessGroup, nbytes: int, device: torch.device) -> 
     None where the ranks cannot write to each other's memory, not even through the host's: alike on all of them.
     """
     name = group.group_name
+    if name in _refused and nbytes >= _refused[name]:
+        return None
     found = _opened.get(name)
-    if name not in _opened or (found is not None and found.buffers[group.rank()].nbytes < nbytes):
-        if device.type == "cuda":
-            # What is let go may be at work.
-            torch.cuda.synchronize(device)
-        if found is not None:
-            # No rank may still write to another's.
-            dist.barrier(group)
-            found.close()
-        del found
-        _opened.pop(name, None)
-        found = _opened[name] = _open(group, nbytes, device)
-    return found
+    if found is not None and found.own.nbytes >= nbytes:
+        return found
+    del found
+    close_memory(group, device)
+    made = _open(group, nbytes, device)
+    if made is None:
+        _refused[name] = nbytes
+    else:
+        _opened[name] = made
+    return made
+
+
+def close_memory(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Frees the memory of `group`, if there is any. Collective."""
+    _refused.pop(group.group_name, None)
+    found = _opened.pop(group.group_name, None)
+    if found is None:
+        return
+    if device.type == "cuda":
+        # It may be at work.
+        torch.cuda.synchronize(device)
+    # No rank may still write to another's.
+    dist.barrier(group)
+    found.close()
 
 
 def way_of(group: dist.ProcessGroup) -> str:
@@ -67,17 +83,31 @@ def _open(group: dist.ProcessGroup, nbytes: int, device: torch.device) -> PeerMe
     for reason, kind in ways:
         # All agree before each step, or one would wait for another that has given up.
         if everywhere(not reason, group, device):
-            host, reason = _tried(partial(HostMemoryMap, group, kind.host_bytes(nbytes), device))
-            if everywhere(host is not None, group, device):
-                assert host is not None
-                memory, reason = _tried(partial(kind, group, nbytes, device, host))
-                if everywhere(memory is not None, group, device):
-                    return memory
-            if host is not None:
-                host.close()
+            memory, reason = _made(kind, group, nbytes, device)
+            if memory is not None:
+                return memory
         reasons.append(reason or "another rank cannot")
         log.info("not through memory: %s", reasons[-1])
     return None
+
+
+def _made(
+    kind: type[PeerMemory], group: dist.ProcessGroup, nbytes: int, device: torch.device
+) -> tuple[PeerMemory | None, str]:
+    """Or None, on all ranks, and what kept this one from it."""
+    own, reason = _tried(partial(kind.allocated, nbytes, device))
+    if not everywhere(own is not None, group, device):
+        return None, reason
+    assert own is not None
+    host, reason = _tried(partial(HostMemoryMap, group, kind.host_bytes(nbytes), device))
+    if everywhere(host is not None, group, device):
+        assert host is not None
+        memory, reason = _tried(partial(kind, group, own, host))
+        if everywhere(memory is not None, group, device):
+            return memory, ""
+    if host is not None:
+        host.close()
+    return None, reason
 
 
 def _bindings_there() -> bool:

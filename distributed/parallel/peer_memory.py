@@ -23,20 +23,23 @@ class PeerMemory:
 
     Args:
         group: the ranks.
-        nbytes: n.
+        own: this rank's, of `allocated`, uint8 [n].
         host: `host_bytes` of each of them, which goes with this.
     """
 
-    own: Tensor
-    """This rank's, uint8 [n], on its device."""
     buffers: list[Tensor]
     """By rank, as this rank reaches them."""
 
-    def __init__(self, group: dist.ProcessGroup, nbytes: int, device: torch.device, host: HostMemoryMap) -> None:
-        self._host = host
+    def __init__(self, group: dist.ProcessGroup, own: Tensor, host: HostMemoryMap) -> None:
+        self.own, self._host, device = own, host, own.device
         self._counters = SharedCounters(group.rank(), [memory[:COUNTERS] for memory in host.of], device)
         # Its own, so that what arrives and what leaves are copied at the same time.
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    @staticmethod
+    def allocated(nbytes: int, device: torch.device) -> Tensor:
+        """This rank's buffer, by itself: that one rank has no room is known before the others wait for it."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     @staticmethod
     def host_bytes(nbytes: int) -> int:
@@ -80,24 +83,28 @@ class PeerMemory:
 class SymmetricMemory(PeerMemory):
     """For GPUs with peer access: torch's symmetric memory, with CUDA's own handles."""
 
-    def __init__(self, group: dist.ProcessGroup, nbytes: int, device: torch.device, host: HostMemoryMap) -> None:
-        super().__init__(group, nbytes, device, host)
+    def __init__(self, group: dist.ProcessGroup, own: Tensor, host: HostMemoryMap) -> None:
+        super().__init__(group, own, host)
+        import torch.distributed._symmetric_memory as symmetric
+
+        self._handle = symmetric.rendezvous(own, group)
+        self.buffers = [self._handle.get_buffer(rank, (own.nbytes,), torch.uint8) for rank in range(group.size())]
+
+    @staticmethod
+    def allocated(nbytes: int, device: torch.device) -> Tensor:
         import torch.distributed._symmetric_memory as symmetric
 
         # Nothing here uses multicast, and on a host that others share it must not be set up.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        self.own = symmetric.empty(nbytes, dtype=torch.uint8, device=device)
-        self._handle = symmetric.rendezvous(self.own, group)
-        self.buffers = [self._handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in range(group.size())]
+        return symmetric.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 class HostRelay(PeerMemory):
     """For GPUs without, as most cards for desktops are, and for processes without a GPU: into the host's memory, which
     the receiver fetches it from."""
 
-    def __init__(self, group: dist.ProcessGroup, nbytes: int, device: torch.device, host: HostMemoryMap) -> None:
-        super().__init__(group, nbytes, device, host)
-        self.own = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    def __init__(self, group: dist.ProcessGroup, own: Tensor, host: HostMemoryMap) -> None:
+        super().__init__(group, own, host)
         self.buffers = [memory[COUNTERS:] for memory in host.of]
         self._arrived, self.buffers[group.rank()] = self.buffers[group.rank()], self.own
 

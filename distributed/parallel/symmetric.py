@@ -14,7 +14,7 @@ from ...wan.model.linear import LinearInput
 from ...wan.model.ops import Ops, Rope
 from ...wan.transformer.self_attention import SelfAttention
 from .memory_layout import MemoryLayout
-from .opened_memory import peer_memory
+from .opened_memory import close_memory, peer_memory
 from .sequence import SequenceShard, split_evenly
 from .ulysses import PackedUlysses, write_projections
 
@@ -36,6 +36,12 @@ def _layout(
         made = None if memory is None else MemoryLayout(memory, shard, heads, channels, dtypes)
         _layouts[name] = what, made
     return _layouts[name][1]
+
+
+def let_go(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Frees what `group` exchanges through, until it does so again. Collective."""
+    _layouts.pop(group.group_name, None)
+    close_memory(group, device)
 
 
 class SymmetricUlysses(PackedUlysses):

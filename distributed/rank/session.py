@@ -27,6 +27,7 @@ from ..machine.memory_file import STORE_VARIABLE
 from ..parallel.mesh import Mesh, init_mesh
 from ..parallel.sequence import SequenceShard, gather_bytes
 from ..parallel.split_vae import RankVae
+from ..parallel.symmetric import let_go
 from .experts import ExpertCache
 from .library_imports import import_diffusers
 from .prompts import PromptEncoder
@@ -146,6 +147,8 @@ class Session:
         is collective, and guidance goes to and fro."""
         if self.mesh is None or self.mesh.cfg_size == cfg:
             return
+        # The groups' memory does not: one of them would keep it from what the other needs.
+        let_go(self.mesh.ulysses_group, self.device)
         self.mesh = self._meshes.get(cfg) or self.mesh.laid_out(cfg, timedelta(seconds=timeout))
         self._remember_mesh()
 

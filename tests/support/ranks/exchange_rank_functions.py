@@ -98,7 +98,7 @@ def hidden_exchange_equals_packed(
 
 
 def one_that_cannot_share_memory_keeps_nobody_waiting(rank: int, world: int) -> None:
-    """All exchange as packed then, and say why."""
+    """All exchange as packed then, and say why; for a shorter video they try again, with what they can have."""
 
     def map_memory(*arguments: Any) -> HostMemoryMap:
         mapped = HostMemoryMap(*arguments)
@@ -106,16 +106,45 @@ def one_that_cannot_share_memory_keeps_nobody_waiting(rank: int, world: int) -> 
             raise OSError("not permitted")
         return mapped
 
-    opened_memory.HostMemoryMap = map_memory  # type: ignore[assignment,misc]
-    group = dist.new_group(list(range(world)))
-    shard = SequenceShard(length=16, rank=rank, world=world)
+    def allocated(nbytes: int, device: torch.device) -> torch.Tensor:
+        if rank == 1:
+            raise torch.OutOfMemoryError("no room")
+        return HostRelay.allocated(nbytes, device)
+
+    broken: tuple[tuple[Any, str, Any, str], ...] = (
+        (opened_memory, "HostMemoryMap", map_memory, "OSError: not permitted"),
+        (opened_memory, "HostRelay", _relay_with(allocated), "OutOfMemoryError: no room"),
+    )
     layer = random_layer(heads=4, channels=8)
-    x = shard.split(torch.randn(16, 32, generator=torch.Generator().manual_seed(1)))
-    rope = rope_table((1, 1, 16), 8, start=shard.start, stop=shard.stop)
-    expected, out = (ENGINES[name](group, shard, attention)(layer, x, rope, PLAIN) for name in ("packed", "symmetric"))
-    assert torch.equal(out, expected)
-    reason = "OSError: not permitted" if rank == 1 else "another rank cannot"
-    assert opened_memory.way_of(group) == f"packed (no GPU; {reason})"
+    for module, name, replaced, why in broken:
+        group = dist.new_group(list(range(world)))
+        packed, hidden = (
+            ENGINES[engine](group, SequenceShard(length=1, rank=rank, world=world), attention)
+            for engine in ("packed", "symmetric")
+        )
+        whole = getattr(module, name)
+        setattr(module, name, replaced)
+        for length, found in (
+            (16, f"packed (no GPU; {why if rank == 1 else 'another rank cannot'})"),
+            (16, ""),
+            (8, ""),
+        ):
+            packed.shard = hidden.shard = shard = SequenceShard(length=length, rank=rank, world=world)
+            x = shard.split(torch.randn(length, 32, generator=torch.Generator().manual_seed(1)))
+            rope = rope_table((1, 1, length), 8, start=shard.start, stop=shard.stop)
+            assert torch.equal(hidden(layer, x, rope, PLAIN), packed(layer, x, rope, PLAIN))
+            if found:
+                assert opened_memory.way_of(group) == found
+            elif length == 16:
+                # What could not be had is not asked for a second time.
+                setattr(module, name, whole)
+                assert group.group_name not in opened_memory._opened
+            else:
+                assert opened_memory.way_of(group) == "relayed through the host's memory (no GPU)"
+
+
+def _relay_with(allocated: Any) -> type[HostRelay]:
+    return type("Relay", (HostRelay,), {"allocated": staticmethod(allocated)})
 
 
 def models_take_turns(rank: int, world: int) -> None:
@@ -138,3 +167,7 @@ def models_take_turns(rank: int, world: int) -> None:
     # The larger one serves the smaller videos too.
     assert [memory is used[1] for memory in used] == [False, True, True, False, False]
     assert used[3] is used[4] and used[0]._host._file._descriptor == -1
+    symmetric.let_go(group, torch.device("cpu"))
+    assert used[4]._host._file._descriptor == -1 and group.group_name not in symmetric._layouts
+    assert torch.equal(engines[1](layer, x, rope, PLAIN), packed(layer, x, rope, PLAIN))
+    assert opened_memory._opened[group.group_name] is not used[4]

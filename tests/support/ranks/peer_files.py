@@ -16,8 +16,9 @@ class FileMemory(PeerMemory):
 
     folder: Path
 
-    def __init__(self, group: dist.ProcessGroup, nbytes: int, device: torch.device, host: Any) -> None:
-        super().__init__(group, nbytes, device, host)
+    def __init__(self, group: dist.ProcessGroup, own: torch.Tensor, host: Any) -> None:
+        super().__init__(group, own, host)
+        nbytes = own.nbytes
         files = [self.folder / f"{group.group_name}-{nbytes}-{rank}" for rank in range(group.size())]
         files[group.rank()].write_bytes(bytes(nbytes))
         dist.barrier(group)
