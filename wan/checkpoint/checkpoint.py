@@ -70,11 +70,6 @@ class Checkpoint:
         }
         """The weights whose codes may stay in memory; those of the time path and the head are unpacked."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors on disk."""
-        return sum(tensor.nbytes for tensor in self._stored.values())
-
     def describe(self, kept: Mapping[str, KeptWeight] | None = None) -> str:
         """One line for the log: how the weights are stored, and what becomes of quantised ones.
 
@@ -146,7 +141,7 @@ def _as_kept(name: str, tensor: StoredTensor) -> KeptWeight | None:
     large = parameter_dtype(name, torch.bfloat16) == torch.bfloat16
     if not large or not name.endswith(".weight") or len(tensor.shape) != 2:
         return None
-    plain, rotated_by = (tensor.inner, tensor.group) if isinstance(tensor, Rotated) else (tensor, 0)
+    plain, rotated_by = (tensor.stored, tensor.group) if isinstance(tensor, Rotated) else (tensor, 0)
     # Rotated fp8 is rare: its values are read.
     if not isinstance(plain, PlainTensor) or plain.dtype not in (CODES if not rotated_by else (torch.int8,)):
         return None

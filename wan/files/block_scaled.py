@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .stored_tensor import PlainTensor, row_pieces
+from .stored_tensor import PlainTensor, Unpacked, row_pieces
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of three bits; the fourth is the sign."""
@@ -26,11 +26,10 @@ TILE = (128, 4)
 
 
 @dataclass(frozen=True, slots=True)
-class BlockScaled:
-    """values[r, c] = codes[r, c] * scales[r // rows, c // columns] * factor."""
+class BlockScaled(Unpacked):
+    """values[r, c] = stored[r, c] * scales[r // rows, c // columns] * factor."""
 
-    codes: PlainTensor
-    """[out, in], or [out, in / 2] of bytes that hold two e2m1 codes, the first in the high bits."""
+    # What is stored: codes [out, in], or [out, in / 2] of bytes that hold two e2m1 codes, the first in the high bits.
     scales: PlainTensor
     block: tuple[int, int]
     tiled: bool
@@ -40,23 +39,15 @@ class BlockScaled:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        rows, stored = self.codes.shape
-        return rows, stored * 2 if self.codes.dtype == torch.uint8 else stored
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
+        rows, stored = self.stored.shape
+        return rows, stored * 2 if self.stored.dtype == torch.uint8 else stored
 
     def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
-        width, stored = self.shape[1], self.codes.shape[1]
+        width, stored = self.shape[1], self.stored.shape[1]
         scales = self._scales().to(out.device)
         for row, piece in row_pieces(out, start, width):
-            codes = torch.empty(piece.shape[0], stored, dtype=self.codes.dtype)
-            self.codes.read_into(codes, start=row * stored)
+            codes = torch.empty(piece.shape[0], stored, dtype=self.stored.dtype)
+            self.stored.read_into(codes, start=row * stored)
             values = _decoded(codes.to(out.device))
             blocks = torch.arange(row, row + piece.shape[0], device=out.device) // self.block[0]
             piece.copy_(values.mul_(scales[blocks].repeat_interleave(self.block[1], dim=1)[:, :width]))

@@ -12,36 +12,22 @@ import torch
 from torch import Tensor
 
 from ..model.eight_bits import rotate_inputs
-from .stored_tensor import StoredTensor, row_pieces
+from .stored_tensor import Unpacked, row_pieces
 
 
 @dataclass(frozen=True, slots=True)
-class Rotated:
+class Rotated(Unpacked):
     """A matrix [out, in] in the basis of the model."""
 
-    inner: StoredTensor
-    """As it was rotated."""
     group: int
     """A power of 4 that divides `in`."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.inner.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.inner.nbytes
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
     def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
         if out.dtype == torch.int8:
-            self.inner.read_into(out, start=start, staging=staging)
+            self.stored.read_into(out, start=start, staging=staging)
             return
         width = self.shape[1]
         for row, piece in row_pieces(out, start, width):
             values = torch.empty(piece.shape, dtype=torch.float32, device=out.device)
-            self.inner.read_into(values, start=row * width, staging=staging)
+            self.stored.read_into(values, start=row * width, staging=staging)
             piece.copy_(rotate_inputs(values, self.group))

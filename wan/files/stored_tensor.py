@@ -42,10 +42,6 @@ class StoredTensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     @property
-    def nbytes(self) -> int:
-        """In the file."""
-
-    @property
     def dtype(self) -> torch.dtype:
         """In which no value is rounded, and nothing is cast on the way."""
 
@@ -123,10 +119,6 @@ class StridedTensor:
     strides: tuple[int, ...]
 
     @property
-    def nbytes(self) -> int:
-        return self.span.nbytes
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.span.dtype
 
@@ -138,7 +130,22 @@ class StridedTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class RowScale:
+class Unpacked:
+    """A tensor that is made of another one while it is read, in float32."""
+
+    stored: StoredTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class RowScale(Unpacked):
     """What each row of a quantised weight is multiplied by, from one number for all rows or one per row."""
 
     stored: PlainTensor
@@ -147,14 +154,6 @@ class RowScale:
     @property
     def shape(self) -> tuple[int, int]:
         return (self.num_rows, 1)
-
-    @property
-    def nbytes(self) -> int:
-        return self.stored.nbytes
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
 
     def rows(self, first: int, count: int) -> Tensor:
         """[count, 1] float32."""
@@ -170,29 +169,16 @@ class RowScale:
 
 
 @dataclass(frozen=True, slots=True)
-class ScaledTensor:
+class ScaledTensor(Unpacked):
     """Codes times one number, or one for each row; read from any element on."""
 
-    codes: PlainTensor
     scale: RowScale
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.codes.shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
 
     def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
         width = max(math.prod(self.shape[1:]), 1)
         for begin, piece in _pieces(out.view(-1), FLOAT_PIECE):
-            codes = torch.empty(piece.shape, dtype=self.codes.dtype)
-            self.codes.read_into(codes, start=start + begin)
+            codes = torch.empty(piece.shape, dtype=self.stored.dtype)
+            self.stored.read_into(codes, start=start + begin)
             first, last = (start + begin) // width, (start + begin + piece.numel() - 1) // width
             rows = torch.arange(start + begin, start + begin + piece.numel()) // width - first
             piece.copy_(codes.float() * self.scale.rows(first, last - first + 1).view(-1)[rows])
@@ -208,10 +194,6 @@ class PackedTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.file.tensors[self.name].shape
-
-    @property
-    def nbytes(self) -> int:
-        return self.file.tensors[self.name].nbytes
 
     @property
     def dtype(self) -> torch.dtype:

@@ -68,9 +68,7 @@ class Hadamard:
         ups = [read_matrix(up, first, count).to(device) for up in self.ups]
 
         def add(rows: Tensor, start: int, base: Tensor) -> None:
-            one, two = (
-                up[start : start + rows.shape[0]] @ down for up, down in zip(ups, downs, strict=True)
-            )  # fmt: skip
+            one, two = (up[start : start + rows.shape[0]] @ down for up, down in zip(ups, downs, strict=True))
             rows.addcmul_(one, two, value=self.scale)
 
         return add
@@ -86,12 +84,6 @@ class Kronecker:
     w2: tuple[StoredTensor, ...]
     """[out / o1, in / i1], or its two factors."""
     scale: float
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the product."""
-        sizes = [(factors[0].shape[0], math.prod(factors[-1].shape[1:])) for factors in (self.w1, self.w2)]
-        return sizes[0][0] * sizes[1][0], sizes[0][1] * sizes[1][1]
 
     def adder(self, first: int, count: int, device: torch.device, read_rows: ReadRows) -> Adder:
         w1, w2 = (_product(factors).to(device) for factors in (self.w1, self.w2))
