@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..wan.model.latent_space import WAN22
-from ..wan.text.t5_keys import hf_to_official
+from ..wan.text.t5_keys import module_names
 from .example import TinyModel
+from .official_names import under_official_names
 from .tiny_expert import DIM, FFN_DIM, FREQ_DIM, LAYERS, TEXT_DIM, expert, lora
 from .tiny_vae import vae
 
@@ -76,7 +77,7 @@ def write_official_folder(folder: Path, *, dtype: torch.dtype = torch.float32, s
     for name, tensors in (("high_noise_model", expert(seed)), ("low_noise_model", expert(seed + 1))):
         _write_shards(folder / name, _cast(tensors, dtype))
     torch.save(vae(seed + 2), folder / "Wan2.1_VAE.pth")
-    official = {hf_to_official(name, TEXT_LAYERS): tensor for name, tensor in text_encoder(seed + 3).items()}
+    official = under_official_names(text_encoder(seed + 3), module_names(TEXT_LAYERS))
     torch.save(official, folder / "models_t5_umt5-xxl-enc-bf16.pth")
     tokenizer = folder / "google" / "umt5-xxl"
     tokenizer.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..wan.model.latent_space import WAN21, WAN22, LatentSpace
-from ..wan.vae.vae_keys import diffusers_to_official
+from ..wan.vae.vae_keys import module_names
+from .official_names import under_official_names
 
 BASE_DIM = 8
 
@@ -22,7 +23,8 @@ def vae(seed: int, kind: LatentSpace = WAN21) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoencoderKLWan(**options)
-    weights = {diffusers_to_official(name, kind): _smooth(tensor) for name, tensor in model.state_dict().items()}
+    named = under_official_names(model.state_dict(), module_names(kind))
+    weights = {name: _smooth(tensor) for name, tensor in named.items()}
     for name in (name for name in weights if name.startswith("decoder.") and "time_conv" in name):
         # One half of the channels makes the earlier, the other the later of two frames; alike, they do not flicker.
         early, late = weights[name].chunk(2)

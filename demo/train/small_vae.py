@@ -18,7 +18,8 @@ from ...wan.model.latent_space import WAN21
 from ...wan.vae.autoencoder import decode_frames, load_vae
 from ...wan.vae.autoencoder import encode as encode_clip
 from ...wan.vae.latents import denormalise, latent_statistics, normalise
-from ...wan.vae.vae_keys import diffusers_to_official
+from ...wan.vae.vae_keys import module_names
+from ..official_names import under_official_names
 from .captions import held_out_scenes
 from .loop import Budget, autocast, fit, generator
 from .sizes import Sizes
@@ -110,8 +111,7 @@ def train(folder: Path, sizes: Sizes, budget: Budget, device: torch.device) -> N
     )  # fmt: skip
     with torch.no_grad():
         fold_statistics(vae, *measured_statistics(vae, sizes, device))
-    names = {diffusers_to_official(name, WAN21): tensor for name, tensor in vae.state_dict().items()}
-    write(path, names)
+    write(path, under_official_names(vae.state_dict(), module_names(WAN21)))
     absolute, squared = held_out_error(load_vae([path], device=device))
     print(f"vae: held-out clips: mean absolute error {absolute:.4f}, squared {squared:.5f}", flush=True)
 

@@ -59,39 +59,28 @@ class TextEncoderInfo:
     """Name of the tensor that holds its SentencePiece model, if it carries one."""
 
 
-def module_names(layers: int) -> dict[str, str]:
-    """Official module path -> transformers module path, for every `weight` of an encoder."""
-    names = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
+_MODULES = {
+    "0.layer_norm": ("norm1", "attn_norm"),
+    **{f"0.SelfAttention.{part}": (f"attn.{part}", f"attn_{part}") for part in "qkvo"},
+    "0.SelfAttention.relative_attention_bias": ("pos_embedding.embedding", "attn_rel_b"),
+    "1.layer_norm": ("norm2", "ffn_norm"),
+    # The gate is the side that goes through the activation.
+    "1.DenseReluDense.wi_0": ("ffn.gate.0", "ffn_gate"),
+    "1.DenseReluDense.wi_1": ("ffn.fc1", "ffn_up"),
+    "1.DenseReluDense.wo": ("ffn.fc2", "ffn_down"),
+}
+"""Of a layer: transformers' name -> the official one, and llama.cpp's."""
+
+
+def module_names(layers: int, naming: str = OFFICIAL) -> dict[str, str]:
+    """Official or llama.cpp's module path -> transformers module path, for every `weight` of an encoder."""
+    llama = naming == LLAMA
+    ends = ("token_embd", "enc.output_norm") if llama else ("token_embedding", "norm")
+    names = dict(zip(ends, ("shared", "encoder.final_layer_norm"), strict=True))
     for layer in range(layers):
-        official, hf = f"blocks.{layer}", f"encoder.block.{layer}.layer"
-        names[f"{official}.norm1"] = f"{hf}.0.layer_norm"
-        names |= {f"{official}.attn.{part}": f"{hf}.0.SelfAttention.{part}" for part in "qkvo"}
-        names[f"{official}.pos_embedding.embedding"] = f"{hf}.0.SelfAttention.relative_attention_bias"
-        names[f"{official}.norm2"] = f"{hf}.1.layer_norm"
-        # The gate is the side that goes through the activation.
-        for ours, theirs in (("gate.0", "wi_0"), ("fc1", "wi_1"), ("fc2", "wo")):
-            names[f"{official}.ffn.{ours}"] = f"{hf}.1.DenseReluDense.{theirs}"
+        for module, named in _MODULES.items():
+            names[f"{_LAYERS[naming]}.{layer}.{named[llama]}"] = f"encoder.block.{layer}.layer.{module}"
     return names
-
-
-def llama_module_names(layers: int) -> dict[str, str]:
-    """llama.cpp's module path -> transformers module path, for every `weight` of an encoder."""
-    names = {"token_embd": "shared", "enc.output_norm": "encoder.final_layer_norm"}
-    for layer in range(layers):
-        llama, hf = f"enc.blk.{layer}", f"encoder.block.{layer}.layer"
-        names[f"{llama}.attn_norm"] = f"{hf}.0.layer_norm"
-        names |= {f"{llama}.attn_{part}": f"{hf}.0.SelfAttention.{part}" for part in "qkvo"}
-        names[f"{llama}.attn_rel_b"] = f"{hf}.0.SelfAttention.relative_attention_bias"
-        names[f"{llama}.ffn_norm"] = f"{hf}.1.layer_norm"
-        for theirs, ours in (("gate", "wi_0"), ("up", "wi_1"), ("down", "wo")):
-            names[f"{llama}.ffn_{theirs}"] = f"{hf}.1.DenseReluDense.{ours}"
-    return names
-
-
-def hf_to_official(name: str, layers: int) -> str:
-    """A transformers tensor name -> the official one. KeyError for a name the encoder does not have."""
-    module, _, leaf = name.rpartition(".")
-    return {theirs: ours for ours, theirs in module_names(layers).items()}[module] + "." + leaf
 
 
 def source_names(info: TextEncoderInfo, names: Collection[str]) -> dict[str, str]:
@@ -100,7 +89,7 @@ def source_names(info: TextEncoderInfo, names: Collection[str]) -> dict[str, str
 
 
 def _source_names(naming: str, prefix: str, layers: int, names: Collection[str]) -> dict[str, str]:
-    pairs = llama_module_names(layers) if naming == LLAMA else module_names(layers)
+    pairs = module_names(layers, LLAMA if naming == LLAMA else OFFICIAL)
     source = {hf: prefix + (hf if naming == TRANSFORMERS else theirs) for theirs, hf in pairs.items()}
     if source["shared"] + ".weight" not in names and naming == TRANSFORMERS:
         source["shared"] = prefix + _EMBEDDING_ALIAS
@@ -158,14 +147,9 @@ def module_shapes(info: TextEncoderInfo) -> dict[str, tuple[int, ...]]:
     """transformers module path -> shape of its weight, for an encoder of known sizes."""
     inner = info.heads * info.head_dim
     wide, narrow = (inner, info.dim), (info.dim, inner)
-    leaves: dict[str, tuple[int, ...]] = {
-        "q": wide,
-        "k": wide,
-        "v": wide,
-        "o": narrow,
-        "wi_0": (info.ffn_dim, info.dim),
-    }
-    leaves |= {"wi_1": (info.ffn_dim, info.dim), "wo": (info.dim, info.ffn_dim), "shared": (info.vocab, info.dim)}
+    leaves: dict[str, tuple[int, ...]] = {"q": wide, "k": wide, "v": wide, "o": narrow}
+    leaves |= {"wi_0": (info.ffn_dim, info.dim), "wi_1": (info.ffn_dim, info.dim)}
+    leaves |= {"wo": (info.dim, info.ffn_dim), "shared": (info.vocab, info.dim)}
     leaves |= {"relative_attention_bias": (info.buckets, info.heads), "layer_norm": (info.dim,)}
     leaves["final_layer_norm"] = (info.dim,)
     return {module: leaves[module.rpartition(".")[2]] for module in module_names(info.layers).values()}

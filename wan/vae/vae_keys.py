@@ -81,39 +81,25 @@ def module_names(kind: LatentSpace) -> dict[str, str]:
         for part in ("norm", "to_qkv", "proj"):
             names[f"{side}.middle.1.{part}"] = f"{side}.mid_block.attentions.0.{part}"
 
+    nested = kind == WAN22
     for stage in range(STAGES):
         last = stage == STAGES - 1
         # Encoder: the first stage halves the frame only, the next two halve time as well; the decoder mirrors it.
-        down, up = (stage > 0, stage < STAGES - 2)
-        for block in range(RES_BLOCKS + 1):
-            resample = block == RES_BLOCKS
-            flat = stage * (RES_BLOCKS + 1) + block
-            if kind == WAN22:
-                official = f"encoder.downsamples.{stage}.downsamples.{block}"
-                diffusers = f"encoder.down_blocks.{stage}." + ("downsampler" if resample else f"resnets.{block}")
-            else:
-                official, diffusers = f"encoder.downsamples.{flat}", f"encoder.down_blocks.{flat}"
-            if not resample:
-                add_resnet(official, diffusers)
-            elif not last:
-                add_resample(official, diffusers, temporal=down)
-        for block in range(RES_BLOCKS + 2):
-            resample = block == RES_BLOCKS + 1
-            flat = stage * (RES_BLOCKS + 2) + block
-            upsampler = "upsampler" if kind == WAN22 else "upsamplers.0"
-            diffusers = f"decoder.up_blocks.{stage}." + (upsampler if resample else f"resnets.{block}")
-            official = f"decoder.upsamples.{stage}.upsamples.{block}" if kind == WAN22 else f"decoder.upsamples.{flat}"
-            if not resample:
-                add_resnet(official, diffusers)
-            elif not last:
-                add_resample(official, diffusers, temporal=up)
+        for stem, count, theirs, resampler, temporal in (
+            ("encoder.downsamples", RES_BLOCKS + 1, "encoder.down_blocks", "downsampler", stage > 0),
+            ("decoder.upsamples", RES_BLOCKS + 2, "decoder.up_blocks", "upsampler", stage < STAGES - 2),
+        ):
+            *blocks, resample = _flat(stem, stage, count, nested)
+            # diffusers counts a Wan2.1 encoder's steps in one row, as the official names do.
+            in_a_row = not nested and stem.startswith("encoder")
+            for block, name in enumerate(blocks):
+                add_resnet(
+                    name, f"{theirs}.{stage * count + block}" if in_a_row else f"{theirs}.{stage}.resnets.{block}"
+                )
+            if not last:
+                own = f"{stage}.{resampler}" + ("" if nested else "s.0")
+                add_resample(resample, f"{theirs}.{stage * count + len(blocks) if in_a_row else own}", temporal)
     return names
-
-
-def diffusers_to_official(name: str, kind: LatentSpace) -> str:
-    """A diffusers tensor name -> the official one, which ComfyUI's files keep. KeyError for a name no VAE has."""
-    module, _, leaf = name.rpartition(".")
-    return {theirs: ours for ours, theirs in module_names(kind).items()}[module] + "." + leaf
 
 
 def vae_info(stored: StoredModel) -> VaeInfo:

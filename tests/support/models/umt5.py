@@ -12,7 +12,7 @@ import torch
 from mount import GOLDEN
 from safetensors.torch import load_file
 from torch import Tensor
-from wan_pack.wan.text.t5_keys import hf_to_official, llama_module_names, module_names
+from wan_pack.wan.text.t5_keys import LLAMA, module_names
 
 MODEL = GOLDEN / "t5_encoder" / "text_encoder" / "model.safetensors"
 """Official names, two layers."""
@@ -50,9 +50,7 @@ def hf_weights() -> dict[str, Tensor]:
     """The golden model under transformers' names."""
     names = module_names(LAYERS)
     official = load_file(MODEL)
-    tensors = {f"{names[name.removesuffix('.weight')]}.weight": tensor for name, tensor in official.items()}
-    assert {hf_to_official(name, LAYERS) for name in tensors} == set(official)
-    return tensors
+    return {f"{names[name.removesuffix('.weight')]}.weight": tensor for name, tensor in official.items()}
 
 
 def wide_hf_weights() -> dict[str, Tensor]:
@@ -81,7 +79,7 @@ def write_gguf(
     """
     import gguf
 
-    names = {hf: llama for llama, hf in llama_module_names(LAYERS).items()}
+    names = {hf: llama for llama, hf in module_names(LAYERS, LLAMA).items()}
     writer = gguf.GGUFWriter(path, "t5encoder")
     for key, value in metadata.items():
         if isinstance(value, bool):
