@@ -7,9 +7,9 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import IO
 
 from ..job.job_folder import PREFIX, JobDir
+from ..machine.gpu_locks import try_lock
 from .group_folder import GROUP_PREFIX, GroupDir
 
 KEPT = 5
@@ -23,7 +23,7 @@ def claim(folder: JobDir | GroupDir) -> None:
     # A lock, not a pid: the kernel lets go of it however its holder dies, and two containers that share this folder
     # do not see each other's pids.
     folder.lock = os.fdopen(os.open(folder.owner, os.O_WRONLY | os.O_CREAT, 0o600), "wb")
-    _try_lock(folder.lock)
+    try_lock(folder.lock)
 
 
 def remove_abandoned(parent: Path) -> None:
@@ -57,20 +57,9 @@ def keep_failed(folder: JobDir, failed: Path) -> Path:
 def _owned(folder: JobDir) -> bool:
     try:
         with folder.owner.open("rb") as file:
-            return not _try_lock(file)
+            return not try_lock(file)
     except FileNotFoundError:
         return _age(folder.path) < GRACE_SECONDS
-
-
-def _try_lock(file: IO[bytes]) -> bool:
-    """False if somebody holds the lock, or the file system knows no locks."""
-    import fcntl  # Not on Windows, where ComfyUI must still be able to import this file.
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _age(path: Path) -> float:

@@ -62,7 +62,7 @@ def holder(gpu_id: str, folder: Path | None = None) -> str:
     if sys.platform != "linux":
         return ""
     with _open(_place(gpu_id, _folder() if folder is None else folder)) as file:
-        owner = "" if _try_lock(file) else _owner(file)
+        owner = "" if try_lock(file) else _owner(file)
     return "" if owner == _own_name() else owner
 
 
@@ -72,7 +72,7 @@ def _try_all(gpu_ids: Sequence[str], folder: Path | None) -> tuple[GpuLocks | No
     for gpu in sorted(gpu_ids):
         assert folder is not None
         file = _open(_place(gpu, folder))
-        if not _try_lock(file):
+        if not try_lock(file):
             owner = _owner(file)
             file.close()
             GpuLocks(held).release()
@@ -124,7 +124,8 @@ def _open(path: Path) -> IO[str]:
     return os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
 
 
-def _try_lock(file: IO[str]) -> bool:
+def try_lock(file: IO[str] | IO[bytes] | int) -> bool:
+    """Of any file. False if somebody holds the lock, or the file system knows no locks."""
     import fcntl  # Not on Windows, where ComfyUI must still be able to import this file.
 
     try:

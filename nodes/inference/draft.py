@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
+from ...distributed.machine.gpu_locks import try_lock
+
 PREFIX = ".wan-draft-"
 """Of drafts on a file system that knows no files without a name."""
 
@@ -37,7 +39,9 @@ class Draft:
         except OSError:
             self._hidden, self.path = True, self._folder / name
             _remove_abandoned(self._folder)
-            self._descriptor = _new_file(self.path)
+            self._descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+            # As with job folders: how one is known whose process has died.
+            try_lock(self._descriptor)
             return self
         self._hidden, self.path = False, self._scratch / name
         try:
@@ -83,20 +87,8 @@ class Draft:
             os.rename(self.path, target)
 
 
-def _new_file(path: Path) -> int:
-    import fcntl  # Not on Windows, where ComfyUI must still be able to import this file.
-
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-    # As with job folders: the kernel lets go of it however its holder dies.
-    with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
-
-
 def _remove_abandoned(folder: Path) -> None:
-    import fcntl
-
     for path in folder.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
+            if try_lock(file):
+                path.unlink(missing_ok=True)
