@@ -154,7 +154,7 @@ class Measurement:
         line |= {
             "plan": plan.block().splitlines()[0].removeprefix("plan: ").partition("; ")[2],
             "estimate": {name: round(size / GIB, 2) for name, size in dataclasses.asdict(plan.estimate).items()},
-            "estimated_gib": round(plan.estimate.torch_peak / GIB, 2),
+            "estimated_gib": round((plan.estimate.total - plan.estimate.process) / GIB, 2),
             "estimated_total_gib": round(plan.estimate.total / GIB, 2),
         }
         parallel = plan.parallel if ids else dataclasses.replace(plan.parallel, gpu_ids=())

@@ -31,7 +31,11 @@ class LostRanks:
             ranks: what is known now of those that run on this machine.
         """
         now = time.monotonic()
-        lost = {rank: seen for rank, seen in ranks.items() if seen.phase != "done" and self._is_lost(rank, seen)}
+        lost = {
+            rank: seen
+            for rank, seen in ranks.items()
+            if seen.phase != "done" and (seen.gone or self._folder.error(rank).exists())
+        }
         for rank, seen in lost.items():
             self._since.setdefault(rank, now)
             # Only until the agent asks for it is there an answer.
@@ -39,9 +43,6 @@ class LostRanks:
                 self._codes[rank] = code
         self.failures = [self._failure(rank, seen) for rank, seen in lost.items()]
         return any(now - self._since[rank] >= PATIENCE for rank in lost)
-
-    def _is_lost(self, rank: int, seen: Seen) -> bool:
-        return seen.gone or self._folder.error(rank).exists()
 
     def _failure(self, rank: int, seen: Seen) -> RankFailure:
         code = self._codes.get(rank)

@@ -51,7 +51,7 @@ class WorkerGroup:
         self._store = MemoryFile("wan-store")
         try:
             claim(self.folder)
-            with open(self.folder.agent_log, "wb", opener=_private) as log:
+            with open(self.folder.agent_log, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
                 self._agent = subprocess.Popen(
                     [sys.executable, "-u", str(AGENT), self.ROLE, str(self.folder.path)],
                     stdin=subprocess.PIPE,
@@ -147,7 +147,3 @@ class WorkerGroup:
         self.folder.remove()
         self._words.close()
         self._store.close()
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

@@ -58,7 +58,7 @@ def main(folder: HostsDir) -> int:
         code = _run(folder, job, node)
         locks.release()
     except Exception as error:
-        _say(str(error))
+        print(error, file=sys.stderr, flush=True)
         if not isinstance(error, JobError):
             traceback.print_exc()
         if folder.path.is_dir():
@@ -159,10 +159,6 @@ def _end(folder: HostsDir, node: int) -> None:
             write_json(folder.ended(node), {})
 
     end_all(folder.mark(node), confirm)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 class Tether:

@@ -118,7 +118,8 @@ class Pool:
         own_gpus = () if job.parallel.hosts else job.parallel.gpu_ids
         locks = wait_for_gpus(own_gpus, cancelled=cancelled, on_wait=on_wait)
         # The driver may need a moment to give back what an ended group held.
-        free = {gpu.index: max(gpu.free_bytes, before.get(gpu.index, 0)) for gpu in _gpus_of(own_gpus)}
+        own = [gpu for gpu in list_gpus() if gpu.index in own_gpus] if own_gpus else []
+        free = {gpu.index: max(gpu.free_bytes, before.get(gpu.index, 0)) for gpu in own}
         try:
             group = (
                 HostsGroup(job, parent)
@@ -225,7 +226,7 @@ class Pool:
         with self._lock:
             idle = self._resting()
             before = {index: free for member in idle for index, free in member.free_bytes.items()}
-        return [_with_free(gpu, before) for gpu in gpus]
+        return [dataclasses.replace(gpu, free_bytes=max(gpu.free_bytes, before.get(gpu.index, 0))) for gpu in gpus]
 
     def host_bytes(self) -> int | None:
         """The host's memory that is available once the idle groups have ended; None if the system does not tell.
@@ -263,14 +264,6 @@ class Pool:
             member.timer.cancel()
         member.group.end()
         self.forget(member.group)
-
-
-def _with_free(gpu: Gpu, before: dict[str, int]) -> Gpu:
-    return dataclasses.replace(gpu, free_bytes=max(gpu.free_bytes, before.get(gpu.index, 0)))
-
-
-def _gpus_of(gpu_ids: tuple[str, ...]) -> list[Gpu]:
-    return [gpu for gpu in list_gpus() if gpu.index in gpu_ids] if gpu_ids else []
 
 
 def _id(member: _Member) -> str:

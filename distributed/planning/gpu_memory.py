@@ -98,12 +98,7 @@ class Estimate:
     activations: int
     vae: int
     process: int
-    """What torch does not count: context, NCCL, memory that other GPUs write to, fragmentation."""
-
-    @property
-    def torch_peak(self) -> int:
-        """As `torch.cuda.max_memory_allocated` has it."""
-        return self.total - self.process
+    """What `torch.cuda.max_memory_allocated` leaves out: context, NCCL, what other GPUs write to, fragmentation."""
 
     @property
     def total(self) -> int:

@@ -85,23 +85,11 @@ def _sequence(job: GroupJob, session: Session) -> str:
     return f"Ulysses over {parallel.ulysses_size} GPUs, {engine}"
 
 
-def _sparse(job: GroupJob, session: Session) -> str:
-    if session.sparse is None or not isinstance(job, Job):
-        return ""
-    return f", tau {session.sparse.tau:g}, in {len(session.sparse.steps)} of {len(job.sampling.step_range)} steps"
-
-
 def _reused(job: GroupJob, reused: Sequence[int]) -> dict[str, str]:
     if not isinstance(job, Job) or not job.sampling.reuse_threshold:
         return {}
     steps, threshold = job.sampling.step_range, job.sampling.reuse_threshold
     return {"reused steps": f"{len(reused)} of {len(steps)} (reuse_threshold {threshold:g})"}
-
-
-def _keep_warm(parallel: Parallel) -> str:
-    if parallel.more_follow:
-        return "until the batch is done"
-    return f"{parallel.keep_warm_seconds:g} s" if parallel.stays else "off"
 
 
 def _linears(parallel: Parallel, device: torch.device) -> str:
@@ -114,13 +102,13 @@ def _linears(parallel: Parallel, device: torch.device) -> str:
 
 def _loras(**given: tuple[LoraFile, ...]) -> str:
     """ "high lightning 1, style 0.5; low lightning 1", by file name and strength."""
-    texts = [f"{side} ".lstrip() + ", ".join(_lora(lora) for lora in loras) for side, loras in given.items() if loras]
+
+    def one(lora: LoraFile) -> str:
+        selected = f" ({lora.selection})" if str(lora.selection) else ""
+        return f"{Path(lora.file.path).stem} {lora.strength:g}{selected}"
+
+    texts = [f"{side} ".lstrip() + ", ".join(map(one, loras)) for side, loras in given.items() if loras]
     return "; ".join(texts) or "none"
-
-
-def _lora(lora: LoraFile) -> str:
-    selected = f" ({lora.selection})" if str(lora.selection) else ""
-    return f"{Path(lora.file.path).stem} {lora.strength:g}{selected}"
 
 
 def settings_of(job: GroupJob, session: Session) -> dict[str, str | int | float | bool]:
@@ -128,6 +116,11 @@ def settings_of(job: GroupJob, session: Session) -> dict[str, str | int | float 
     parallel, device = job.parallel, session.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     vae = f", VAE {str(session.vae_dtype(job)).removeprefix('torch.')}" if isinstance(job, Job) else ""
+    sparse = ""
+    if session.sparse is not None and isinstance(job, Job):
+        steps = len(job.sampling.step_range)
+        sparse = f", tau {session.sparse.tau:g}, in {len(session.sparse.steps)} of {steps} steps"
+    warm = f"{parallel.keep_warm_seconds:g} s" if parallel.stays else "off"
     own = {"LoRAs": _loras(**{"": job.loras})} if isinstance(job, ForwardsJob) else {}
     return {
         "device": f"{session.world} x {name}",
@@ -140,9 +133,9 @@ def settings_of(job: GroupJob, session: Session) -> dict[str, str | int | float 
         "compiled": parallel.torch_compile,
         "precision": f"{parallel.mixed_precision}{_linears(parallel, device)}{vae}",
         "kernels": session.ops,
-        "attention": f"{session.kernel.name} ({session.kernel.reason}){_sparse(job, session)}",
+        "attention": f"{session.kernel.name} ({session.kernel.reason}){sparse}",
         **(_video_settings(job) if isinstance(job, Job) else own),
-        "keep warm": _keep_warm(parallel),
+        "keep warm": "until the batch is done" if parallel.more_follow else warm,
         "torch": torch.__version__,
     }
 
@@ -150,11 +143,9 @@ def settings_of(job: GroupJob, session: Session) -> dict[str, str | int | float 
 def _video_settings(job: Job) -> dict[str, str | int | float | bool]:
     sampling = job.sampling
     steps = sampling.step_range
-    part = (
-        ""
-        if len(steps) == sampling.schedule_steps
-        else f" ({steps.start} to {steps.stop} of {sampling.schedule_steps})"
-    )
+    part = f" ({steps.start} to {steps.stop} of {sampling.schedule_steps})"
+    if len(steps) == sampling.schedule_steps:
+        part = ""
     return {
         "LoRAs": _loras(high=job.model.high_noise_loras, low=job.model.low_noise_loras),
         "solver": f"{sampling.solver}, {sampling.steps} steps{part}, shift {sampling.shift:g}",

@@ -60,11 +60,6 @@ class BlockStream:
         """Bytes on the device now."""
         return self._rest.resident_bytes + sum(buffer.nbytes for buffer in self._buffers)
 
-    @property
-    def waiting_bytes(self) -> int:
-        """Bytes of the blocks in host memory."""
-        return sum(slab.nbytes for slab in self._slabs)
-
     @contextmanager
     def writable(self) -> Iterator[None]:
         """Inside, the blocks' parameters are those in host memory, to be read from files. The model must not run."""
