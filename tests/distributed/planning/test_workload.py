@@ -16,7 +16,7 @@ from wan_pack.distributed.job.model_files import FileIdentity, LoraFile, ModelFi
 from wan_pack.distributed.job.sampling import Sampling
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.planning.gpu_memory import Workload
-from wan_pack.distributed.planning.workload import workload_of
+from wan_pack.distributed.planning.workload import workload_of, workload_of_forwards
 from wan_pack.distributed.rank.expert import load_expert
 from wan_pack.wan.model.config import WanConfig
 
@@ -84,3 +84,33 @@ def test_the_videos_size_is_counted_as_the_vae_makes_it(tmp_path: Path, scale: i
     model = dataclasses.replace(write(tmp_path, "bf16"), vae=(FileIdentity.of(tmp_path / "vae.safetensors"),))
     assert counted(model, Parallel(gpu_count=1), decode=True).vae_upscale == scale
     assert counted(model, Parallel(gpu_count=1)).vae_upscale == 1
+
+
+@pytest.mark.parametrize("larger", ["high_noise", "low_noise"])
+def test_of_two_experts_the_larger_blocks_count(tmp_path: Path, larger: str):
+    """One file in 8 bits, one in 16, either way round."""
+    files = {}
+    for kind in ("bf16", "fp8"):
+        (tmp_path / kind).mkdir()
+        files[kind] = write(tmp_path / kind, kind)
+    alone = {kind: counted(dataclasses.replace(model, high_noise_loras=()), Parallel(gpu_count=1))
+             for kind, model in files.items()}  # fmt: skip
+    high, low = ("bf16", "fp8") if larger == "high_noise" else ("fp8", "bf16")
+    model = ModelFiles(high_noise=files[high].high_noise, low_noise=files[low].high_noise, vae=files[high].vae)
+    work = counted(model, Parallel(gpu_count=1))
+    assert work.experts == (*alone[high].experts, *alone[low].experts)
+    assert work.block_bytes == alone["bf16"].block_bytes > alone["fp8"].block_bytes
+    assert work.outside_bytes == max(one.outside_bytes for one in alone.values())
+
+
+@pytest.mark.parametrize(("channels", "by_frame"), [(16, False), (48, True)])
+def test_evaluations_of_a_model_that_knows_frames_may_have_timesteps_by_frame(
+    tmp_path: Path, channels: int, by_frame: bool
+):
+    """Then modulation takes six vectors for each token. Areas of odd sizes are padded to whole tokens."""
+    config = dataclasses.replace(CONFIG, in_dim=channels, out_dim=channels)
+    save_file(random_weights(config), tmp_path / "m.safetensors")
+    files = (FileIdentity.of(tmp_path / "m.safetensors"),)
+    work = workload_of_forwards(files, (1, channels, 3, 7, 10), Parallel(gpu_count=1), steps=4, guided=True)
+    assert (work.given_frames, work.guided, work.decode) == (by_frame, True, False)
+    assert work.tokens == 3 * 4 * 5

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tiny import random_weights
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.checkpoint.weights import empty_model, read_weights
+from wan_pack.wan.files import stored_tensor
 from wan_pack.wan.model.config import WanConfig
 
 CONFIG = WanConfig(dim=256, ffn_dim=192, num_heads=2, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32)
@@ -64,3 +65,17 @@ def test_a_block_scale_that_is_no_number_is_an_error(tmp_path: Path):
     save_file(weights | {f"blocks.0.self_attn.q.{part}": tensor for part, tensor in stored.items()}, path)
     with pytest.raises(ValueError, match=r"m\.safetensors is damaged: a weight's scale"):
         Checkpoint([path]).read_into("blocks.0.self_attn.q.weight", torch.empty(256, 256))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_any_rows_have_the_values_of_the_whole(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """As a rank of several reads them, and few at a time, as those of a large weight."""
+    name, path = "blocks.0.ffn.0.weight", tmp_path / "m.safetensors"
+    values = store(path, kind, random_weights(CONFIG))[name]
+    checkpoint, width = Checkpoint([path]), values.shape[1]
+    for at_once in (stored_tensor.FLOAT_PIECE, 5 * width):
+        monkeypatch.setattr(stored_tensor, "FLOAT_PIECE", at_once)
+        for first, count in ((0, 192), (1, 3), (70, 122)):
+            rows = torch.empty(count, width)
+            checkpoint.read_into(name, rows, start=first * width, staging=torch.empty(1 << 20, dtype=torch.uint8))
+            torch.testing.assert_close(rows, values[first : first + count], rtol=1e-5, atol=1e-6)

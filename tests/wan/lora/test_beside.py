@@ -18,6 +18,7 @@ from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank.expert import load_expert, relora_expert
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.checkpoint.keeping import Keeping
+from wan_pack.wan.lora.beside import read_factor
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.eight_bits import quantise_rows
@@ -191,3 +192,18 @@ def test_every_quantised_weight_may_have_one(tmp_path: Path):
     names = {name for name, value in values.items() if is_quantised(name, value)}
     kept = BESIDE.weights(Checkpoint([path]))
     assert names == {name for name, weight in kept.items() if not weight.lora_rank and not weight.scaled}
+
+
+def test_any_rows_of_the_factors_are_those_of_the_whole(tmp_path: Path):
+    """Of two files, one after the other: what a rank of several keeps of them."""
+    shapes = random_weights(CONFIG)
+    changes = [write_lora(tmp_path / "a.safetensors", 1), write_lora(tmp_path / "b.safetensors", 2, rank=3)]
+    loras, name = loras_of(tmp_path, shapes, a=0.7, b=-0.4), "blocks.1.ffn.0.weight"
+    down, up = torch.empty(7, 128), torch.empty(80, 7)
+    read_factor(loras, name, "lora_down", down, 0)
+    read_factor(loras, name, "lora_up", up, 0)
+    torch.testing.assert_close(up @ down, 0.7 * changes[0][name] - 0.4 * changes[1][name])
+    for factor, whole in (("lora_down", down), ("lora_up", up)):
+        rows = torch.empty(3, whole.shape[1])
+        read_factor(loras, name, factor, rows, 2)
+        assert torch.equal(rows, whole[2:5])

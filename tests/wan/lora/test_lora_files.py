@@ -58,6 +58,8 @@ PEFT = {"r": RANK, "lora_alpha": 6, "use_rslora": False, "alpha_pattern": {}}
         (PEFT | {"alpha_pattern": {"self_attn.k": 1, "self_attn.q": 3}}, 3 / RANK),
         (PEFT | {"alpha_pattern": {"^blocks.0.self_attn.q$": 5.0}}, 5 / RANK),
         (PEFT | {"alpha_pattern": {"attn.q": 3}}, 6 / RANK),
+        (PEFT | {"alpha_pattern": {"q": 3, "self_attn.q": 4}}, 3 / RANK),
+        (PEFT | {"alpha_pattern": {"self_attn.q": 4, "q": 3}}, 4 / RANK),
         ({}, 1),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 from wan_pack.wan.model.patch import patchify
 from wan_pack.wan.model.variants import VARIANTS
 from wan_pack.wan.sampling.conditioning import build_conditioning, image_frames, image_mask, start_latents
+from wan_pack.wan.sampling.control import build_controls
 from wan_pack.wan.sampling.denoise import Known, denoise, noised
 from wan_pack.wan.sampling.picture import fit_image
 from wan_pack.wan.sampling.schedule import SOLVERS, make_solver
@@ -153,3 +154,39 @@ def test_every_solver_arrives_from_the_middle_of_its_schedule(name: str, first: 
     for index in range(first, 6):
         sample = solver.step(noise - video, index, sample)
     torch.testing.assert_close(sample, video, rtol=1e-4, atol=1e-4)
+
+
+def test_a_noise_mask_is_cut_at_a_half():
+    samples, mask = torch.randn(48, 3, 2, 4), torch.full((3, 2, 4), 0.5)
+    mask[0] = 0.49
+    noise = torch.randn(48, 3, 2, 4)
+    built = build({"samples": denormalise(samples, 48), "noise_mask": mask}, variant=TI2V, noise=noise)
+    assert built.known_mask[0].all() and not built.known_mask[1:].any()
+
+
+def test_a_control_is_cut_at_a_half_and_each_of_four_frames_has_a_mask_of_its_own():
+    """Half is kept. What is encoded is cut; the mask itself follows as it is."""
+    seen: list[torch.Tensor] = []
+
+    def watched(video: torch.Tensor) -> torch.Tensor:
+        seen.append(video[0])
+        return encode(video)
+
+    video, mask = torch.rand(3, 9, 32, 48) + 0.5, torch.full((9, 32, 48), 0.5)
+    mask[3], mask[4] = 0.51, 1.0
+    (control,) = build_controls({"control_video": video, "control_mask": mask}, (9, 32, 48), watched)
+    kept, anew = seen
+    assert torch.equal(kept[:, [0, 8]], video[:, [0, 8]]) and not kept[:, [3, 4]].any()
+    assert torch.equal(anew[:, [3, 4]], video[:, [3, 4]]) and not anew[:, [0, 8]].any()
+    # Nine frames are three latent ones: of each three the middle one speaks.
+    assert [control.values[32:, t].unique().tolist() for t in range(3)] == [[0.5], [1.0], [0.5]]
+
+
+def test_reference_pictures_keep_their_order_in_front_of_the_video():
+    references = torch.stack([torch.full((3, 32, 48), value) for value in (0.25, 0.75)])
+    given = {"reference_images": references, "vace_strength": torch.tensor([0.5])}
+    (control,) = build_controls(given, (9, 32, 48), encode)
+    assert control.strength == 0.5 and control.values.shape == (96, 2 + 3, 4, 6)
+    assert control.values[0, :, 0, 0].tolist() == [0.25, 0.75, 0.0, 0.0, 0.0]
+    assert not control.values[16:32].any(), "nothing of them is made anew"
+    assert control.values[32:, :2].abs().max() == 0 and control.values[32:, 2:].min() == 1
