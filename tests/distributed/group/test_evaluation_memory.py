@@ -186,6 +186,7 @@ def test_both_ends_count_the_texts_alike():
         assert set(missing) == set(used) - kept
         dropped = here.use(used)
         assert dropped == there.use(used)
+        assert not set(used) & set(dropped), "no text of an evaluation makes room for another one of it"
         kept = (kept | set(used)) - set(dropped)
         assert set(used) <= kept and len(kept) <= MAX_TEXTS
 
@@ -201,3 +202,12 @@ def test_prompt_and_negative_prompt_are_neighbours(conditional: str, order: list
         conditional=tuple(letter == "c" for letter in conditional),
     )  # fmt: skip
     assert evaluation.pairs == order
+
+
+def test_the_texts_used_longest_ago_make_room():
+    texts, more = TextKeys(), [f"{number:064x}" for number in range(MAX_TEXTS + 2)]
+    assert texts.use(more[:MAX_TEXTS]) == []
+    # Used again, the first one is the last to go.
+    assert texts.use([more[0]]) == []
+    assert texts.use(more[MAX_TEXTS:]) == [more[1], more[2]]
+    assert texts.missing(more) == [more[1], more[2]]

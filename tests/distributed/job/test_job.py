@@ -21,6 +21,8 @@ from wan_pack.distributed.job.job import (
     Text,
 )
 from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.job.model_files import ExpertFiles
+from wan_pack.wan.model.selection import EVERYTHING
 
 FILE = FileIdentity(path="/models/high.safetensors", size=10, mtime_ns=1)
 MODEL = ModelFiles(high_noise=(FILE,), low_noise=(FILE,), vae=(FILE,), text_encoder=(FILE,))
@@ -145,3 +147,31 @@ def test_models_of_one_layout_share_processes_where_evaluations_are_asked_for():
     assert dataclasses.replace(FORWARDS, model=(other,)).shared == FORWARDS.shared
     assert dataclasses.replace(JOB, model=dataclasses.replace(MODEL, low_noise=(other,))).shared != JOB.shared
     assert FORWARDS.files == (FILE, FILE)
+
+
+def test_an_expert_is_made_of_its_own_files_and_loras():
+    low = FileIdentity(path="/models/low.safetensors", size=11, mtime_ns=2)
+    loras = [
+        LoraFile(file=FileIdentity(path=f"/loras/{name}.safetensors", size=1, mtime_ns=1), strength=strength)
+        for name, strength in (("high", 0.5), ("low", -1.0), ("low too", 1.0))
+    ]
+    model = dataclasses.replace(
+        MODEL, low_noise=(low,), high_noise_loras=tuple(loras[:1]), low_noise_loras=tuple(loras[1:])
+    )
+    high_noise, low_noise = model.expert("high_noise"), model.expert("low_noise")
+    assert (high_noise.files, high_noise.loras, high_noise.side) == ((FILE,), tuple(loras[:1]), "high_noise")
+    assert (low_noise.files, low_noise.loras, low_noise.side) == ((low,), tuple(loras[1:]), "low_noise")
+    assert high_noise.paths == [FILE.path] and low_noise.specs[0] == ("/loras/low.safetensors", -1.0, EVERYTHING)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_loras_are_there_while_none_of_them_has_changed(tmp_path: Path, which: int):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.write_bytes(b"abc")
+    made_of = ExpertFiles((FILE,), tuple(LoraFile(file=FileIdentity.of(path), strength=1.0) for path in paths), None)
+    assert made_of.loras_are_there
+    paths[which].write_bytes(b"abcd")
+    assert not made_of.loras_are_there
+    paths[which].unlink()
+    assert not made_of.loras_are_there

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from ranks import run_ranks
 from tiny import TINY, random_weights, write_official
-from wan_pack.distributed.parallel.sequence import SequenceShard, split_evenly
+from wan_pack.distributed.parallel import sequence
+from wan_pack.distributed.parallel.sequence import SequenceShard, mean_size, split_evenly
 from wan_pack.wan.model.config import WanConfig
 
 
@@ -137,3 +140,18 @@ def test_heads_are_split_as_evenly_as_they_go():
     assert split_evenly(40, 3) == [14, 13, 13]
     assert split_evenly(2, 4) == [1, 1, 0, 0]
     assert TINY.num_heads == sum(split_evenly(TINY.num_heads, 3))
+
+
+@pytest.mark.parametrize(("world", "ranks"), [(2, 2), (2, 4), (3, 3)])
+def test_a_mean_over_ranks_is_that_of_the_whole(world: int, ranks: int, monkeypatch: pytest.MonkeyPatch):
+    """Padding does not count; tokens that two halves of the ranks hold count once."""
+    whole = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
+    shards = [SequenceShard(length=7, rank=rank % world, world=world) for rank in range(ranks)]
+    sums = [shard.split(whole)[: max(0, 7 - shard.start)].abs().sum(dtype=torch.float64).item() for shard in shards]
+    monkeypatch.setattr(sequence.dist, "all_reduce", lambda total, group: total.fill_(sum(sums)))
+    for shard in shards:
+        # What padding rows hold after a model has been through is not zero.
+        local = shard.split(whole) + (torch.arange(shard.size) + shard.start >= 7)[:, None] * 100.0
+        found = mean_size(local, shard, SimpleNamespace(size=lambda: ranks))  # type: ignore[arg-type]
+        assert found == pytest.approx(whole.abs().mean().item(), rel=1e-6)
+    assert mean_size(whole, SequenceShard(length=7), None) == pytest.approx(whole.abs().mean().item(), rel=1e-6)

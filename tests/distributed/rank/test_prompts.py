@@ -104,3 +104,16 @@ def test_a_model_that_is_never_written_is_copied_to_the_host_once():
     assert len(set(copies)) == 1
     parking.drop()
     assert not parking.has_copy
+
+
+def test_the_negative_prompt_is_the_jobs_own_and_wans_where_it_has_none(job: Job):
+    prompts = PromptEncoder(torch.device("cpu"))
+
+    def negative(words: str) -> torch.Tensor:
+        asked = dataclasses.replace(job, text=Text(prompt="a cat", negative_prompt=words))
+        return prompts.encode(asked, negative=True)[1]
+
+    dog, default = negative("a dog"), negative("")
+    assert torch.equal(dog, prompts.encode(dataclasses.replace(job, text=Text(prompt="a dog")), negative=False)[0])
+    assert torch.equal(default, negative(text_encoder.DEFAULT_NEGATIVE_PROMPT))
+    assert dog.shape != default.shape

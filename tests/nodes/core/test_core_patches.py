@@ -126,3 +126,25 @@ def test_changes_that_no_lora_file_can_say_are_refused(t2v: TwoModels) -> None:
     direct = t2v.ours.clone()
     direct.patches = {key: [(1.0, (noise(DIM, DIM),), 1.0, None, None)]}
     assert "past ComfyUI's add_patches" in refusal(t2v, direct)
+
+
+def test_a_file_that_two_models_use_stays_until_the_last_is_gone(t2v: TwoModels, tmp_path: Path) -> None:
+    """However many others come and go meanwhile."""
+    one, two = (with_lora(t2v.core, t2v.ours, LORAS["LoRA"], strength) for strength in (0.5, 0.8))
+    t2v.core["sampled"](one)
+    t2v.core["sampled"](two)
+    (file,) = tmp_path.iterdir()
+    del one
+
+    def others() -> None:
+        gc.collect()
+        for index in range(KEPT + 1):
+            changed = {name: tensor * (index + 2) for name, tensor in LORAS["LoRA"].items()}
+            t2v.core["sampled"](with_lora(t2v.core, t2v.ours, changed))
+            gc.collect()
+
+    others()
+    assert file.exists() and len(files(tmp_path)) == KEPT + 1
+    del two
+    others()
+    assert not file.exists() and len(files(tmp_path)) == KEPT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from core_sampling import Modules, TwoModels, text
 from wan_pack.demo.tiny_expert import lora
 from wan_pack.distributed.job.errors import JobError
-from wan_pack.nodes.host.core_model import model_without_weights
+from wan_pack.nodes.core.group_model import GroupModel
+from wan_pack.nodes.host.core_model import CoreSampling, model_without_weights
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.variants import VARIANTS
 from wan_pack.wan.transformer.transformer import WanModel
@@ -70,8 +72,10 @@ def test_patches_of_the_inside(t2v: TwoModels, name: str) -> None:
 def test_conditioning_of_the_inside(t2v: TwoModels, name: str) -> None:
     make, said = CONDITIONING[name]
     prompt = [[rows, {**rest, name: make(t2v.core)}] for rows, rest in text(1)]
-    with pytest.raises(ValueError, match=f"{said}.*take that node out"):
-        t2v.core["sampled"](t2v.ours, positive=prompt)
+    # In either prompt, and wherever it stands in it.
+    for given in ({"positive": prompt}, {"negative": prompt}, {"positive": text(3) + prompt}):
+        with pytest.raises(ValueError, match=f"{said}.*take that node out"):
+            t2v.core["sampled"](t2v.ours, **given)
     assert t2v.evaluators == []
 
 
@@ -143,3 +147,45 @@ def test_what_would_copy_weights_says_where_they_are(t2v: TwoModels) -> None:
     for ask in (t2v.ours.get_key_patches, t2v.ours.model_state_dict, lambda: t2v.ours.state_dict_for_saving()):
         with pytest.raises(ValueError, match=r"no weights in ComfyUI.* load it with Load Diffusion Model$"):
             ask()
+
+
+def test_of_samplings_inside_of_each_other_the_inner_one_is_asked() -> None:
+    """As a node runs one in the middle of another one's step."""
+    asked: list[str] = []
+
+    class Answering:
+        """One sampling's evaluator."""
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def evaluate(self, x: torch.Tensor, timesteps: torch.Tensor, samples: object) -> torch.Tensor:
+            asked.append(self.name)
+            return x
+
+        def close(self) -> None:
+            asked.append(f"{self.name} closed")
+
+    model = GroupModel(lambda sampling: lambda: Answering(sampling.options["name"]))  # type: ignore[arg-type]
+    patcher = SimpleNamespace(
+        patches={}, attachments={}, injections={}, weight_wrapper_patches={}, object_patches={}, wrappers={}
+    )
+
+    def sample(name: str, inside: object = None) -> None:
+        def run() -> torch.Tensor:
+            latents = torch.zeros(1, 16, 1, 2, 2)
+            given = latents, torch.zeros(1), torch.zeros(1, 3, 8), {}, {}
+            model.velocity(*given)
+            if inside is not None:
+                sample(*inside)
+                model.velocity(*given)
+            return latents
+
+        model.sample(CoreSampling(patcher, {}, {"name": name}, (1, 16, 1, 2, 2), torch.linspace(1, 0, 3)), run)
+
+    sample("outer", ("inner", ("innermost",)))
+    sample("next")
+    assert asked == [
+        "outer", "inner", "innermost", "innermost closed", "inner", "inner closed", "outer", "outer closed",
+        "next", "next closed",
+    ]  # fmt: skip

@@ -1,0 +1,159 @@
+"""Which group of processes a job gets, and which GPUs and memory others find: groups without processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from jobs import stub_job
+from wan_pack.distributed.job.job import FileIdentity, Parallel
+from wan_pack.distributed.launch import pool as module
+from wan_pack.distributed.launch.pool import Pool
+from wan_pack.distributed.machine.gpu_locks import holder, wait_for_gpus
+from wan_pack.distributed.machine.gpus import Gpu
+
+numbers = itertools.count()
+
+
+class Group:
+    """In the place of a WorkerGroup."""
+
+    def __init__(self, parallel: Parallel, parent: Path) -> None:
+        self.folder, self.job = SimpleNamespace(path=parent / f"group-{next(numbers)}"), None
+        self.ranks: list[Any] = []
+        self.usable, self.ended, self.removed = True, False, False
+
+    def end(self) -> list[int]:
+        self.ended = True
+        return []
+
+    def remove(self) -> None:
+        assert self.ended, "its processes first"
+        self.removed = True
+
+
+def gpus(*free: int) -> list[Gpu]:
+    return [
+        Gpu(index=str(i), uuid=f"GPU-{i}", name="NVIDIA", total_bytes=100, free_bytes=size)
+        for i, size in enumerate(free)
+    ]
+
+
+@pytest.fixture
+def groups(gpu_locks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`take(**settings)` and `give_back(group)`; `free` is what the GPUs have now."""
+    pool, groups = Pool(), SimpleNamespace(free=(90, 90), host=50)
+    monkeypatch.setattr(module, "WorkerGroup", Group)
+    monkeypatch.setattr(module, "list_gpus", lambda: gpus(*groups.free))
+    monkeypatch.setattr(module, "available_bytes", lambda: groups.host)
+    jobs: dict[int, Any] = {}
+
+    def take(**settings: Any) -> Group:
+        job = stub_job(**{"keep_warm_seconds": 600.0, **settings})
+        group = pool.take(job, tmp_path, cancelled=lambda: True, on_wait=lambda text: None)
+        jobs[id(group)] = job
+        return group  # type: ignore[return-value]
+
+    def give_back(group: Any) -> Group:
+        pool.give_back(group, jobs[id(group)])
+        return group
+
+    groups.take, groups.give_back, groups.pool = take, give_back, pool
+    yield groups
+    pool.release()
+
+
+def test_a_group_that_cannot_start_leaves_its_gpus_to_others(
+    groups: Any, gpu_locks_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space left") as error:
+        patched.setattr(module, "WorkerGroup", full)
+        groups.take(gpu_count=2, gpu_ids=("0", "1"))
+    # The error, with all that it remembers, is still there.
+    assert error.value is not None and groups.pool.view() == []
+    wait_for_gpus(["0", "1"], cancelled=lambda: True, on_wait=print, folder=gpu_locks_folder).release()
+
+
+def test_what_may_differ_from_job_to_job_changes_no_processes(groups: Any):
+    of_one_job = {"start_timeout": 99.0, "stall_timeout": 98.0, "keep_warm_seconds": 97.0, "more_follow": True,
+                  "cfg_parallel": True}  # fmt: skip
+    assert set(of_one_job) == module.OF_ONE_JOB
+    group = groups.give_back(groups.take())
+    for name, value in of_one_job.items():
+        assert groups.give_back(groups.take(**{name: value})) is group, name
+    for name, value in (("use_fsdp", True), ("gpu_count", 4), ("offload_model", True), ("attention", "flash")):
+        other = groups.take(**{name: value})
+        assert other is not group and group.ended and group.removed, name
+        group = groups.give_back(other)
+
+
+def test_other_loras_take_the_same_processes_another_model_does_not(groups: Any, tmp_path: Path):
+    job = stub_job(keep_warm_seconds=600.0)
+    file = FileIdentity(path="/models/other.safetensors", size=1, mtime_ns=1)
+    pool, how = groups.pool, {"cancelled": lambda: True, "on_wait": lambda text: None}
+    first = pool.take(job, tmp_path, **how)
+    pool.give_back(first, job)
+    assert pool.take(dataclasses.replace(job, preview=True), tmp_path, **how) is first
+    pool.give_back(first, job)
+    other = dataclasses.replace(job, model=dataclasses.replace(job.model, vae=(file,)))
+    assert pool.take(other, tmp_path, **how) is not first and first.ended
+
+
+def test_an_idle_group_makes_room_where_the_next_job_computes_and_only_there(groups: Any, gpu_locks_folder: Path):
+    first = groups.give_back(groups.take(gpu_count=1, gpu_ids=("0",)))
+    second = groups.give_back(groups.take(gpu_count=1, gpu_ids=("1",)))
+    assert not first.ended and len(groups.pool.view()) == 2
+    third = groups.take(gpu_count=2, gpu_ids=("1", "2"))
+    assert not first.ended and second.removed
+    # A busy one stays, whatever is asked for: the job waits for its GPUs, which is cancelled here.
+    with pytest.raises(Exception, match="cancelled while waiting for a GPU"):
+        groups.take(gpu_count=1, gpu_ids=("2",), use_fsdp=True)
+    assert not third.ended and holder("0", gpu_locks_folder) == ""
+    groups.give_back(third)
+    assert [view.idle for view in groups.pool.view()] == [True, True]
+
+
+def test_a_group_that_is_of_no_use_any_more_gives_way(groups: Any):
+    group = groups.give_back(groups.take())
+    group.usable = False
+    assert groups.take() is not group and group.removed
+
+
+@pytest.mark.parametrize("meant", ["all", "this one", "another one"])
+def test_a_busy_group_that_is_released_ends_with_its_job(groups: Any, meant: str):
+    group = groups.take()
+    name = {"all": None, "this one": group.folder.path.name, "another one": "group-of-another"}[meant]
+    assert groups.pool.release(name) == 0 and not group.ended
+    (view,) = groups.pool.view()
+    assert view.released is (meant != "another one")
+    groups.give_back(group)
+    assert group.removed is view.released
+    assert groups.pool.release(name) == 0
+
+
+def test_without_a_time_to_stay_a_group_ends_with_its_job(groups: Any):
+    group = groups.give_back(groups.take(keep_warm_seconds=0.0))
+    assert group.removed and groups.pool.view() == []
+
+
+def test_what_idle_groups_hold_counts_as_free(groups: Any):
+    """The GPUs' memory and the host's, as before they started; of a busy one nothing."""
+    group = groups.take(gpu_count=1, gpu_ids=("0",))
+    groups.free, groups.host = (20, 95), 10
+    assert [gpu.free_bytes for gpu in groups.pool.without_idle(gpus(*groups.free))] == [20, 95]
+    assert groups.pool.host_bytes() == 10
+    groups.give_back(group)
+    assert [gpu.free_bytes for gpu in groups.pool.without_idle(gpus(*groups.free))] == [90, 95]
+    assert groups.pool.host_bytes() == 50
+    # The group that takes its place knows so too, though the driver may not have given all back yet.
+    groups.give_back(groups.take(gpu_count=1, gpu_ids=("0",), use_fsdp=True))
+    assert [gpu.free_bytes for gpu in groups.pool.without_idle(gpus(5, 5))] == [90, 5]
+    groups.host = None
+    assert groups.pool.host_bytes() == 50
