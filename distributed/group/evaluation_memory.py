@@ -1,6 +1,6 @@
 """The memory through which evaluations are asked for and answered: one for a sampling, in no folder, with no port.
 
-    [numbers, 64 bytes][request, JSON, to 64 KiB][latents][timesteps][texts that are new][velocity]
+    [numbers, 64 bytes][request, JSON, to 64 KiB][latents][timesteps][texts and controls that are new][velocity]
 
 Where the parts lie follows from the request, which both ends hold against the same bounds (evaluation_request.py).
 Numbers are written last: what they speak of is whole then. The next request is written when the last one is answered.
@@ -35,8 +35,8 @@ class Places:
 
     latents: slice
     timesteps: slice
-    texts: tuple[slice, ...]
-    """Of those that are sent."""
+    sent: tuple[slice, ...]
+    """Of texts, pictures and controls."""
     velocity: slice
     """Room for as many channels as the latents have: no model gives more than it takes."""
     size: int
@@ -46,12 +46,12 @@ class Places:
         at, places = HEADER, []
         for size in (
             evaluation.latent_bytes, evaluation.timestep_count * FLOAT_BYTES,
-            *(text.nbytes for text in evaluation.sent), evaluation.latent_bytes,
+            *(one.nbytes for one in evaluation.sent), evaluation.latent_bytes,
         ):  # fmt: skip
             places.append(slice(at, at + size))
             at += -(-size // ALIGNMENT) * ALIGNMENT
-        latents, timesteps, *texts, velocity = places
-        return cls(latents, timesteps, tuple(texts), velocity, at)
+        latents, timesteps, *sent, velocity = places
+        return cls(latents, timesteps, tuple(sent), velocity, at)
 
 
 class _End:
@@ -90,14 +90,14 @@ class AskingEnd(_End):
         """Writes the next request.
 
         Args:
-            parts: of its evaluation: latents, timesteps, the texts that are sent.
+            parts: of its evaluation: latents, timesteps, what is sent.
         """
         data = request.to_json()
         check(len(data) <= HEADER - REQUEST, "bytes of a request", len(data), f"at most {HEADER - REQUEST}")
         if request.evaluation is not None:
             places = Places.of(request.evaluation)
             self._map(self._file, places.size)
-            for place, part in zip((places.latents, places.timesteps, *places.texts), parts, strict=True):
+            for place, part in zip((places.latents, places.timesteps, *places.sent), parts, strict=True):
                 self._memory[place] = memoryview(part).cast("B")
         self._memory[REQUEST : REQUEST + len(data)] = data
         self._set(BYTES, len(data))
@@ -144,10 +144,10 @@ class AnsweringEnd(_End):
         return Request.from_json(data), hashlib.sha256(data).digest()
 
     def parts(self, evaluation: Evaluation) -> tuple[memoryview, memoryview, list[memoryview]]:
-        """Latents, timesteps and the texts that were sent, where they lie: to be copied before the answer."""
+        """Latents, timesteps and what was sent, where they lie: to be copied before the answer."""
         places = self._places(evaluation)
         memory = memoryview(self._memory)
-        return memory[places.latents], memory[places.timesteps], [memory[place] for place in places.texts]
+        return memory[places.latents], memory[places.timesteps], [memory[place] for place in places.sent]
 
     def write(self, evaluation: Evaluation, channels: int, velocity: Bytes) -> None:
         """One rank puts down the answer; `say_answered` makes it known."""

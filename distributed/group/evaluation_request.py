@@ -12,20 +12,24 @@ from dataclasses import dataclass
 from ..job.errors import JobError, check
 from ..job.strict_json import build
 
-MAX_BATCH = 64
+MAX_SAMPLES = 2
+"""One for each half of the ranks. What is more comes as further evaluations, between which the ranks give signs of life
+and look for a cancel."""
 MAX_FRAMES = 1025
 """Latent ones: of 4097."""
 MAX_SIDE = 1024
 """Latent rows and columns: of 8192 pixels."""
 MAX_CHANNELS = 256
-"""The largest model has 48."""
+"""The largest model has 48, and VACE's control 96."""
 MAX_BYTES = 2 << 30
-"""Of a batch's latents."""
-MAX_TEXT_ROWS = 1 << 13
-"""ComfyUI joins prompts of 512 rows each."""
-MAX_TEXT_CHANNELS = 1 << 14
-MAX_TEXTS = 128
-"""That the ranks keep, with pictures: no fewer than one batch may have."""
+"""Of an evaluation's latents, and of all that is sent with one."""
+MAX_ROWS = 1 << 13
+"""Of a text or of what CLIP sees: ComfyUI joins prompts of 512 rows each."""
+MAX_ROW_CHANNELS = 1 << 14
+MAX_CONTROLS = 16
+"""Of one sample, from a chain of nodes."""
+MAX_ROWS_KEPT, MAX_VOLUMES_KEPT = 128, 16
+"""Texts and pictures, and controls, that the ranks keep: the last ones, and at least those of one evaluation."""
 FLOAT_BYTES = 4
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 """Of the dtypes that a text may have."""
@@ -33,31 +37,43 @@ _KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SentText:
-    """A text that the ranks do not have yet, and that comes with the evaluation."""
+class SentTensor:
+    """What the ranks do not have yet, and what comes with the evaluation."""
 
     key: str
     """SHA-256 of what it is, hexadecimal."""
-    rows: int
-    channels: int
+    shape: tuple[int, ...]
+    """Of rows: rows, channels. Of a volume: channels, latent frames, rows and columns."""
     dtype: str
     """A key of `ITEM_BYTES`."""
 
     def __post_init__(self) -> None:
         check(_KEY.fullmatch(self.key) is not None, "key", self.key, "64 hexadecimal digits")
-        check(1 <= self.rows <= MAX_TEXT_ROWS, "rows of a text", self.rows, f"1 to {MAX_TEXT_ROWS}")
-        ok = 1 <= self.channels <= MAX_TEXT_CHANNELS
-        check(ok, "channels of a text", self.channels, f"1 to {MAX_TEXT_CHANNELS}")
-        check(self.dtype in ITEM_BYTES, "dtype of a text", self.dtype, f"one of {', '.join(ITEM_BYTES)}")
+        check(min(self.shape, default=0) >= 1, "shape of what is sent", list(self.shape), "of sizes from 1")
+        check(self.dtype in ITEM_BYTES, "dtype of what is sent", self.dtype, f"one of {', '.join(ITEM_BYTES)}")
+        check(self.nbytes <= MAX_BYTES, "bytes of what is sent", self.nbytes, f"at most {MAX_BYTES}")
 
     @property
     def nbytes(self) -> int:
-        return self.rows * self.channels * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def check_rows(self) -> None:
+        """As a text, or what CLIP sees."""
+        check(len(self.shape) == 2, "shape of a text", list(self.shape), "[rows, channels]")
+        rows, channels = self.shape
+        check(rows <= MAX_ROWS, "rows of a text", rows, f"1 to {MAX_ROWS}")
+        check(channels <= MAX_ROW_CHANNELS, "channels of a text", channels, f"1 to {MAX_ROW_CHANNELS}")
+
+    def check_volume(self, size: tuple[int, ...]) -> None:
+        """As a control of latents of this size: frames, rows and columns."""
+        check(self.dtype == "float32", "dtype of a control", self.dtype, "float32")
+        fits = len(self.shape) == 4 and self.shape[0] <= MAX_CHANNELS and self.shape[1:] == size
+        check(fits, "shape of a control", list(self.shape), f"1 to {MAX_CHANNELS} channels of {list(size)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """A batch of latents, all of one shape, each at its own timestep and with its own text."""
+    """A few latents of one shape, each at its own timestep and with its own text."""
 
     shape: tuple[int, ...]
     """Samples, channels in, latent frames, rows and columns."""
@@ -65,39 +81,62 @@ class Evaluation:
     """Each latent frame has a timestep of its own."""
     texts: tuple[str, ...]
     """For each sample the key of its text."""
-    conditional: tuple[bool, ...]
-    """For each sample: of the prompt, not of the negative prompt."""
     pictures: tuple[str, ...] = ()
     """For each sample the key of what CLIP sees in its pictures; none where the model does not look at any."""
-    sent: tuple[SentText, ...] = ()
-    """Texts and pictures, in the order of their bytes."""
+    controls: tuple[tuple[str, ...], ...] = ()
+    """For each sample the keys of its controls; none where the model follows none."""
+    strengths: tuple[tuple[float, ...], ...] = ()
+    """Of `controls`."""
+    sent: tuple[SentTensor, ...] = ()
+    """Of all that the samples are told, what is new, in the order of its bytes."""
 
     def __post_init__(self) -> None:
         check(len(self.shape) == 5, "shape", list(self.shape), "[samples, channels, frames, rows, columns]")
         batch, channels, frames, *sides = self.shape
-        check(1 <= batch <= MAX_BATCH, "samples", batch, f"1 to {MAX_BATCH} at a time")
+        check(1 <= batch <= MAX_SAMPLES, "samples", batch, f"1 to {MAX_SAMPLES} at a time")
         check(1 <= channels <= MAX_CHANNELS, "latent channels", channels, f"1 to {MAX_CHANNELS}")
         check(1 <= frames <= MAX_FRAMES, "latent frames", frames, f"1 to {MAX_FRAMES}")
         for side in sides:
             check(2 <= side <= MAX_SIDE and side % 2 == 0, "latent rows or columns", side, f"even, 2 to {MAX_SIDE}")
         check(self.latent_bytes <= MAX_BYTES, "bytes of latents", self.latent_bytes, f"at most {MAX_BYTES}")
-        for name, values in (("texts", self.texts), ("conditional", self.conditional)):
-            check(len(values) == batch, name, len(values), f"one for each of {batch} samples")
-        check(
-            len(self.pictures) in (0, batch),
-            "pictures",
-            len(self.pictures),
-            f"one for each of {batch} samples, or none",
-        )
-        check(all(_KEY.fullmatch(key) for key in self.keys), "texts", self.keys, "keys of 64 hexadecimal digits")
-        keys = [text.key for text in self.sent]
-        ok = len(set(keys)) == len(keys) and set(keys) <= set(self.keys)
-        check(ok, "sent", keys, "texts of this evaluation, each once")
+        self._check_told(batch)
+        self._check_sent()
+
+    def _check_told(self, batch: int) -> None:
+        check(len(self.texts) == batch, "texts", len(self.texts), f"one for each of {batch} samples")
+        for name, values in (("pictures", self.pictures), ("controls", self.controls)):
+            check(len(values) in (0, batch), name, len(values), f"one for each of {batch} samples, or none")
+        for keys in self.controls:
+            check(1 <= len(keys) <= MAX_CONTROLS, "controls of a sample", len(keys), f"1 to {MAX_CONTROLS}")
+        counts = tuple(map(len, self.strengths))
+        check(counts == tuple(map(len, self.controls)), "strengths", counts, "one for each control")
+        ok = all(math.isfinite(value) for values in self.strengths for value in values)
+        check(ok, "strengths", self.strengths, "finite numbers")
+        keys = (*self.rows, *self.volumes)
+        check(all(_KEY.fullmatch(key) for key in keys), "texts", keys, "keys of 64 hexadecimal digits")
+        check(set(self.rows).isdisjoint(self.volumes), "controls", self.controls, "others than the texts")
+
+    def _check_sent(self) -> None:
+        keys = [one.key for one in self.sent]
+        ok = len(set(keys)) == len(keys) and {*self.rows, *self.volumes}.issuperset(keys)
+        check(ok, "sent", keys, "texts and controls of this evaluation, each once")
+        for one in self.sent:
+            if one.key in self.rows:
+                one.check_rows()
+            else:
+                one.check_volume(self.shape[2:])
+        size = sum(one.nbytes for one in self.sent)
+        check(size <= MAX_BYTES, "bytes of what is sent", size, f"at most {MAX_BYTES}")
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """Of all that the samples are told."""
+    def rows(self) -> tuple[str, ...]:
+        """Keys of texts and of what CLIP sees."""
         return self.texts + self.pictures
+
+    @property
+    def volumes(self) -> tuple[str, ...]:
+        """Keys of what is as large as the latents."""
+        return tuple(key for keys in self.controls for key in keys)
 
     @property
     def latent_bytes(self) -> int:
@@ -106,16 +145,6 @@ class Evaluation:
     @property
     def timestep_count(self) -> int:
         return self.shape[0] * (self.shape[2] if self.by_frame else 1)
-
-    @property
-    def pairs(self) -> list[int]:
-        """The samples in the order in which two at a time may be computed: of the prompt, of the negative prompt."""
-        order = list(range(len(self.conditional)))
-        prompt = [index for index in order if self.conditional[index]]
-        negative = [index for index in order if not self.conditional[index]]
-        if len(prompt) != len(negative):
-            return order
-        return [index for pair in zip(prompt, negative, strict=True) for index in pair]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,10 +169,15 @@ class Request:
         return request
 
 
-class TextKeys:
-    """Which texts the ranks have. Both ends count the same, so that neither has to ask the other."""
+class SentKeys:
+    """Which tensors of a kind the ranks have. Both ends count the same, so that neither has to ask the other.
 
-    def __init__(self) -> None:
+    Args:
+        most: that are kept beyond one evaluation's.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._keys: dict[str, None] = {}
         """The one that was used last is last."""
 
@@ -152,11 +186,11 @@ class TextKeys:
         return [key for key in dict.fromkeys(keys) if key not in self._keys]
 
     def use(self, keys: Sequence[str]) -> list[str]:
-        """Notes that an evaluation has these texts. Returns those that there is no room for any more."""
+        """Notes that an evaluation has these. Returns those that there is no room for any more."""
         for key in keys:
             self._keys.pop(key, None)
             self._keys[key] = None
-        dropped = list(self._keys)[:-MAX_TEXTS]
+        dropped = list(self._keys)[: -max(self._most, len(set(keys)))]
         for key in dropped:
             del self._keys[key]
         return dropped

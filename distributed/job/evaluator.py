@@ -18,6 +18,18 @@ NO_PICTURE = (
 )
 
 
+NO_CONTROL = "the model is a VACE model: connect WanVaceToVideo between the prompts and the sampler"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampleControl:
+    """One control video of a VACE model."""
+
+    values: Tensor
+    """[96, T, h, w], float32, on the CPU: latents of what is kept and what is made anew, normalised, and the mask."""
+    strength: float = 1.0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SampleConditioning:
     """What one sample of a batch is conditioned on. A tensor that is the same is the same object from call to call."""
@@ -27,6 +39,8 @@ class SampleConditioning:
     the official code: ComfyUI's text encoder has done what is done, and its model takes any number."""
     picture: Tensor | None = None
     """[257 or 514, clip_dim], float32, on the CPU: what CLIP sees in the pictures, for a model with an image branch."""
+    controls: tuple[SampleControl, ...] = ()
+    """At least one for a VACE model, of the latents' frames, rows and columns."""
     conditional: bool = True
     """Of the prompt; off: of the negative prompt. It decides only who computes it."""
 

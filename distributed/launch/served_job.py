@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..group.evaluation_memory import AskingEnd
-from ..group.evaluation_request import Evaluation, Request, SentText, TextKeys
+from ..group.evaluation_request import (
+    MAX_ROWS_KEPT,
+    MAX_SAMPLES,
+    MAX_VOLUMES_KEPT,
+    Evaluation,
+    Request,
+    SentKeys,
+    SentTensor,
+)
 from ..job.errors import JobError
 from ..job.evaluator import SampleConditioning
 from ..job.job_folder import JobDir
@@ -21,9 +31,6 @@ if TYPE_CHECKING:
 
 LOOK_AGAIN = 1.0
 """Seconds after which an answer is looked for although nobody rang."""
-MAX_KNOWN = 64
-"""Texts whose keys are remembered."""
-
 
 Run = Callable[[Callable[[Path], None], Callable[[], bool]], Result]
 """Runs a job to its end, given what writes into its folder and what asks whether nobody wants it any more."""
@@ -36,9 +43,9 @@ class ServedJob:
         self._memory, self._bell = AskingEnd(), Bell()
         self._folder: JobDir | None = None
         self._number = 0
-        self._keys = TextKeys()
-        self._known: list[tuple[Tensor, int, str]] = []
-        """Texts, their versions and their keys; the one that was used last is last."""
+        self._rows, self._volumes = SentKeys(MAX_ROWS_KEPT), SentKeys(MAX_VOLUMES_KEPT)
+        self._known: list[tuple[weakref.ref[Tensor], int, str]] = []
+        """What was sent and lives, its versions and keys."""
         self._given_up = False
         self._error: BaseException | None = None
         self.result: Result | None = None
@@ -53,23 +60,43 @@ class ServedJob:
         for name, given in (("x", x), ("timesteps", timesteps)):
             if given.dtype != torch.float32 or given.device.type != "cpu":
                 raise ValueError(f"{name} is {given.dtype} on {given.device}; it must be torch.float32 on the CPU")
-        by_frame = timesteps.dim() == 2
-        pictures = [sample.picture for sample in samples if sample.picture is not None]
-        told = [*(sample.text for sample in samples), *pictures]
-        keys = [self._key(one) for one in told]
-        texts = dict(zip(keys, told, strict=True))
-        missing = self._keys.missing(keys)
-        evaluation = Evaluation(
-            shape=tuple(x.shape), by_frame=by_frame,
-            texts=tuple(keys[: len(samples)]), pictures=tuple(keys[len(samples) :]),
-            conditional=tuple(sample.conditional for sample in samples),
-            sent=tuple(_sent(key, texts[key]) for key in missing),
-        )  # fmt: skip
-        expected = (x.shape[0], x.shape[2]) if by_frame else (x.shape[0],)
+        expected = (x.shape[0], x.shape[2]) if timesteps.dim() == 2 else (x.shape[0],)
         if tuple(timesteps.shape) != expected:
             raise ValueError(f"timesteps have shape {list(timesteps.shape)}; these latents call for {list(expected)}")
-        self._ask(evaluation, [_bytes(part) for part in (x, timesteps, *(texts[key] for key in missing))])
-        self._keys.use(keys)
+        if len(samples) <= MAX_SAMPLES:
+            return self._evaluate(x, timesteps, samples)
+        order = _pairs([sample.conditional for sample in samples])
+        parts = []
+        for first in range(0, len(order), MAX_SAMPLES):
+            some = order[first : first + MAX_SAMPLES]
+            parts.append(self._evaluate(x[some], timesteps[some], [samples[i] for i in some]))
+        return torch.cat(parts)[torch.tensor(order).argsort()]
+
+    def _evaluate(self, x: Tensor, timesteps: Tensor, samples: Sequence[SampleConditioning]) -> Tensor:
+        """As `evaluate`, of what the ranks compute at a time."""
+        import torch
+
+        told = {
+            "texts": [sample.text for sample in samples],
+            "pictures": [sample.picture for sample in samples if sample.picture is not None],
+            "controls": [control.values for sample in samples for control in sample.controls],
+        }
+        keys = {kind: [self._key(one) for one in tensors] for kind, tensors in told.items()}
+        tensors = {key: one for kind in told for key, one in zip(keys[kind], told[kind], strict=True)}
+        rows, volumes = keys["texts"] + keys["pictures"], keys["controls"]
+        missing = self._rows.missing(rows) + self._volumes.missing(volumes)
+        of_sample = iter(volumes)
+        followed = [sample for sample in samples if sample.controls]
+        evaluation = Evaluation(
+            shape=tuple(x.shape), by_frame=timesteps.dim() == 2,
+            texts=tuple(keys["texts"]), pictures=tuple(keys["pictures"]),
+            controls=tuple(tuple(itertools.islice(of_sample, len(sample.controls))) for sample in followed),
+            strengths=tuple(tuple(control.strength for control in sample.controls) for sample in followed),
+            sent=tuple(_sent(key, tensors[key]) for key in missing),
+        )  # fmt: skip
+        self._ask(evaluation, [_bytes(part) for part in (x, timesteps, *(tensors[key] for key in missing))])
+        self._rows.use(rows)
+        self._volumes.use(volumes)
         try:
             self._wait()
         except BaseException:
@@ -121,23 +148,30 @@ class ServedJob:
             if running:
                 self._bell.wait(LOOK_AGAIN)
 
-    def _key(self, text: Tensor) -> str:
+    def _key(self, told: Tensor) -> str:
         """Of what it holds now; not computed twice for one that is unchanged."""
-        for at, (known, version, key) in enumerate(self._known):
-            if known is text and version == text._version:
-                self._known.append(self._known.pop(at))
+        self._known = [known for known in self._known if known[0]() is not None]
+        for known, version, key in self._known:
+            if known() is told and version == told._version:
                 return key
-        digest = hashlib.sha256(f"{text.dtype} {tuple(text.shape)}".encode())
-        digest.update(_bytes(text))
-        self._known = [*self._known, (text, text._version, digest.hexdigest())][-MAX_KNOWN:]
+        digest = hashlib.sha256(f"{told.dtype} {tuple(told.shape)}".encode())
+        digest.update(_bytes(told))
+        self._known.append((weakref.ref(told), told._version, digest.hexdigest()))
         return digest.hexdigest()
 
 
-def _sent(key: str, text: Tensor) -> SentText:
-    if text.dim() != 2:
-        raise ValueError(f"a text has shape {list(text.shape)}; it must be [rows, channels]")
-    rows, channels = text.shape
-    return SentText(key=key, rows=rows, channels=channels, dtype=str(text.dtype).removeprefix("torch."))
+def _pairs(conditional: Sequence[bool]) -> list[int]:
+    """The samples in the order in which two at a time are computed: of the prompt, of the negative prompt."""
+    order = list(range(len(conditional)))
+    prompt = [index for index in order if conditional[index]]
+    negative = [index for index in order if not conditional[index]]
+    if len(prompt) != len(negative):
+        return order
+    return [index for pair in zip(prompt, negative, strict=True) for index in pair]
+
+
+def _sent(key: str, told: Tensor) -> SentTensor:
+    return SentTensor(key=key, shape=tuple(told.shape), dtype=str(told.dtype).removeprefix("torch."))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -88,6 +88,7 @@ def workload_of_forwards(
     guided: bool,
     loras: tuple[LoraFile, ...] = (),
     expert: str | None = None,
+    controls: int = 0,
 ) -> Workload:
     """As `workload_of`, of one transformer alone, for a sampler elsewhere.
 
@@ -97,6 +98,7 @@ def workload_of_forwards(
         steps: that are likely, to weigh loading against computing.
         guided: most steps evaluate the negative prompt too.
         expert: HIGH_NOISE or LOW_NOISE, for a LoRA file that holds both experts' changes.
+        controls: of a VACE model.
     """
     size = _expert_bytes(files, loras, expert, parallel.mixed_precision, keeping_of(parallel))
     checkpoint = Checkpoint([file.path for file in files])
@@ -116,6 +118,7 @@ def workload_of_forwards(
         guided=guided,
         given_frames=variant.known_frames,
         decode=False,
+        controls=controls,
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from ...wan.model.ops import Rope
 from ...wan.model.patch import patchify, token_grid, unpatchify
 from ...wan.model.rope import rope_table
 from ...wan.transformer.context import Context
+from ...wan.transformer.vace import Control
 from ..group.evaluation_memory import AnsweringEnd
-from ..group.evaluation_request import Evaluation, Request, TextKeys
-from ..job.evaluator import NO_PICTURE
+from ..group.evaluation_request import Evaluation, Request
 from ..job.job import ForwardsJob, JobError
 from ..job.model_files import ExpertFiles
 from ..job.progress import steady_seconds
@@ -27,8 +28,9 @@ from ..machine.bell import Bell, BellRope
 from ..parallel.parallelize import release_gathered, set_shard
 from ..parallel.passes import Pass, evaluate_passes
 from ..parallel.sequence import SequenceShard, gather_bytes
-from ..planning.gpu_memory import GUIDED_PROMPTS, Workload, evaluation_bytes, weights_at_rest
+from ..planning.gpu_memory import Workload, evaluation_bytes, weights_at_rest
 from ..planning.workload import workload_of_forwards
+from .kept_conditions import KeptConditions
 from .report import gather_peaks, result_of
 from .session import Stopped
 from .work import Work
@@ -57,15 +59,11 @@ class ForwardsWork(Work[ForwardsJob]):
             paths = self.folder.read_json(self.folder.evaluations)
             self.memory, self.answers = AnsweringEnd(Path(str(paths["memory"]))), BellRope(Path(str(paths["answers"])))
             self.config = Checkpoint([file.path for file in self.job.model]).config
-            self.keys = TextKeys()
-            self.texts: dict[str, Tensor] = {}
-            self.contexts: dict[str, Context] = {}
-            """The one that was used last is last."""
-            self.pictures: dict[str, Context] = {}
-            """Of the last evaluation."""
+            keeps = not self.job.parallel.memory_optimization
+            self.conditions = KeptConditions(self.config, self.device, keeps=keeps)
             self.placed: dict[tuple[int, int, int], tuple[SequenceShard, Rope]] = {}
-            self.roomy: set[tuple[int, ...]] = set()
-            """Shapes for which there is room."""
+            self.roomy: set[tuple[tuple[int, ...], int]] = set()
+            """Shapes and numbers of controls for which there is room."""
             self.done = 0
             self.step_seconds: list[float] = []
         with contextlib.closing(self.memory), contextlib.closing(self.answers):
@@ -90,11 +88,11 @@ class ForwardsWork(Work[ForwardsJob]):
         session.experts.weights[self.name].fetch()
         self.model = session.experts.models[self.name]
 
-    def workload(self, size: tuple[int, ...]) -> Workload:
+    def workload(self, size: tuple[int, ...], controls: int = 0) -> Workload:
         """Of evaluations of latents of this size: frames, rows and columns."""
         return workload_of_forwards(
             self.job.model, size, self.job.parallel, steps=1, guided=True, loras=self.job.loras,
-            expert=self.job.side or None,
+            expert=self.job.side or None, controls=controls,
         )  # fmt: skip
 
     def make_room(self, needed: int) -> None:
@@ -127,73 +125,38 @@ class ForwardsWork(Work[ForwardsJob]):
         _, channels, *size = evaluation.shape
         if channels != self.config.in_dim:
             raise JobError(f"the latents have {channels} channels; this model takes {self.config.in_dim}")
-        if evaluation.pictures and not self.config.image_branch:
-            raise JobError("the sampler gives what CLIP sees in a picture, and this model has no image branch")
-        if self.config.image_branch and not evaluation.pictures:
-            raise JobError(NO_PICTURE)
-        latents, timesteps, texts = self.take(evaluation)
-        if evaluation.shape not in self.roomy:
-            work = replace(self.workload(tuple(size)), given_frames=evaluation.by_frame)
-            self.make_room(evaluation_bytes(work, self.job.parallel))
-            self.roomy.add(evaluation.shape)
+        self.conditions.check(evaluation)
+        views = self.memory.parts(evaluation)
+        latents = torch.frombuffer(views[0], dtype=torch.float32).view(evaluation.shape).to(self.device, copy=True)
+        timesteps = torch.frombuffer(views[1], dtype=torch.float32).view(evaluation.shape[0], -1).clone()
         grid = token_grid((channels, *size))
         shard, rope = self.places(grid)
+        self.conditions.take(evaluation, views[2], lambda volume: shard.split(patchify(volume)))
+        self.make_room_for(evaluation)
         set_shard(self.model, shard)
-        order = evaluation.pairs
-        pictures = self.pictures_of(evaluation)
-        passes = [self.asked(latents[i], timesteps[i], texts[i], pictures[i], grid, shard) for i in order]
+        told = (self.conditions.texts, self.conditions.pictures, self.conditions.controls)
+        passes = [
+            self.asked(latents[i], timesteps[i], *of_sample, shard)
+            for i, of_sample in enumerate(zip(*(kind(evaluation) for kind in told), strict=True))
+        ]
         velocities = evaluate_passes(self.model, passes, rope, self.session.mesh)
         group = None if self.session.mesh is None else self.session.mesh.ulysses_group
-        velocity = torch.empty(len(order), self.config.out_dim, *size)
-        for i, tokens in zip(order, velocities, strict=True):
+        velocity = torch.empty(len(passes), self.config.out_dim, *size)
+        for i, tokens in enumerate(velocities):
             whole = shard.gather(tokens, group)
             if self.rank == 0:
                 velocity[i] = unpatchify(whole, grid)
         self.answer(evaluation, latents, velocity)
 
-    def take(self, evaluation: Evaluation) -> tuple[Tensor, Tensor, list[Context]]:
-        """Latents on the device, timesteps [B, 1 or T] and each sample's text."""
-        views = self.memory.parts(evaluation)
-        latents = torch.frombuffer(views[0], dtype=torch.float32).view(evaluation.shape).to(self.device, copy=True)
-        timesteps = torch.frombuffer(views[1], dtype=torch.float32).view(evaluation.shape[0], -1).clone()
-        for text, view in zip(evaluation.sent, views[2], strict=True):
-            rows = torch.frombuffer(view, dtype=getattr(torch, text.dtype)).view(text.rows, text.channels)
-            what, taken = "the text", self.config.text_dim
-            if text.key in evaluation.pictures:
-                what, taken = "what CLIP sees", self.config.clip_dim
-            if text.channels != taken:
-                raise JobError(f"{what} has rows of {text.channels} channels; this model takes {taken}")
-            self.texts[text.key] = rows.clone()
-        for key in self.keys.use(evaluation.keys):
-            self.texts.pop(key, None)
-        return latents, timesteps, self.contexts_of(evaluation.texts)
-
-    def contexts_of(self, keys: tuple[str, ...]) -> list[Context]:
-        """For each sample that of its text. What is derived of a text is kept for as many as a plan counts."""
-        different = list(dict.fromkeys(keys))
-        missing = [key for key in different if key not in self.texts]
-        if missing:
-            raise JobError(f"the text {missing[0]} is asked for, but was never sent")
-        kept = [] if self.job.parallel.memory_optimization else different[:GUIDED_PROMPTS]
-        for key in kept:
-            context = self.contexts.pop(key, None)
-            self.contexts[key] = Context(self.texts[key].to(self.device)) if context is None else context
-        for key in list(self.contexts)[:-GUIDED_PROMPTS]:
-            del self.contexts[key]
-        found = {key: self.contexts[key] for key in kept}
-        for key in different[len(kept) :]:
-            found[key] = Context(self.texts[key].to(self.device), keep=False)
-        return [found[key] for key in keys]
-
-    def pictures_of(self, evaluation: Evaluation) -> list[Context | None]:
-        """For each sample, where the model looks at pictures. Kept while they are the same, as texts are."""
-        known, self.pictures = self.pictures, {}
-        for key in evaluation.pictures:
-            if key not in self.texts:
-                raise JobError(f"the picture {key} is asked for, but was never sent")
-            keep = not self.job.parallel.memory_optimization
-            self.pictures[key] = known.get(key) or Context(self.texts[key].to(self.device), keep=keep)
-        return [self.pictures[key] for key in evaluation.pictures] or [None] * evaluation.shape[0]
+    def make_room_for(self, evaluation: Evaluation) -> None:
+        """For evaluations of its size, once."""
+        controls = max(map(len, evaluation.controls), default=0)
+        asked = evaluation.shape, controls
+        if asked in self.roomy:
+            return
+        work = replace(self.workload(evaluation.shape[2:], controls), given_frames=evaluation.by_frame)
+        self.make_room(evaluation_bytes(work, self.job.parallel))
+        self.roomy.add(asked)
 
     def places(self, grid: tuple[int, int, int]) -> tuple[SequenceShard, Rope]:
         """This rank's tokens of a video of `grid` tokens, and their rotations."""
@@ -209,15 +172,15 @@ class ForwardsWork(Work[ForwardsJob]):
 
     def asked(
         self, latents: Tensor, timesteps: Tensor, text: Context, picture: Context | None,
-        grid: tuple[int, int, int], shard: SequenceShard,
+        controls: Sequence[Control], shard: SequenceShard,
     ) -> Pass:  # fmt: skip
         """One sample. latents: [C, T, h, w]; timesteps: [1], or [T] by latent frame."""
         different, index = timesteps.unique(return_inverse=True)
         which = None
         if len(different) > 1:
-            by_token = index.repeat_interleave(grid[1] * grid[2])
+            by_token = index.repeat_interleave(shard.length // len(timesteps))
             which = shard.split(by_token[:, None])[:, 0].to(self.device)
-        return Pass(shard.split(patchify(latents)), different.to(self.device), text, which, picture)
+        return Pass(shard.split(patchify(latents)), different.to(self.device), text, which, picture, controls)
 
     def answer(self, evaluation: Evaluation, latents: Tensor, velocity: Tensor) -> None:
         if self.rank == 0:

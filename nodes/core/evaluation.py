@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...distributed.job.evaluator import Evaluator, SampleConditioning
+from ...distributed.job.errors import listed
+from ...distributed.job.evaluator import Evaluator, SampleConditioning, SampleControl
 from ..host.exceptions import told_to_comfyui
 from .unsupported import check_conds, check_options
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_TEXTS = 32
-"""Different ones that are remembered: a sampling has two, one more for each further prompt."""
+MOST_ROWS, MOST_VOLUMES = 32, 16
+"""Different texts and pictures, and controls, that are remembered: a sampling has two texts, one more for each further
+prompt, and the controls of a chain."""
 
 
 class Evaluation:
@@ -26,7 +28,7 @@ class Evaluation:
     def __init__(self, start: Callable[[], Evaluator]) -> None:
         self._start = start
         self._evaluator: Evaluator | None = None
-        self._texts: list[Tensor] = []
+        self._rows, self._volumes = _Known(MOST_ROWS), _Known(MOST_VOLUMES)
 
     def velocity(
         self, x: Tensor, timestep: Tensor, context: Tensor, options: Mapping[str, Any], conds: Mapping[str, Any]
@@ -42,11 +44,9 @@ class Evaluation:
         if rows % 2 or columns % 2:
             # Of an area; ComfyUI's model repeats the other edge.
             whole = pad(whole, (0, columns % 2, 0, rows % 2, 0, 0), mode="circular")
-        seen = conds.get("clip_fea")
-        pictures = None if seen is None else seen.detach().to("cpu", torch.float32)
         # As ComfyUI's model takes one for all.
         timestep = timestep.expand(x.shape[0], *timestep.shape[1:])
-        given = self._samples(context.detach().to("cpu", torch.float32), pictures, x.shape[0], options)
+        given = self._samples(context, conds, tuple(whole.shape), options)
         with told_to_comfyui():
             if self._evaluator is None:
                 self._evaluator = self._start()
@@ -59,32 +59,66 @@ class Evaluation:
             self._evaluator.close()
 
     def _samples(
-        self, context: Tensor, pictures: Tensor | None, count: int, options: Mapping[str, Any]
+        self, context: Tensor, conds: Mapping[str, Any], shape: tuple[int, ...], options: Mapping[str, Any]
     ) -> list[SampleConditioning]:
         """What each sample of a batch is conditioned on: ComfyUI stacks prompts, each with all latents of its batch."""
+        count = shape[0]
         prompts: Sequence[int] = options.get("cond_or_uncond") or [0]
         if count % len(prompts):
             # A node's wrapper around the model asks for a part of the batch, or for more.
             prompts = [0]
         each = count // len(prompts)
+        pictures, videos = conds.get("clip_fea"), conds.get("vace_context")
+        strengths = conds.get("vace_strength")
         return [
             SampleConditioning(
-                text=self._same(context[i % context.shape[0]]),
-                picture=None if pictures is None else self._same(pictures[i % pictures.shape[0]]),
+                text=self._rows.same(_of_sample(context, i)),
+                picture=None if pictures is None else self._rows.same(_of_sample(pictures, i)),
+                controls=() if videos is None else self._controls(_of_sample(videos, i), strengths, shape[2:]),
                 conditional=prompts[i // each] == 0,
             )
             for i in range(count)
         ]
 
-    def _same(self, text: Tensor) -> Tensor:
-        """The same object for the same text: ComfyUI copies it for each call."""
+    def _controls(self, videos: Tensor, strengths: Any, size: tuple[int, ...]) -> tuple[SampleControl, ...]:
+        """Of one sample's VACE context, [n, 96, T, h, w]."""
+        if tuple(videos.shape[2:]) != size:
+            raise ValueError(
+                f"the VACE control is of [{listed(videos.shape[2:])}] latent frames, rows and columns, and what is "
+                f"sampled of [{listed(size)}]: take the latents of the same WanVaceToVideo. A control is not cut to "
+                "areas or context windows"
+            )
+        if not isinstance(strengths, list) or len(strengths) != len(videos):
+            raise ValueError(
+                f"vace_strength is {strengths!r}; it must be a list of one for each of {len(videos)} controls"
+            )
+        return tuple(
+            SampleControl(self._volumes.same(video), float(strength))
+            for video, strength in zip(videos, strengths, strict=True)
+        )
+
+
+class _Known:
+    """The same object for the same values: ComfyUI copies them for each call."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._tensors: list[Tensor] = []
+
+    def same(self, given: Tensor) -> Tensor:
+        """On the CPU, in float32."""
         import torch
 
-        for known in self._texts:
-            if known.shape == text.shape and torch.equal(known, text):
+        given = given.detach().to("cpu", torch.float32)
+        for known in self._tensors:
+            if known.shape == given.shape and torch.equal(known, given):
                 return known
         # ComfyUI runs in inference mode, whose tensors do not tell whether they have been changed.
         with torch.inference_mode(False):
-            kept = text.clone()
-        self._texts = [kept, *self._texts[: MOST_TEXTS - 1]]
+            kept = given.clone(memory_format=torch.contiguous_format)
+        self._tensors = [kept, *self._tensors[: self._most - 1]]
         return kept
+
+
+def _of_sample(stacked: Tensor, index: int) -> Tensor:
+    return stacked[index % stacked.shape[0]]

@@ -114,6 +114,13 @@ class SamplingJobs:
         )
         steps = max(len(sampling.sigmas) - 1, 1)
         work = workload_of_forwards(
-            self.files, sampling.window, base, steps=steps, guided=sampling.guided, loras=loras, expert=side
+            self.files,
+            sampling.window,
+            base,
+            steps=steps,
+            guided=sampling.guided,
+            loras=loras,
+            expert=side,
+            controls=sampling.controls if self.variant.controlled else 0,
         )
         return shown(ground.plan(work, request), status)

@@ -66,6 +66,12 @@ class CoreSampling:
         return tuple(min(n, handler.context_length) if i == handler.dim else n for i, n in enumerate(self.shape))
 
     @property
+    def controls(self) -> int:
+        """Of a VACE model, that one sample has at most: ComfyUI makes an empty one where none is given."""
+        counts = (entry.get("vace_frames") for entries in self.conds.values() for entry in entries)
+        return max((len(frames) for frames in counts if frames is not None), default=1)
+
+    @property
     def guided(self) -> bool:
         """Every step evaluates the prompt and the negative prompt, in one call as they have equally many tokens."""
         texts = [[entry.get("cross_attn") for entry in self.conds.get(name, ())] for name in ("positive", "negative")]
@@ -112,7 +118,7 @@ def model_without_weights(shapes: Mapping[str, tuple[int, ...]], transformer: Tr
     """
     import torch
     from comfy import model_detection
-    from comfy.ldm.wan.model import WanModel
+    from comfy.ldm.wan.model import VaceWanModel, WanModel
     from comfy.patcher_extension import WrappersMP
 
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -122,7 +128,7 @@ def model_without_weights(shapes: Mapping[str, tuple[int, ...]], transformer: Tr
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model(tensors, "", device="meta")
     inner = model.diffusion_model
-    if type(inner) is not WanModel or inner.ref_conv is not None:
+    if type(inner) not in (WanModel, VaceWanModel) or inner.ref_conv is not None:
         raise ValueError("such a transformer runs in Wan Video Distributed Inference only; it cannot be a MODEL yet")
     # What is computed elsewhere takes no memory here.
     model.memory_usage_factor = 0.0

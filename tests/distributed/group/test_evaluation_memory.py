@@ -14,23 +14,26 @@ from typing import Any
 import pytest
 from wan_pack.distributed.group.evaluation_memory import HEADER, REQUEST, AnsweringEnd, AskingEnd
 from wan_pack.distributed.group.evaluation_request import (
-    MAX_BATCH,
-    MAX_TEXT_ROWS,
-    MAX_TEXTS,
+    MAX_ROWS,
+    MAX_ROWS_KEPT,
+    MAX_SAMPLES,
+    MAX_VOLUMES_KEPT,
     Evaluation,
     Request,
-    SentText,
-    TextKeys,
+    SentKeys,
+    SentTensor,
 )
 from wan_pack.distributed.job.errors import JobError
 from wan_pack.distributed.machine.bell import Bell, BellRope, ring
 from wan_pack.distributed.machine.memory_file import MemoryFile, OpenedMemory
 
 KEYS = [f"{number:064x}" for number in range(100)]
-TEXT = SentText(key=KEYS[0], rows=3, channels=4, dtype="bfloat16")
+TEXT = SentTensor(key=KEYS[0], shape=(3, 4), dtype="bfloat16")
+CONTROL = SentTensor(key=KEYS[2], shape=(96, 2, 4, 6), dtype="float32")
 ONE = Evaluation(
-    shape=(2, 3, 2, 4, 6), by_frame=True, texts=(KEYS[0], KEYS[1]), conditional=(True, False), sent=(TEXT,)
-)
+    shape=(2, 3, 2, 4, 6), by_frame=True, texts=(KEYS[0], KEYS[1]),
+    controls=((KEYS[2], KEYS[3]), (KEYS[2],)), strengths=((1.0, 0.5), (1.0,)), sent=(TEXT, CONTROL),
+)  # fmt: skip
 
 
 def test_a_request_is_read_as_it_was_written():
@@ -43,18 +46,32 @@ def test_a_request_is_read_as_it_was_written():
     ("change", "words"),
     [
         ({"shape": (2, 3, 2, 4)}, "shape"),
-        ({"shape": (0, 3, 2, 4, 6)}, "samples is 0; it must be 1 to 64"),
-        ({"shape": (MAX_BATCH + 1, 3, 2, 4, 6)}, "samples is 65"),
+        ({"shape": (0, 3, 2, 4, 6)}, "samples is 0; it must be 1 to 2"),
+        ({"shape": (MAX_SAMPLES + 1, 3, 2, 4, 6)}, "samples is 3"),
         ({"shape": (2, 257, 2, 4, 6)}, "latent channels is 257"),
         ({"shape": (2, 3, 1026, 4, 6)}, "latent frames is 1026; it must be 1 to 1025"),
         ({"shape": (2, 3, 2, 5, 6)}, "latent rows or columns is 5; it must be even"),
         ({"shape": (2, 3, 2, 4, 1026)}, "latent rows or columns is 1026"),
         ({"shape": (2, 48, 1025, 1024, 1024)}, "bytes of latents"),
         ({"texts": (KEYS[0],)}, "texts is 1; it must be one for each of 2 samples"),
-        ({"conditional": (True,)}, "conditional is 1"),
+        ({"pictures": (KEYS[4],)}, "pictures is 1; it must be one for each of 2 samples, or none"),
+        ({"controls": ((KEYS[2],),)}, "controls is 1"),
+        ({"controls": (tuple(KEYS[:17]), (KEYS[2],))}, "controls of a sample is 17; it must be 1 to 16"),
+        ({"controls": ((), (KEYS[2],))}, "controls of a sample is 0"),
+        ({"controls": ((KEYS[0], KEYS[3]), (KEYS[2],))}, "others than the texts"),
+        ({"controls": ((KEYS[2], "x"), (KEYS[2],))}, "keys of 64 hexadecimal digits"),
+        ({"strengths": ((1.0,), (1.0,))}, "one for each control"),
+        ({"strengths": ((1.0, float("nan")), (1.0,))}, "finite"),
         ({"texts": (KEYS[0], "../../x")}, "keys of 64 hexadecimal digits"),
         ({"sent": (TEXT, TEXT)}, "each once"),
-        ({"sent": (dataclasses.replace(TEXT, key=KEYS[5]),)}, "texts of this evaluation"),
+        ({"sent": (dataclasses.replace(TEXT, key=KEYS[5]),)}, "texts and controls of this evaluation"),
+        ({"sent": (dataclasses.replace(TEXT, shape=(3, 4, 5)),)}, "shape of a text"),
+        ({"sent": (dataclasses.replace(TEXT, shape=(MAX_ROWS + 1, 4)),)}, "rows of a text is 8193"),
+        ({"sent": (dataclasses.replace(TEXT, shape=(3, 1 << 15)),)}, "channels of a text is 32768"),
+        ({"sent": (dataclasses.replace(CONTROL, shape=(96, 3, 4, 6)),)}, "shape of a control"),
+        ({"sent": (dataclasses.replace(CONTROL, shape=(257, 2, 4, 6)),)}, "shape of a control"),
+        ({"sent": (dataclasses.replace(CONTROL, shape=(3, 4)),)}, "shape of a control"),
+        ({"sent": (dataclasses.replace(CONTROL, dtype="bfloat16"),)}, "dtype of a control is 'bfloat16'"),
     ],
 )
 def test_fault_32_an_evaluation_out_of_bounds_is_refused_at_both_ends(change: dict[str, Any], words: str):
@@ -72,13 +89,22 @@ def test_fault_32_an_evaluation_out_of_bounds_is_refused_at_both_ends(change: di
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"rows": 0}, "rows"), ({"rows": MAX_TEXT_ROWS + 1}, "rows"), ({"channels": 1 << 20}, "channels"),
+        ({"shape": (0, 4)}, "from 1"), ({"shape": ()}, "from 1"), ({"shape": (1 << 20, 1 << 20)}, "bytes of what is"),
         ({"dtype": "float64"}, "dtype"), ({"key": "0" * 63}, "key"),
     ],
 )  # fmt: skip
-def test_fault_32_a_text_out_of_bounds_is_refused(change: dict[str, Any], words: str):
+def test_fault_32_what_is_sent_out_of_bounds_is_refused(change: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(TEXT, **change)
+
+
+def test_fault_32_all_that_is_sent_at_once_is_bounded():
+    controls = [SentTensor(key=key, shape=(96, 40, 256, 256), dtype="float32") for key in KEYS[2:6]]
+    with pytest.raises(ValueError, match="bytes of what is sent is 4026531840; it must be at most 2147483648"):
+        Evaluation(
+            shape=(1, 16, 40, 256, 256), by_frame=False, texts=(KEYS[0],), controls=(tuple(KEYS[2:6]),),
+            strengths=((1.0,) * 4,), sent=tuple(controls),
+        )  # fmt: skip
 
 
 def test_fault_20_mutated_requests_only_raise_job_error():
@@ -98,16 +124,18 @@ def test_what_is_asked_arrives_and_what_is_answered_too():
     asking = AskingEnd()
     answering = AnsweringEnd(asking.path)
     assert (answering.asked, asking.answered) == (0, 0)
-    for number, evaluation in enumerate((ONE, dataclasses.replace(ONE, shape=(2, 3, 40, 40, 60), sent=())), start=1):
+    for number, evaluation in enumerate(
+        (ONE, dataclasses.replace(ONE, shape=(2, 3, 40, 40, 60), sent=(TEXT,))), start=1
+    ):
         latents, timesteps = os.urandom(evaluation.latent_bytes), os.urandom(4 * evaluation.timestep_count)
-        texts = [os.urandom(text.nbytes) for text in evaluation.sent]
-        asking.ask(Request(number=number, evaluation=evaluation), [latents, timesteps, *texts])
+        sent = [os.urandom(one.nbytes) for one in evaluation.sent]
+        asking.ask(Request(number=number, evaluation=evaluation), [latents, timesteps, *sent])
         assert answering.asked == number
         request, digest = answering.read()
         assert request == Request(number=number, evaluation=evaluation) and len(digest) == 32
         there = answering.parts(evaluation)
         assert (bytes(there[0]), bytes(there[1])) == (latents, timesteps)
-        assert [bytes(text) for text in there[2]] == texts
+        assert [bytes(one) for one in there[2]] == sent
         velocity = os.urandom(evaluation.latent_bytes // 3 * 2)
         answering.write(evaluation, 2, velocity)
         assert asking.answered == number - 1
@@ -122,7 +150,9 @@ def test_what_is_asked_arrives_and_what_is_answered_too():
 def test_fault_32_numbers_that_cannot_be_are_refused():
     asking = AskingEnd()
     answering = AnsweringEnd(asking.path)
-    asking.ask(Request(number=1, evaluation=ONE), [bytes(ONE.latent_bytes), bytes(16), bytes(TEXT.nbytes)])
+    asking.ask(
+        Request(number=1, evaluation=ONE), [bytes(n) for n in (ONE.latent_bytes, 16, TEXT.nbytes, CONTROL.nbytes)]
+    )
     for channels in (0, 4, 1 << 40):
         answering._set(24, channels)
         with pytest.raises(JobError, match="channels; there are at most 3"):
@@ -130,7 +160,7 @@ def test_fault_32_numbers_that_cannot_be_are_refused():
     asking._set(8, HEADER - REQUEST + 1)
     with pytest.raises(JobError, match="a request has 65473 bytes"):
         answering.read()
-    larger = dataclasses.replace(ONE, shape=(2, 3, 100, 4, 6))
+    larger = dataclasses.replace(ONE, shape=(2, 3, 1000, 4, 6), sent=())
     with pytest.raises(ValueError, match="a file in memory has"):
         answering.parts(larger)
     asking.close()
@@ -176,38 +206,27 @@ def test_a_ring_wakes_at_once_and_one_before_the_wait_is_not_lost(named: bool, t
     ring(bell.path)
 
 
-def test_both_ends_count_the_texts_alike():
-    here, there = TextKeys(), TextKeys()
+@pytest.mark.parametrize("most", [MAX_ROWS_KEPT, MAX_VOLUMES_KEPT, 4])
+def test_both_ends_count_what_was_sent_alike(most: int):
+    """Those of one evaluation are kept, however many they are."""
+    here, there = SentKeys(most), SentKeys(most)
     assert here.missing([KEYS[0], KEYS[1], KEYS[0]]) == [KEYS[0], KEYS[1]]
     rng, kept = random.Random(1), set()
     for _ in range(300):
-        used = rng.sample(KEYS, rng.randint(1, 9))
+        used = rng.choices(KEYS, k=rng.randint(1, 9))
         missing = here.missing(used)
         assert set(missing) == set(used) - kept
         dropped = here.use(used)
         assert dropped == there.use(used)
         assert not set(used) & set(dropped), "no text of an evaluation makes room for another one of it"
         kept = (kept | set(used)) - set(dropped)
-        assert set(used) <= kept and len(kept) <= MAX_TEXTS
+        assert set(used) <= kept and len(kept) <= max(most, len(set(used)))
 
 
-@pytest.mark.parametrize(
-    ("conditional", "order"),
-    [("cu", [0, 1]), ("uc", [1, 0]), ("ccuu", [0, 2, 1, 3]), ("ccu", [0, 1, 2]), ("c", [0]), ("uu", [0, 1])],
-)
-def test_prompt_and_negative_prompt_are_neighbours(conditional: str, order: list[int]):
-    count = len(conditional)
-    evaluation = Evaluation(
-        shape=(count, 1, 1, 2, 2), by_frame=False, texts=tuple(KEYS[:count]),
-        conditional=tuple(letter == "c" for letter in conditional),
-    )  # fmt: skip
-    assert evaluation.pairs == order
-
-
-def test_the_texts_used_longest_ago_make_room():
-    texts, more = TextKeys(), [f"{number:064x}" for number in range(MAX_TEXTS + 2)]
-    assert texts.use(more[:MAX_TEXTS]) == []
+def test_what_was_used_longest_ago_makes_room():
+    texts, more = SentKeys(MAX_ROWS_KEPT), [f"{number:064x}" for number in range(MAX_ROWS_KEPT + 2)]
+    assert texts.use(more[:MAX_ROWS_KEPT]) == []
     # Used again, the first one is the last to go.
     assert texts.use([more[0]]) == []
-    assert texts.use(more[MAX_TEXTS:]) == [more[1], more[2]]
+    assert texts.use(more[MAX_ROWS_KEPT:]) == [more[1], more[2]]
     assert texts.missing(more) == [more[1], more[2]]

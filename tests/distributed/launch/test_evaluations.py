@@ -30,7 +30,7 @@ from wan_pack.distributed.rank.worker import main as run_rank
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Known]:
     folder = tmp_path_factory.mktemp("models")
-    return {name: Known.make(folder / name, name) for name in ("T2V", "I2V", "TI2V-5B", "FLF2V")}
+    return {name: Known.make(folder / name, name) for name in ("T2V", "I2V", "TI2V-5B", "FLF2V", "VACE")}
 
 
 def on_forked_ranks(job: ForwardsJob, folder: Path) -> ServedJob:
@@ -50,17 +50,23 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-CASES = [("T2V", layout) for layout in LAYOUTS] + [
-    (variant, layout) for variant in ("I2V", "TI2V-5B", "FLF2V") for layout in ("1", "3", "4 by prompt, sharded")
-]
+CASES = (
+    [("T2V", layout) for layout in LAYOUTS]
+    + [
+        (variant, layout)
+        for variant in ("I2V", "TI2V-5B", "FLF2V", "VACE")
+        for layout in ("1", "3", "4 by prompt, sharded")
+    ]
+    + [("VACE", "2 by prompt")]
+)
 
 
 @pytest.mark.parametrize(("variant", "layout"), CASES)
 def test_a_group_gives_what_the_model_gives(variant: str, layout: str, models: dict[str, Known], tmp_path: Path):
-    """Batches of one, two and three, other sizes meanwhile, timesteps by frame where the model has them."""
+    """Batches of one to five, other sizes meanwhile, timesteps by frame where the model has them."""
     model = models[variant]
     evaluator = on_forked_ranks(model.job(**LAYOUTS[layout], keep_warm_seconds=0), tmp_path)
-    cases = [(1, SHAPE), (2, SHAPE), (3, SHAPE), (2, (1, 4, 6)), (2, SHAPE)]
+    cases = [(1, SHAPE), (2, SHAPE), (3, SHAPE), (2, (1, 4, 6)), (5, SHAPE)]
     try:
         for seed, (batch, shape) in enumerate(cases):
             given = inputs(model.config, seed, batch=batch, shape=shape, by_frame=variant == "TI2V-5B" and seed > 0)
@@ -89,7 +95,8 @@ def test_texts_are_sent_once_and_of_those_that_come_and_go_each_is_right(models:
         assert difference(served.evaluate(*given), model.evaluate(*given)) < 1e-5
     finally:
         served.close()
-    assert sent == [1, 1, 3, 0, 0, 1, 0]
+    # The five of a batch come in twos.
+    assert sent == [1, 1, 0, 2, 1, 0, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize(

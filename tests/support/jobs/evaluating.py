@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tiny import TINY, random_weights, write_official
+from tiny import TINY, TINY_VACE, random_weights, write_official
 from torch import Tensor
-from wan_pack.distributed.job.evaluator import SampleConditioning
+from wan_pack.distributed.job.evaluator import SampleConditioning, SampleControl
 from wan_pack.distributed.job.job import FileIdentity, ForwardsJob, LoraFile, Parallel
 from wan_pack.distributed.launch.group_evaluator import GroupEvaluator, GroupEvaluators
 from wan_pack.distributed.launch.launcher import new_job_id
@@ -22,11 +23,13 @@ from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
 from wan_pack.wan.model.rope import rope_table
 from wan_pack.wan.transformer.context import Context
 from wan_pack.wan.transformer.transformer import WanModel
+from wan_pack.wan.transformer.vace import Control
 
 CONFIGS = {
     "T2V": TINY,
     "I2V": dataclasses.replace(TINY, in_dim=36),
     "TI2V-5B": dataclasses.replace(TINY, in_dim=48, out_dim=48),
+    "VACE": TINY_VACE,
     "FLF2V": dataclasses.replace(TINY, in_dim=36, parts=frozenset({"img_emb", "emb_pos"}), clip_dim=64),
 }
 """Variant -> a tiny one."""
@@ -78,7 +81,8 @@ class Known:
                 which = index.repeat_interleave(grid[1] * grid[2])
             text = Context(sample.text.float())
             picture = None if sample.picture is None else Context(sample.picture)
-            velocity = model(patchify(latents), t.reshape(-1), text, rope, which, picture)
+            controls = [Control(patchify(control.values), control.strength) for control in sample.controls]
+            velocity = model(patchify(latents), t.reshape(-1), text, rope, which, picture, controls)
             velocities.append(unpatchify(velocity, grid))
         return torch.stack(velocities)
 
@@ -117,7 +121,21 @@ def inputs(
     if by_frame:
         timesteps[:, 0] = 0.0
         timesteps[:, 1:] = timesteps[:, 1:2]
-    return x, timesteps if by_frame else timesteps[:, 0], texts(config, batch)
+    samples = [
+        dataclasses.replace(sample, controls=controls(config, shape, number // 2)) if config.vace_layers else sample
+        for number, sample in enumerate(texts(config, batch))
+    ]
+    return x, timesteps if by_frame else timesteps[:, 0], samples
+
+
+@functools.cache
+def controls(config: WanConfig, shape: tuple[int, int, int], seed: int) -> tuple[SampleControl, ...]:
+    """One, or two for odd seeds; the same for each call."""
+    generator = torch.Generator().manual_seed(300 + seed)
+    return tuple(
+        SampleControl(torch.randn(config.control_dim, *shape, generator=generator), strength)
+        for strength in (0.8, 0.5)[: 1 + seed % 2]
+    )
 
 
 def texts(config: WanConfig, count: int) -> list[SampleConditioning]:

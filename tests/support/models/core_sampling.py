@@ -19,9 +19,9 @@ from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 
 TEXT_DIM = 4096
 STEPS, SEED, CFG = 4, 7, 3.0
-KINDS = {"T2V": (16, 16), "I2V": (36, 16), "TI2V-5B": (48, 48), "FLF2V": (36, 16)}
+KINDS = {"T2V": (16, 16), "I2V": (36, 16), "TI2V-5B": (48, 48), "FLF2V": (36, 16), "VACE": (16, 16)}
 """Variant -> channels in and out."""
-PARTS = {"FLF2V": ("img_emb", "emb_pos")}
+PARTS = {"FLF2V": ("img_emb", "emb_pos"), "VACE": ("vace_blocks",)}
 Modules = Mapping[str, Any]
 """ComfyUI's, by name; and "sampled", `ksampler` of them."""
 Conditioning = list[list[Any]]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from wan_pack.distributed.job.evaluator import SampleConditioning
+from wan_pack.distributed.job.evaluator import SampleConditioning, SampleControl
 from wan_pack.distributed.job.model_files import LoraFile
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.checkpoint.weights import empty_model, read_weights
@@ -15,6 +15,7 @@ from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
 from wan_pack.wan.model.rope import rope_table
 from wan_pack.wan.transformer.context import Context
+from wan_pack.wan.transformer.vace import Control
 
 
 class PlainEvaluator:
@@ -31,6 +32,7 @@ class PlainEvaluator:
         """(shape of the latents, which samples are conditional), of each call."""
         self.timesteps: list[Tensor] = []
         self.texts: dict[int, Tensor] = {}
+        self.controls: dict[int, SampleControl] = {}
         """By identity: those that came again came as the same object."""
         self.closed = 0
 
@@ -40,6 +42,7 @@ class PlainEvaluator:
         self.batches.append((tuple(x.shape), [sample.conditional for sample in samples]))
         self.timesteps.append(timesteps)
         self.texts |= {id(sample.text): sample.text for sample in samples}
+        self.controls |= {id(control.values): control for sample in samples for control in sample.controls}
         return torch.stack([self._one(*one) for one in zip(x, timesteps, samples, strict=True)])
 
     def close(self) -> None:
@@ -53,4 +56,5 @@ class PlainEvaluator:
         rope = rope_table(grid, self.config.head_dim)
         text = Context(sample.text.float(), keep=False)
         picture = None if sample.picture is None else Context(sample.picture, keep=False)
-        return unpatchify(self._model(patchify(latents), different, text, rope, which, picture), grid)
+        controls = [Control(patchify(control.values), control.strength) for control in sample.controls]
+        return unpatchify(self._model(patchify(latents), different, text, rope, which, picture, controls), grid)

@@ -1,0 +1,113 @@
+"""What the evaluations of one sampling are conditioned on, on one rank: one brings it, and those behind it name it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ...wan.model.config import WanConfig
+from ...wan.transformer.context import Context
+from ...wan.transformer.vace import Control
+from ..group.evaluation_request import MAX_ROWS_KEPT, MAX_VOLUMES_KEPT, Evaluation, SentKeys
+from ..job.errors import JobError
+from ..job.evaluator import NO_CONTROL, NO_PICTURE
+from ..planning.gpu_memory import GUIDED_PROMPTS
+
+TokensOf = Callable[[Tensor], Tensor]
+"""[C, T, h, w] -> the rank's [S, 4 * C]."""
+
+
+class KeptConditions:
+    """Of one model.
+
+    Args:
+        keeps: what is derived of a text or a picture stays between evaluations.
+    """
+
+    def __init__(self, config: WanConfig, device: torch.device, *, keeps: bool) -> None:
+        self._config, self._device, self._keeps = config, device, keeps
+        self._keys, self._volume_keys = SentKeys(MAX_ROWS_KEPT), SentKeys(MAX_VOLUMES_KEPT)
+        self._rows: dict[str, Tensor] = {}
+        self._volumes: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+        """Frames, rows and columns, and the rank's tokens in the host's memory."""
+        self._contexts: dict[str, Context] = {}
+        """The one that was used last is last."""
+        self._pictures: dict[str, Context] = {}
+        self._controls: dict[str, Tensor] = {}
+        """Both of the last evaluation."""
+
+    def check(self, evaluation: Evaluation) -> None:
+        """Raises JobError if the model is given what it does not look at, or lacks what it does."""
+        if evaluation.pictures and not self._config.image_branch:
+            raise JobError("the sampler gives what CLIP sees in a picture, and this model has no image branch")
+        if self._config.image_branch and not evaluation.pictures:
+            raise JobError(NO_PICTURE)
+        if evaluation.controls and not self._config.vace_layers:
+            raise JobError("the sampler gives a control video, and this model has no VACE blocks")
+        if self._config.vace_layers and not evaluation.controls:
+            raise JobError(NO_CONTROL)
+
+    def take(self, evaluation: Evaluation, views: Sequence[memoryview], tokens_of: TokensOf) -> None:
+        """Keeps what comes with an evaluation.
+
+        Args:
+            views: of what it sends, in order.
+            tokens_of: of tensors on the CPU.
+        Raises:
+            JobError: it is of another model.
+        """
+        for sent, view in zip(evaluation.sent, views, strict=True):
+            values = torch.frombuffer(view, dtype=getattr(torch, sent.dtype)).view(sent.shape)
+            what, taken, given = "the text has rows", self._config.text_dim, sent.shape[-1]
+            if sent.key in evaluation.pictures:
+                what, taken = "what CLIP sees has rows", self._config.clip_dim
+            elif sent.key in evaluation.volumes:
+                what, taken, given = "the control is", self._config.control_dim, sent.shape[0]
+            if given != taken:
+                raise JobError(f"{what} of {given} channels; this model takes {taken}")
+            if sent.key in evaluation.volumes:
+                # A copy: what it is cut from is the other end's memory, or the whole video's.
+                self._volumes[sent.key] = sent.shape[1:], tokens_of(values).clone()
+            else:
+                self._rows[sent.key] = values.clone()
+        for key in self._keys.use(evaluation.rows):
+            self._rows.pop(key, None)
+        for key in self._volume_keys.use(evaluation.volumes):
+            self._volumes.pop(key, None)
+        for key in (*evaluation.rows, *evaluation.volumes):
+            if key not in self._rows and key not in self._volumes:
+                raise JobError(f"{key} is asked for, but was never sent")
+        sizes = {self._volumes[key][0] for key in evaluation.volumes}
+        if sizes - {evaluation.shape[2:]}:
+            raise JobError(f"a control is of {sizes} frames, rows and columns; the latents are {evaluation.shape[2:]}")
+
+    def texts(self, evaluation: Evaluation) -> list[Context]:
+        """For each sample that of its text. What is derived of a text is kept for as many as a plan counts."""
+        asked = {key: self._contexts.get(key) or self._context(key) for key in evaluation.texts}
+        if self._keeps:
+            last = {key: context for key, context in self._contexts.items() if key not in asked} | asked
+            self._contexts = dict(list(last.items())[-GUIDED_PROMPTS:])
+        return [asked[key] for key in evaluation.texts]
+
+    def pictures(self, evaluation: Evaluation) -> list[Context | None]:
+        """For each sample, where the model looks at pictures. Kept while they are the same, as texts are."""
+        known, self._pictures = self._pictures, {}
+        for key in evaluation.pictures:
+            self._pictures[key] = known.get(key) or self._context(key)
+        return [self._pictures[key] for key in evaluation.pictures] or [None] * evaluation.shape[0]
+
+    def controls(self, evaluation: Evaluation) -> list[tuple[Control, ...]]:
+        """For each sample, of the rank's tokens; on the device as long as they are the same."""
+        known, self._controls = self._controls, {}
+        for key in evaluation.volumes:
+            self._controls[key] = known[key] if key in known else self._volumes[key][1].to(self._device)
+        found = [
+            tuple(Control(self._controls[key], strength) for key, strength in zip(keys, strengths, strict=True))
+            for keys, strengths in zip(evaluation.controls, evaluation.strengths, strict=True)
+        ]
+        return found or [()] * evaluation.shape[0]
+
+    def _context(self, key: str) -> Context:
+        return Context(self._rows[key].to(self._device), keep=self._keeps)
