@@ -21,7 +21,7 @@ COMMANDS = {
     "doctor": "doctor.examine",
     "exchange": "doctor.exchange",
     "libraries": "doctor.libraries",
-    "imports": "rank.library_check",
+    "imports": "libraries.library_check",
 }
 """Role that reads its own arguments -> module."""
 

@@ -17,6 +17,7 @@ from ...wan.model.attention import Attention
 from ...wan.transformer.transformer import WanModel
 from ..job.job import FileIdentity, Parallel
 from ..job.model_files import ExpertFiles
+from ..libraries.library_imports import import_diffusers
 from ..machine.host_memory import available_bytes
 from ..parallel.mesh import Mesh
 from ..parallel.parallelize import release_gathered, set_shard, spread_tokens
@@ -26,7 +27,6 @@ from ..planning.plan import HOST_SHARE
 from ..weights.free_memory import free_bytes, free_host_bytes
 from ..weights.prefetch import OnRead, Prefetch, read_ahead
 from .expert import Weights, build_expert, load_expert, relora_expert
-from .library_imports import import_diffusers
 
 log = logging.getLogger(__name__)
 

@@ -23,13 +23,13 @@ from ..hosts.hostfile import HostsDir
 from ..job.job import GroupJob, Job, JobError
 from ..job.job_folder import JobDir
 from ..job.needs import check_needs
+from ..libraries.library_imports import import_diffusers
 from ..machine.memory_file import STORE_VARIABLE
 from ..parallel.mesh import Mesh, init_mesh
 from ..parallel.sequence import SequenceShard, gather_bytes
 from ..parallel.split_vae import RankVae
 from ..parallel.symmetric import let_go
 from .experts import ExpertCache
-from .library_imports import import_diffusers
 from .prompts import PromptEncoder
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from mount import ROOT, SUPPORT
 from wan_pack.distributed.group import installation
 from wan_pack.distributed.group.installation import PACKAGES, check_installation, installation_problem
 from wan_pack.distributed.job.errors import JobError
-from wan_pack.distributed.rank import library_check
+from wan_pack.distributed.libraries import library_check
 
 GOOD = {"missing": "", "error": "", "because": ""}
 

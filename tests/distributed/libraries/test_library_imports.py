@@ -13,7 +13,7 @@ import sys
 import torch
 from mount import mount_pack
 mount_pack()
-from wan_pack.distributed.rank.library_imports import MODULES, OPTIONAL, import_diffusers
+from wan_pack.distributed.libraries.library_imports import MODULES, OPTIONAL, import_diffusers
 
 import_diffusers()
 assert all(name in sys.modules for name in MODULES)
@@ -33,7 +33,7 @@ import scipy.stats
 AFTER_OTHERS = """
 from mount import mount_pack
 mount_pack()
-from wan_pack.distributed.rank import library_imports
+from wan_pack.distributed.libraries import library_imports
 
 hides = []
 hidden = library_imports.hidden
@@ -73,7 +73,7 @@ def test_optional_packages_are_not_imported_and_stay_importable():
 def test_hidden_packages_look_absent_only_inside():
     from importlib.util import find_spec
 
-    from wan_pack.distributed.rank.library_imports import hidden
+    from wan_pack.distributed.libraries.library_imports import hidden
 
     assert "wave" not in sys.modules
     with hidden(("wave", "json")):
