@@ -134,10 +134,10 @@ class ForwardsWork(Work[ForwardsJob]):
         self.conditions.take(evaluation, views[2], lambda volume: shard.split(patchify(volume)))
         self.make_room_for(evaluation)
         set_shard(self.model, shard)
-        told = (self.conditions.texts, self.conditions.pictures, self.conditions.controls)
+        texts, pictures = self.conditions.texts(evaluation), self.conditions.pictures(evaluation)
+        controls = self.conditions.controls(evaluation)
         passes = [
-            self.asked(latents[i], timesteps[i], *of_sample, shard)
-            for i, of_sample in enumerate(zip(*(kind(evaluation) for kind in told), strict=True))
+            self.asked(latents[i], timesteps[i], texts[i], pictures[i], controls[i], shard) for i in range(len(texts))
         ]
         velocities = evaluate_passes(self.model, passes, rope, self.session.mesh)
         group = None if self.session.mesh is None else self.session.mesh.ulysses_group
