@@ -76,9 +76,9 @@ class KeptConditions:
             self._rows.pop(key, None)
         for key in self._volume_keys.use(evaluation.volumes):
             self._volumes.pop(key, None)
-        for key in (*evaluation.rows, *evaluation.volumes):
-            if key not in self._rows and key not in self._volumes:
-                raise JobError(f"{key} is asked for, but was never sent")
+        for keys, there in ((evaluation.rows, self._rows), (evaluation.volumes, self._volumes)):
+            if missing := [key for key in keys if key not in there]:
+                raise JobError(f"{missing[0]} is asked for, but was never sent")
         sizes = {self._volumes[key][0] for key in evaluation.volumes}
         if sizes - {evaluation.shape[2:]}:
             raise JobError(f"a control is of {sizes} frames, rows and columns; the latents are {evaluation.shape[2:]}")

@@ -1,0 +1,155 @@
+"""What a rank keeps of what one evaluation brings, for those that name it again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from tiny import TINY, TINY_VACE
+from torch import Tensor
+from wan_pack.distributed.group.evaluation_request import MAX_VOLUMES_KEPT, Evaluation, SentTensor
+from wan_pack.distributed.job.errors import JobError
+from wan_pack.distributed.planning.gpu_memory import GUIDED_PROMPTS
+from wan_pack.distributed.rank.kept_conditions import KeptConditions
+from wan_pack.wan.model.config import WanConfig
+from wan_pack.wan.model.patch import patchify
+
+FLF2V = dataclasses.replace(TINY, in_dim=36, parts=frozenset({"img_emb", "emb_pos"}), clip_dim=64)
+SIZE = (3, 4, 6)
+
+
+class Kept(KeptConditions):
+    """Which is told by short names, and sent what it has not been sent yet."""
+
+    def __init__(self, config: WanConfig, *, keeps: bool = True) -> None:
+        super().__init__(config, torch.device("cpu"), keeps=keeps)
+        self.config, self.sent = config, set()
+
+    def told(
+        self, texts: str, pictures: str = "", controls: Sequence[str] = (), strength: float = 1.0,
+        size: tuple[int, ...] = SIZE, **changes: Any,
+    ) -> Evaluation:  # fmt: skip
+        """An evaluation of a sample for each letter."""
+        names = [*texts, *pictures, *"".join(controls)]
+        new = [name for name in dict.fromkeys(names) if name not in self.sent]
+        self.sent |= set(new)
+        volumes = {name: self.volume(name) for name in new if name in "".join(controls)}
+        rows = {
+            name: torch.full((2, self.config.clip_dim if name in pictures else self.config.text_dim), float(ord(name)))
+            for name in new if name not in volumes
+        }  # fmt: skip
+        tensors = [{**rows, **volumes}[name] for name in new]
+        sent = [
+            SentTensor(key=key(name), shape=tuple(tensor.shape), dtype="float32")
+            for name, tensor in zip(new, tensors, strict=True)
+        ]
+        evaluation = Evaluation(
+            shape=(len(texts), self.config.in_dim, *size), by_frame=False, texts=tuple(map(key, texts)),
+            pictures=tuple(map(key, pictures)), controls=tuple(tuple(map(key, one)) for one in controls),
+            strengths=tuple(tuple(strength for _ in one) for one in controls),
+            sent=tuple(sent),
+        )  # fmt: skip
+        self.check(evaluation)
+        self.take(evaluation, [tensor.view(-1).view(torch.uint8).numpy().data for tensor in tensors], patchify)
+        return evaluation
+
+    def volume(self, name: str) -> Tensor:
+        return torch.full((self.config.control_dim, *SIZE), float(ord(name)))
+
+
+def key(name: str) -> str:
+    return f"{ord(name):064x}"
+
+
+def values(contexts: Sequence[Any]) -> str:
+    return "".join(chr(int(context.tokens[0, 0])) for context in contexts)
+
+
+def test_of_texts_the_two_that_were_used_last_keep_what_is_derived_of_them() -> None:
+    kept = Kept(TINY)
+    assert GUIDED_PROMPTS == 2
+    first = kept.texts(kept.told("ab"))
+    assert all(context.keep for context in first) and values(first) == "ab"
+    again = kept.texts(kept.told("ba"))
+    assert again[0] is first[1] and again[1] is first[0]
+    (third,) = kept.texts(kept.told("c"))
+    assert third.keep and kept.texts(kept.told("c")) == [third]
+    # b was used before a.
+    assert kept.texts(kept.told("a"))[0] is first[0] and kept.texts(kept.told("b"))[0] is not first[1]
+    same = kept.texts(kept.told("dd"))
+    assert same[0] is same[1] and values(same) == "dd"
+
+
+def test_with_memory_optimization_nothing_is_kept_of_texts_and_pictures() -> None:
+    kept = Kept(FLF2V, keeps=False)
+    told = kept.told("ab", "xx")
+    assert not any(context.keep for context in kept.texts(told) + kept.pictures(told))
+    assert kept.texts(told)[0] is not kept.texts(told)[0]
+
+
+def test_pictures_are_kept_while_they_are_the_same() -> None:
+    kept = Kept(FLF2V)
+    first = kept.pictures(kept.told("cc", "ab"))
+    again = kept.pictures(kept.told("cc", "ba"))
+    assert again[0] is first[1] and again[1] is first[0] and first[0].keep and values(first) == "ab"
+    kept.pictures(kept.told("c", "d"))
+    assert kept.pictures(kept.told("c", "a"))[0] is not first[0]
+
+
+def test_controls_are_kept_with_the_strengths_of_each_evaluation() -> None:
+    kept = Kept(TINY_VACE)
+    for strength in (0.8, 0.3):
+        (one, other) = kept.controls(kept.told("ab", controls=("xy", "x"), strength=strength))
+        assert [control.strength for control in one] == [strength] * 2 and one[0].values is other[0].values
+        assert torch.equal(one[1].values, patchify(kept.volume("y")))
+    assert kept.controls(kept.told("a", controls=("x",)))[0][0].values is one[0].values
+
+
+def test_what_was_never_sent_or_is_let_go_is_not_computed_with() -> None:
+    kept = Kept(TINY_VACE)
+    kept.told("a", controls=("x",))
+    for number in range(MAX_VOLUMES_KEPT):
+        kept.told("a", controls=(chr(1000 + number),))
+    with pytest.raises(JobError, match=f"{key('x')} is asked for, but was never sent"):
+        kept.told("a", controls=("x",))
+    kept.sent.add("b")
+    with pytest.raises(JobError, match=f"{key('b')} is asked for, but was never sent"):
+        kept.told("b", controls=(chr(1000),))
+
+
+def test_a_control_is_of_the_size_of_the_latents() -> None:
+    kept = Kept(TINY_VACE)
+    kept.told("a", controls=("x",))
+    with pytest.raises(JobError, match=r"a control is of .*3, 4, 6.*; the latents are .*3, 4, 8"):
+        kept.told("a", controls=("x",), size=(3, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("config", "told", "words"),
+    [
+        (TINY, {"controls": ("x",)}, "this model has no VACE blocks"),
+        (TINY_VACE, {}, "the model is a VACE model: connect WanVaceToVideo"),
+        (TINY, {"pictures": "x"}, "this model has no image branch"),
+        (FLF2V, {}, "connect CLIP Vision Encode"),
+    ],
+)
+def test_what_the_model_looks_at_is_there_and_nothing_else(config: WanConfig, told: Any, words: str) -> None:
+    with pytest.raises(JobError, match=words):
+        Kept(config).told("a", **told)
+
+
+@pytest.mark.parametrize(
+    ("other", "told", "words"),
+    [
+        (dataclasses.replace(TINY_VACE, text_dim=7), {}, "the text has rows of 7 channels; this model takes"),
+        (dataclasses.replace(TINY_VACE, control_dim=7), {}, "the control is of 7 channels; this model takes 96"),
+    ],
+)
+def test_what_is_of_another_model_is_refused(other: WanConfig, told: Any, words: str) -> None:
+    kept = Kept(TINY_VACE)
+    kept.config = other
+    with pytest.raises(JobError, match=words):
+        kept.told("a", controls=("x",))
