@@ -118,6 +118,9 @@ def test_fault_20_mutated_requests_only_raise_job_error():
             Request.from_json(text.encode())
         except JobError:
             continue
+    for text in ("[" * 60_000, "[]", "null", "1" * 5000):
+        with pytest.raises(JobError, match="an evaluation was asked for that this version cannot compute"):
+            Request.from_json(text.encode())
 
 
 def test_what_is_asked_arrives_and_what_is_answered_too():

@@ -175,3 +175,23 @@ def test_loras_are_there_while_none_of_them_has_changed(tmp_path: Path, which: i
     assert not made_of.loras_are_there
     paths[which].unlink()
     assert not made_of.loras_are_there
+
+
+@pytest.mark.parametrize("what", ["missing", "a folder", "no text"])
+def test_a_job_that_cannot_be_read_is_the_packs_own_error(tmp_path: Path, what: str):
+    folder = JobDir(tmp_path)
+    if what == "a folder":
+        folder.job.mkdir()
+    elif what == "no text":
+        folder.job.write_bytes(b"\xff\xfe")
+    with pytest.raises(JobError, match=r"job\.json cannot be read"):
+        folder.read_job()
+
+
+def test_fields_that_lack_or_are_unknown_are_named_in_order():
+    raw = {**json.loads(JOB.to_json()), "zebra": 1, "ape": 2}
+    with pytest.raises(JobError, match=r"unknown fields \['ape', 'zebra'\]"):
+        Job.from_json(json.dumps(raw))
+    bare = {name: value for name, value in json.loads(JOB.to_json()).items() if name not in ("sampling", "model")}
+    with pytest.raises(JobError, match=r"lacks \['model', 'sampling'\]"):
+        Job.from_json(json.dumps(bare))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -241,3 +242,12 @@ def test_a_cancel_reaches_the_job_whoever_says_it(evaluators: Any, who: str, mon
             one.evaluate(*asked(texts(1)))
     one.close()
     assert one.result is None
+
+
+def test_it_keeps_nobody_from_ending(tmp_path: Path):
+    """Neither its thread, nor a bell that a child of ComfyUI would hold on to."""
+    served = ServedJob(Ranks(tmp_path))
+    assert served._thread.daemon
+    assert not os.get_inheritable(served._bell._descriptor) and not os.get_inheritable(served._bell._other)
+    assert not os.get_blocking(served._bell._descriptor)
+    served.close()

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from wan_pack.distributed.machine import nvidia_smi
-from wan_pack.distributed.machine.gpus import choose_gpus, list_gpus, suitable_gpus
+from wan_pack.distributed.machine.gpus import choose_gpus, compute_capabilities, list_gpus, suitable_gpus
 
 LISTING = "\n".join(f"{i}, GPU-{i}{i}{i}, NVIDIA H200, 143771, {140000 - i}" for i in range(4))
 
@@ -105,3 +105,11 @@ def test_a_hanging_driver_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
 def test_a_number_of_gpus_beyond_the_bounds_is_refused(count: int):
     with pytest.raises(ValueError, match=rf"gpu_count is {count}; it must be 0 \(all\) to 64"):
         suitable_gpus(count)
+
+
+def test_compute_capabilities_of_what_can_be_read(monkeypatch: pytest.MonkeyPatch):
+    """By index and UUID; a line that makes no sense hides no other."""
+    machine(monkeypatch, "9.0\n0, GPU-0, 9.0\n1, GPU-1, [N/A]\nan error, 8.9\n2, GPU-2, 12.1\n3, GPU, 3, 8.6")
+    assert compute_capabilities() == {"0": (9, 0), "GPU-0": (9, 0), "2": (12, 1), "GPU-2": (12, 1)}
+    machine(monkeypatch, None)
+    assert compute_capabilities() == {}

@@ -43,3 +43,12 @@ def test_what_the_system_does_not_tell(meminfo: Path, container: Path, tmp_path:
     assert available_bytes(tmp_path / "none", container) is None
     (container / "memory.current").write_text(f"{90 * GIB}\n")
     assert available_bytes(meminfo, container) == 0
+
+
+@pytest.mark.parametrize("text", ["MemAvailable: much kB\n", "MemAvailable:\n", "\n", "caf\u00e9 1 kB\n"])
+def test_files_that_make_no_sense_tell_nothing(container: Path, tmp_path: Path, text: str):
+    (tmp_path / "meminfo").write_text(text, encoding="utf-8")
+    assert available_bytes(tmp_path / "meminfo", tmp_path / "none") is None
+    (tmp_path / "meminfo").write_text("MemAvailable: 2 kB\n")
+    (container / "memory.stat").write_text("inactive_file many\n")
+    assert available_bytes(tmp_path / "meminfo", container) == 2048

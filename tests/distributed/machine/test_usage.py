@@ -6,6 +6,7 @@ import os
 import subprocess
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from wan_pack.distributed.machine import nvidia_smi, usage
@@ -88,3 +89,22 @@ def test_a_reading_that_hangs_holds_nothing_up_and_is_forgotten(monkeypatch: pyt
     monitor.stop()
     assert time.monotonic() - since < 10
     hung.set()
+
+
+def test_a_process_that_has_ended_hides_no_other(monkeypatch: pytest.MonkeyPatch):
+    """Ranks keep their names. What is being reaped has an empty file, or none."""
+
+    class Files(dict[str, str]):
+        def __call__(self, path: str) -> SimpleNamespace:
+            def read_text(encoding: str) -> str:
+                if path not in self:
+                    raise FileNotFoundError(path)
+                return self[path]
+
+            return SimpleNamespace(read_text=read_text)
+
+    files = Files({"/proc/1/statm": "9 3 1", "/proc/3/statm": "", "/proc/4/statm": "9 x", "/proc/5/statm": "9 5 1"})
+    monkeypatch.setattr(usage, "Path", files)
+    found = process_usage([Process(pid, 7) for pid in (1, 2, 3, 4, 5)])
+    page = os.sysconf("SC_PAGE_SIZE")
+    assert [(one.name, one.used_bytes // page) for one in found] == [("rank 0", 3), ("rank 4", 5)]

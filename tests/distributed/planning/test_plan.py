@@ -11,7 +11,7 @@ from plan_inputs import Wires, machine, plan, request, words, workload
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.planning.gpu_memory import GIB, estimate
 from wan_pack.distributed.planning.plan import DoesNotFit, as_set, rank
-from wan_pack.distributed.planning.policies import policies
+from wan_pack.distributed.planning.policies import HOST_BYTES, policies, seconds
 
 GUIDED = {"always_guided": True}
 TEXT = 11_400_000_000
@@ -228,3 +228,35 @@ def test_the_block_says_where_the_weights_are():
         assert f"; {weights}\n" in plan(workload(), request(**asked, use_fsdp=False), machine(140.0, 140.0)).block()
     two = plan(workload(), request(2, use_fsdp=True), machine(47.0, 47.0)).block()
     assert "sharded (FSDP), gathered one" in two
+
+
+def test_one_more_gpu_is_a_little_faster_than_its_rough_figure():
+    """Of two plans that take about as long the one with more GPUs runs; not of one that takes a fifth longer."""
+    two, three = (as_set(Parallel(gpu_count=count), "") for count in (2, 3))
+    asked = request()
+    fast = rank(dataclasses.replace(two, seconds=100.0), asked)
+    assert rank(dataclasses.replace(three, seconds=104.0), asked) < fast
+    assert rank(dataclasses.replace(three, seconds=120.0), asked) > fast
+
+
+def test_of_many_gpus_those_with_most_free_memory_are_looked_at():
+    free = [79.0, 30.0] * 6
+    made = plan(workload(), request(gpu_count=4), machine(*free))
+    assert set(made.parallel.gpu_ids) <= {"0", "2", "4", "6", "8", "10"} and "resident" in words(made)
+
+
+@pytest.mark.parametrize("how", ["auto", "on", "off"])
+def test_what_the_user_chose_is_no_reason_of_the_plans(how: str):
+    made = plan(workload(guided=True), request(cfg_parallel=how, always_guided=True), machine(*[79.0] * 4))
+    assert made.parallel.cfg_parallel is (how != "off")
+    assert any("guidance is over 1 at every step" in reason for reason in made.reasons) is (how == "auto")
+
+
+@pytest.mark.parametrize("tokens", ["few", "many"])
+def test_streamed_blocks_take_as_long_as_the_slower_of_copying_and_computing(tokens: str):
+    work = workload(num_frames=1 if tokens == "few" else 161, steps=1)
+    resident = Parallel(gpu_count=1)
+    streamed = dataclasses.replace(resident, stream_blocks=True)
+    computing, copying = seconds(work, resident, "nvlink", "nvlink"), work.blocks_bytes / HOST_BYTES
+    assert (computing < copying) is (tokens == "few")
+    assert seconds(work, streamed, "nvlink", "nvlink") == pytest.approx(max(computing, copying))

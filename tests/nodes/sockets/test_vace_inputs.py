@@ -185,3 +185,10 @@ def test_a_control_of_a_longer_video_is_not_taken_for_references():
 def test_what_is_no_video_mask_or_picture_is_refused(inputs: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
         own_control(asked(**inputs), sampling(), TINY_VACE, Status())
+
+
+def test_what_is_transparent_in_own_pictures_does_not_count():
+    pictures = {"control_video": torch.rand(5, 48, 64, 4), "reference_images": torch.rand(2, 48, 64, 4)}
+    plain = {name: picture[..., :3] for name, picture in pictures.items()}
+    one, other = (own_control(asked(**given), sampling(), TINY_VACE, Status()) for given in (pictures, plain))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -95,3 +95,15 @@ def test_quanto_files_are_read(tmp_path: Path, dtype: torch.dtype):
             assert torch.equal(got, expected[name]), name
     shifted = {**tensors, "blocks.0.self_attn.q.weight._shift": torch.zeros(128, 1)}
     refused(tmp_path / "four.safetensors", shifted, r"quantised as quanto with zero points")
+
+
+def test_unknown_and_missing_tensors_are_named_in_order(tmp_path: Path):
+    more = {f"blocks.0.{name}.weight": torch.ones(2) for name in ("zeta", "alpha", "mu")}
+    refused(
+        tmp_path / "more.safetensors",
+        {**random_weights(SINGLE), **more},
+        r"3 tensors that are unknown \(blocks\.0\.alpha\.weight, blocks\.0\.mu\.weight, blocks\.0\.zeta\.weight\)",
+    )
+    less = {name: tensor for name, tensor in random_weights(SINGLE).items() if not name.startswith("blocks.0.norm3")}
+    refused(tmp_path / "less.safetensors", less, r"missing \(blocks\.0\.norm3\.bias, blocks\.0\.norm3\.weight\)")
+    refused(tmp_path / "none.safetensors", {n: torch.ones(1) for n in "cab"}, "a file of 3 tensors such as a, b, c")

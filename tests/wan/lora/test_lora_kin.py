@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from tiny import TINY, random_weights, write_official
 from torch import Tensor
 from torch.testing import assert_close
+from wan_pack.wan.checkpoint import weights
+from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.lora import merging
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.lora.merging import merge
@@ -193,3 +195,21 @@ def test_peft_scales_whole_factors_by_its_settings(tmp_path: Path):
 def test_what_does_not_fit_is_refused(tmp_path: Path, tensors: dict[str, Tensor], message: str):
     with pytest.raises(ValueError, match=message):
         Lora(write(tmp_path / "l.safetensors", tensors), 1.0, TARGETS)
+
+
+@pytest.mark.parametrize("at_once", [1 << 20, 5 * IN])
+def test_what_turns_rows_sees_the_files_own_in_full_precision(
+    tmp_path: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Rows of others are read for it; a few rows at a time are merged, as of a large weight."""
+    monkeypatch.setattr(weights, "MERGED_ELEMENTS", at_once)
+    values, tensors = random_weights(), oft()
+    save_file(
+        {f"{MODULE}.{role}": tensor.contiguous() for role, tensor in tensors[0].items()}, tmp_path / "l.safetensors"
+    )
+    folder = write_official(tmp_path / "model", values)
+    checkpoint = Checkpoint(sorted(folder.glob("*.safetensors")))
+    loras = [Lora(tmp_path / "l.safetensors", STRENGTH, checkpoint.shapes)]
+    model = weights.empty_model(checkpoint, torch.float32, loras).to_empty(device="cpu")
+    weights.read_weights(model, checkpoint, device=torch.device("cpu"), loras=loras)
+    assert_close(model.get_parameter(WEIGHT).data, tensors[1](values[WEIGHT]), rtol=1e-5, atol=1e-5)
