@@ -29,10 +29,14 @@ from mount import ROOT  # noqa: E402
 
 ROOMS = (
     "wan/sampling", "wan/files", "wan/checkpoint", "wan/lora", "wan/vae/latents.py", "wan/model/linear.py",
-    "distributed/job", "distributed/planning", "distributed/machine", "distributed/group/environment.py",
-    "distributed/group/leftovers.py", "distributed/group/failures.py", "distributed/parallel/sequence.py",
-    "distributed/hosts/hostfile.py", "distributed/launch/changed_file.py", "nodes/batch/split.py",
-    "nodes/models/model_paths.py", "nodes/host/request_body.py", "nodes/host/other_pages.py",
+    "wan/model/config.py", "wan/model/selection.py", "wan/model/sparse.py", "wan/model/variants.py",
+    "wan/transformer/vace.py", "distributed/job", "distributed/planning", "distributed/machine",
+    "distributed/group/environment.py", "distributed/group/evaluation_memory.py",
+    "distributed/group/evaluation_request.py", "distributed/group/leftovers.py", "distributed/group/failures.py",
+    "distributed/parallel/memory_layout.py", "distributed/parallel/sequence.py", "distributed/hosts/hostfile.py",
+    "distributed/launch/changed_file.py", "distributed/launch/group_evaluator.py", "distributed/launch/served_job.py",
+    "nodes/core", "nodes/batch/split.py", "nodes/models/model_paths.py", "nodes/sockets/vace_inputs.py",
+    "nodes/host/request_body.py", "nodes/host/other_pages.py",
 )  # fmt: skip
 """What decides results, safety and memory."""
 

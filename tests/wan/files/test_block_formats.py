@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from block_formats import FORMATS, convrot, mxfp8, store
+from block_formats import FORMATS, convrot, mxfp8, nvfp4, store
 from checkpoint_formats import is_quantised, quantised_layers
 from ranks import run_ranks
 from safetensors.torch import save_file
@@ -79,3 +79,14 @@ def test_any_rows_have_the_values_of_the_whole(tmp_path: Path, kind: str, monkey
             rows = torch.empty(count, width)
             checkpoint.read_into(name, rows, start=first * width, staging=torch.empty(1 << 20, dtype=torch.uint8))
             torch.testing.assert_close(rows, values[first : first + count], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_nvfp4s_one_number_may_be_of_any_float_dtype(tmp_path: Path, dtype: torch.dtype):
+    weights, path, name = random_weights(CONFIG), tmp_path / "m.safetensors", "blocks.0.self_attn.q"
+    stored, values = nvfp4(weights[f"{name}.weight"])
+    stored["weight_scale_2"] = stored["weight_scale_2"].to(dtype)
+    save_file(weights | {f"{name}.{part}": tensor for part, tensor in stored.items()}, path)
+    out = torch.empty(256, 256)
+    Checkpoint([path]).read_into(f"{name}.weight", out)
+    torch.testing.assert_close(out, values / 0.003 * stored["weight_scale_2"].float(), rtol=1e-5, atol=1e-7)

@@ -65,6 +65,9 @@ def test_original_shapes_are_restored_and_rows_may_start_inside_a_block(tmp_path
     assert torch.equal(file.read_rows("conv", 0, 4), conv)
     with pytest.raises(ValueError, match=r"orig_shape.w is \[64, 49\]; the tensor has 3072 elements"):
         GgufFile(write(tmp_path / "u.gguf", tensors, comfy__gguf__orig_shape__w=[64, 49]))
+    for odd in ([64.0, 48.0], [-64, -48], [0, 3072], ["64", "48"], [True, True]):
+        with pytest.raises(ValueError, match=r"orig_shape\.w is .*; it must be a list of sizes"):
+            GgufFile(write(tmp_path / "u.gguf", tensors, comfy__gguf__orig_shape__w=odd))
 
 
 def test_metadata_is_kept_if_small_and_read_on_demand_if_long(tmp_path: Path):

@@ -13,6 +13,7 @@ import torch
 from mount import ROOT
 from safetensors.torch import save_file
 from wan_pack.wan.files.headers import read_header
+from wan_pack.wan.files.json_text import parse_json
 from wan_pack.wan.files.model_folder import folder_files
 from wan_pack.wan.files.pth_files import read_pth
 
@@ -189,3 +190,13 @@ def test_checks_need_only_the_standard_library() -> None:
         "assert not {'torch', 'numpy', 'safetensors', 'diffusers', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("digits", "allowed"), [(30, True), (31, False)])
+def test_a_number_has_at_most_thirty_digits(digits: int, allowed: bool) -> None:
+    text = f'{{"a": {"1" * digits}}}'.encode()
+    if allowed:
+        assert parse_json(text, 9) == {"a": int("1" * digits)}
+    else:
+        with pytest.raises(ValueError, match="a number of 31 digits; at most 30 are allowed"):
+            parse_json(text, 9)

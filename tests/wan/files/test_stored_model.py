@@ -14,7 +14,7 @@ from tiny import random_weights
 from torch import Tensor
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.files import stored_model
-from wan_pack.wan.files.pth_files import interpret, read_pth
+from wan_pack.wan.files.pth_files import _Global, _made, _storage, interpret, read_pth
 from wan_pack.wan.files.stored_model import open_model
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -112,3 +112,53 @@ def test_a_header_is_read_once_and_again_when_its_file_changes(tmp_path: Path, m
     os.utime(path, ns=(1, 1))
     open_model([path], "a model")
     assert len(read_headers) == 3
+
+
+def test_one_compressed_part_makes_it_no_checkpoint(tmp_path: Path):
+    """Each is stored as it is: no archive makes more of it than the file has bytes."""
+    path = tmp_path / "x.pth"
+    torch.save({"a": torch.zeros(1000), "b": torch.zeros(1000)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    for compressed in parts:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in parts.items():
+                kind = zipfile.ZIP_DEFLATED if name == compressed else zipfile.ZIP_STORED
+                archive.writestr(name, data, compress_type=kind)
+        with pytest.raises(ValueError, match=r"a zip archive without a plain data\.pkl"):
+            read_pth(path)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_values_of_every_kind_may_stand_beside_tensors(tmp_path: Path, protocol: int):
+    more = {"loss": 0.25, "step": 3, "many": 70_000, "most": 2**40, "less": -5, "name": "x" * 300, "pair": (1, 2.5)}
+    # Protocol 2 has sets called for, which nothing may be.
+    more |= {"\u00e9": "caf\u00e9", "no": None} | ({"set": {1, 2}} if protocol == 4 else {})
+    torch.save({"a": torch.ones(2), **more}, tmp_path / "x.pth", pickle_protocol=protocol)
+    assert read_pth(tmp_path / "x.pth")[0].keys() == {"a"}
+
+
+@pytest.mark.parametrize(("sizes", "strides"), [(2, 1), (1, 2), (65, 65), (64, 65)])
+def test_sizes_and_strides_are_equally_many_and_no_more_than_torch_has(sizes: int, strides: int):
+    storage = ("storage", _Global("torch FloatStorage"), "0", "cpu", 1)
+    arguments = (_storage(storage), 0, (1,) * sizes, (1,) * strides, False, {})
+    with pytest.raises(ValueError, match=f"a tensor of {sizes} sizes and {strides} strides"):
+        _made(_Global("torch._utils _rebuild_tensor_v2"), arguments)
+    even = (*arguments[:2], (1,) * 64, (1,) * 64, *arguments[4:])
+    assert _made(_Global("torch._utils _rebuild_tensor_v2"), even).shape == (1,) * 64
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weights_are_not_looked_for_in_what_has_become_a_pipe(tmp_path: Path, suffix: str):
+    """It would be waited for without end."""
+    path = tmp_path / f"x{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(tensors(), path)
+    model = open_model([path], "a model")
+    name = next(iter(model.tensors))
+    stored = model.weights({name: name})[name]
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="it is not a regular file"):
+        stored.read_into(torch.empty(stored.shape, dtype=stored.dtype))
+    with pytest.raises(ValueError, match="it is not a regular file"):
+        open_model([path], "a model")

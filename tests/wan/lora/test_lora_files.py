@@ -249,6 +249,7 @@ SOME_14B = "a Wan 14B model (T2V or I2V)"
         ("a Wan 1.3B model (T2V or I2V)", {"transformer.blocks.0.attn1.to_q.lora_A.weight": (16, 1536)}),
         ("Wan2.1 Fun InP 1.3B", {"patch_embedding.diff": (1536, 36, 1, 2, 2)}),
         ("Wan2.2 TI2V 5B", {"blocks.0.diff_m": (1, 6, 3072)}),
+        ("a Wan VACE model", {f"{Q}.diff": (5120, 5120), "vace_blocks.3.after_proj.diff": (5120, 5120)}),
     ],
 )
 def test_wan_models_are_told_apart_by_their_sizes(origin: str, shapes: dict[str, tuple[int, ...]]):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lora_families import TARGETS
 from safetensors.torch import save_file
+from wan_pack.wan.files import stored_tensor
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.lora.merging import merge
 
@@ -17,8 +18,10 @@ Q = "blocks.0.self_attn.q"
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
 @pytest.mark.parametrize("ending", ["scale_weight", "weight_scale"])
 @pytest.mark.parametrize("per_row", [False, True])
-def test_scaled_matrices_are_read_with_their_scales(tmp_path: Path, dtype: torch.dtype, ending: str, per_row: bool):
-    """As a file of values is, also from the middle of a row of ranks on."""
+def test_scaled_matrices_are_read_with_their_scales(
+    tmp_path: Path, dtype: torch.dtype, ending: str, per_row: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """As a file of values is, also from the middle of a row of ranks on, and in pieces that end within a row."""
     values, scaled = {}, {}
     generator = torch.Generator().manual_seed(0)
     for role, shape in (("lora_down", (2, 32)), ("lora_up", (32, 2))):
@@ -40,6 +43,11 @@ def test_scaled_matrices_are_read_with_their_scales(tmp_path: Path, dtype: torch
         merge([lora], f"{Q}.weight", part, 3)
         torch.testing.assert_close(part, target[3:7])
         rows.append(target)
+        with monkeypatch.context() as patched:
+            patched.setattr(stored_tensor, "FLOAT_PIECE", 5)
+            pieces = torch.zeros_like(target)
+            merge([lora], f"{Q}.weight", pieces, 0)
+        assert torch.equal(pieces, target)
     assert rows[0].abs().max() > 0 and torch.equal(*rows)
     wrong = scaled | {name: torch.ones(3, 1) for name in scaled if name.endswith(ending)}
     save_file(wrong, tmp_path / "wrong.safetensors")
