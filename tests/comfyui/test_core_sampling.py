@@ -23,7 +23,7 @@ from wan_pack.demo.example import Prompt, example, node_id
 from wan_pack.demo.tiny_expert import lora
 
 LIMIT = 1e-4
-FEW = ("euler", "one prompt", "image to video", "known frame")
+FEW = ("euler", "one prompt", "image to video", "known frame", "VACE")
 LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "1 rank": ({"gpu_count": 1}, FEW),
     "2 ranks, CFG parallel": ({"gpu_count": 2, "cfg_parallel": "on"}, tuple(GRAPHS)),
@@ -43,6 +43,7 @@ def build(comfy: Comfy) -> Callable[..., Workflow]:
     """(loader, config's settings) -> a workflow; the files are there, with text of umT5-xxl's channels."""
     folder = comfy.server.base / "models"
     seeds = {"T2V high": ("T2V", 20), "T2V low": ("T2V", 21), "I2V": ("I2V", 22), "TI2V-5B": ("TI2V-5B", 23)}
+    seeds["VACE"] = ("VACE", 25)
     experts = {name: write_expert(folder / "diffusion_models", kind, seed).name for name, (kind, seed) in seeds.items()}
     save_file(lora(24), folder / "loras" / LORA)
     picture = comfy.picture(WIDTH, HEIGHT, "core.png")
@@ -169,15 +170,18 @@ def test_what_needs_the_inside_is_refused_without_a_process(comfy: Comfy, build:
 
 SMALL: dict[str, dict[str, Any]] = {
     "WanFirstLastFrameToVideo": {"width": WIDTH, "height": HEIGHT, "length": FRAMES},
+    "WanVaceToVideo": {"width": WIDTH, "height": HEIGHT, "length": FRAMES},
     "KSamplerAdvanced": {"steps": 2},
+    "KSampler": {"steps": 2},
     "WanVideoDistributedConfig": {"gpu_count": 2, "mixed_precision": "fp32"},
 }
 """Of an example's nodes, for a machine without a GPU."""
 
 
-def test_an_example_makes_its_video(comfy: Comfy) -> None:
+@pytest.mark.parametrize("name", ["core_first_last_frame_workflow", "core_vace_to_video_workflow"])
+def test_an_example_makes_its_video(comfy: Comfy, name: str) -> None:
     """With the tiny models, whose text encoder is none that ComfyUI loads."""
-    prompt, tiny = example("core_first_last_frame_workflow"), comfy.model.in_place_of()
+    prompt, tiny = example(name), comfy.model.in_place_of()
     for key, one in list(prompt.items()):
         inputs = one["inputs"]
         inputs |= {name: tiny[value] for name, value in inputs.items() if isinstance(value, str) and value in tiny}
@@ -193,4 +197,4 @@ def test_an_example_makes_its_video(comfy: Comfy) -> None:
     (saved,) = comfy.outputs(ended)[node_id(prompt, "SaveVideo")]["images"]
     assert (comfy.server.base / "output" / saved["subfolder"] / saved["filename"]).stat().st_size > 0
     (group,) = comfy.server.request("/wan_distributed/groups")["groups"]
-    assert group["state"] == "warm", "both experts in one"
+    assert group["state"] == "warm", "of two experts, both in one"

@@ -115,6 +115,20 @@ def with_lora(flow: Workflow) -> str:
     return flow.sampled(flow.model("T2V high", loader), "res_multistep")
 
 
+def following(flow: Workflow) -> str:
+    """A chain of two controls: one with a reference and a mask, and so a frame in front, as the other one has."""
+    links = {"positive": ["positive", 0], "negative": ["negative", 0]}
+    for strength in (1.0, 0.6):
+        made = flow.add(
+            "WanVaceToVideo", width=WIDTH, height=HEIGHT, length=FRAMES, batch_size=1, strength=strength,
+            vae=["vae", 0], control_video=["picture", 0], control_masks=["picture", 1],
+            reference_image=["picture", 0], **links,
+        )  # fmt: skip
+        links = {"positive": [made, 0], "negative": [made, 1]}
+    sampler = flow.sampled(flow.model("VACE"), latent_image=[made, 2], **links)
+    return flow.add("TrimVideoLatent", samples=[sampler, 0], trim_amount=[made, 3])
+
+
 GRAPHS: dict[str, Callable[[Workflow], str]] = {
     "euler": lambda flow: flow.sampled(flow.model("T2V high")),
     "one prompt": lambda flow: flow.sampled(flow.model("T2V high"), cfg=1.0),
@@ -123,6 +137,7 @@ GRAPHS: dict[str, Callable[[Workflow], str]] = {
     "image to video": with_pictures("WanImageToVideo", "start_image"),
     "first and last frame": with_pictures("WanFirstLastFrameToVideo", "start_image", "end_image"),
     "known frame": known_frame,
+    "VACE": following,
     "EasyCache": cached,
     "context windows": windows,
     "LoRA": with_lora,
