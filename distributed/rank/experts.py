@@ -89,6 +89,8 @@ class ExpertCache:
             name for name, made_of in self._made_of.items() if name in wanted and made_of.files != wanted[name].files
         ]:
             self._drop(name)
+        for made_of in wanted.values():
+            self._drop_replaced(made_of.files)
         if mesh is not self._mesh:
             for model in self.models.values():
                 spread_tokens(
@@ -119,7 +121,11 @@ class ExpertCache:
                 set_shard(self.models[name], shard)
 
     def named(self, files: tuple[FileIdentity, ...]) -> str:
-        """The name by which a model of these files is held here, or can be; it counts as used now."""
+        """The name by which a model of these files is held here, or can be; it counts as used now.
+
+        A model of the same paths as they were before is let go: nobody can ask for it again.
+        """
+        self._drop_replaced(files)
         for name, made_of in self._made_of.items():
             if made_of.files == files:
                 self._made_of[name] = self._made_of.pop(name)
@@ -127,6 +133,13 @@ class ExpertCache:
         path = Path(files[0].path)
         known = path.stem if len(files) == 1 else path.parent.name
         return known if known not in self._made_of else f"{known} {next(self._numbers)}"
+
+    def _drop_replaced(self, files: tuple[FileIdentity, ...]) -> None:
+        now = {file.path: file for file in files}
+        for name, made_of in list(self._made_of.items()):
+            if any(now.get(file.path, file) != file for file in made_of.files):
+                log.info("let go, for its files have changed: %s", name)
+                self._drop(name)
 
     def is_on_device(self, name: str) -> bool:
         """Whether a model is there, and does not wait in the host's memory."""

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from evaluating import Known, inputs
-from jobs import STUB_FORWARDS, agent_of, gone_within, pack_with, rank_of
+from jobs import FAULTY_WORKER, STUB_FORWARDS, agent_of, gone_within, pack_with, rank_of
 from mount import SUPPORT
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.group.leftovers import remove_abandoned
@@ -86,8 +86,8 @@ def samplings(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> It
     """Ranks that do, at evaluation `at`, what `action` says."""
     made = []
 
-    def make(action: str = "", at: int = 0) -> Samplings:
-        monkeypatch.setattr(worker_group, "AGENT", pack_with(STUB_FORWARDS, tmp_path, action=action, at=at))
+    def make(action: str = "", at: int = 0, worker: Path = STUB_FORWARDS) -> Samplings:
+        monkeypatch.setattr(worker_group, "AGENT", pack_with(worker, tmp_path, action=action, at=at))
         made.append(Samplings(tmp_path, pool))
         return made[-1]
 
@@ -245,6 +245,17 @@ def test_the_processes_end_with_free_memory_once_the_sampling_is_over(samplings:
     assert here.pool.release() == 0
     here.evaluate(evaluator)
     evaluator.close()
+    here.nothing_is_left(*processes)
+
+
+def test_fault_27_ranks_that_disagree_about_an_evaluation_are_stopped(samplings: Callable[..., Samplings]):
+    """Real ones: what they wait for of each other is told apart from what the sampler is waited for."""
+    here = samplings("another evaluation", worker=FAULTY_WORKER)
+    evaluator = here.open()
+    evaluator.evaluate(*inputs(here.model.config, 0))
+    processes = here.processes
+    error = fails(here, evaluator)
+    assert "rank 1 has another evaluation to compute than rank 0" in str(error)
     here.nothing_is_left(*processes)
 
 

@@ -99,27 +99,21 @@ def test_texts_are_sent_once_and_of_those_that_come_and_go_each_is_right(models:
     assert sent == [1, 1, 0, 2, 1, 0, 0, 0, 1, 0]
 
 
-@pytest.mark.parametrize(
-    ("settings", "free", "held", "on_device"),
-    [({}, 1 << 40, 2, 2), ({}, 0, 1, 1), ({"offload_model": True}, 1 << 40, 2, 1), ({"stream_blocks": True}, 0, 2, 1)],
-)
-def test_two_models_take_turns_where_there_is_no_room_for_both(
-    settings: dict[str, Any], free: int, held: int, on_device: int, models: dict[str, Known], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-):  # fmt: skip
-    """On one rank in this process, whose device has as much memory as is said."""
-    for name in ("RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setattr(experts, "free_bytes", lambda device, ranks: free)
-    sessions: list[Session | None] = [None]
-    for seed, name in enumerate(("T2V", "I2V", "T2V", "T2V", "I2V")):
-        model, folder = models[name], JobDir.create(tmp_path)
+class RankHere:
+    """One rank in this process, from sampling to sampling."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.session: Session | None = None
+
+    def sample(self, model: Known, seed: int, **settings: Any) -> None:
+        """It must be right."""
+        folder = JobDir.create(self.folder)
         folder.write_job(model.job(**settings))
 
-        def run(write: Callable[[Path], None], cancelled: object, folder: JobDir = folder) -> Result:
+        def run(write: Callable[[Path], None], cancelled: object) -> Result:
             write(folder.inputs)
-            sessions[0] = run_rank(GroupDir(tmp_path), folder, RankFiles(folder, 0), sessions[0])
+            self.session = run_rank(GroupDir(self.folder), folder, RankFiles(folder, 0), self.session)
             return Result(folder, folder.read_json(folder.result), "", 0.0)
 
         served, given = ServedJob(run), inputs(model.config, seed, batch=2)
@@ -128,9 +122,50 @@ def test_two_models_take_turns_where_there_is_no_room_for_both(
         finally:
             served.close()
         assert served.result is not None
-    assert sessions[0] is not None
-    cache = sessions[0].experts
-    assert (len(cache.models), sum(map(cache.is_on_device, cache.models))) == (held, on_device)
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Models, and those on the device."""
+        assert self.session is not None
+        cache = self.session.experts
+        return len(cache.models), sum(map(cache.is_on_device, cache.models))
+
+
+@pytest.fixture
+def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RankHere:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(experts, "free_bytes", lambda device, ranks: 1 << 40)
+    return RankHere(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "free", "held", "on_device"),
+    [({}, 1 << 40, 2, 2), ({}, 0, 1, 1), ({"offload_model": True}, 1 << 40, 2, 1), ({"stream_blocks": True}, 0, 2, 1)],
+)
+def test_two_models_take_turns_where_there_is_no_room_for_both(
+    settings: dict[str, Any], free: int, held: int, on_device: int, models: dict[str, Known], rank: RankHere,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """Of a device that has as much memory as is said."""
+    monkeypatch.setattr(experts, "free_bytes", lambda device, ranks: free)
+    for seed, name in enumerate(("T2V", "I2V", "T2V", "T2V", "I2V")):
+        rank.sample(models[name], seed, **settings)
+    assert rank.held == (held, on_device)
+
+
+@pytest.mark.parametrize("settings", [{}, {"offload_model": True}])
+def test_of_a_file_that_is_replaced_no_second_copy_stays(
+    settings: dict[str, Any], models: dict[str, Known], rank: RankHere, tmp_path: Path
+):
+    """Though there were room for it, on the device and in the host's memory."""
+    for seed in (0, 1, 2):
+        model = Known.make(tmp_path / "model", "T2V", seed)
+        os.utime(model.file, ns=(seed, seed))
+        rank.sample(models["I2V"], seed, **settings)
+        rank.sample(model, seed, **settings)
+        assert rank.held[0] == 2
 
 
 def test_such_a_job_cannot_be_run_again_by_itself(

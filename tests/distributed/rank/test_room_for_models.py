@@ -98,3 +98,19 @@ def test_two_files_of_one_name_are_two_models(cache: ExpertCache):
     assert cache.named(other) not in cache.models
     shards = tuple(FileIdentity(path=f"/wan/high/{n}.safetensors", size=1, mtime_ns=1) for n in (1, 2))
     assert cache.named(shards) == "high"
+
+
+def test_a_model_whose_file_was_replaced_is_let_go_and_not_kept_beside_the_new_one(cache: ExpertCache):
+    before = dict(cache.weights)
+    changed = (dataclasses.replace(files("b")[0], mtime_ns=2),)
+    assert cache.named(changed) == "b"
+    assert before["b"].dropped and list(cache.models) == ["a", "c"]
+    assert not before["a"].dropped and not before["c"].dropped
+    # Of several files one is enough.
+    parts = (*files("d"), *files("e"))
+    name = cache.named(parts)
+    cache.models[name], cache.weights[name] = torch.nn.Module(), Weights()  # type: ignore[assignment]
+    cache._made_of[name] = ExpertFiles(parts, (), None)
+    assert cache.named(files("e")) == "e" and name in cache.models, "the same file in another model is no change"
+    cache.named((dataclasses.replace(files("e")[0], size=2),))
+    assert name not in cache.models

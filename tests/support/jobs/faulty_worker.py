@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..group.evaluation_memory import AnsweringEnd
 from ..machine.processes import descendants
 from ..parallel.split_vae import RankVae
 from . import real_worker, video_work
@@ -40,6 +41,16 @@ def lose_ffmpeg(decode):  # type: ignore[no-untyped-def]
     return decode_slowly
 
 
+def another_from_the_second_on(read):  # type: ignore[no-untyped-def]
+    """It has read something else than the other rank, as its digest says."""
+
+    def read_another(self):  # type: ignore[no-untyped-def]
+        request, digest = read(self)
+        return request, digest if request.number == 1 else digest[::-1]
+
+    return read_another
+
+
 def command_of(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
 
@@ -49,6 +60,9 @@ def main(group, folder, files, session):  # type: ignore[no-untyped-def]
     if ACTION == "noise" and os.environ["RANK"] == "1":
         draw = video_work.draw_noise
         video_work.draw_noise = lambda shape, seed: draw(shape, seed + 1)
+
+    if ACTION == "another evaluation" and os.environ["RANK"] == "1":
+        AnsweringEnd.read = another_from_the_second_on(AnsweringEnd.read)
 
     if ACTION == "ffmpeg dies":
         FOLDER.append(folder.path)
