@@ -25,6 +25,7 @@ from ..sockets.wrapper_model import AUTO
 from . import saved_video
 from .ground import as_switched
 from .inference_inputs import HIDDEN, optional, required
+from .no_effect import without_effect
 from .outcome import inputs_writer, keep
 from .planning import planned
 from .video_node import VideoNode
@@ -101,7 +102,7 @@ class WanVideoDistributedInference(VideoNode):
 
 def build_job(asked: VideoInputs, status: Status) -> tuple[Job, dict[str, Any]]:
     """The job that the inputs ask for, checked, and the tensors that travel with it."""
-    from ...distributed.planning.preflight import check_job, check_model
+    from ...distributed.planning.preflight import check_job, check_model, needs_negative
 
     model = model_of(asked, status)
     config = check_model(model)
@@ -110,6 +111,8 @@ def build_job(asked: VideoInputs, status: Status) -> tuple[Job, dict[str, Any]]:
     asked.say_overruled(status)
     control = carried_control(asked)
     check_length(control, sampling, config)
+    guided = needs_negative(model, sampling)
+    status.note(*without_effect(asked, model, config, sampling, carried=bool(control), guided=guided))
     parallel, sampling = planned(
         asked,
         lambda: _parallel(asked, model, sampling, status),

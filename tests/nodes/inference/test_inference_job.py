@@ -114,6 +114,15 @@ def test_inputs_for_a_part_of_the_schedule_reach_the_job(t2v: ModelFiles, monkey
     assert job.sampling.strength == 0.5
 
 
+def test_what_has_no_effect_is_said(t2v: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = Status()
+    job_of(t2v, status, monkeypatch, vace_strength=0.5, guidance_low=1.0, guidance_high=1.0, negative_embeds=BOTH)
+    assert status.notes[:2] == [
+        "vace_strength is 0.5, which has no effect: this model (T2V) follows no control",
+        "negative_embeds has no effect: guidance is 1",
+    ]
+
+
 def test_preset_wins_and_the_status_says_so(t2v: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     status = Status()
     job, tensors = job_of(t2v, status, monkeypatch, preset="Lightning 4 steps")
