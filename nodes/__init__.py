@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .batch.batch import WanVideoDistributedBatch
 from .core.model_loader import LoadDiffusionModelDistributed
+from .core.vae_loader import LoadVAEDistributed
 from .doctor import WanVideoDistributedDoctor
 from .host import host, warm
 from .inference.inference import WanVideoDistributedInference
@@ -20,6 +21,7 @@ DISPLAY_NAMES = {
     "LoadWanVideoModel": "Load Wan Video Model",
     "WanVideoDistributedLora": "Wan Video Distributed Lora",
     "LoadDiffusionModelDistributed": "Load Diffusion Model (N GPUs)",
+    "LoadVAEDistributed": "Load VAE (N GPUs)",
     "LoadWanVideoT5TextEncoder": "Load WanVideo T5 TextEncoder",
     "WanVideoTextEncode": "WanVideo TextEncode",
 }
@@ -38,6 +40,7 @@ def node_classes(taken: frozenset[str]) -> dict[str, type]:
         LoadWanVideoModel,
         WanVideoDistributedLora,
         LoadDiffusionModelDistributed,
+        LoadVAEDistributed,
         WanVideoDistributedDoctor,
     ]
     pair = [LoadWanVideoT5TextEncoder, WanVideoTextEncode]

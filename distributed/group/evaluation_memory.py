@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..job.errors import JobError, check
+from ..job.job import FLOAT_BYTES
 from ..machine.memory_file import MemoryFile, OpenedMemory
-from .evaluation_request import FLOAT_BYTES, Evaluation, Request
+from .evaluation_request import Evaluation, Request
 
 Bytes = bytes | bytearray | memoryview
 HEADER = 64 << 10

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..job.errors import JobError, check
+from ..job.job import FLOAT_BYTES
 from ..job.strict_json import build
 
 MAX_SAMPLES = 2
@@ -30,7 +31,6 @@ MAX_CONTROLS = 16
 """Of one sample, from a chain of nodes."""
 MAX_ROWS_KEPT, MAX_VOLUMES_KEPT = 128, 16
 """Texts and pictures, and controls, that the ranks keep: the last ones, and at least those of one evaluation."""
-FLOAT_BYTES = 4
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 """Of the dtypes that a text may have."""
 _KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -35,12 +36,16 @@ __all__ = [
     "Parallel",
     "Sampling",
     "Text",
+    "VaeJob",
 ]
 """A job's parts are imported from here; model_files.py, parallel.py, sampling.py and switches.py hold the larger
 ones."""
 
 MAX_PROMPT = 100_000
 """Characters; the text encoder reads 512 tokens."""
+FLOAT_BYTES = 4
+MAX_BYTES = 64 << 30
+"""Of a VAE's latents, or of its frames: 81 of 1280x720 are 0.9 GB."""
 FFN_CHUNK = 4096
 """Tokens per feed-forward call under `memory_optimization`: large enough to keep a GPU busy."""
 
@@ -67,6 +72,8 @@ class GroupJob(ABC):
     """What a group of processes is given to do, whatever it is."""
 
     KIND: ClassVar[str]
+    STOPS_IN: ClassVar[tuple[str, ...]] = ("denoise",)
+    """Phases in which a cancelled job's ranks come to a place where they stop, and stay."""
     id: str
     """Random, hexadecimal; the result must carry the same one."""
     parallel: Parallel
@@ -88,12 +95,12 @@ class GroupJob(ABC):
     @property
     @abstractmethod
     def transformer(self) -> tuple[FileIdentity, ...]:
-        """What it is known by to people: the files of its model, or of one of two experts."""
+        """What it is known by to people: the files of its model, or of one of two experts; empty where it has none."""
 
     @property
     @abstractmethod
     def shared(self) -> Hashable:
-        """Jobs of one kind in which this is equal can use each other's processes, if these are laid out the same."""
+        """Jobs in which this is equal can use each other's processes, if these are laid out the same."""
 
     @property
     def encodes(self) -> bool:
@@ -157,6 +164,10 @@ class Job(GroupJob):
         return self.model.transformer
 
     @property
+    def vae(self) -> tuple[FileIdentity, ...]:
+        return self.model.vae
+
+    @property
     def shared(self) -> Hashable:
         return dataclasses.replace(self.model, high_noise_loras=(), low_noise_loras=())
 
@@ -214,5 +225,49 @@ class ForwardsJob(GroupJob):
         return self.KIND
 
 
-JOBS: tuple[type[GroupJob], ...] = (Job, ForwardsJob)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VaeJob(GroupJob):
+    """Latents decoded, or frames encoded, for ComfyUI: both lie in memory, as float32."""
+
+    KIND: ClassVar[str] = "vae"
+    STOPS_IN: ClassVar[tuple[str, ...]] = ("encode", "decode")
+    vae: tuple[FileIdentity, ...]
+    encode: bool
+    """Off: decode."""
+    given: tuple[int, ...]
+    """[B, C, T, h, w] as ComfyUI's LATENT, un-normalised, or [B, 3, F, H, W] in -1 to 1."""
+    made: tuple[int, ...]
+    """The other of them; what is decoded is not cut to -1 to 1."""
+
+    def __post_init__(self) -> None:
+        GroupJob.__post_init__(self)
+        check(len(self.vae) > 0, "vae", (), "at least one file")
+        check_files("vae", len(self.vae))
+        check(not self.parallel.hosts, "hosts", self.parallel.hosts, "empty for VAE nodes of ComfyUI's")
+        for name, shape in (("given", self.given), ("made", self.made)):
+            ok = len(shape) == 5 and all(size > 0 for size in shape) and math.prod(shape) * FLOAT_BYTES <= MAX_BYTES
+            check(ok, name, list(shape), f"five sizes of 1 and more, at most {MAX_BYTES} bytes together")
+        check(self.given[0] == self.made[0], "made", list(self.made), f"of {self.given[0]} videos, as given")
+
+    @property
+    def memory(self) -> tuple[slice, slice]:
+        """Bytes of what is given and of what is made."""
+        given, made = (math.prod(shape) * FLOAT_BYTES for shape in (self.given, self.made))
+        return slice(0, given), slice(given, given + made)
+
+    @property
+    def files(self) -> tuple[FileIdentity, ...]:
+        return self.vae
+
+    @property
+    def transformer(self) -> tuple[FileIdentity, ...]:
+        return ()
+
+    @property
+    def shared(self) -> Hashable:
+        # Beside the models of samplers, with which it takes turns.
+        return ForwardsJob.KIND
+
+
+JOBS: tuple[type[GroupJob], ...] = (Job, ForwardsJob, VaeJob)
 """Every kind."""

@@ -30,6 +30,8 @@ class JobDir:
         """Text embeddings, where the job does not encode its prompt."""
         self.evaluations = self.path / "evaluations.json"
         """`memory`, `answers`: where evaluations are asked for, and the bell of who waits for their answers."""
+        self.pictures = self.path / "pictures.json"
+        """`memory`: where a VAE's latents and frames lie."""
         self.owner = self.path / "owner.lock"
         """Locked by the process that will remove the folder, for as long as that lives."""
         self.progress = self.path / "progress.json"

@@ -48,8 +48,7 @@ class GroupEvaluators:
 
     def serve(self, job: ForwardsJob, evaluator: GroupEvaluator) -> ServedJob:
         """Starts the job, once another sampling's has ended."""
-        if self._at_work is not None:
-            self._at_work.rest()
+        self.rest()
         self._at_work = evaluator
 
         def run(write: Callable[[Path], None], cancelled: Callable[[], bool]) -> Result:
@@ -59,6 +58,11 @@ class GroupEvaluators:
             )  # fmt: skip
 
         return ServedJob(run)
+
+    def rest(self) -> None:
+        """The sampling that is at work, if one is, has other processes from its next evaluation on, or these again."""
+        if self._at_work is not None:
+            self._at_work.rest()
 
     def rests(self, evaluator: GroupEvaluator) -> None:
         """Its job has ended."""

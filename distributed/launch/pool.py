@@ -8,17 +8,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..group.worker_group import WorkerGroup
 from ..hosts.hosts_group import HostsGroup
 from ..job.errors import JobCancelled
-from ..job.job import FileIdentity, GroupJob, Job, Parallel
+from ..job.job import FileIdentity, GroupJob, J, Job, Parallel
 from ..job.job_folder import JobDir
 from ..machine.gpu_locks import GpuLocks, wait_for_gpus
 from ..machine.gpus import Gpu, list_gpus
 from ..machine.host_memory import available_bytes
 from ..machine.processes import Process
+from .group_kind import GroupKind
 from .stopping import stopped_ranks
 
 POLL = 0.1
@@ -30,11 +30,11 @@ class _Member:
 
     group: WorkerGroup
     locks: GpuLocks
-    kind: Any
+    kind: GroupKind
     parallel: Parallel
     """Of its last job."""
     transformer: tuple[FileIdentity, ...]
-    """Of its last job."""
+    """Of its last job that had one; of a VAE until then."""
     idle: bool = False
     released: bool = False
     """To end with its job."""
@@ -55,7 +55,7 @@ class GroupView:
 
     id: str
     transformer: tuple[FileIdentity, ...]
-    """The model's files, or of one of its experts: of its last job."""
+    """The model's files, or of one of its experts: of its last job that had one. A VAE's until then."""
     parallel: Parallel
     idle: bool
     """It waits for a job."""
@@ -67,18 +67,6 @@ class GroupView:
     """Of its last job; gone once that is done."""
     ranks: tuple[Process, ...]
     """Empty during its first job."""
-
-
-OF_ONE_JOB = frozenset({"start_timeout", "stall_timeout", "keep_warm_seconds", "more_follow", "cfg_parallel"})
-"""Fields of `Parallel` that may differ from job to job of a group; which ranks work on which prompt is one of them, as
-the weights lie the same either way."""
-
-
-def _kind(job: GroupJob) -> tuple[Any, ...]:
-    """Jobs of equal kinds can use each other's processes: same work, same GPUs, same layout of the weights."""
-    fields = [field.name for field in dataclasses.fields(job.parallel) if field.name not in OF_ONE_JOB]
-    layout = tuple(getattr(job.parallel, name) for name in fields)
-    return layout, job.KIND, job.shared
 
 
 class Pool:
@@ -102,12 +90,13 @@ class Pool:
         """
         before: dict[str, int] = {}
         host_bytes = self.host_bytes()
-        self._wait_for_stopping(_kind(job), cancelled, on_wait)
+        kind = GroupKind.of(job)
+        self._wait_for_stopping(kind, cancelled, on_wait)
         with self._lock:
             for member in self._resting():
-                if member.idle and member.kind == _kind(job) and member.group.usable:
-                    member.idle = False
-                    member.parallel, member.transformer = job.parallel, job.transformer
+                if member.idle and member.kind.serves(kind) and member.group.usable:
+                    member.idle, member.kind = False, member.kind.after(kind)
+                    member.parallel, member.transformer = job.parallel, job.transformer or member.transformer
                     if member.timer is not None:
                         member.timer.cancel()
                     return member.group
@@ -130,10 +119,23 @@ class Pool:
             locks.release()
             raise
         with self._lock:
+            known_by = job.transformer or job.files
             self._members.append(
-                _Member(group, locks, _kind(job), job.parallel, job.transformer, free_bytes=free, host_bytes=host_bytes)
+                _Member(group, locks, kind, job.parallel, known_by, free_bytes=free, host_bytes=host_bytes)
             )
         return group
+
+    def moved(self, job: J) -> J | None:
+        """The job on the GPUs of the group without a job that could do it there, the last one; None: there is none."""
+        with self._lock:
+            for member in reversed(self._resting()):
+                there = dataclasses.replace(
+                    job.parallel, gpu_count=member.parallel.gpu_count, gpu_ids=member.parallel.gpu_ids
+                )
+                moved = dataclasses.replace(job, parallel=there)
+                if member.kind.serves(GroupKind.of(moved)):
+                    return moved
+        return None
 
     def give_back(self, group: WorkerGroup, job: GroupJob) -> None:
         """After a good job: the group waits for the next one as long as the job says, or ends."""
@@ -177,10 +179,12 @@ class Pool:
                     self.give_back(member.group, job)
         folder.remove()
 
-    def _wait_for_stopping(self, kind: Any, cancelled: Callable[[], bool], on_wait: Callable[[str], None]) -> None:
-        """Until no group of this kind is about to stop. Raises JobCancelled."""
+    def _wait_for_stopping(
+        self, kind: GroupKind, cancelled: Callable[[], bool], on_wait: Callable[[str], None]
+    ) -> None:
+        """Until no group that could do such a job is about to stop. Raises JobCancelled."""
         with self._lock:
-            threads = [member.stopping for member in self._members if member.stopping and member.kind == kind]
+            threads = [each.stopping for each in self._members if each.stopping and each.kind.serves(kind)]
         if threads:
             on_wait("waiting for the end of the step that was cancelled")
         for thread in threads:

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     try:
         read = source.read_job()
         if not isinstance(read, Job):
-            raise JobError(f"the job in {source.path} served a sampler of ComfyUI's: queue that workflow again")
+            raise JobError(f"the job in {source.path} served a node of ComfyUI's: queue that workflow again")
         job = dataclasses.replace(read, id=new_job_id())
         if options.hostfile is not None:
             job = _over(job, options.hostfile.resolve())

@@ -55,9 +55,9 @@ def seconds_to_stop(job: GroupJob, ranks: Mapping[int, Seen], seconds_per_step: 
     parallel = job.parallel
     if parallel.keep_warm_seconds == 0 or parallel.more_follow or (seconds_per_step or 0) > MOST_SECONDS_PER_STEP:
         return None
-    # What is loaded in part, or decoded, has no place at which it could stop.
-    sampling = [seen.phase == "denoise" and not (seen.stopped or seen.gone) for seen in ranks.values()]
-    return SECONDS + (seconds_per_step or 0) if len(sampling) == parallel.gpu_count and all(sampling) else None
+    # What is loaded in part, or decoded in the end, has no place at which it could stop.
+    working = [seen.phase in job.STOPS_IN and not (seen.stopped or seen.gone) for seen in ranks.values()]
+    return SECONDS + (seconds_per_step or 0) if len(working) == parallel.gpu_count and all(working) else None
 
 
 def stopped_ranks(group: WorkerGroup, job: GroupJob, folder: JobDir, seconds: float) -> list[Process] | None:

@@ -50,20 +50,21 @@ class RankVae:
         """Pixels per row and column of what `decode` makes for one of the video."""
         self._group, self._ops = group, ops
 
-    def decode(self, latents: Tensor) -> Iterator[Tensor | None]:
+    def decode(self, latents: Tensor, *, clamp: bool = True) -> Iterator[Tensor | None]:
         """Decodes part by part, as `wan.vae.autoencoder.decode_frames` does. Every rank must run through all parts.
 
         Args:
             latents: the whole [1, z_dim, T, h, w], normalised.
+            clamp: as for `decode_frames`.
         Yields:
             On rank 0 whole frames [3, n, H, W] in [-1, 1]. On the others None, or nothing if the picture is not split.
         """
         rows = self._rows(latents.shape[-2])
         if rows is None:
             if self._group is None or dist.get_rank(self._group) == 0:
-                yield from decode_frames(self._vae, latents, ops=self._ops)
+                yield from decode_frames(self._vae, latents, ops=self._ops, clamp=clamp)
             return
-        for frames in decode_frames(self._vae, rows.split(latents), rows=rows, ops=self._ops):
+        for frames in decode_frames(self._vae, rows.split(latents), rows=rows, ops=self._ops, clamp=clamp):
             yield rows.gather_to_first(frames)
 
     def encode(self, video: Tensor) -> Tensor:
@@ -76,6 +77,10 @@ class RankVae:
         if rows is None:
             return encode(self._vae, video, ops=self._ops)
         return rows.gather(encode(self._vae, rows.split(video), rows=rows, ops=self._ops))
+
+    def splits(self, num_rows: int) -> bool:
+        """Whether so many latent rows are spread over the ranks; else the first one decodes alone, and each encodes."""
+        return self._group is None or num_rows >= dist.get_world_size(self._group)
 
     def _rows(self, num_rows: int) -> ImageShard | None:
         """This rank's share of `num_rows` latent rows, or None if the picture stays whole."""

@@ -222,13 +222,32 @@ def peer_bytes(work: Workload, parallel: Parallel) -> int:
 
 
 def vae_decode_bytes(work: Workload, parallel: Parallel) -> int:
-    """Bytes of the VAE and of one chunk of frames in it; rows are split over the ranks that there are rows for."""
-    width = 2 if parallel.mixed_precision == "bf16" else 4
-    rows = work.height // work.latents.stride
+    """Bytes of the VAE and of one chunk of frames in it."""
+    working = picture_bytes(work.latents, work.width, work.height, work.vae_upscale, parallel)
+    return work.vae_bytes * vae_width(parallel) // 2 + working
+
+
+def vae_width(parallel: Parallel) -> int:
+    """Bytes of a number in the VAE."""
+    return 2 if parallel.mixed_precision == "bf16" else 4
+
+
+def rank_pixels(latents: LatentSpace, width: int, height: int, parallel: Parallel) -> int:
+    """Of a frame on each rank: rows are split over the ranks if there are rows for all."""
+    rows = height // latents.stride
     split = parallel.gpu_count if rows >= parallel.gpu_count else 1
-    more = (work.vae_upscale**2 - 1) * DECODED_FRAMES * FRAME_BYTES * work.width * work.height
-    pixels = work.width * math.ceil(rows / split) * work.latents.stride
-    return (work.vae_bytes + pixels * VAE_PIXEL_BYTES + more) * width // 2
+    return width * math.ceil(rows / split) * latents.stride
+
+
+def picture_bytes(latents: LatentSpace, width: int, height: int, upscale: int, parallel: Parallel) -> int:
+    """Bytes of one chunk of frames in the VAE.
+
+    Args:
+        upscale: pixels per row and column that are made for one of the video.
+    """
+    more = (upscale**2 - 1) * DECODED_FRAMES * FRAME_BYTES * width * height
+    pixels = rank_pixels(latents, width, height, parallel)
+    return (pixels * VAE_PIXEL_BYTES + more) * vae_width(parallel) // 2
 
 
 def process_bytes(parallel: Parallel, *changing: int) -> int:

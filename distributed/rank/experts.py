@@ -156,7 +156,7 @@ class ExpertCache:
             ranks: that share the host's memory.
         """
         for name in [name for name in self._made_of if name != but and self.is_on_device(name)]:
-            if not parks and self._everywhere(free_bytes(self._device, ranks) >= needed):
+            if not parks and self.has_room(needed, ranks):
                 return
             waits = parks or self._device.type == "cuda"
             room = free_host_bytes(ranks) * HOST_SHARE >= self.weights[name].resident_bytes
@@ -166,6 +166,10 @@ class ExpertCache:
             else:
                 log.info("let go, for there is no room: %s", name)
                 self._drop(name)
+
+    def has_room(self, needed: int, ranks: int) -> bool:
+        """Whether so many bytes are free on every rank's device. Collective."""
+        return self._everywhere(free_bytes(self._device, ranks) >= needed)
 
     def _everywhere(self, mine: bool) -> bool:
         """Whether it is so on every rank."""

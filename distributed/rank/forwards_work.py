@@ -96,9 +96,7 @@ class ForwardsWork(Work[ForwardsJob]):
         )  # fmt: skip
 
     def make_room(self, needed: int) -> None:
-        self.session.experts.make_room(
-            needed, but=self.name, parks=self.job.parallel.parks_experts, ranks=self.session.world
-        )
+        self.session.make_room(needed, but=self.name, parks=self.job.parallel.parks_experts)
 
     def next_request(self, bell: Bell) -> Request:
         """Waits for it, giving signs of life. Raises Stopped if the job is cancelled, on all ranks."""

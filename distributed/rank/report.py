@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ...wan.model.int8_products import int8_products_there
-from ..job.job import VERSION, ForwardsJob, GroupJob, Job, LoraFile, Parallel
+from ..job.job import VERSION, ForwardsJob, GroupJob, Job, LoraFile, Parallel, VaeJob
 from ..parallel.opened_memory import way_of
 from ..parallel.parallelize import chosen_engine
 from .session import Session
@@ -115,7 +115,7 @@ def settings_of(job: GroupJob, session: Session) -> dict[str, str | int | float 
     """What was in effect, for the status."""
     parallel, device = job.parallel, session.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    vae = f", VAE {str(session.vae_dtype(job)).removeprefix('torch.')}" if isinstance(job, Job) else ""
+    vae = f", VAE {str(session.vae_dtype(job)).removeprefix('torch.')}" if isinstance(job, Job | VaeJob) else ""
     sparse = ""
     if session.sparse is not None and isinstance(job, Job):
         steps = len(job.sampling.step_range)

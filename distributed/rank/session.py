@@ -20,7 +20,7 @@ from ...wan.vae.autoencoder import load_vae
 from ...wan.vae.preview import PreviewMap, preview_of_vae
 from ..group.group_folder import GroupDir
 from ..hosts.hostfile import HostsDir
-from ..job.job import GroupJob, Job, JobError
+from ..job.job import FileIdentity, GroupJob, Job, JobError, VaeJob
 from ..job.job_folder import JobDir
 from ..job.needs import check_needs
 from ..libraries.library_imports import import_diffusers
@@ -63,6 +63,7 @@ class Session:
     _meshes: dict[int, Mesh] = field(default_factory=dict)
     """By `cfg_size`."""
     _vae: RankVae | None = None
+    _vae_files: tuple[FileIdentity, ...] = ()
     _preview_map: PreviewMap | None = None
 
     def __post_init__(self) -> None:
@@ -181,21 +182,33 @@ class Session:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def vae(self, job: Job) -> RankVae:
+    def holds_vae(self, job: Job | VaeJob) -> bool:
+        """Whether the job's is loaded."""
+        return self._vae is not None and self._vae_files == job.vae
+
+    def vae(self, job: Job | VaeJob) -> RankVae:
         """The VAE, loaded on first use and split over the ranks."""
-        if self._vae is None:
+        if self._vae is None or not self.holds_vae(job):
             import_diffusers()
-            files = [file.path for file in job.model.vae]
+            self._vae = None
             dtype = self.vae_dtype(job)
-            self._vae = RankVae(files, dtype=dtype, device=self.device, group=self.group, ops=self.vae_ops)
+            paths = [file.path for file in job.vae]
+            self._vae = RankVae(paths, dtype=dtype, device=self.device, group=self.group, ops=self.vae_ops)
+            self._vae_files = job.vae
         return self._vae
+
+    def make_room(self, needed: int, *, but: str, parks: bool) -> None:
+        """As `ExpertCache.make_room`. A VAE, which is read soon, goes before the models. Collective."""
+        if self._vae is not None and not self.experts.has_room(needed, self.world):
+            self._vae = None
+        self.experts.make_room(needed, but=but, parks=parks, ranks=self.world)
 
     def preview_map(self, job: Job) -> PreviewMap:
         """How latents look, fitted on first use. Not collective: for the rank that shows them."""
         if self._preview_map is None:
             import_diffusers()
             # A VAE of its own, dropped at once: the calls of the split one are collective, and it would stay.
-            files = [file.path for file in job.model.vae]
+            files = [file.path for file in job.vae]
             self._preview_map = preview_of_vae(load_vae(files, dtype=self.vae_dtype(job), device=self.device))
         return self._preview_map
 

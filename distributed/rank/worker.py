@@ -7,11 +7,12 @@ import logging
 import torch
 
 from ..group.group_folder import GroupDir
-from ..job.job import ForwardsJob, GroupJob, Job
+from ..job.job import ForwardsJob, GroupJob, Job, VaeJob
 from ..job.job_folder import JobDir
 from .forwards_work import ForwardsWork
 from .session import Session, Stopped
 from .signs import RankFiles
+from .vae_work import VaeWork
 from .video_work import VideoWork
 from .work import Work
 
@@ -22,6 +23,8 @@ def work_of(job: GroupJob, group: GroupDir, folder: JobDir, files: RankFiles, se
     """What this rank does for a job of this kind."""
     if isinstance(job, Job):
         return VideoWork(job, group, folder, files, session)
+    if isinstance(job, VaeJob):
+        return VaeWork(job, group, folder, files, session)
     assert isinstance(job, ForwardsJob), type(job)
     return ForwardsWork(job, group, folder, files, session)
 

@@ -18,6 +18,15 @@ BETWEEN_SAMPLERS = 60
 """Seconds that the processes stay without a config: for the next sampler of the same workflow."""
 
 
+def config_or_default(config: Any) -> DistributedConfig:
+    """Of a node whose config may be left out. Raises ValueError if it is something else."""
+    if config is None:
+        return dataclasses.replace(DistributedConfig(), keep_warm_seconds=BETWEEN_SAMPLERS)
+    if not isinstance(config, DistributedConfig):
+        raise ValueError(f"config is {kind_of(config)}; connect Wan Video Distributed Config to it")
+    return config
+
+
 class LoadDiffusionModelDistributed:
     DESCRIPTION = (
         "Loads a Wan transformer as Load Diffusion Model does, for KSampler and every other sampler and node of "
@@ -75,10 +84,7 @@ class LoadDiffusionModelDistributed:
     ) -> tuple[Any]:
         from ...wan.checkpoint.checkpoint import Checkpoint
 
-        if config is None:
-            config = dataclasses.replace(DistributedConfig(), keep_warm_seconds=BETWEEN_SAMPLERS)
-        elif not isinstance(config, DistributedConfig):
-            raise ValueError(f"config is {kind_of(config)}; connect Wan Video Distributed Config to it")
+        config = config_or_default(config)
         files = catalogue.identities(catalogue.expert_files(unet_name))
         checkpoint = Checkpoint([file.path for file in files])
         forwards = SamplingJobs(files, lora_files(lora, "lora"), config, checkpoint.config.variant, warm.evaluators())

@@ -2,7 +2,7 @@
 
 ComfyUI detects the model from its tensors' shapes, and does all that it does with one of its own: noise schedules,
 latent formats, conditioning, guidance, patches, wrappers, samplers. Only the transformer itself has no weights here,
-and what it would compute is asked of a `Transformer`. Beside host.py the only file that imports ComfyUI.
+and what it would compute is asked of a `Transformer`. Beside host.py and core_vae.py no file imports ComfyUI.
 """
 
 from __future__ import annotations
@@ -158,13 +158,13 @@ def model_without_weights(shapes: Mapping[str, tuple[int, ...]], transformer: Tr
     # Inside of ComfyUI's own `forward`, which runs the wrappers of other nodes around it.
     inner._forward = forward
     cpu = torch.device("cpu")
-    patcher = _patcher_class()(model, load_device=cpu, offload_device=cpu)
+    patcher = patcher_class()(model, load_device=cpu, offload_device=cpu)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, around)
     return patcher
 
 
 @functools.cache
-def _patcher_class() -> type[Any]:
+def patcher_class() -> type[Any]:
     """Made when ComfyUI is there: its ModelPatcher for a model without weights."""
     from comfy.model_patcher import ModelPatcher
     from comfy.patcher_extension import CallbacksMP

@@ -1,4 +1,4 @@
-"""The seam to ComfyUI: everything that this pack asks of its host, but for its models (core_model.py).
+"""The seam to ComfyUI: everything that this pack asks of its host, but for its models (core_model.py, core_vae.py).
 
 ComfyUI is imported inside the functions, so that the pack can be imported and tested without it.
 """

@@ -7,10 +7,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from ...distributed.job.evaluator import EvaluatorSource
+from ...distributed.job.job import VaeJob
 from ...distributed.job.progress import Progress
 from ...distributed.launch.group_evaluator import GroupEvaluators
 from ...distributed.launch.pool import Pool
+from ...distributed.launch.vae_calls import VaeCalls
 from . import groups, host
 
 
@@ -33,8 +34,35 @@ class Waits:
         self._said = message
 
 
+class Frames:
+    """Shows on ComfyUI's bar of the node that runs how far a VAE is, and logs what it waits for."""
+
+    def __init__(self) -> None:
+        self._waits = Waits()
+
+    def __call__(self, progress: Progress) -> None:
+        self._waits(progress)
+        # A cancelled job ends in its own way; the bar would raise.
+        if progress.phase in VaeJob.STOPS_IN and progress.total and not host.interrupted():
+            host.progress_bar(progress.total, None).update_absolute(progress.step)
+
+
 @functools.cache
-def evaluators() -> EvaluatorSource:
+def vae_calls() -> VaeCalls:
+    """Of ComfyUI's VAE nodes, on groups of the pool."""
+    return VaeCalls(
+        pool(),
+        evaluators().rest,
+        parent=host.jobs_folder(),
+        failed=host.failed_folder(),
+        on_progress=Frames(),
+        on_log_line=host.log,
+        cancelled=host.interrupted,
+    )
+
+
+@functools.cache
+def evaluators() -> GroupEvaluators:
     """Of samplers of ComfyUI's, on groups of the pool."""
     return GroupEvaluators(
         pool(),

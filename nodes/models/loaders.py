@@ -55,7 +55,7 @@ class LoadWanVideoModel:
                 "vae": (
                     vaes,
                     {
-                        **_default_vae(vaes),
+                        **default_vae(vaes),
                         "tooltip": "The Wan2.1 VAE for A14B models, such as wan_2.1_vae.safetensors in models/vae; "
                         "the Wan2.2 VAE (wan2.2_vae.safetensors) for TI2V-5B.",
                     },
@@ -129,7 +129,7 @@ def _files(high_noise: str, low_noise: str, vae: str, text_encoder: str, **loras
     )
 
 
-def _default_vae(names: list[str]) -> dict[str, str]:
+def default_vae(names: list[str]) -> dict[str, str]:
     """The Wan2.1 VAE as the default, where there is one: most models use it."""
     fitting = [name for name in names if "wan" in name.lower() and ("2.1" in name or "2_1" in name)]
     return {"default": fitting[0]} if fitting else {}

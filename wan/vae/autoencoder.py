@@ -50,7 +50,7 @@ def load_vae(
 
 @torch.no_grad()
 def decode_frames(
-    vae: AutoencoderKLWan, latents: Tensor, *, rows: ImageRows | None = None, ops: str = "plain"
+    vae: AutoencoderKLWan, latents: Tensor, *, rows: ImageRows | None = None, ops: str = "plain", clamp: bool = True
 ) -> Iterator[Tensor]:
     """Decodes some frames after the other, so that the whole video is never held.
 
@@ -58,6 +58,7 @@ def decode_frames(
         latents: [1, z_dim, T, h, w], normalised (as the diffusion model leaves them).
         rows: where h are not all rows of the picture.
         ops: a name in `vae_ops.VAE_OPS`.
+        clamp: off: what the VAE makes beyond [-1, 1] is left as it is.
     Yields:
         Frames [3, n, H, W] in [-1, 1], in the VAE's dtype and on its device; n varies. All of them together equal
         `vae.decode`.
@@ -72,7 +73,7 @@ def decode_frames(
             frames = unpatchify(frames, patch_size=vae.config["patch_size"])
         elif (scale := upscale(vae)) > 1:
             frames = F.pixel_shuffle(frames.transpose(1, 2), scale).transpose(1, 2)
-        yield frames[0].clamp_(-1.0, 1.0)
+        yield frames[0].clamp_(-1.0, 1.0) if clamp else frames[0]
 
 
 @torch.no_grad()

@@ -175,7 +175,7 @@ def test_such_a_job_cannot_be_run_again_by_itself(
     folder = JobDir.create(tmp_path)
     folder.write_job(models["T2V"].job())
     assert standalone.main([str(folder.path)]) == 1
-    assert "served a sampler of ComfyUI's: queue that workflow again" in capsys.readouterr().err
+    assert "served a node of ComfyUI's: queue that workflow again" in capsys.readouterr().err
     folder.remove()
 
 

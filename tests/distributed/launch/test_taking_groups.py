@@ -9,14 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from jobs import stub_job
-from wan_pack.distributed.job.job import FileIdentity, Parallel
+from jobs import FILE, stub_job
+from wan_pack.distributed.job.job import FileIdentity, ForwardsJob, GroupJob, Parallel, VaeJob
+from wan_pack.distributed.launch import group_kind
 from wan_pack.distributed.launch import pool as module
+from wan_pack.distributed.launch.launcher import new_job_id
 from wan_pack.distributed.launch.pool import Pool
 from wan_pack.distributed.machine.gpu_locks import holder, wait_for_gpus
 from wan_pack.distributed.machine.gpus import Gpu
 
 numbers = itertools.count()
+VAE = FileIdentity(path="/models/vae.safetensors", size=1, mtime_ns=1)
 
 
 class Group:
@@ -84,7 +87,7 @@ def test_a_group_that_cannot_start_leaves_its_gpus_to_others(
 def test_what_may_differ_from_job_to_job_changes_no_processes(groups: Any):
     of_one_job = {"start_timeout": 99.0, "stall_timeout": 98.0, "keep_warm_seconds": 97.0, "more_follow": True,
                   "cfg_parallel": True}  # fmt: skip
-    assert set(of_one_job) == module.OF_ONE_JOB
+    assert set(of_one_job) == group_kind.OF_ONE_JOB
     group = groups.give_back(groups.take())
     for name, value in of_one_job.items():
         assert groups.give_back(groups.take(**{name: value})) is group, name
@@ -92,6 +95,54 @@ def test_what_may_differ_from_job_to_job_changes_no_processes(groups: Any):
         other = groups.take(**{name: value})
         assert other is not group and group.ended and group.removed, name
         group = groups.give_back(other)
+
+
+def forwards(**settings: Any) -> ForwardsJob:
+    return ForwardsJob(id=new_job_id(), model=(FILE,), parallel=stub_job(**settings).parallel)
+
+
+def vae(**settings: Any) -> VaeJob:
+    parallel = group_kind.without_weights(stub_job(keep_warm_seconds=600.0, **settings).parallel)
+    shapes: dict[str, Any] = {"given": (1, 16, 1, 2, 2), "made": (1, 3, 1, 16, 16)}
+    return VaeJob(id=new_job_id(), vae=(VAE,), encode=False, parallel=parallel, **shapes)
+
+
+def test_a_vae_has_the_processes_of_a_model_however_that_lies_and_the_model_has_the_vaes(groups: Any, tmp_path: Path):
+    """And both are known by the model, as soon as there is one."""
+    pool, how = groups.pool, {"cancelled": lambda: True, "on_wait": lambda text: None}
+
+    def taken(job: GroupJob) -> Group:
+        group = pool.take(job, tmp_path, **how)
+        pool.give_back(group, job)
+        return group
+
+    first = taken(vae())
+    (view,) = pool.view()
+    assert view.transformer == (VAE,)
+    sharded = forwards(keep_warm_seconds=600.0, use_fsdp=True)
+    assert taken(sharded) is first and taken(vae()) is first and taken(sharded) is first
+    (view,) = pool.view()
+    assert view.transformer == (FILE,)
+    assert taken(forwards(keep_warm_seconds=600.0)) is not first and first.ended
+    for name, value in (("mixed_precision", "fp32"), ("attention", "flash"), ("kernels", "plain")):
+        before = taken(vae())
+        assert taken(vae(**{name: value})) is not before and before.ended, name
+    before = taken(vae())
+    assert taken(stub_job(keep_warm_seconds=600.0)) is not before, "a video has its own"
+
+
+def test_a_job_moves_to_the_gpus_of_processes_that_could_do_it(groups: Any, tmp_path: Path):
+    pool, how = groups.pool, {"cancelled": lambda: True, "on_wait": lambda text: None}
+    assert pool.moved(vae(gpu_count=1)) is None
+    job = forwards(keep_warm_seconds=600.0, use_fsdp=True, gpu_count=3)
+    group = pool.take(job, tmp_path, **how)
+    assert pool.moved(vae(gpu_count=1)) is None, "it is at work"
+    pool.give_back(group, job)
+    moved = pool.moved(vae(gpu_count=1))
+    assert moved is not None and moved.parallel.gpu_count == 3
+    assert pool.take(moved, tmp_path, **how) is group
+    pool.give_back(group, moved)
+    assert pool.moved(vae(gpu_count=1, mixed_precision="fp32")) is None
 
 
 def test_other_loras_take_the_same_processes_another_model_does_not(groups: Any, tmp_path: Path):

@@ -83,6 +83,8 @@ def valid(node: Node, kind: str) -> dict[str, Any]:
         return {"high_noise": NAMES.high_noise, "low_noise": NAMES.low_noise, "vae": NAMES.vae}
     if kind == "LoadDiffusionModelDistributed":
         return {"unet_name": NAMES.high_noise}
+    if kind == "LoadVAEDistributed":
+        return {"vae_name": NAMES.vae}
     if kind == "WanVideoDistributedLora":
         return {"lora": "fox.safetensors", "strength": 1.0}
     if kind == "WanVideoTextEncode":
