@@ -79,7 +79,7 @@ def shifted(core: Modules, model: Any) -> Any:
 GRAPHS: dict[str, Graph] = {
     **{
         name: lambda core, model, name=name: core["sampled"](model, name)
-        for name in ("euler", "uni_pc", "dpmpp_2m", "res_multistep", "dpmpp_sde")
+        for name in ("euler", "uni_pc", "dpmpp_2m", "res_multistep", "dpmpp_sde", "euler_ancestral", "lcm")
     },
     "two stages": in_two_stages,
     "SamplerCustomAdvanced": custom,
