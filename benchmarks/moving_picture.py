@@ -9,7 +9,7 @@ from typing import Any
 import imageio_ffmpeg
 import torch
 import torch.nn.functional as F
-from wan_pack.wan.vae.yuv import frames_to_yuv
+from wan_pack.wan.video.yuv import frames_to_yuv
 
 
 def moving_picture(frames: int, height: int, width: int, device: Any) -> Any:

@@ -17,8 +17,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from wan_pack.distributed.parallel.image_rows import ImageShard
-from wan_pack.wan.vae import video
 from wan_pack.wan.vae.latents import denormalise, normalise
+from wan_pack.wan.video import video
+from wan_pack.wan.video.video_formats import CRF
 
 
 def decode(vae: Any, latents: Tensor, rows: ImageShard | None) -> Iterator[Tensor | None]:
@@ -39,14 +40,8 @@ def encode(vae: Any, frames: Tensor, rows: ImageShard | None) -> Tensor:
         return rows.gather(encode(vae, rows.split(frames), None))
 
 
-def frames_to_bytes(frames: Tensor) -> Tensor:
-    """Frames [3, n, H, W] in [-1, 1] -> [n, H, W, 3] uint8."""
-    levels = (frames.float().clamp(-1.0, 1.0) + 1.0).mul_(127.5).round_()
-    return levels.to(torch.uint8).permute(1, 2, 3, 0).contiguous()
-
-
 class Writer(video.VideoWriter):
-    """Takes frames as bytes of RGB, which ffmpeg converts; `video.frames_to_yuv` must be `frames_to_bytes`."""
+    """Takes frames as bytes of RGB, which ffmpeg converts; `video.PIXELS` must have `frames_to_rgb`."""
 
     def _command(self) -> list[str]:
         import imageio_ffmpeg
@@ -57,7 +52,7 @@ class Writer(video.VideoWriter):
         command += ["-r", str(rate), "-i", "-", "-an"]
         tags = "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
         command += ["-vf", f"scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,{tags}"]
-        command += ["-c:v", "libx264", "-crf", str(video.CRF), "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
+        command += ["-c:v", "libx264", "-crf", str(CRF), "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
         return [*command, "-f", "mp4", str(self._part.absolute())]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -19,9 +21,11 @@ from moving_picture import moving_picture, quality
 from torch.profiler import ProfilerActivity, profile
 from wan_pack.distributed.parallel.image_rows import ImageShard
 from wan_pack.distributed.parallel.split_vae import RankVae
-from wan_pack.wan.vae import video
 from wan_pack.wan.vae.autoencoder import load_vae
 from wan_pack.wan.vae.vae_ops import PLAIN, VAE_OPS, Sum
+from wan_pack.wan.video import video
+from wan_pack.wan.video.video_formats import CRF, FORMATS, H264
+from wan_pack.wan.video.yuv import frames_to_rgb
 
 FPS = 16
 CHECKED_FRAMES = 17
@@ -203,8 +207,11 @@ class VaeRank:
         path = self.folder / "x.mp4"
         ends = []
         old = preset is None
-        before = mock.patch.multiple(video, frames_to_yuv=vae_before.frames_to_bytes)
-        after = mock.patch.multiple(video, PRESET=(preset or "m")[0], CRF=preset[1] if preset else 16)
+        before = mock.patch.dict(video.PIXELS, yuv420p=frames_to_rgb)
+        h264 = FORMATS[H264]
+        speed, crf = preset or ("medium", CRF)
+        encoder = tuple(speed if word == "medium" else word for word in h264.encoder)
+        settings = {"video_format": dataclasses.replace(h264, encoder=encoder), "crf": crf}
         for _ in range(2):
             self.barrier()
             if self.rank >= gpus:
@@ -216,8 +223,9 @@ class VaeRank:
                     pass
                 continue
             start, done = time.perf_counter(), 0
-            writer = (vae_before.Writer if old else video.VideoWriter)(path, width=size[0], height=size[1], fps=FPS)
-            with before if old else after, writer:
+            make = vae_before.Writer if old else video.VideoWriter
+            writer = make(path, width=size[0], height=size[1], fps=FPS, **settings)
+            with before if old else contextlib.nullcontext(), writer:
                 for part in parts:
                     writer.write(picture[:, done : done + part.shape[1]])
                     done += part.shape[1]

@@ -113,7 +113,7 @@ class Runner:
             "seconds_per_step": round(min(info["step_seconds"][1:] or info["step_seconds"]), 4),
             "phases": {name: round(seconds, 3) for name, seconds in info["phases"].items()},
             "load_gb_per_s": None if warm or not spans.get("load") else round(bytes_read / spans["load"] / 1e9, 2),
-            "mp4_mb": round(result.folder.video.stat().st_size / 1e6, 2) if job.decode else None,
+            "mp4_mb": round(result.folder.video(".mp4").stat().st_size / 1e6, 2) if job.decode else None,
             "peak_gpu_gib": [round(n / 2**30, 2) for n in info["peak_gpu_bytes"]],
             "peak_host_gib": [round(n / 2**30, 2) for n in info["peak_rss_bytes"]],
             "settings": info["settings"], "python": platform.python_version(),

@@ -13,6 +13,7 @@ from ..distributed.job.job import ModelFiles
 from .host import host
 from .host.declared import as_declared, kind_of
 from .host.node_report import NodeReport
+from .host.own_folder import pack_folder
 
 
 class WanVideoDistributedDoctor:
@@ -68,7 +69,7 @@ class WanVideoDistributedDoctor:
                 model=[file.path for file in model.transformer] if model is not None else [],
                 output=output,
                 temp=temp,
-                folder=host.pack_folder(),
+                folder=pack_folder(),
                 cancelled=host.interrupted,
                 environment=environment,
             )

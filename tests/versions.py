@@ -52,7 +52,7 @@ def job() -> str:
         write_comfyui_files(Path(folder, "models"))
         wanted = tiny_job(Path(folder, "models"), text="a yellow star", solver="unipc", use_fsdp=True)
         result = run_tiny(wanted, Path(folder))
-        video = result.folder.video.read_bytes()
+        video = result.folder.video(".mp4").read_bytes()
         frames = result.info["video"]["frames"]
         result.remove()
     return "" if frames == wanted.sampling.num_frames and video[4:8] == b"ftyp" else f"{frames} frames"

@@ -24,7 +24,7 @@ from ...wan.text.text_encoder import DEFAULT_NEGATIVE_PROMPT, load_text_encoder
 from ...wan.transformer.conditions import Conditions
 from ...wan.transformer.transformer import WanModel
 from ...wan.vae.autoencoder import decode_frames, encode, load_vae
-from ...wan.vae.video import VideoWriter
+from ...wan.video.video import VideoWriter
 from ..train.trained_files import NAMES, place
 from ..train.world import FRAMES, HEIGHT, WIDTH
 from .arithmetic import FULL, Arithmetic

@@ -37,7 +37,7 @@ def same_on_ranks(models: Path, prompt: str, *, steps: int, ranks: Sequence[int]
 def _clip(job: Job, folder: Path) -> Tensor:
     result = run_job(job, lambda path: None, parent=folder / "jobs", failed=folder / "failed")
     try:
-        return read_video(result.folder.video)
+        return read_video(result.folder.video(".mp4"))
     finally:
         result.remove()
 

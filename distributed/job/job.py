@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
 from ...wan.model.config import HIGH_NOISE, LOW_NOISE
+from ...wan.video.video_formats import FRAME_PIXEL_BYTES, VideoFormat
 from .errors import JobError, check, check_text
 from .model_files import FileIdentity, LoraFile, ModelFiles, check_files, check_loras
 from .parallel import Parallel
@@ -21,7 +22,7 @@ from .sampling import Sampling
 from .strict_json import build
 from .switches import MAX_GPUS
 
-VERSION = 4
+VERSION = 5
 __all__ = [
     "FFN_CHUNK",
     "MAX_GPUS",
@@ -108,9 +109,9 @@ class GroupJob(ABC):
         return False
 
     @property
-    def decodes(self) -> bool:
-        """It writes a video."""
-        return False
+    def file_format(self) -> VideoFormat | None:
+        """Of the video that it writes; None if it writes none."""
+        return None
 
     @property
     def made_bytes(self) -> int:
@@ -149,9 +150,12 @@ class Job(GroupJob):
     """Off: only the latents are kept, no video is made."""
     preview: bool = False
     """Show while it is sampled what the video is going to be."""
+    frames: bool = False
+    """Keep the decoded frames beside the video, as no codec has rounded them."""
 
     def __post_init__(self) -> None:
         GroupJob.__post_init__(self)
+        check(self.decode or not self.frames, "frames", self.frames, "False for a job that makes latents only")
         if self.text is not None:
             check(len(self.model.text_encoder) > 0, "model.text_encoder", (), "given when the job encodes a prompt")
 
@@ -176,13 +180,16 @@ class Job(GroupJob):
         return self.text is not None
 
     @property
-    def decodes(self) -> bool:
-        return self.decode
+    def file_format(self) -> VideoFormat | None:
+        return self.sampling.file_format if self.decode else None
 
     @property
     def made_bytes(self) -> int:
-        # Latents are 4 bytes x 16 channels per 8x8x4 pixels; a noisy mp4 stays under half a byte per pixel.
-        return self.sampling.width * self.sampling.height * self.sampling.num_frames * 3 // 4
+        sampling = self.sampling
+        # Latents are 4 bytes x 16 channels per 8x8x4 pixels.
+        each = 0.25 + (sampling.file_format.pixel_bytes(sampling.crf) if self.decode else 0)
+        each += FRAME_PIXEL_BYTES if self.frames else 0
+        return int(sampling.width * sampling.height * sampling.num_frames * each)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -45,7 +45,8 @@ class JobDir:
         """Written last: with it the job succeeded."""
         self.latents = self.path / "latents.safetensors"
         """`samples` [1, C, T, h, w], float32, un-normalised, as ComfyUI's LATENT."""
-        self.video = self.path / "video.mp4"
+        self.frames = self.path / "frames.int16"
+        """As wan/video/frames_file.py writes them."""
         self.logs = self.path / "logs"
         self.agent_log = self.logs / "agent.log"
         self.lock: IO[bytes] | None = None
@@ -70,6 +71,10 @@ class JobDir:
     def error(self, rank: int) -> Path:
         """The rank's own exception."""
         return self.path / f"rank{rank}.error.json"
+
+    def video(self, suffix: str) -> Path:
+        """The video, by its format's suffix."""
+        return self.path / f"video{suffix}"
 
     def log(self, rank: int) -> Path:
         return self.logs / f"rank{rank}.log"

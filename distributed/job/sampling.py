@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ...wan.model.latent_space import WAN21
 from ...wan.sampling.schedule import SOLVERS
+from ...wan.video.video_formats import CRF, FORMATS, H264, MAX_CRF, VideoFormat
 from .errors import check
 from .setting import check_settings, choice, number
 
@@ -44,6 +45,9 @@ class SamplingSettings:
     """Add the seed's noise to given latents; off for latents that still hold theirs."""
     reuse_threshold: float = number(0.0, 0.0, 3.0, step=0.01)
     """Of `wan.sampling.step_cache`; 0 asks the model at every step."""
+    crf: int = number(CRF, 0, MAX_CRF)
+    """Of a video file whose format takes one: lower is better, and larger."""
+    video_format: str = choice(H264, FORMATS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +78,11 @@ class Sampling(SamplingSettings):
                 f"strength is {self.strength:g} and the steps are {self.start_step} to {self.end_step or self.steps}; "
                 "use one or the other: strength 1, or start_step 0 and end_step 0"
             )
+
+    @property
+    def file_format(self) -> VideoFormat:
+        """Of the video's file."""
+        return FORMATS[self.video_format]
 
     @property
     def schedule_steps(self) -> int:

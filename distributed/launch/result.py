@@ -40,5 +40,8 @@ def _check_video(folder: JobDir, job: Job, info: dict[str, Any]) -> None:
     samples = read_header(folder.latents).tensors.get("samples")
     if samples is None or samples.dtype != "F32" or list(samples.shape) != info.get("latents", {}).get("shape"):
         raise JobError("latents.safetensors is not what result.json promises")
-    if job.decode and (not folder.video.is_file() or folder.video.stat().st_size == 0):
-        raise JobError("video.mp4 is missing or empty")
+    if job.file_format is None:
+        return
+    for path in (folder.video(job.file_format.suffix), *((folder.frames,) if job.frames else ())):
+        if not path.is_file() or path.stat().st_size == 0:
+            raise JobError(f"{path.name} is missing or empty")

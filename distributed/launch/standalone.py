@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ...wan.video.video_formats import FORMATS
 from ..hosts.hostfile import host_warnings, over_hosts, read_hostfile
 from ..job.errors import JobCancelled
 from ..job.job import Job, JobError
@@ -37,7 +38,8 @@ def main(arguments: list[str]) -> int:
         read = source.read_job()
         if not isinstance(read, Job):
             raise JobError(f"the job in {source.path} served a node of ComfyUI's: queue that workflow again")
-        job = dataclasses.replace(read, id=new_job_id())
+        # Its frames were for a node of ComfyUI's.
+        job = dataclasses.replace(read, id=new_job_id(), frames=False)
         if options.hostfile is not None:
             job = _over(job, options.hostfile.resolve())
             for warning in host_warnings(job.parallel):
@@ -91,17 +93,21 @@ def _show(progress: Progress) -> None:
 
 
 def _keep(result: Result, output: Path) -> None:
-    video = (result.folder.video,) if result.info["video"] else ()
+    video = (_video(result),) if result.info["video"] else ()
     for path in (*video, result.folder.latents, result.folder.result, result.folder.log(0)):
         draft = output / f".{path.name}.{os.getpid()}"
         shutil.copyfile(path, draft)
         os.replace(draft, output / path.name)
 
 
+def _video(result: Result) -> Path:
+    return result.folder.video(FORMATS[result.info["video"]["format"]].suffix)
+
+
 def _print_summary(result: Result, output: Path) -> None:
     info = result.info
     steps = info["step_seconds"]
-    made = result.folder.video if info["video"] else result.folder.latents
+    made = _video(result) if info["video"] else result.folder.latents
     print(f"\n{made.stem}: {output / made.name}")
     for name, seconds in info["phases"].items():
         print(f"{name:8} {seconds:8.2f} s")

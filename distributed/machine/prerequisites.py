@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ...wan.video.video_formats import FORMATS, H264, VideoFormat
 from ..job.errors import JobError
 from ..job.job import Parallel
 from ..job.needs import DEEPSPEED_COMMAND, check_needs, deepspeed_there
@@ -33,12 +34,12 @@ def require_platform() -> None:
         )
 
 
-def check_prerequisites(parallel: Parallel, *, decodes: bool) -> None:
+def check_prerequisites(parallel: Parallel, *, file_format: VideoFormat | None) -> None:
     """Raises JobError with what is missing and the command that installs it.
 
     Args:
         parallel: whose switches may need what this machine lacks.
-        decodes: whether the job writes a video.
+        file_format: of the video that the job writes, if it does.
     """
     require_platform()
     _refuse(torch_problem())
@@ -50,8 +51,8 @@ def check_prerequisites(parallel: Parallel, *, decodes: bool) -> None:
             check_switches(parallel)
         except ValueError as error:
             raise JobError(str(error)) from error
-    if decodes:
-        _refuse(ffmpeg_problem())
+    if file_format is not None:
+        _refuse(ffmpeg_problem(file_format))
 
 
 def _refuse(problem: str) -> None:
@@ -87,16 +88,16 @@ def torch_problem() -> str:
     return f"torch is {version}; it must be {'.'.join(map(str, MINIMUM_TORCH))} or newer"
 
 
-def ffmpeg_problem() -> str:
-    """Why no video can be written; empty if ffmpeg encodes one frame."""
-    remedy = "run pip install imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to an ffmpeg with libx264"
+def ffmpeg_problem(file_format: VideoFormat = FORMATS[H264]) -> str:
+    """Why no such video can be written; empty if ffmpeg encodes one frame."""
+    codec = file_format.codec
+    remedy = f"run pip install imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to an ffmpeg with {codec}"
     try:
         import imageio_ffmpeg
 
-        # As VideoWriter feeds it, into nothing.
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "yuv420p"]
-        command += ["-s", "16x16", "-r", "1", "-i", "-", "-c:v", "libx264", "-f", "null", "-"]
-        ended = ask_program(command, given=bytes(16 * 16 * 3 // 2), timeout=FFMPEG_TIMEOUT)
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+        command += ["-s", "64x64", "-r", "1", "-i", "-", *file_format.encoder, "-f", "null", "-"]
+        ended = ask_program(command, given=bytes(64 * 64 * 3), timeout=FFMPEG_TIMEOUT)
     # RuntimeError: imageio-ffmpeg found none.
     except (ImportError, RuntimeError, OSError) as error:
         return f"ffmpeg is missing: {error}; {remedy}, or turn decode_video off"
@@ -104,7 +105,7 @@ def ffmpeg_problem() -> str:
         return f"ffmpeg did not write one frame within {FFMPEG_TIMEOUT:g} s; {remedy}"
     if ended.returncode:
         words = ended.stderr.decode(errors="replace").strip()[-500:] or f"exit code {ended.returncode}"
-        return f"ffmpeg cannot write H.264 video: {words}; {remedy}"
+        return f"ffmpeg cannot encode with {codec}: {words}; {remedy}"
     return ""
 
 

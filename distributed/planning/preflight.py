@@ -11,10 +11,14 @@ from ...wan.model.config import HIGH_NOISE, LOW_NOISE, WanConfig
 from ...wan.model.latent_space import WAN21
 from ...wan.text.t5_keys import check_text_encoder_files
 from ...wan.vae.vae_keys import check_vae_file
+from ...wan.video.video_formats import CRF
 from ..job.input_tensors import Shape, check_inputs
 from ..job.job import FileIdentity, Job, LoraFile, ModelFiles, Parallel, Sampling
+from ..machine.host_memory import available_bytes
 from ..machine.prerequisites import check_switches
 
+IMAGE_PIXEL_BYTES = 3 * 4
+"""Of ComfyUI's IMAGE: float32."""
 SPARSE_HEAD_DIM = 128
 """Of `attention` sol."""
 SIZE_MULTIPLE = WAN21.pixel_multiple
@@ -109,6 +113,7 @@ def check_job(
     if scale > 1:
         size = f"{scale * sampling.width}x{scale * sampling.height}"
         on_note(f"{model.vae[0].path} makes {scale} x the size: the video is {size}")
+    _check_file(job, scale, on_note)
     for name in ("width", "height"):
         check_size(name, getattr(sampling, name), config.variant.latents.pixel_multiple)
     check_inputs(job, config, shapes)
@@ -130,6 +135,21 @@ def check_job(
     warnings += _side_warnings(model, sampling)
     warnings += _check_layout(parallel, config.num_heads, on_note)
     return tuple(warnings)
+
+
+def _check_file(job: Job, scale: int, on_note: Callable[[str], None]) -> None:
+    sampling = job.sampling
+    if sampling.crf != CRF and not sampling.file_format.takes_crf:
+        on_note(f"crf has no effect: {sampling.video_format} takes none")
+    if not job.frames:
+        return
+    width, height = scale * sampling.width, scale * sampling.height
+    needed, available = sampling.num_frames * width * height * IMAGE_PIXEL_BYTES, available_bytes()
+    if available is not None and needed > available:
+        raise ValueError(
+            f"images is linked: {sampling.num_frames} frames of {width}x{height} take {needed / 2**30:.1f} GiB of this "
+            f"machine's memory, of which {available / 2**30:.1f} GiB are free. Take fewer frames, or the video instead"
+        )
 
 
 def check_forwards(

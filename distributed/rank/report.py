@@ -71,7 +71,11 @@ def video_of(job: Job, session: Session, *, frames: int, latents_shape: list[int
     Args:
         frames: 0 if none was made.
     """
-    video = {**video_size(job, session), "frames": frames, "fps": job.sampling.fps} if frames else None
+    video = (
+        {**video_size(job, session), "frames": frames, "fps": job.sampling.fps, "format": job.sampling.video_format}
+        if frames
+        else None
+    )
     return {"latents": {"shape": latents_shape, "dtype": "float32"}, "video": video}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -243,7 +244,8 @@ class VideoWork(Work[Job]):
 
     def decode(self, latents: Tensor) -> int:
         """Decodes with all ranks, while rank 0 writes what is done. Returns the frames written: 0 on other ranks."""
-        from ...wan.vae.video import VideoWriter
+        from ...wan.video.frames_file import FramesWriter
+        from ...wan.video.video import VideoWriter
 
         sampling = self.job.sampling
         # Reference pictures are in front: to the VAE the first of them would be the video's first frame.
@@ -256,13 +258,20 @@ class VideoWork(Work[Job]):
             return 0
         size = video_size(self.job, self.session)
         # What is decoded after ffmpeg's end is of no use, and may take long.
-        with VideoWriter(self.folder.video, **size, fps=sampling.fps, on_loss=self.files.end_process) as video:
+        with contextlib.ExitStack() as files:
+            kept = files.enter_context(FramesWriter(self.folder.frames)) if self.job.frames else None
+            video = files.enter_context(VideoWriter(
+                self.folder.video(sampling.file_format.suffix), **size, fps=sampling.fps,
+                video_format=sampling.file_format, crf=sampling.crf, on_loss=self.files.end_process,
+            ))  # fmt: skip
             with self.phase("decode"):
                 vae = self.session.vae(self.job)
                 self.files.progress("decode", 0, sampling.num_frames)
                 for part in vae.decode(latents[None]):
                     assert part is not None, "rank 0 gets whole frames"
                     video.write(part)
+                    if kept is not None:
+                        kept.write(part)
                     self.files.progress("decode", video.frames, sampling.num_frames)
                 if self.device.type == "cuda":
                     # Or what is still computed would count as written.

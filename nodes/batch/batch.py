@@ -38,7 +38,7 @@ class WanVideoDistributedBatch(VideoNode):
     OUTPUT_IS_LIST = (True, True, False, False, True)
     OUTPUT_TOOLTIPS = (
         "The videos in the order of the prompts, as a list: nodes behind it run once for each.",
-        "Paths of the mp4 files in ComfyUI's output folder, as a list; empty where there is none.",
+        "Paths of the videos in ComfyUI's output folder, as a list; empty where there is none.",
         "The logs of the jobs' first processes one after another, 64 KiB in all.",
         "One block for each video, in order: its seed and prompt, success or error, settings, times and warnings.",
         "The latents (un-normalised, as ComfyUI's own), as a list.",
@@ -72,7 +72,7 @@ class WanVideoDistributedBatch(VideoNode):
         if connected and prompts.strip():
             batch.warn("text_embeds is connected: prompts of this node had no effect")
         first = batch.jobs[0][0].sampling
-        saved_video.check_prefix(filename_prefix, first.width, first.height)
+        saved_video.check_prefix(filename_prefix, first.width, first.height, first.file_format.suffix)
         host.free_memory()
         workflow = {"prompt": workflow_prompt, **(extra_pnginfo or {})}
         batch.run(report, filename_prefix, workflow)

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...distributed.machine.pack_folder import REMEDY, folder_problem
 from ...wan.files.headers import brief
 from .other_pages import comes_from_another_page, refusal
 from .request_body import sent_object
@@ -115,7 +114,7 @@ def video_input(path: Path) -> Any:
 
 
 def copy_video(source: Path, target: Path, workflow: Mapping[str, Any]) -> None:
-    """Copies an mp4, with the workflow in its metadata unless the user wants none."""
+    """Copies a video, with the workflow in its metadata unless the user wants none."""
     from comfy.cli_args import args
 
     metadata = None if args.disable_metadata else {key: value for key, value in workflow.items() if value is not None}
@@ -149,6 +148,19 @@ def add_route(method: str, path: str, answer: Callable[[Mapping[str, Any]], Awai
         return web.json_response(await answer(await sent_object(request)))
 
     server.routes.route(method, path)(handle)
+
+
+def on_queued(look: Callable[[Any], None]) -> None:
+    """Calls `look` with what is sent to POST /prompt, before ComfyUI reads it; it may change that."""
+    server = _server()
+    if server is None:
+        return
+
+    def handle(queued: Any) -> Any:
+        look(queued)
+        return queued
+
+    server.add_on_prompt_handler(handle)
 
 
 def on_free_memory(react: Callable[[], Awaitable[Any]]) -> None:
@@ -206,17 +218,6 @@ def comfyui_version() -> str:
 def log(line: str) -> None:
     """One line into ComfyUI's log and the page's console."""
     logging.getLogger("wan_distributed").info("%s", line)
-
-
-def pack_folder() -> str:
-    """The name of the pack's folder in custom_nodes, which may be a link."""
-    return Path(__file__).absolute().parents[2].name
-
-
-def log_folder() -> None:
-    """Says at the start what does not work in a folder of this name."""
-    if problem := folder_problem(pack_folder()):
-        logging.getLogger("wan_distributed").warning("%s. %s", problem, REMEDY)
 
 
 def verbose() -> bool:
@@ -287,8 +288,8 @@ def visible_gpus() -> str | None:
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
-def blocked_output() -> Any:
-    """An output that keeps the nodes behind it from running."""
+def blocked_output(why: str | None = None) -> Any:
+    """An output that keeps the nodes behind it from running; with an error that says `why`, where that is given."""
     from comfy_execution.graph import ExecutionBlocker
 
-    return ExecutionBlocker(None)
+    return ExecutionBlocker(why)

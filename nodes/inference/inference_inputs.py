@@ -61,7 +61,7 @@ OPTIONAL = {
     "guidance_high": "Guidance of the high-noise expert. 1 skips the second pass: twice as fast.",
     "boundary": "The high-noise expert runs while the noise level is at least this. T2V: 0.875, I2V: 0.9. No effect "
     "on a model of one transformer.",
-    "fps": "Frames per second of the mp4. Wan2.2 A14B: 16, TI2V-5B: 24.",
+    "fps": "Frames per second of the video. Wan2.2 A14B: 16, TI2V-5B: 24.",
     "filename_prefix": "Folder and name in ComfyUI's output folder; a number is added.",
     "on_error": "raise: a failed run stops the workflow with an error. return: video_path is empty, status begins "
     "with error: and the nodes behind video and samples do not run.",
@@ -100,6 +100,11 @@ OPTIONAL = {
     "reference_images": "Pictures of who or what a VACE model shows. Each takes a latent frame in front of the video, "
     "which samples keeps and the decoded video does not.",
     "vace_strength": "How strongly a VACE model follows its control. 1: as it was trained.",
+    "crf": "Quality of h264 and h265, each on its own scale: lower is better, and larger. 16 of h264 cannot be told "
+    "from the frames by eye; its 0 loses nothing but that colours have half the size, and some players refuse it.",
+    "video_format": "h264 mp4 plays everywhere. h265 mp4: ten bits, smaller; many browsers do not play it. prores mov: "
+    "for editors; Save Video needs codec h264 for it. ffv1 mkv: the frames in 8 bits without any loss. No browser "
+    "plays these two. Only an mp4 that is dropped on the page brings its workflow back.",
 }
 
 

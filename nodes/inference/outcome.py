@@ -22,6 +22,8 @@ class Outcome:
     """None if the job made latents only."""
     samples: Any
     """[1, C, T, h, w] float32, un-normalised."""
+    images: Any
+    """[frames, H, W, 3] float32 in 0 to 1; None where nobody takes them."""
     info: dict[str, Any]
     """result.json."""
     log: str
@@ -47,8 +49,11 @@ def keep(job: Job, result: Result, filename_prefix: str, workflow: Mapping[str, 
     try:
         if job.decode:
             size = {name: result.info["video"][name] for name in ("width", "height")}
-            saved = saved_video.save_video(result.folder.video, filename_prefix, **size, workflow=workflow)
-        outcome = Outcome(saved, _read_latents(result.folder.latents), result.info, result.log, result.seconds)
+            source = result.folder.video(job.sampling.file_format.suffix)
+            saved = saved_video.save_video(source, filename_prefix, **size, workflow=workflow)
+        images = _read_images(result) if job.frames else None
+        latents = _read_latents(result.folder.latents)
+        outcome = Outcome(saved, latents, images, result.info, result.log, result.seconds)
     # Whatever it is: the video may have taken hours to make.
     except Exception as error:
         kept = keep_failed(result.folder, host.failed_folder())
@@ -66,6 +71,13 @@ def inputs_writer(tensors: dict[str, Any]) -> Callable[[Path], None]:
         save_file(tensors, str(path))
 
     return write
+
+
+def _read_images(result: Result) -> Any:
+    from ...wan.video.frames_file import read_frames
+
+    size = {name: result.info["video"][name] for name in ("frames", "width", "height")}
+    return read_frames(result.folder.frames, **size)
 
 
 def _read_latents(path: Path) -> Any:

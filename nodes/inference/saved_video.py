@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...wan.files.headers import brief
+from ...wan.video.video_formats import media_type
 from ..host import host
 from .draft import Draft
 
@@ -34,12 +35,17 @@ def shown(videos: Sequence[SavedVideo]) -> list[dict[str, str]]:
     """The videos as outputs of nodes name them, under "video": those under "images" the page would show itself, in each
     version otherwise."""
     return [
-        {"filename": video.path.name, "subfolder": video.subfolder, "type": "output", "format": "video/mp4"}
+        {
+            "filename": video.path.name,
+            "subfolder": video.subfolder,
+            "type": "output",
+            "format": media_type(video.path.suffix),
+        }
         for video in videos
     ]
 
 
-def check_prefix(prefix: str, width: int, height: int) -> None:
+def check_prefix(prefix: str, width: int, height: int, suffix: str) -> None:
     """Raises ValueError if `prefix` is not a place inside the output folder, or no name for a file."""
     from ...distributed.machine.prerequisites import writing_problem
 
@@ -51,22 +57,22 @@ def check_prefix(prefix: str, width: int, height: int) -> None:
     # Found out now, not when the video is done.
     if problem := writing_problem(folder):
         raise ValueError(problem)
-    size = len(os.fsencode(_video_name(name, counter)))
+    size = len(os.fsencode(_video_name(name, counter, suffix)))
     if size > MAX_NAME_BYTES:
         raise ValueError(
             f"filename_prefix is {brief(prefix)}; it makes a file name of {size} bytes; {MAX_NAME_BYTES} fit"
         )
 
 
-def _video_name(name: str, counter: int) -> str:
-    return f"{name}_{counter:05}_.mp4"
+def _video_name(name: str, counter: int, suffix: str) -> str:
+    return f"{name}_{counter:05}_{suffix}"
 
 
 def save_video(source: Path, prefix: str, *, width: int, height: int, workflow: Mapping[str, Any]) -> SavedVideo:
-    """Copies the mp4 `source` to the output folder under the next free number, with the workflow in its metadata."""
+    """Copies the video `source` to the output folder under the next free number, with the workflow in its metadata."""
     folder, name, counter, subfolder = host.save_path(prefix, width, height)
     with Draft(folder, scratch=source.parent, suffix=source.suffix) as draft:
         host.copy_video(source, draft.path, workflow)
         # From `counter` on: another ComfyUI may have taken it meanwhile.
-        made = draft.publish(_video_name(name, number) for number in itertools.count(counter))
+        made = draft.publish(_video_name(name, number, source.suffix) for number in itertools.count(counter))
     return SavedVideo(folder, subfolder, made.name)

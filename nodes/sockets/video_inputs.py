@@ -52,8 +52,10 @@ class VideoInputs:
     control_mask: Any = None
     reference_images: Any = None
     vace_strength: float = number(1.0, 0.0, 1000.0, step=0.01)
+    frames: bool = False
+    """Somebody takes the frames; no input, as the next two."""
     side_by_side: int = 1
-    """Jobs that share this machine's memory; no input, as the next."""
+    """Jobs that share this machine's memory."""
     more_follow: bool = False
     """As `Parallel` has it."""
 

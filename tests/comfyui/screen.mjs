@@ -54,10 +54,28 @@ async function visit(vue) {
   seen.saved = await page.evaluate(() => window.app.graph.serialize().nodes.map(node => ({
     type: node.type, values: node.widgets_values ?? [] })));
   seen.sent = await page.evaluate(async id => Object.keys((await window.app.graphToPrompt()).output[id].inputs), plan.node);
+  seen.unplayable = await page.evaluate(unplayable, Number(plan.node));
   seen.overruled = await page.evaluate(overruled, Number(plan.node));
   await shoot('overruled');
   await page.close();
   return seen;
+}
+
+// Runs in the page: what the node says of a file that no browser plays, and that the next one plays.
+async function unplayable(id) {
+  const node = window.app.graph.getNodeById(id), screen = node.widgets.find(widget => widget.name === 'wan_video').element;
+  const [{ src }] = screen.querySelectorAll('video'), name = new URL(src).searchParams;
+  const output = Object.fromEntries(['filename', 'subfolder', 'type'].map(key => [key, name.get(key)]));
+  const played = async video => {
+    node.onExecuted({ video: [video] });
+    for (let tries = 0; tries < 100; tries++) {
+      const found = screen.querySelector('video');
+      if (!found || found.readyState === 4) return found ? 'plays' : screen.innerText;
+      await new Promise(resolve => setTimeout(resolve, 100));
+    }
+    return null;
+  };
+  return { other: await played({ ...output, filename: 'no.mkv' }), again: await played(output) };
 }
 
 // Runs in the page: the widgets that the node does not show, with its links and the preset 'custom', with another preset,

@@ -55,6 +55,8 @@ def test_text_picture_and_players_are_there_in_every_run(
         assert source(seen["cancelled"]) == source(seen["reopened"]) == sources[-1]
         check_saved(seen["saved"], name)
         assert "wan_video" not in seen["sent"]
+        assert "no.mkv is in the output folder; this browser does not play it" in seen["unplayable"]["other"]
+        assert seen["unplayable"]["again"] == "plays"
         check_overruled(seen["overruled"], name, hides=version == "newest_page")
 
 

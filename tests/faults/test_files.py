@@ -218,7 +218,7 @@ def test_fault_26_a_jobs_folder_goes_with_it(run_fake: RunFake, tmp_path: Path):
         result = run_fake("good")
     finally:
         os.umask(before)
-    assert result.folder.video.exists()
+    assert result.folder.video(".mp4").exists()
     assert result.folder.path.stat().st_mode & 0o777 == 0o700
     assert result.folder.inputs.stat().st_mode & 0o777 == 0o600
     result.remove()

@@ -77,7 +77,7 @@ def save_videos(jobs: Path) -> None:
     for _ in range(VIDEOS):
         folder = JobDir.create(jobs)
         claim(folder)
-        folder.video.write_bytes(VIDEO)
+        folder.video(".mp4").write_bytes(VIDEO)
         outcome.keep(stub_job(), Result(folder, {"video": {"width": 64, "height": 48}}, "", 1.0), "wan", {})
 
 

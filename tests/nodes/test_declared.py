@@ -102,7 +102,7 @@ def test_fault_32_what_comes_with_a_prompt_is_checked_before_the_video(extra: An
 @pytest.mark.parametrize("prefix", ["a\0b", "a\0/b", "a\nb/c", "x" * 1_000_000, "\0"])
 def test_fault_32_a_prefix_says_what_is_wrong_with_it(prefix: str) -> None:
     with pytest.raises(ValueError, match=r"^filename_prefix is .*; it must have at most 1000 characters, no control"):
-        saved_video.check_prefix(prefix, 64, 48)
+        saved_video.check_prefix(prefix, 64, 48, ".mp4")
 
 
 def test_fault_32_messages_quote_in_bounds() -> None:

@@ -89,9 +89,10 @@ def test_inputs_keep_their_order() -> None:
         *("decode_video", "preset", "low_noise_model", "vae", "preview", "plan", "dynamic_resolution"),
         "reuse_threshold",
         *("clip_vision_start_image", "clip_vision_end_image", "control_video", "control_mask", "reference_images"),
-        "vace_strength",
+        *("vace_strength", "crf", "video_format"),
     ]
-    assert WanVideoDistributedInference.RETURN_NAMES == ("video_path", "log_output", "status", "video", "samples")
+    names = ("video_path", "log_output", "status", "video", "samples", "images")
+    assert names == WanVideoDistributedInference.RETURN_NAMES
     loader = ["high_noise", "low_noise", "vae", "text_encoder", "high_noise_lora", "low_noise_lora"]
     assert list(inputs_of(NODE_CLASS_MAPPINGS["LoadWanVideoModel"])) == loader
 

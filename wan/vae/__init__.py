@@ -1,1 +1,1 @@
-"""The video VAE, what latents mean to it, and the mp4 that comes out."""
+"""The video VAE, and what latents mean to it."""

@@ -13,9 +13,15 @@ function source({ filename, subfolder, type }) {
   return api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
 }
 
-function player(address) {
+// A video, or where the browser cannot play it (ProRes, ffv1, often H.265) its name.
+function player(output) {
   const video = element("video", "width: 100%; height: 100%; min-height: 0; object-fit: contain");
-  Object.assign(video, { controls: true, loop: true, playsInline: true, src: address });
+  Object.assign(video, { controls: true, loop: true, playsInline: true, src: source(output) });
+  video.addEventListener("error", () => {
+    const note = element("div", "align-self: center; padding: 8px; text-align: center; font-size: 12px; overflow-wrap: anywhere");
+    note.textContent = `${output.filename} is in the output folder; this browser does not play it`;
+    video.replaceWith(note);
+  });
   return video;
 }
 
@@ -40,15 +46,16 @@ export class Screen {
     if (text !== undefined) this.text.textContent = text;
     if (picture) this.picture.src = `data:image/jpeg;base64,${picture}`;
     if (ended || videos) this.picture.removeAttribute("src");
-    if (videos) this.play(videos.map(source));
+    if (videos) this.play(videos);
     this.arrange();
   }
 
-  play(addresses) {
+  play(outputs) {
+    const addresses = outputs.map(source);
     // Of the page and of the pack comes the same news: a player that plays is left alone.
     if (addresses.join() === this.videos.join()) return;
     this.videos = addresses;
-    this.players.replaceChildren(...addresses.map(player));
+    this.players.replaceChildren(...outputs.map(player));
   }
 
   arrange() {

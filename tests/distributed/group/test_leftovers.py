@@ -49,6 +49,16 @@ def test_a_kept_job_is_as_old_as_its_failure(tmp_path: Path):
     assert keep_failed(job, tmp_path / "failed").exists()
 
 
+def test_frames_are_not_kept(tmp_path: Path):
+    """Gigabytes that nobody asks for again; nor is what a killed rank had written of them."""
+    job = JobDir.create(tmp_path / "jobs")
+    claim(job)
+    for name in (job.frames.name, f".{job.frames.name}.17.part", "video.mp4"):
+        (job.path / name).write_bytes(b"x")
+    kept = keep_failed(job, tmp_path / "failed")
+    assert sorted(path.name for path in kept.iterdir() if path.is_file()) == ["owner.lock", "video.mp4"]
+
+
 def test_a_kept_job_is_nobodys(tmp_path: Path):
     """Its lock is let go: the process goes on, with one open file less."""
     job = JobDir.create(tmp_path / "jobs")

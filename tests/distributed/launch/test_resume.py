@@ -18,7 +18,7 @@ from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.job.job import JobError
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.rank.video_work import VideoWork
-from wan_pack.wan.vae.video import probe
+from wan_pack.wan.video.video import probe
 
 
 def distributed_run(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -34,7 +34,7 @@ def distributed_run(folder: Path) -> subprocess.CompletedProcess[str]:
 def test_kept_latents_are_decoded_without_denoising(tiny_models: Path, tmp_path: Path):
     """A job that made only latents, handed on as one that failed to decode them."""
     made = run_fresh(dataclasses.replace(tiny_job(tiny_models), decode=False), tmp_path)
-    assert not made.video.exists()
+    assert not made.video(".mp4").exists()
     kept = JobDir(tmp_path / "kept")
     shutil.copytree(made.path, kept.path)
     made.remove()
@@ -45,7 +45,7 @@ def test_kept_latents_are_decoded_without_denoising(tiny_models: Path, tmp_path:
     assert "continuing from the denoised latents" in done.stderr
     assert "denoise" not in done.stdout
     assert "decode" in done.stdout
-    info = probe(kept.video)
+    info = probe(kept.video(".mp4"))
     assert (info.width, info.height, info.frames) == (64, 48, 5)
     # Now it has a result, so that running it again repeats all of it.
     assert list(json.loads(kept.result.read_text())["phases"]) == ["start", "decode", "write"]

@@ -80,7 +80,7 @@ def test_the_next_seed_runs_on_the_same_processes_and_is_right(tiny_models: Path
         )
         alive = [result.folder.read_json(result.folder.alive(rank)) for rank in (0, 1)]
         assert [Process(entry["pid"], entry["started"]) for entry in alive] == cancelled.processes
-        assert result.folder.video.stat().st_size > 0
+        assert result.folder.video(".mp4").stat().st_size > 0
         made.append((nxt, read_latents(result.folder)))
         result.remove()
     # The expert that had run was there; what was still being read is read again behind the first steps.

@@ -6,11 +6,16 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from jobs import run_tiny, tiny_job
 from safetensors.torch import load_file, save_file
 from wan_pack.distributed.job.job import FileIdentity, Job
+from wan_pack.distributed.launch.result import Result
 from wan_pack.distributed.planning.preflight import check_job
-from wan_pack.wan.vae.video import probe
+from wan_pack.wan.vae.autoencoder import decode_frames, load_vae
+from wan_pack.wan.vae.latents import normalise
+from wan_pack.wan.video.frames_file import read_frames
+from wan_pack.wan.video.video import probe
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +32,37 @@ def job(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.mark.ranks
 def test_the_result_says_what_was_cut_and_how_large_the_video_is(job: Job, tmp_path: Path):
-    result = run_tiny(job, tmp_path)
-    video = probe(result.folder.video)
+    result = run_tiny(dataclasses.replace(job, frames=True), tmp_path)
+    video = probe(result.folder.video(".mp4"))
     assert (video.width, video.height, video.frames) == (128, 96, 5)
     assert (result.info["video"]["width"], result.info["video"]["height"]) == (128, 96)
     (note,) = [line for line in result.info["warnings"] if line.startswith("prompt has ")]
     assert note.endswith(" tokens; it was cut to 512, which is what the model takes")
     assert int(note.split()[2]) > 512
+    check_frames(job, result)
+    result.remove()
+    assert not result.folder.path.exists()
+
+
+def check_frames(job: Job, result: Result) -> None:
+    """Of a video by two ranks: they are what one decoder makes of the latents, to what is promised."""
+    images = read_frames(result.folder.frames, frames=5, width=128, height=96)
+    vae = load_vae([job.model.vae[0].path])
+    latents = normalise(load_file(result.folder.latents)["samples"], 16)
+    decoded = torch.cat(list(decode_frames(vae, latents)), dim=1).permute(1, 2, 3, 0)
+    assert (images - (decoded + 1) / 2).abs().max() < 1e-4
+    assert images.std() > 0.01
+
+
+@pytest.mark.ranks
+def test_frames_are_kept_only_where_they_are_asked_for(tiny_models: Path, tmp_path: Path):
+    """And the video has the format that it is asked for."""
+    job = tiny_job(tiny_models)
+    job = dataclasses.replace(job, sampling=dataclasses.replace(job.sampling, video_format="ffv1 mkv"))
+    result = run_tiny(job, tmp_path)
+    assert not result.folder.frames.exists()
+    assert [path.name for path in result.folder.path.glob("video*")] == ["video.mkv"]
+    assert result.info["video"]["format"] == "ffv1 mkv" and probe(result.folder.video(".mkv")).frames == 5
     result.remove()
 
 

@@ -20,20 +20,21 @@ from wan_pack.distributed.machine import prerequisites
 from wan_pack.distributed.machine.prerequisites import check_prerequisites, torch_problem, writing_problem
 from wan_pack.nodes.host import host
 from wan_pack.nodes.inference import saved_video
+from wan_pack.wan.video.video_formats import FORMATS, H264
 
 PARALLEL = Parallel(gpu_count=1)
 
 
 @pytest.mark.processes
 def test_this_machine_has_all():
-    check_prerequisites(PARALLEL, decodes=True)
+    check_prerequisites(PARALLEL, file_format=FORMATS[H264])
 
 
 @pytest.mark.parametrize("platform", ["win32", "darwin"])
 def test_other_systems(monkeypatch: pytest.MonkeyPatch, platform: str):
     monkeypatch.setattr(sys, "platform", platform)
     with pytest.raises(JobError, match=rf"^this system is {platform}; videos are made on Linux \(or WSL2\) only"):
-        check_prerequisites(PARALLEL, decodes=False)
+        check_prerequisites(PARALLEL, file_format=None)
 
 
 @pytest.mark.parametrize(
@@ -64,8 +65,8 @@ def test_no_ffmpeg(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(
         JobError, match=r"^ffmpeg is missing: No ffmpeg exe .* set IMAGEIO_FFMPEG_EXE .* decode_video off"
     ):
-        check_prerequisites(PARALLEL, decodes=True)
-    check_prerequisites(PARALLEL, decodes=False)
+        check_prerequisites(PARALLEL, file_format=FORMATS[H264])
+    check_prerequisites(PARALLEL, file_format=None)
 
 
 @pytest.mark.processes
@@ -74,9 +75,9 @@ def test_no_ffmpeg(monkeypatch: pytest.MonkeyPatch):
     [
         (
             "echo \"Unknown encoder 'libx264'\" >&2; exit 1",
-            "ffmpeg cannot write H.264 video: Unknown encoder 'libx264'",
+            "ffmpeg cannot encode with libx264: Unknown encoder 'libx264'",
         ),
-        ("exit 3", "ffmpeg cannot write H.264 video: exit code 3"),
+        ("exit 3", "ffmpeg cannot encode with libx264: exit code 3"),
         ("exec sleep 60", "ffmpeg did not write one frame within 0.3 s"),
     ],
 )
@@ -114,10 +115,10 @@ def test_writing_leaves_nothing(tmp_path: Path):
 
 def test_a_read_only_output_folder_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(host, "save_path", lambda *_: (tmp_path, "wan", 1, ""))
-    saved_video.check_prefix("wan", 16, 16)
+    saved_video.check_prefix("wan", 16, 16, ".mp4")
     read_only(monkeypatch)
     with pytest.raises(ValueError, match="cannot be written to: Read-only file system; correct its permissions"):
-        saved_video.check_prefix("wan", 16, 16)
+        saved_video.check_prefix("wan", 16, 16, ".mp4")
 
 
 def test_a_number_that_another_comfyui_took_meanwhile_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -139,11 +140,11 @@ def test_an_output_folder_that_cannot_be_made_is_no_matter_of_the_prefix(monkeyp
     fake = types.SimpleNamespace(get_save_image_path=refuse, get_output_directory=lambda: "/output")
     monkeypatch.setitem(sys.modules, "folder_paths", fake)
     with pytest.raises(ValueError, match=r"filename_prefix is 'a/b'; its folder cannot be made: .*denied"):
-        saved_video.check_prefix("a/b", 16, 16)
+        saved_video.check_prefix("a/b", 16, 16, ".mp4")
 
 
 def test_a_job_starts_nothing_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    job = types.SimpleNamespace(encodes=False, decodes=False, made_bytes=0, parallel=PARALLEL)
+    job = types.SimpleNamespace(encodes=False, file_format=None, made_bytes=0, parallel=PARALLEL)
 
     def run() -> None:
         launcher.run_job(job, lambda path: None, parent=tmp_path / "jobs", failed=tmp_path / "failed")  # type: ignore[arg-type]

@@ -21,9 +21,9 @@ from wan_pack.distributed.machine.prerequisites import FFMPEG_TIMEOUT, ffmpeg_pr
         (SimpleNamespace(returncode=0, stderr=b"a warning"), ""),
         (
             SimpleNamespace(returncode=1, stderr=b" no libx264\n"),
-            "ffmpeg cannot write H.264 video: no libx264; run pip",
+            "ffmpeg cannot encode with libx264: no libx264; run pip",
         ),
-        (SimpleNamespace(returncode=7, stderr=b""), "ffmpeg cannot write H.264 video: exit code 7; run pip"),
+        (SimpleNamespace(returncode=7, stderr=b""), "ffmpeg cannot encode with libx264: exit code 7; run pip"),
         (OSError("not there"), "ffmpeg is missing: not there; run pip install imageio-ffmpeg"),
         (RuntimeError("none found"), "ffmpeg is missing: none found; run pip install imageio-ffmpeg"),
         (
@@ -36,7 +36,7 @@ def test_ffmpeg_is_asked_for_one_frame(monkeypatch: pytest.MonkeyPatch, ends: An
     asked: list[list[str]] = []
 
     def ask(command: list[str], *, given: bytes, timeout: float) -> Any:
-        assert len(given) == 16 * 16 * 3 // 2 and timeout == FFMPEG_TIMEOUT
+        assert len(given) == 64 * 64 * 3 and timeout == FFMPEG_TIMEOUT
         asked.append(command)
         if isinstance(ends, Exception):
             raise ends
@@ -47,13 +47,13 @@ def test_ffmpeg_is_asked_for_one_frame(monkeypatch: pytest.MonkeyPatch, ends: An
     said = ffmpeg_problem()
     assert said.startswith(words) and bool(said) == bool(words)
     ((_, *options),) = asked
-    for pair in ("-f rawvideo", "-pix_fmt yuv420p", "-s 16x16", "-i -", "-c:v libx264", "-f null"):
+    for pair in ("-f rawvideo", "-pix_fmt rgb24", "-s 64x64", "-i -", "-c:v libx264", "-f null"):
         assert pair in " ".join(options)
 
 
 def test_a_disk_without_room_is_told_with_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made = stub_job(width=1280, height=720, num_frames=81).made_bytes
-    needed = prerequisites.MIN_FREE_BYTES + 1280 * 720 * 81 * 3 // 4
+    needed = prerequisites.MIN_FREE_BYTES + int(1280 * 720 * 81 * (0.25 + 0.9))
     for free, fits in ((needed, True), (needed - 1, False), (5 << 20, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
         assert (space_problem(tmp_path, made) == "") is fits

@@ -137,10 +137,10 @@ def test_an_engine_that_exchanges_nothing_may_be_missing(machine: Any):
 def test_several_machines_need_deepspeed(machine: Any):
     over_hosts = Parallel(gpu_count=2, hosts=("a", "b"))
     machine("", packages=True)
-    check_prerequisites(over_hosts, decodes=False)
+    check_prerequisites(over_hosts, file_format=None)
     machine("", packages=False)
     with pytest.raises(JobError, match=r"^several machines are reached with DeepSpeed; run .* deepspeed$"):
-        check_prerequisites(over_hosts, decodes=False)
+        check_prerequisites(over_hosts, file_format=None)
 
 
 def test_what_nvidia_smi_does_not_tell_is_left_to_the_ranks(smi: Any):

@@ -15,7 +15,7 @@ from jobs import read_latents, run_tiny, tiny_job
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.launch.launcher import Result
-from wan_pack.wan.vae.video import probe
+from wan_pack.wan.video.video import probe
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_every_layout_makes_the_same_latents(
 ):
     folder = run_fresh(tiny_job(tiny_models, **settings), tmp_path)
     torch.testing.assert_close(read_latents(folder), read_latents(plain.folder), rtol=1e-4, atol=1e-4)
-    assert probe(folder.video).frames == 5
+    assert probe(folder.video(".mp4")).frames == 5
     if settings.get("offload_model"):
         assert "low_noise expert on the device" in folder.log(0).read_text()
     folder.remove()

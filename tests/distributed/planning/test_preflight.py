@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from jobs import tiny_job
 from mount import GOLDEN
 from safetensors.torch import save_file
 from tiny import TINY, random_weights
 from wan_pack.distributed.job.job import FileIdentity, ModelFiles
-from wan_pack.distributed.planning.preflight import check_model
+from wan_pack.distributed.planning import preflight
+from wan_pack.distributed.planning.preflight import check_job, check_model
 from wan_pack.wan.model.config import WanConfig
 
+SHAPES = {"context": (3, 64), "context_null": (3, 64)}
 ONE_HEAD = replace(TINY, dim=128, num_heads=1)
 WAN21_VAE, WAN22_VAE = (GOLDEN / case / "vae" / "model.safetensors" for case in ("vae_wan21", "vae_wan22"))
 
@@ -54,3 +57,31 @@ def test_the_vae_of_another_model_is_named_with_the_right_one(tmp_path: Path):
     with pytest.raises(ValueError, match=r"is a Wan2\.1 VAE; a TI2V-5B of .* goes with the Wan2\.2 VAE \(wan2\.2_vae"):
         check(ti2v, vae=WAN21_VAE)
     assert check(ti2v, vae=WAN22_VAE).variant.name == "TI2V-5B"
+
+
+def test_frames_that_do_not_fit_the_memory_are_refused_before_anything_starts(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+):
+    job = replace(tiny_job(tiny_models), frames=True)
+    needed = job.sampling.width * job.sampling.height * job.sampling.num_frames * 12
+    monkeypatch.setattr(preflight, "available_bytes", lambda: needed)
+    check_job(job, SHAPES)
+    monkeypatch.setattr(preflight, "available_bytes", lambda: needed - 1)
+    with pytest.raises(ValueError, match=r"^images is linked: 5 frames of 64x48 take 0\.0 GiB of this "):
+        check_job(job, SHAPES)
+    check_job(replace(job, frames=False), SHAPES)
+    monkeypatch.setattr(preflight, "available_bytes", lambda: None)
+    check_job(job, SHAPES)
+    with pytest.raises(ValueError, match="frames is True; it must be False for a job that makes latents only"):
+        replace(job, decode=False)
+
+
+def test_a_crf_that_has_no_effect_is_said(tiny_models: Path):
+    job = tiny_job(tiny_models)
+    for values, said in (
+        ({"crf": 20, "video_format": "ffv1 mkv"}, ["crf has no effect: ffv1 mkv takes none"]),
+        ({"crf": 20}, []), ({"video_format": "prores mov"}, []),
+    ):  # fmt: skip
+        notes: list[str] = []
+        check_job(replace(job, sampling=replace(job.sampling, **values)), SHAPES, notes.append)
+        assert [note for note in notes if "crf" in note] == said

@@ -145,7 +145,7 @@ def test_a_video_that_cannot_be_saved_is_a_failed_one(node: Node, monkeypatch: p
     assert "its result cannot be saved: no space left; it is kept in " in made["result"][3]
     assert made["ui"] == {}
     (kept,) = (node._folder / "failed").iterdir()
-    assert JobDir(kept).video.read_text() == "7"
+    assert JobDir(kept).video(".mp4").read_text() == "7"
 
 
 @pytest.mark.parametrize("on_error", ["raise", "return"])

@@ -1,22 +1,16 @@
-"""How the inference node makes a job of its inputs, and how a run ends."""
+"""How the inference node makes a job of its inputs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from node_inputs import BOTH, asked_for, model_files, rows, settings, tiny_files, use_model_folders
-from safetensors.torch import save_file
-from wan_pack.distributed.job.errors import JobCancelled
-from wan_pack.distributed.job.job import JobError, ModelFiles
-from wan_pack.distributed.launch.launcher import JobFailed
+from node_inputs import asked_for, model_files, rows, use_model_folders
+from wan_pack.distributed.job.job import ModelFiles
 from wan_pack.nodes.host import host
 from wan_pack.nodes.host.status import Status
 from wan_pack.nodes.inference import inference as inference_module
-from wan_pack.nodes.inference import saved_video
 from wan_pack.nodes.inference.inference import WanVideoDistributedInference
 from wan_pack.nodes.inference.video_node import MadeVideos
 from wan_pack.nodes.settings.spread import DistributedConfig, WanVideoDistributedConfig
@@ -188,98 +182,3 @@ def test_status_tells_that_no_video_was_made() -> None:
     lines = Status().block(None, info, 62.4).splitlines()
     assert lines[:2] == ["success", "- latents: [1, 16, 2, 6, 8], no video (decode_video is off)"]
     assert Status().line(info, 62.4) == "done in 62 s: latents, no video"
-
-
-# How a run ends
-
-
-class Interrupted(Exception):
-    """Stands for ComfyUI's."""
-
-
-class OutOfMemory(Exception):
-    """Stands for ComfyUI's."""
-
-
-@pytest.fixture(scope="module")
-def t2v(tiny_models: Path) -> ModelFiles:
-    return tiny_files(tiny_models)
-
-
-@pytest.fixture
-def failing_node(t2v: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs the node on the tiny model with a launcher that raises the given error; None: with the one that is there."""
-    for name, result in {
-        "visible_gpus": "",
-        "free_memory": None,
-        "jobs_folder": tmp_path,
-        "failed_folder": tmp_path,
-        "interruption": Interrupted(),
-        "blocked_output": "blocked",
-    }.items():
-        monkeypatch.setattr(host, name, lambda *_, result=result: result)
-    monkeypatch.setattr(saved_video, "check_prefix", lambda *_: None)
-    monkeypatch.setattr(host, "out_of_memory", OutOfMemory)
-
-    def run(error: Exception | None, **values: Any) -> Any:
-        def run_job(job: Any, write_inputs: Any, **_: Any) -> None:
-            write_inputs(tmp_path / "inputs.safetensors")
-            raise error
-
-        if error is not None:
-            monkeypatch.setattr(inference_module, "run_job", run_job)
-        given = settings(model=t2v, text_embeds=BOTH, gpu_count=1, **values)
-        return WanVideoDistributedInference().run(**given, unique_id="1", workflow_prompt=None, extra_pnginfo=None)
-
-    return run
-
-
-def failed(out_of_memory: bool = False) -> JobFailed:
-    return JobFailed("rank 1: ValueError: no", rank=1, out_of_memory=out_of_memory, folder=None, log="the log")
-
-
-def test_failure_is_raised_in_the_ranks_own_words(failing_node: Any) -> None:
-    with pytest.raises(JobFailed, match=r"^rank 1: ValueError: no$"):
-        failing_node(failed())
-
-
-@pytest.mark.parametrize("on_error", ["raise", "return"])
-def test_cancel_is_comfyuis_own_exception(failing_node: Any, on_error: str) -> None:
-    with pytest.raises(Interrupted):
-        failing_node(JobCancelled("cancelled"), on_error=on_error)
-
-
-def test_out_of_memory_is_comfyuis_own_exception(failing_node: Any) -> None:
-    with pytest.raises(OutOfMemory, match="rank 1"):
-        failing_node(failed(out_of_memory=True))
-
-
-@pytest.mark.parametrize(
-    ("error", "log"), [(failed(), "the log"), (failed(out_of_memory=True), "the log"), (JobError("port taken"), "")]
-)
-def test_failure_can_be_returned_instead(failing_node: Any, error: Exception, log: str) -> None:
-    assert failing_node(error, on_error="return") == {"result": ("", log, f"error: {error}", "blocked", "blocked")}
-
-
-# Without a video
-
-
-def test_latents_without_a_video_are_handed_on(
-    failing_node: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = SimpleNamespace(latents=tmp_path / "latents.safetensors")
-    save_file({"samples": torch.ones(1, 16, 2, 6, 8)}, folder.latents)
-    info: dict[str, Any] = {"video": None, "latents": {"shape": [1, 16, 2, 6, 8]}, "phases": {}, "step_seconds": []}
-    info |= {"peak_gpu_bytes": [], "peak_rss_bytes": [], "settings": {}, "warnings": []}
-    result = SimpleNamespace(folder=folder, info=info, log="the log", seconds=1.0, remove=folder.latents.unlink)
-    monkeypatch.setattr(inference_module, "run_job", lambda job, write, **_: result)
-    # Of an earlier run, deleted since: this run has none that could be missed.
-    monkeypatch.setattr(WanVideoDistributedInference, "made", MadeVideos())
-    WanVideoDistributedInference.made.remember("1", [tmp_path / "older.mp4"])
-    made = failing_node(None, decode_video=False)
-    path, log, status, video, samples = made["result"]
-    assert (made["ui"], path, log, video) == ({}, "", "the log", "blocked")
-    assert status.startswith("success\n- latents: [1, 16, 2, 6, 8]")
-    assert samples["samples"].shape == (1, 16, 2, 6, 8)
-    assert not folder.latents.exists()
-    assert WanVideoDistributedInference.made.deletions("1") == 0

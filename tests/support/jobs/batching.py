@@ -75,7 +75,7 @@ class Node:
             folder.remove()
             raise
         save_file({"samples": torch.full((1, 16, 2, 6, 8), float(job.sampling.seed))}, folder.latents)
-        folder.video.write_text(str(job.sampling.seed))
+        folder.video(".mp4").write_text(str(job.sampling.seed))
         info: dict[str, Any] = {"phases": {"denoise": 1.0}, "step_seconds": [], "peak_gpu_bytes": [], "settings": {}}
         info |= {"peak_rss_bytes": [], "warnings": list(job.warnings), "latents": {"shape": [1, 16, 2, 6, 8]}}
         info["video"] = {"width": 64, "height": 48, "frames": 5, "fps": 16.0} if job.decode else None

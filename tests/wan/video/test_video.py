@@ -13,8 +13,8 @@ import imageio_ffmpeg
 import pytest
 import torch
 from torch import Tensor
-from wan_pack.wan.vae import video
-from wan_pack.wan.vae.video import PARTS_AHEAD, VideoWriter, probe
+from wan_pack.wan.video import video
+from wan_pack.wan.video.video import PARTS_AHEAD, VideoWriter, probe
 
 pytestmark = pytest.mark.processes
 

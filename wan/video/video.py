@@ -1,4 +1,4 @@
-"""Frames -> an MP4 file, written while they are decoded."""
+"""Frames -> a video file, written while they are decoded."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -18,14 +19,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .yuv import frames_to_yuv
+from .video_formats import CRF, FORMATS, H264, VideoFormat
+from .yuv import frames_to_rgb, frames_to_yuv
 
-PRESET = "medium"
-CRF = 16
-"""x264's quality: visually lossless."""
 THREADS = 16
-"""x264's, at most. By itself it takes half as many again as there are cores, and on large machines has more frames in
-work than a video has."""
+"""The encoder's, at most. By itself x264 takes half as many again as there are cores, and on large machines has more
+frames in work than a video has."""
+PIXELS: dict[str, Callable[[Tensor], Tensor]] = {
+    "yuv420p": frames_to_yuv,
+    "yuv420p10le": partial(frames_to_yuv, bits=10),
+    "yuv422p10le": partial(frames_to_yuv, bits=10, halve_rows=False),
+    "rgb24": frames_to_rgb,
+}
+"""ffmpeg's name -> frames [3, n, H, W] in [-1, 1] as ffmpeg takes them, [n, ...]."""
 STDERR_LINES = 20
 SECONDS_FOR_WORDS = 0.2
 PARTS_AHEAD = 2
@@ -42,8 +48,8 @@ class VideoInfo(NamedTuple):
 class _Part:
     """Frames on their way to the CPU, which nobody waits for before `data`."""
 
-    def __init__(self, frames: Tensor) -> None:
-        self._bytes = frames_to_yuv(frames).to("cpu", non_blocking=True)
+    def __init__(self, frames: Tensor, pixels: str) -> None:
+        self._bytes = PIXELS[pixels](frames).to("cpu", non_blocking=True)
         self._arrived = None
         if frames.device.type == "cuda":
             # Behind this copy alone: the next frames are computed meanwhile. A blocking one leaves the core to others.
@@ -57,7 +63,7 @@ class _Part:
 
 
 class VideoWriter:
-    """Streams frames into an H.264 MP4 that browsers play. A context manager.
+    """Streams frames into a video file. A context manager.
 
     A thread of its own waits for the frames to leave the GPU and for ffmpeg to take them, so that the next ones are
     decoded meanwhile.
@@ -67,13 +73,15 @@ class VideoWriter:
     ffmpeg said, so a full disk would leave a broken file and no error.
 
     Args:
-        path: of the .mp4.
+        path: of the file, with the format's suffix.
         width, height: pixels, even.
         fps: frames per second.
+        video_format: by default an H.264 MP4, which browsers play.
+        crf: of formats that take one; lower is better.
         on_loss: called when ffmpeg ends before it should, at once and on a thread of its own, with the error that
             `write` raises when it is next called: whoever decodes may be long in getting there.
     Raises:
-        ValueError: sizes that H.264 cannot take.
+        ValueError: sizes that the encoders cannot take.
         RuntimeError: ffmpeg is missing or failed; the message ends with its last words.
     """
 
@@ -84,6 +92,8 @@ class VideoWriter:
         width: int,
         height: int,
         fps: float,
+        video_format: VideoFormat = FORMATS[H264],
+        crf: int = CRF,
         on_loss: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         for name, value in (("width", width), ("height", height)):
@@ -91,6 +101,7 @@ class VideoWriter:
                 raise ValueError(f"{name} is {value}; it must be even")
         self.path = Path(path)
         self.width, self.height, self.fps = width, height, fps
+        self._format, self._crf = video_format, crf
         self.frames = 0
         """That ffmpeg has taken so far."""
         self._part = self.path.with_name(f".{self.path.stem}.{os.getpid()}.part{self.path.suffix}")
@@ -123,15 +134,14 @@ class VideoWriter:
 
         rate = Fraction(self.fps).limit_denominator(1001)
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "warning", "-nostats"]
-        command += ["-f", "rawvideo", "-pix_fmt", "yuv420p", "-s", f"{self.width}x{self.height}"]
+        command += ["-f", "rawvideo", "-pix_fmt", self._format.pixels, "-s", f"{self.width}x{self.height}"]
         command += ["-r", str(rate), "-i", "-", "-an"]
         # Tagged as BT.709, as `frames_to_yuv` makes it: untagged, players guess by the size of the frame, and some
         # guess wrong.
-        command += ["-vf", "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"]
-        command += ["-c:v", "libx264", "-preset", PRESET, "-crf", str(CRF), "-pix_fmt", "yuv420p"]
-        command += ["-threads", str(min(THREADS, os.cpu_count() or 1)), "-movflags", "+faststart"]
-        command += ["-f", "mp4", str(self._part.absolute())]
-        return command
+        tags = "color_primaries=bt709:color_trc=bt709"
+        tags += ":colorspace=gbr:range=pc" if self._format.pixels == "rgb24" else ":colorspace=bt709:range=tv"
+        command += ["-vf", f"setparams={tags}", "-threads", str(min(THREADS, os.cpu_count() or 1))]
+        return [*command, *self._format.options(self._crf), str(self._part.absolute())]
 
     def write(self, frames: Tensor) -> None:
         """Appends frames [3, n, H, W] in [-1, 1]. Waits only for what is more than `PARTS_AHEAD` calls back."""
@@ -139,7 +149,7 @@ class VideoWriter:
         if tuple(frames.shape[2:]) != (self.height, self.width):
             raise ValueError(f"frames are {list(frames.shape)}; they must be [3, n, {self.height}, {self.width}]")
         self._check()
-        self._parts.put(_Part(frames))
+        self._parts.put(_Part(frames, self._format.pixels))
 
     def finish(self) -> None:
         """Waits until all is encoded and puts the file in its place. The end of the block does it otherwise."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from wan_pack.wan.vae.yuv import frames_to_yuv
+from wan_pack.wan.video.yuv import frames_to_rgb, frames_to_yuv
 
 HEIGHT, WIDTH = 98, 130
 """Not multiples of 4: rows and columns of chroma are odd in number."""
@@ -51,6 +51,32 @@ def test_greys_are_rounded_exactly() -> None:
     assert yuv.shape == (256, 3, 2) and yuv.is_contiguous()
     assert torch.equal(yuv[:, 0, 0].double(), (16 + 219 * greys.double() / 255).round())
     assert (yuv[:, 2] == 128).all()
+
+
+def test_ten_bits_are_four_times_eight() -> None:
+    noise = torch.rand(3, 2, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    deep = frames_to_yuv(noise, bits=10)
+    assert deep.dtype == torch.int16
+    # Half a level of each.
+    assert (deep / 4 - frames_to_yuv(noise).float()).abs().max() <= 0.5 + 0.125
+    assert (deep % 4).unique().tolist() == [0, 1, 2, 3]
+
+
+def test_rows_of_chroma_are_halved_or_not() -> None:
+    columns = torch.rand(3, 2, 1, WIDTH, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    frames = columns.expand(3, 2, HEIGHT, WIDTH)
+    few, all_of_them = frames_to_yuv(frames), frames_to_yuv(frames, halve_rows=False)
+    assert all_of_them.shape == (2, 2 * HEIGHT, WIDTH)
+    assert torch.equal(all_of_them[:, :HEIGHT], few[:, :HEIGHT])
+    chroma = few[:, HEIGHT:].reshape(2, 2, HEIGHT // 2, WIDTH // 2)
+    assert torch.equal(all_of_them[:, HEIGHT:].reshape(2, 2, HEIGHT, WIDTH // 2), chroma.repeat_interleave(2, dim=2))
+
+
+def test_rgb_is_rounded_once() -> None:
+    greys = (torch.arange(256.0) / 127.5 - 1).view(1, 256, 1, 1).expand(3, 256, 2, 2)
+    assert torch.equal(frames_to_rgb(greys)[:, 0, 0, 0], torch.arange(256, dtype=torch.uint8))
+    one = torch.tensor([2.0, -2.0, 0.0]).view(3, 1, 1, 1)
+    assert frames_to_rgb(one).tolist() == [[[[255, 0, 128]]]]
 
 
 def test_shapes_are_checked() -> None:

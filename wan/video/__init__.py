@@ -1,0 +1,1 @@
+"""Decoded frames on their way into files."""
