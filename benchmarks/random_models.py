@@ -41,8 +41,9 @@ Fill = Callable[[str, "Tensor"], None]
 
 
 def model_config(name: str) -> WanConfig:
-    """A name in wan/model/config.py; or tiny, tiny-i2v, tiny-5B, tiny-vace for machines without a GPU."""
-    from wan_pack.wan.model.config import WAN_CONFIGS, WanConfig
+    """A name in released_sizes.py; or tiny, tiny-i2v, tiny-5B, tiny-vace for machines without a GPU."""
+    from wan_pack.benchmarks.released_sizes import WAN_CONFIGS
+    from wan_pack.wan.model.config import WanConfig
 
     channels = {"tiny": (16, 16), "tiny-i2v": (36, 16), "tiny-5B": (48, 48), "tiny-vace": (16, 16)}
     if name in WAN_CONFIGS:

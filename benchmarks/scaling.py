@@ -75,7 +75,7 @@ def read_scaling(path: Path) -> Scaling:
     Raises:
         ValueError: there is no such pair.
     """
-    from wan_pack.wan.model.config import WAN_CONFIGS
+    from wan_pack.benchmarks.released_sizes import WAN_CONFIGS
 
     best: dict[int, float] = {}
     for text in path.read_text().splitlines():

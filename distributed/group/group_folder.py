@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import IO
 
-from ..job.job_folder import JobDir, remove_folder
+from ..job.job_folder import JobDir, OwnedFolder
 from ..job.json_files import read_json, write_json
 from ..machine.bell import Bell, ring
 
 GROUP_PREFIX = "wan-group-"
 
 
-class GroupDir:
-    """One group's folder: mode 0700, made fresh, never reused; it lives as long as the group's processes."""
+class GroupDir(OwnedFolder):
+    """One group's; it lives as long as the group's processes."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.owner = self.path / "owner.lock"
-        """Locked by the process that will remove the folder, for as long as that lives."""
+        super().__init__(path)
         self.group = self.path / "group.json"
         """`ranks`: how many."""
-        self.failures = self.path / "failures.json"
-        """Written by the agent when a rank failed."""
         self.agent_log = self.path / "agent.log"
-        self.lock: IO[bytes] | None = None
-        """`owner`, open and locked, in the owning process."""
 
     @classmethod
     def create(cls, parent: Path, ranks: int) -> GroupDir:
@@ -53,9 +46,3 @@ class GroupDir:
     def bell(self, rank: int) -> Bell:
         """Where `rank` sleeps until the next request."""
         return Bell(self.path / f"bell-{rank}")
-
-    def remove(self) -> None:
-        """Deletes the folder and what it holds. A second call does nothing."""
-        remove_folder(self.path)
-        if self.lock is not None:
-            self.lock.close()

@@ -8,9 +8,9 @@ import shutil
 import time
 from pathlib import Path
 
-from ..job.job_folder import PREFIX, JobDir
+from ..job.job_folder import PREFIX, JobDir, OwnedFolder
 from ..machine.gpu_locks import try_lock
-from .group_folder import GROUP_PREFIX, GroupDir
+from .group_folder import GROUP_PREFIX
 
 KEPT = 5
 """Failed jobs."""
@@ -18,7 +18,7 @@ GRACE_SECONDS = 60
 """Age below which a folder without an owner may just be being made."""
 
 
-def claim(folder: JobDir | GroupDir) -> None:
+def claim(folder: OwnedFolder) -> None:
     """Makes the folder this process's, until the process ends or removes it."""
     # A lock, not a pid: the kernel lets go of it however its holder dies, and two containers that share this folder
     # do not see each other's pids.

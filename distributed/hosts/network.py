@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..job.errors import JobError
 from ..job.json_files import read_json, write_json
+from ..machine.loopback import listen_at
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -68,7 +69,10 @@ def open_store(published: Path, *, listens: bool, world: int, timeout: float, po
         host, port = _read_place(published, timeout)
         return TCPStore(host, port, world, is_master=False, timeout=limit)
     address = os.environ[ADDRESS_VARIABLE]
-    listener = _listen(address, port)
+    try:
+        listener = listen_at(address, port)
+    except OSError as error:
+        raise JobError(f"{address}:{port} cannot be used ({error.strerror}); choose another master_port") from error
     port = listener.getsockname()[1]
     # The store owns the descriptor from here on.
     store = TCPStore(
@@ -76,19 +80,6 @@ def open_store(published: Path, *, listens: bool, world: int, timeout: float, po
     )
     write_json(published, {"host": address, "port": port})
     return store
-
-
-def _listen(address: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
-    # A port that the last job used seconds ago, in TIME_WAIT, is free.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((address, port))
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        raise JobError(f"{address}:{port} cannot be used ({error.strerror}); choose another master_port") from error
-    return listener
 
 
 def _read_place(published: Path, timeout: float) -> tuple[str, int]:

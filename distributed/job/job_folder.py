@@ -20,11 +20,36 @@ REMOVALS = 20
 REMOVAL_SECONDS = 0.05
 
 
-class JobDir:
-    """One job's folder: mode 0700, made fresh, never reused."""
+class OwnedFolder:
+    """A folder that is one process's to remove: mode 0700, made fresh, never reused."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.owner = self.path / "owner.lock"
+        """Locked by that process for as long as it lives."""
+        self.failures = self.path / "failures.json"
+        """Written by the agent when a rank failed."""
+        self.lock: IO[bytes] | None = None
+        """`owner`, open and locked, in the owning process."""
+
+    def remove(self) -> None:
+        """Deletes the folder and what it holds, as far as that can be deleted. A second call does nothing."""
+        # A process that ends, or a rank that stays, may write into it meanwhile: then it is not empty when its turn
+        # comes.
+        for _ in range(REMOVALS):
+            shutil.rmtree(self.path, ignore_errors=True)
+            if not self.path.exists():
+                break
+            time.sleep(REMOVAL_SECONDS)
+        if self.lock is not None:
+            self.lock.close()
+
+
+class JobDir(OwnedFolder):
+    """One job's."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
         self.job = self.path / "job.json"
         self.inputs = self.path / "inputs.safetensors"
         """Text embeddings, where the job does not encode its prompt."""
@@ -32,15 +57,11 @@ class JobDir:
         """`memory`, `answers`: where evaluations are asked for, and the bell of who waits for their answers."""
         self.pictures = self.path / "pictures.json"
         """`memory`: where a VAE's latents and frames lie."""
-        self.owner = self.path / "owner.lock"
-        """Locked by the process that will remove the folder, for as long as that lives."""
         self.progress = self.path / "progress.json"
         self.preview = self.path / "preview.jpg"
         """What the video is going to be, as of the last steps."""
         self.stop = self.path / "stop.json"
         """Its appearance asks the ranks to stop after their step, and to wait for another job."""
-        self.failures = self.path / "failures.json"
-        """The agent's, of the group that the job ended."""
         self.result = self.path / "result.json"
         """Written last: with it the job succeeded."""
         self.latents = self.path / "latents.safetensors"
@@ -49,8 +70,6 @@ class JobDir:
         """As wan/video/frames_file.py writes them."""
         self.logs = self.path / "logs"
         self.agent_log = self.logs / "agent.log"
-        self.lock: IO[bytes] | None = None
-        """`owner`, open and locked, in the owning process."""
 
     @classmethod
     def create(cls, parent: Path) -> JobDir:
@@ -97,19 +116,3 @@ class JobDir:
         except (OSError, ValueError) as error:
             raise JobError(f"job.json cannot be read: {error}") from error
         return GroupJob.from_json(text)
-
-    def remove(self) -> None:
-        """Deletes the folder and what it holds. A second call does nothing."""
-        remove_folder(self.path)
-        if self.lock is not None:
-            self.lock.close()
-
-
-def remove_folder(path: Path) -> None:
-    """Deletes a folder and what it holds, as far as that can be deleted."""
-    # A process that ends, or a rank that stays, may write into it meanwhile: then it is not empty when its turn comes.
-    for _ in range(REMOVALS):
-        shutil.rmtree(path, ignore_errors=True)
-        if not path.exists():
-            return
-        time.sleep(REMOVAL_SECONDS)

@@ -11,7 +11,17 @@ STORE_VARIABLE = "WAN_STORE"
 """Environment variable with the path of the one through which a group's ranks meet."""
 
 
-class MemoryFile:
+class _Descriptor:
+    _descriptor: int
+
+    def close(self) -> None:
+        """What is mapped stays. A second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class MemoryFile(_Descriptor):
     """A file in no folder and on no disk: others' files leave it its room, and it ends with the process that made it.
 
     Processes of the same user open it by its path, for as long as it is not closed.
@@ -31,14 +41,8 @@ class MemoryFile:
             os.ftruncate(self._descriptor, size)
         return mmap.mmap(self._descriptor, size)
 
-    def close(self) -> None:
-        """A second call does nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
 
-
-class OpenedMemory:
+class OpenedMemory(_Descriptor):
     """Another process' `MemoryFile`, to read and to write, for as long as this one wants.
 
     Args:
@@ -59,9 +63,3 @@ class OpenedMemory:
         if there < size:
             raise ValueError(f"a file in memory has {there} bytes; it must have {size}")
         return mmap.mmap(self._descriptor, size)
-
-    def close(self) -> None:
-        """What is mapped stays. A second call does nothing."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1

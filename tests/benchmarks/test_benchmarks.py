@@ -81,7 +81,7 @@ def test_a_system_that_fails_leaves_the_others_their_turn(
 def test_floor_is_that_of_the_measured_kernels():
     """2.39 s for one A14B forward at 832x480x81 on one H200, half of it on two, less in 8 bits."""
     from breakdown import floor_seconds, work
-    from wan_pack.wan.model.config import WAN_CONFIGS
+    from wan_pack.benchmarks.released_sizes import WAN_CONFIGS
 
     config = WAN_CONFIGS["t2v-A14B"]
     linear, attention = work(config, 32760)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from wan_pack.benchmarks.released_sizes import WAN_CONFIGS
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.machine.gpus import Gpu
 from wan_pack.distributed.planning.gpu_memory import Workload
 from wan_pack.distributed.planning.plan import Plan, make_plan
 from wan_pack.distributed.planning.policies import Request
-from wan_pack.wan.model.config import WAN_CONFIGS
 
 GIB = 2**30
 KINDS = {

@@ -72,10 +72,6 @@ def _factors(tensors: Tensors, whole: Role, up: Role, down: Role) -> tuple[Store
     return (tensors[whole],) if whole in tensors else (tensors[up], tensors[down])
 
 
-def _kronecker(tensors: Tensors, scale: float, alpha: float) -> Kronecker:
-    return Kronecker(_factors(tensors, *_LOKR[0]), _factors(tensors, *_LOKR[1]), scale)
-
-
 def _kronecker_size(tensors: Tensors) -> tuple[int, int]:
     sizes = []
     for factors in (_factors(tensors, *roles) for roles in _LOKR):
@@ -120,7 +116,8 @@ FAMILIES = (
     ),
     Family(
         name="LoKr", needs=tuple(w1 + w2 for w1 in (_LOKR[0][:1], _LOKR[0][1:]) for w2 in (_LOKR[1][:1], _LOKR[1][1:])),
-        size=_kronecker_size, rank=_kronecker_rank, make=_kronecker,
+        size=_kronecker_size, rank=_kronecker_rank,
+        make=lambda t, scale, alpha: Kronecker(_factors(t, *_LOKR[0]), _factors(t, *_LOKR[1]), scale),
     ),
     Family(
         name="OFT", needs=((Role.OFT_BLOCKS,),), size=_rotation_size, rank=lambda t: None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,11 +129,7 @@ def vae_info(stored: StoredModel) -> VaeInfo:
             raise ValueError(f"{path} is damaged: tensor {info.name(name)} of a {kind.vae} has shape {list(shape)}")
         return shape[0]
 
-    missing = sorted(name for name in map(info.name, _leaves(kind)) if name not in names)
-    if missing:
-        raise ValueError(
-            f"{path} is a {kind.vae} that lacks {len(missing)} tensors ({', '.join(missing[:3])}); expected {EXPECTED}"
-        )
+    _check_there(stored, kind, map(info.name, _leaves(kind)))
     latents = first_size("conv2.weight")
     if latents != kind.channels:
         raise ValueError(f"{path} is a {kind.vae} with {latents} latent channels; expected {kind.channels} of them")
@@ -151,12 +148,7 @@ def vae_weights(stored: StoredModel, info: VaeInfo) -> dict[str, StoredTensor]:
     """By official name. Raises ValueError for a weight that is missing, cannot be read or has another shape."""
     shapes = vae_shapes(info)
     own = {info.name(name): name for name in shapes}
-    missing = sorted(name for name in own if name not in stored.tensors)
-    if missing:
-        raise ValueError(
-            f"{stored.label} is a {info.kind.vae} that lacks {len(missing)} tensors ({', '.join(missing[:3])}); "
-            f"expected {EXPECTED}"
-        )
+    _check_there(stored, info.kind, own)
     owners = {name.rpartition(".")[0]: to.rpartition(".")[0] for name, to in own.items()}
     beside = {
         name: f"{owners[owner]}{name.removeprefix(owner)}"
@@ -170,6 +162,15 @@ def vae_weights(stored: StoredModel, info: VaeInfo) -> dict[str, StoredTensor]:
     for name, shape in shapes.items():
         check_shape(info.name(name), weights[name].shape, shape, stored.label)
     return weights
+
+
+def _check_there(stored: StoredModel, kind: LatentSpace, names: Iterable[str]) -> None:
+    missing = sorted(name for name in names if name not in stored.tensors)
+    if missing:
+        raise ValueError(
+            f"{stored.label} is a {kind.vae} that lacks {len(missing)} tensors ({', '.join(missing[:3])}); "
+            f"expected {EXPECTED}"
+        )
 
 
 def check_vae_file(path: str | Path) -> VaeInfo:

@@ -40,7 +40,7 @@ def test_measured_peaks(settings: dict[str, Any], gib: float):
 def test_the_weights_are_those_of_the_real_model():
     """The sizes that these tests work with, against the model itself."""
     import torch
-    from wan_pack.wan.model.config import WAN_CONFIGS
+    from wan_pack.benchmarks.released_sizes import WAN_CONFIGS
     from wan_pack.wan.transformer.transformer import meta_model
 
     for name, (expert, block, _) in KINDS.items():

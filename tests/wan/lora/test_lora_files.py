@@ -11,10 +11,11 @@ import torch
 from lora_families import ALPHA, LOW_RANK, RANK, TARGETS, A, B, dotted, in_diffusers, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from wan_pack.benchmarks.released_sizes import WAN_CONFIGS
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.lora.origin import describe_origin
 from wan_pack.wan.lora.updates import LowRank
-from wan_pack.wan.model.config import WAN_CONFIGS, WanConfig
+from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.transformer.transformer import WanModel
 
 Q = "blocks.0.self_attn.q"

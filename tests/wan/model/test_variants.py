@@ -9,7 +9,8 @@ import pytest
 import torch
 from mount import ROOT
 from tiny import TINY
-from wan_pack.wan.model.config import WAN_CONFIGS, WanConfig, config_from_shapes
+from wan_pack.benchmarks.released_sizes import WAN_CONFIGS
+from wan_pack.wan.model.config import WanConfig, config_from_shapes
 from wan_pack.wan.model.variants import REFUSED, VARIANTS, Refused, Variant, check_runs, takers
 from wan_pack.wan.transformer.transformer import WanModel
 

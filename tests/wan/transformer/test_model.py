@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import GRID, TINY, random_weights
+from wan_pack.benchmarks.released_sizes import WAN_CONFIGS
 from wan_pack.wan.model.attention import attention
-from wan_pack.wan.model.config import WAN_CONFIGS, config_from_shapes
+from wan_pack.wan.model.config import config_from_shapes
 from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
 from wan_pack.wan.model.rope import apply_rope, rope_table
 from wan_pack.wan.transformer.context import Context, pad_text

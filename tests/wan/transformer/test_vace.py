@@ -12,10 +12,11 @@ from checkpoint_formats import Weights, read_model, write_fp8, write_gguf
 from safetensors.torch import save_file
 from tiny import GRID, TINY, TINY_VACE, random_weights, write_official
 from torch import Tensor
+from wan_pack.benchmarks.released_sizes import WAN_CONFIGS
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint, checkpoint_files
 from wan_pack.wan.files.diffusers_keys import to_official
 from wan_pack.wan.lora.lora import Lora
-from wan_pack.wan.model.config import WAN_CONFIGS, config_from_shapes
+from wan_pack.wan.model.config import config_from_shapes
 from wan_pack.wan.model.linear import FP8_PRODUCTS
 from wan_pack.wan.model.rope import rope_table
 from wan_pack.wan.transformer.context import Context, pad_text
