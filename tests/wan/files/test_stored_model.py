@@ -162,3 +162,8 @@ def test_weights_are_not_looked_for_in_what_has_become_a_pipe(tmp_path: Path, su
         stored.read_into(torch.empty(stored.shape, dtype=stored.dtype))
     with pytest.raises(ValueError, match="it is not a regular file"):
         open_model([path], "a model")
+
+
+def test_a_name_that_no_file_can_have_is_a_file_that_cannot_be_read():
+    with pytest.raises(ValueError, match=r"cannot be read: embedded null"):
+        open_model(["/models/a\0b.safetensors"], "a model")

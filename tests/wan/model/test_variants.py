@@ -10,6 +10,7 @@ import torch
 from mount import ROOT
 from tiny import TINY
 from wan_pack.benchmarks.released_sizes import WAN_CONFIGS
+from wan_pack.distributed.job.control_inputs import CONTROLS
 from wan_pack.wan.model.config import WanConfig, config_from_shapes
 from wan_pack.wan.model.variants import REFUSED, VARIANTS, Refused, Variant, check_runs, takers
 from wan_pack.wan.transformer.transformer import WanModel
@@ -70,3 +71,14 @@ def test_no_other_file_asks_for_a_variant():
                 channels = {part.attr for part in parts if isinstance(part, ast.Attribute)} & {"in_dim", "out_dim"}
                 assert not constants & {"t2v", "i2v", "ti2v", *VARIANTS}, f"{path}:{node.lineno}"
                 assert not (channels and constants), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_what_a_variant_is_given_follows_from_what_it_is(variant: Variant):
+    """Pictures as channels, in any of three forms; CLIP's features for an image branch; controls for VACE."""
+    pictures = {"start_image", "end_image", "image_conditioning"}
+    expected = pictures if variant.image_channels else set()
+    expected |= {"clip_features"} if "img_emb" in variant.parts else set()
+    expected |= set(CONTROLS) if variant.controlled else set()
+    expected |= {"start_image", "noise_mask"} if variant.known_frames else set()
+    assert set(variant.takes) == expected

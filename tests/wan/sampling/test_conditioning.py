@@ -9,7 +9,7 @@ from wan_pack.wan.model.variants import VARIANTS
 from wan_pack.wan.sampling.conditioning import build_conditioning, image_frames, image_mask, start_latents
 from wan_pack.wan.sampling.control import build_controls
 from wan_pack.wan.sampling.denoise import Known, denoise, noised
-from wan_pack.wan.sampling.picture import fit_image
+from wan_pack.wan.sampling.picture import fit_image, fit_mask
 from wan_pack.wan.sampling.schedule import SOLVERS, make_solver
 from wan_pack.wan.vae.latents import denormalise
 
@@ -190,3 +190,33 @@ def test_reference_pictures_keep_their_order_in_front_of_the_video():
     assert control.values[0, :, 0, 0].tolist() == [0.25, 0.75, 0.0, 0.0, 0.0]
     assert not control.values[16:32].any(), "nothing of them is made anew"
     assert control.values[32:, :2].abs().max() == 0 and control.values[32:, 2:].min() == 1
+
+
+def test_controls_that_others_have_encoded_come_each_with_its_strength():
+    contexts = torch.randn(2, 96, 3, 4, 6)
+    one, two = build_controls(
+        {"vace_context": contexts, "vace_strength": torch.tensor([0.5, -1.0])}, (9, 32, 48), encode
+    )
+    assert (one.strength, two.strength) == (0.5, -1.0)
+    assert torch.equal(one.values, contexts[0]) and torch.equal(two.values, contexts[1])
+    (alone,) = build_controls({"vace_context": contexts[:1]}, (9, 32, 48), encode)
+    assert alone.strength == 1.0
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_what_is_over_is_cut_off_not_squeezed(wide: bool):
+    """A picture of the frame's height, or width, and four times the other side: its middle, as it is."""
+    size = (32, 256) if wide else (128, 64)
+    picture = torch.rand(*size, 3)
+    middle = picture[:, 96:160] if wide else picture[48:80]
+    for variant in (I2V, TI2V):
+        assert torch.equal(fit_image(picture, 64, 32, variant), (middle * 2 - 1).permute(2, 0, 1))
+    assert torch.equal(fit_mask(picture[None, ..., 0], 64, 32), middle[None, ..., 0])
+    # And where it has to be scaled, by the same factor both ways: a square of ones stays one.
+    large = torch.zeros(2 * size[0], 2 * size[1])
+    rows, cols = size
+    large[rows - 16 : rows + 16, cols - 16 : cols + 16] = 1
+    small = fit_mask(large[None], 64, 32)[0] > 0.5
+    assert (small.any(1).sum().item(), small.any(0).sum().item()) == (16, 16)
+    square = fit_image(large[..., None].expand(-1, -1, 3), 64, 32, TI2V)[0] > 0
+    assert (square.any(1).sum().item(), square.any(0).sum().item()) == (16, 16)

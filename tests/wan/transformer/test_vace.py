@@ -200,3 +200,15 @@ def test_a_vace_lora_says_what_of_it_another_model_lacks(tmp_path: Path):
     assert Lora(tmp_path / "l.safetensors", 1.0, shapes).skipped == {
         "of VACE's own blocks": ["vace_blocks.0.self_attn.q"]
     }
+
+
+def test_hints_are_added_up_in_float32_whatever_the_products_are_in():
+    model = meta_model(TINY_VACE, torch.bfloat16).to_empty(device="cpu")
+    model.load_state_dict(random_weights(TINY_VACE))
+    hints: list[Tensor] = []
+    for block in model.vace_blocks:
+        block.register_forward_hook(lambda block, given, hint: hints.append(hint))
+    evaluate(model, control(strength=1.0), control(6, strength=1 / 3))
+    assert [hint.dtype for hint in hints] == [torch.float32] * 2
+    # A third of what bf16 holds is none of its values.
+    assert all((hint.bfloat16().float() != hint).float().mean() > 0.5 for hint in hints)
