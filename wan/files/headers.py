@@ -102,9 +102,8 @@ def read_header(path: str | Path, opened: BinaryIO | None = None) -> Safetensors
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
+        # An object: its first bracket has been looked at.
         entries = parse_json(text, MAX_PARTS)
-        if not isinstance(entries, dict):
-            raise ValueError("it is not a JSON object")
         metadata = _metadata(entries.pop("__metadata__", {}))
         check_count(len(entries))
         tensors = {name: _tensor_info(name, entry, data_start) for name, entry in entries.items()}

@@ -111,10 +111,8 @@ def _adapter_config(source: str, config: Mapping[str, Any]) -> AdapterConfig:
 
 
 def _number(name: str, value: Any) -> float:
-    try:
-        number = float(value) if type(value) in (int, float) else math.nan
-    except OverflowError:
-        number = math.inf
+    # Of at most 30 digits (json_text.py), so that none is too large.
+    number = float(value) if type(value) in (int, float) else math.nan
     if not math.isfinite(number):
         raise ValueError(f"{name} is {value!r}; it must be a finite number"[:200])
     return number

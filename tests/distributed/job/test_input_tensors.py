@@ -105,3 +105,29 @@ def test_a_control_is_of_the_videos_size_and_references_are_in_front():
             check(TINY, **{name: shape})
     with pytest.raises(ValueError, match=r"start_image is given; this model \(VACE\) takes control_video,"):
         check(TINY_VACE, start_image=(3, 48, 64))
+
+
+TI2V = dataclasses.replace(TINY, in_dim=48, out_dim=48)
+
+
+def test_a_noise_mask_is_for_the_model_that_knows_frames():
+    samples, mask = (48, 2, 2, 4), (2, 2, 4)
+    settings = {"width": 64, "height": 32}
+    check(TI2V, settings, samples=samples, noise_mask=mask)
+    with pytest.raises(ValueError, match="the noise mask has shape"):
+        check(TI2V, settings, samples=samples, noise_mask=(2, 4, 2))
+    with pytest.raises(ValueError, match="a noise mask and start_image are both given"):
+        check(TI2V, settings, samples=samples, noise_mask=mask, start_image=(3, 32, 64))
+    with pytest.raises(ValueError, match="which only the TI2V-5B model follows; remove the mask"):
+        check(TINY, samples=LATENTS, noise_mask=LATENTS[1:])
+    with pytest.raises(ValueError, match="noise_mask is given, but no latents to start from"):
+        check(TI2V, settings, noise_mask=mask)
+
+
+def test_a_picture_comes_once():
+    conditioning = (4 + 16, 2, 6, 8)
+    check(I2V, image_conditioning=conditioning)
+    with pytest.raises(ValueError, match="end_image and image conditioning are both given"):
+        check(I2V, end_image=(3, 48, 64), image_conditioning=conditioning)
+    with pytest.raises(ValueError, match="image conditioning has shape"):
+        check(I2V, image_conditioning=(16, 2, 6, 8))

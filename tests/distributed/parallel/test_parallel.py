@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -155,3 +156,45 @@ def test_a_mean_over_ranks_is_that_of_the_whole(world: int, ranks: int, monkeypa
         found = mean_size(local, shard, SimpleNamespace(size=lambda: ranks))  # type: ignore[arg-type]
         assert found == pytest.approx(whole.abs().mean().item(), rel=1e-6)
     assert mean_size(whole, SequenceShard(length=7), None) == pytest.approx(whole.abs().mean().item(), rel=1e-6)
+
+
+@pytest.fixture
+def all_alike(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Three ranks: this one, and two that have what this one has, one more in each place."""
+
+    def gather(out: torch.Tensor, mine: torch.Tensor, group: object = None) -> None:
+        assert mine.is_contiguous()
+        out.view(3, -1).copy_(torch.stack([mine.reshape(-1) + i for i in range(3)]))
+
+    monkeypatch.setattr(sequence.dist, "all_gather_into_tensor", gather)
+    monkeypatch.setattr(sequence.dist, "get_world_size", lambda: 3)
+    return SimpleNamespace(size=lambda: 3)
+
+
+def test_short_values_and_rows_of_every_rank_come_in_their_order(all_alike: Any):
+    assert sequence.gather_bytes(b"ad", torch.device("cpu")) == [b"ad", b"be", b"cf"]
+    assert sequence.gather_rows(torch.tensor([5, -1]), all_alike) == [[5, -1], [6, 0], [7, 1]]
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_the_tokens_of_all_ranks_are_the_video_without_padding(all_alike: Any, ordered: bool):
+    order = torch.tensor([6, 0, 1, 2, 3, 4, 5]) if ordered else None
+    shard = SequenceShard(length=7, rank=0, world=3, order=order)
+    # Of this rank's tokens columns that are not neighbours in memory.
+    local = torch.arange(12.0).view(2, 6).t()[:3]
+    found = shard.gather(local, all_alike)
+    whole = torch.cat([local, local + 1, local + 2])[:7]
+    expected = torch.empty_like(whole)
+    expected[range(7) if order is None else order] = whole
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("everyone", [0, 1])
+def test_it_is_so_everywhere_if_every_rank_says_so(everyone: int, monkeypatch: pytest.MonkeyPatch):
+    def reduce(flag: torch.Tensor, how: object, group: object) -> None:
+        assert how == sequence.dist.ReduceOp.MIN
+        flag.clamp_max_(everyone)
+
+    monkeypatch.setattr(sequence.dist, "all_reduce", reduce)
+    for mine in (True, False):
+        assert sequence.everywhere(mine, None, torch.device("cpu")) is (mine and bool(everyone))  # type: ignore[arg-type]

@@ -85,3 +85,40 @@ def test_a_crf_that_has_no_effect_is_said(tiny_models: Path):
         notes: list[str] = []
         check_job(replace(job, sampling=replace(job.sampling, **values)), SHAPES, notes.append)
         assert [note for note in notes if "crf" in note] == said
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "words"),
+    [
+        ("x_high_noise", "x_low_noise", None),
+        ("x_low_noise", "x_high_noise", "the experts look swapped: high_noise is .*x_low_noise"),
+        ("a_high_noise", "b_high_noise", "both experts look like the high-noise one"),
+        ("a_low_noise", "b_low_noise", "both experts look like the low-noise one"),
+        ("a_low_noise", "b", None),
+        ("a", "a", "both experts are the same file"),
+        ("a_high_noise", None, "only one expert is given, which looks like the high-noise one, and it runs every step"),
+        (None, "a_low_noise", "only one expert is given, which looks like the low-noise one"),
+        ("a", None, None),
+    ],
+)
+def test_experts_that_may_be_the_wrong_ones_are_a_warning(
+    tiny_models: Path, tmp_path: Path, high: str | None, low: str | None, words: str | None
+):
+    job = tiny_job(tiny_models, gpu_count=1)
+    for name in {high, low} - {None}:
+        transformer(tmp_path / f"{name}.safetensors", text_dim=64)
+    files = {
+        f"{side}_noise": (FileIdentity.of(tmp_path / f"{name}.safetensors"),) if name else ()
+        for side, name in (("high", high), ("low", low))
+    }
+    job = replace(job, model=replace(job.model, **files, high_noise_loras=(), low_noise_loras=()))
+    warnings = check_job(job, SHAPES)
+    if words is None:
+        assert warnings == ()
+    else:
+        (warning,) = warnings
+        assert re.match(words, warning)
+    if None in (high, low) and words:
+        # Of a part of the schedule one expert is all that is needed.
+        part = replace(job, sampling=replace(job.sampling, end_step=1))
+        assert check_job(part, SHAPES) == ()

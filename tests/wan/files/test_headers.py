@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import pytest
 import torch
 from mount import ROOT
 from safetensors.torch import save_file
-from wan_pack.wan.files.headers import read_header
+from wan_pack.wan.files.headers import describe_file, read_header
 from wan_pack.wan.files.json_text import parse_json
-from wan_pack.wan.files.model_folder import folder_files
+from wan_pack.wan.files.model_folder import folder_files, read_json_object
 from wan_pack.wan.files.pth_files import read_pth
 
 
@@ -200,3 +201,33 @@ def test_a_number_has_at_most_thirty_digits(digits: int, allowed: bool) -> None:
     else:
         with pytest.raises(ValueError, match="a number of 31 digits; at most 30 are allowed"):
             parse_json(text, 9)
+
+
+@pytest.mark.parametrize("header", [[], "text", 3, None])
+def test_a_header_that_is_no_object_is_another_format(tmp_path: Path, header: object) -> None:
+    path = _write(tmp_path / "x.safetensors", header)
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        read_header(path)
+
+
+def test_notes_that_are_null_are_none(tmp_path: Path) -> None:
+    assert read_header(_write(tmp_path / "x.safetensors", {"__metadata__": None})).metadata == {}
+
+
+def test_what_a_path_turns_out_to_be(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "whole")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    found = {name: describe_file(tmp_path / name) for name in ("whole", "folder", "pipe", "gone")}
+    assert found["whole"] == "a safetensors file" and found["folder"] == "a folder"
+    assert found["pipe"] == "unreadable (it is not a regular file)"
+    assert found["gone"] == "unreadable (No such file or directory)"
+
+
+def test_configs_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    for name, words in (("gone.json", "cannot be read: No such file"), (".", "cannot be read: it is not a regular")):
+        with pytest.raises(ValueError, match=words):
+            read_json_object(tmp_path / name)
+    (tmp_path / "x.json").write_text("[1]")
+    with pytest.raises(ValueError, match="is not a JSON object"):
+        read_json_object(tmp_path / "x.json")

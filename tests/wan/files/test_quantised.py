@@ -211,6 +211,18 @@ ODD_SCALES = {
     "of uint8": ({"weight_scale": torch.ones(128, 3, dtype=torch.uint8)}, r"has shape \(128, 3\); expected one number"),
     "two levels": ({"weight_scale": torch.ones(()), "weight_scale_2": torch.ones(())}, "expected one number"),
     "second level alone": ({"weight_scale_2": torch.ones(())}, "a scale for tensor .*, but no such weight"),
+    "of whole numbers": (
+        {"weight_scale": torch.ones(128, dtype=torch.int8)},
+        r"the scale of tensor .*q\.weight is of torch\.int8; expected a float dtype",
+    ),
+    "two levels, one of codes": (
+        {
+            "weight": torch.zeros(128, 64, dtype=torch.uint8),
+            "weight_scale": torch.ones(128, 8).to(E4M3),
+            "weight_scale_2": torch.zeros(2, dtype=torch.uint8),
+        },
+        "expected one number, one for each of its 128 rows",
+    ),
     "twice": ({"weight_scale": torch.ones(()), "scale_weight": torch.ones(())}, "has two scales"),
     "nunchaku": ({"wscales": torch.ones(2, 128)}, r"quantised as Nunchaku"),
     "nf4": ({"weight.absmax": torch.ones(8)}, r"quantised as bitsandbytes \(4 bit\)"),

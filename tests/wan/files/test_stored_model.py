@@ -14,6 +14,7 @@ from tiny import random_weights
 from torch import Tensor
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.files import stored_model
+from wan_pack.wan.files.module_weights import fill
 from wan_pack.wan.files.pth_files import _Global, _made, _storage, interpret, read_pth
 from wan_pack.wan.files.stored_model import open_model
 
@@ -167,3 +168,37 @@ def test_weights_are_not_looked_for_in_what_has_become_a_pipe(tmp_path: Path, su
 def test_a_name_that_no_file_can_have_is_a_file_that_cannot_be_read():
     with pytest.raises(ValueError, match=r"cannot be read: embedded null"):
         open_model(["/models/a\0b.safetensors"], "a model")
+
+
+def test_a_pth_of_another_byte_order_or_without_an_end_is_refused(tmp_path: Path):
+    path = tmp_path / "x.pth"
+    torch.save({"a": torch.zeros(4)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, b"big" if name.endswith("/byteorder") else data)
+    with pytest.raises(ValueError, match="its numbers have the byte order b'big'; it must be little"):
+        read_pth(path)
+
+
+def test_one_tensor_in_two_spellings_is_refused(tmp_path: Path):
+    save_file({"_orig_mod.a.weight": torch.zeros(2), "a._orig_mod.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"tensor a\.weight stands there in two spellings"):
+        open_model([tmp_path / "x.safetensors"], "a model")
+
+
+@pytest.mark.parametrize("what", ["bytes", "weights"])
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path, what: str):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(1000), "b": torch.zeros(1000)}, path)
+    model = open_model([path], "a model")
+    os.truncate(path, path.stat().st_size - 100)
+    with pytest.raises(ValueError, match=rf"{path}: tensor b cannot be read: .*100 bytes early"):
+        if what == "bytes":
+            model.read_bytes("b")
+        else:
+            module = torch.nn.Module()
+            module.register_parameter("p", torch.nn.Parameter(torch.empty(1000, device="meta")))
+            weights = model.weights({"b": "b"})
+            fill(module, weights, {"p": "b"}, str(path), dtype=torch.float32, device="cpu")

@@ -239,3 +239,21 @@ def test_fp8_products_under_fsdp_and_ulysses(file: Path):
     whole = sum(parameter.nbytes for parameter in load(file).parameters())
     # A parameter of one row is padded to one for each rank.
     assert whole <= sum(result["bytes"] for result in results) < 1.02 * whole
+
+
+@pytest.mark.parametrize(
+    ("kept", "plain"),
+    [
+        (None, True), (KeptWeight(torch.float8_e4m3fn, scaled=True), True), (KeptWeight(torch.int8, True), True),
+        (KeptWeight(torch.int8, True, rotated_by=16), False),
+        (KeptWeight(torch.float8_e4m3fn, True, lora_rank=2), False), ("fp8 product", False), ("int8 product", False),
+    ],
+)  # fmt: skip
+def test_a_layer_is_plain_if_its_unpacked_weight_is_all_that_it_multiplies_by(kept: object, plain: bool):
+    """Then its product and an activation may be one."""
+    layer = Linear(16, 8)
+    if isinstance(kept, KeptWeight):
+        layer.keep(kept, torch.float32)
+    layer.fp8_product = kept == "fp8 product"
+    layer.int8_product = (lambda *_: torch.zeros(1)) if kept == "int8 product" else None
+    assert layer.is_plain is plain

@@ -11,7 +11,7 @@ from mount import ROOT
 from tiny import TINY
 from wan_pack.benchmarks.released_sizes import WAN_CONFIGS
 from wan_pack.distributed.job.control_inputs import CONTROLS
-from wan_pack.wan.model.config import WanConfig, config_from_shapes
+from wan_pack.wan.model.config import MAX_LAYERS, WanConfig, config_from_shapes
 from wan_pack.wan.model.variants import REFUSED, VARIANTS, Refused, Variant, check_runs, takers
 from wan_pack.wan.transformer.transformer import WanModel
 
@@ -82,3 +82,18 @@ def test_what_a_variant_is_given_follows_from_what_it_is(variant: Variant):
     expected |= set(CONTROLS) if variant.controlled else set()
     expected |= {"start_image", "noise_mask"} if variant.known_frames else set()
     assert set(variant.takes) == expected
+
+
+@pytest.mark.parametrize(("field", "value"), [("ffn_dim", 0), ("num_layers", 0), ("in_dim", -1), ("clip_dim", 0)])
+def test_sizes_are_at_least_one(field: str, value: int):
+    with pytest.raises(ValueError, match=f"{field} is {value}; it must be at least 1"):
+        replace(TINY, **{field: value})
+
+
+def test_sizes_that_a_file_cannot_have_are_refused():
+    shapes = shapes_of(replace(TINY, dim=128, num_heads=1))
+    with pytest.raises(ValueError, match=r"tensor vace_patch_embedding\.weight has shape \(3,\); it must have more"):
+        config_from_shapes({**shapes, "vace_patch_embedding.weight": (3,)})
+    many = {f"blocks.{i}.x": (1,) for i in range(MAX_LAYERS + 1)}
+    with pytest.raises(ValueError, match="it has 1001 blocks; at most 1000 are read"):
+        config_from_shapes({**shapes, **many})
