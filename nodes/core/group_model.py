@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...distributed.job.evaluator import Evaluator
@@ -11,7 +11,7 @@ from ..host import host
 from ..host.core_model import CoreSampling
 from ..host.exceptions import told_to_comfyui
 from .evaluation import Evaluation
-from .unsupported import check_sampling
+from .unsupported import check_parts, check_sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,9 @@ class GroupModel:
         self._prepare = prepare
         self._running: list[Evaluation] = []
         """The last one is at work: a sampling may run inside of another one's step."""
+
+    def check_parts(self, changed: Sequence[str]) -> None:
+        check_parts(changed)
 
     def sample(self, sampling: CoreSampling, run: Callable[[], Tensor]) -> Tensor:
         check_sampling(sampling)

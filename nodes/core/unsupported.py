@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...distributed.job.errors import listed
@@ -19,7 +19,12 @@ _CONDS = {
     "control": "a control net",
     "hooks": "hooks (LoRAs by time or by prompt)",
     "time_dim_concat": "further frames beside the video's (Phantom's subjects)",
+    "context_latents": "further latents that are looked at in context (Bernini's references)",
 }
+_SENT = frozenset({"clip_fea", "vace_context", "vace_strength"})
+"""Of what ComfyUI gives its transformer beside text: what goes to the processes."""
+_PASSED_OVER = frozenset({"denoise_mask", "crossattn_controlnet", "reference_latent", "y"})
+"""What it passes over as well, in a model that has no part for it."""
 _COMPILED = "torch.compile"
 """Key of the wrapper by which ComfyUI's TorchCompileModel has its transformer compiled."""
 WHAT_TO_DO = (
@@ -42,10 +47,16 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"a node {what} ({name}); {WHAT_TO_DO}")
 
 
+def check_parts(changed: Sequence[str]) -> None:
+    """As `check_sampling`, of ComfyUI's transformer itself, which nodes may change past its patcher."""
+    if changed:
+        raise ValueError(f"a node changes what the transformer computes ({listed(changed[:5])}); {WHAT_TO_DO}")
+
+
 def check_conds(conds: Mapping[str, Any]) -> None:
-    """As `check_sampling`, of what ComfyUI would give its transformer, which ignores the rest as well."""
-    if conds.get("time_dim_concat") is not None:
-        raise ValueError(f"the conditioning holds {_CONDS['time_dim_concat']}; {WHAT_TO_DO}")
+    """As `check_sampling`, of what ComfyUI would give its transformer."""
+    for name in (name for name, value in conds.items() if value is not None and name not in _SENT | _PASSED_OVER):
+        raise ValueError(f"the conditioning holds {_CONDS.get(name, 'what is not known here')} ({name}); {WHAT_TO_DO}")
 
 
 def _of_conds(sampling: CoreSampling) -> Iterator[str]:

@@ -22,6 +22,11 @@ NO_WEIGHTS = (
     "merge it or to take a LoRA out of it, load it with Load Diffusion Model"
 )
 
+OWN_PRECISION = (
+    "the model of Load Diffusion Model (N GPUs) computes in mixed_precision of Wan Video Distributed Config. To choose "
+    "another precision by a node, or to train a LoRA, load it with Load Diffusion Model"
+)
+
 
 @dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class AddedPatches:
@@ -83,6 +88,15 @@ class CoreSampling:
 class Transformer(Protocol):
     """A transformer that is computed elsewhere."""
 
+    def check_parts(self, changed: Sequence[str]) -> None:
+        """Called before a sampling and before each evaluation.
+
+        Args:
+            changed: parts of ComfyUI's transformer, and methods of it, that are others than those it was made with.
+        Raises:
+            ValueError: there are some.
+        """
+
     def sample(self, sampling: CoreSampling, run: Callable[[], Tensor]) -> Tensor:
         """Runs one sampling, in which `velocity` is called.
 
@@ -132,6 +146,9 @@ def model_without_weights(shapes: Mapping[str, tuple[int, ...]], transformer: Tr
         raise ValueError("such a transformer runs in Wan Video Distributed Inference only; it cannot be a MODEL yet")
     # What is computed elsewhere takes no memory here.
     model.memory_usage_factor = 0.0
+    # Called on the model, past its patcher, by the nodes that save.
+    model.state_dict_for_saving = _refuse
+    made = dict(inner.named_modules())
 
     def forward(
         x: Tensor,
@@ -142,12 +159,14 @@ def model_without_weights(shapes: Mapping[str, tuple[int, ...]], transformer: Tr
         transformer_options: Mapping[str, Any] = {},
         **conds: Any,
     ) -> Tensor:
+        transformer.check_parts(_replaced_methods(inner))
         # As there, one without an image branch does not look at pictures.
         seen = None if inner.img_emb is None else clip_fea
         given = {"clip_fea": seen, "time_dim_concat": time_dim_concat, **conds}
         return transformer.velocity(x, timestep, context, transformer_options, given)
 
     def around(executor: Any, noise: Tensor, latent_image: Any, sampler: Any, sigmas: Tensor, *rest: Any, **more: Any):
+        transformer.check_parts([*_replaced_methods(inner), *_changed_modules(inner, made)])
         guider = executor.class_obj
         patcher, options = guider.model_patcher, guider.model_options
         # One with several has ComfyUI's default there.
@@ -161,6 +180,26 @@ def model_without_weights(shapes: Mapping[str, tuple[int, ...]], transformer: Tr
     patcher = patcher_class()(model, load_device=cpu, offload_device=cpu)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, around)
     return patcher
+
+
+def _replaced_methods(inner: Any) -> list[str]:
+    """Of the transformer itself, as nodes replace them for a call or for good; `_forward` is ours."""
+    return [name for name in vars(inner) if name != "_forward" and callable(getattr(type(inner), name, None))]
+
+
+def _changed_modules(inner: Any, made: Mapping[str, Any]) -> list[str]:
+    """Modules below it that were replaced, added, hooked or given another `forward`."""
+    now = dict(inner.named_modules())
+    changed = [name for name, module in now.items() if _is_changed(module) or made.get(name) is not module]
+    return [name or "the whole" for name in (*changed, *(made.keys() - now.keys()))]
+
+
+def _is_changed(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    raise ValueError(NO_WEIGHTS)
 
 
 @functools.cache
@@ -202,13 +241,10 @@ def patcher_class() -> type[Any]:
         def partially_unload(self, *_: Any, **__: Any) -> int:
             return 0
 
-        def get_key_patches(self, *_: Any, **__: Any) -> Any:
-            raise ValueError(NO_WEIGHTS)
+        def set_model_compute_dtype(self, dtype: Any) -> None:
+            if dtype is not None:
+                raise ValueError(OWN_PRECISION)
 
-        def model_state_dict(self, *_: Any, **__: Any) -> Any:
-            raise ValueError(NO_WEIGHTS)
-
-        def state_dict_for_saving(self, *_: Any, **__: Any) -> Any:
-            raise ValueError(NO_WEIGHTS)
+        get_key_patches = model_state_dict = state_dict_for_saving = model_state_dict_for_saving = _refuse
 
     return WeightlessPatcher

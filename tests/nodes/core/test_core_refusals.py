@@ -53,6 +53,7 @@ CONDITIONING = {
     "control": (lambda core: core["comfy.controlnet"].ControlBase(), "control net"),
     "hooks": (lambda core: core["comfy.hooks"].create_hook_lora(lora(1), 1.0, 0.0), "LoRAs by time"),
     "time_dim_concat": (lambda core: torch.zeros(1, 16, 1, 6, 8), "Phantom"),
+    "context_latents": (lambda core: [torch.zeros(1, 16, 1, 6, 8)], "in context"),
 }
 
 
@@ -65,6 +66,59 @@ def test_patches_of_the_inside(t2v: TwoModels, name: str) -> None:
         t2v.core["sampled"](model)
     assert t2v.evaluators == []
     t2v.core["sampled"](t2v.ours)
+
+
+def another_forward(block: Any) -> None:
+    block.self_attn.forward = same
+
+
+def a_hook(block: Any) -> None:
+    block.ffn.register_forward_pre_hook(same)
+
+
+def another_module(block: Any) -> None:
+    block.ffn = torch.nn.Identity()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(another_forward, r"blocks\.1\.self_attn"), (a_hook, r"blocks\.1\.ffn"), (another_module, r"blocks\.1\.ffn")],
+)
+def test_what_nodes_change_past_the_patcher(t2v: TwoModels, change: Callable[[Any], None], said: str) -> None:
+    change(t2v.ours.model.diffusion_model.blocks[1])
+    with pytest.raises(ValueError, match=rf"changes what the transformer computes \({said}.*take that node out"):
+        t2v.core["sampled"](t2v.ours)
+    assert t2v.evaluators == []
+
+
+def test_a_method_that_is_replaced_for_a_call(t2v: TwoModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As packs do from within a wrapper around the model."""
+
+    def wrapper(apply: Callable[..., Any], given: dict[str, Any]) -> Any:
+        with monkeypatch.context() as patched:
+            patched.setattr(t2v.ours.model.diffusion_model, "forward_orig", same)
+            return apply(given["input"], given["timestep"], **given["c"])
+
+    model = t2v.ours.clone()
+    model.set_model_unet_function_wrapper(wrapper)
+    with pytest.raises(ValueError, match=r"changes what the transformer computes \(forward_orig\)"):
+        t2v.core["sampled"](model)
+    t2v.core["sampled"](t2v.ours)
+
+
+def test_conditioning_that_is_not_known_is_refused(t2v: TwoModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a newer ComfyUI gives its transformer."""
+    known = t2v.ours.model.extra_conds
+    conds = t2v.core["comfy.conds"]
+
+    def more(**given: Any) -> dict[str, Any]:
+        new = {"poses": conds.CONDRegular(torch.zeros(1, 16, 1, 6, 8)), "empty": conds.CONDConstant(None)}
+        return known(**given) | new
+
+    monkeypatch.setattr(t2v.ours.model, "extra_conds", more)
+    with pytest.raises(ValueError, match=r"the conditioning holds what is not known here \(poses\).*take that"):
+        t2v.core["sampled"](t2v.ours)
+    assert t2v.evaluators == []
 
 
 @pytest.mark.parametrize("name", CONDITIONING)
