@@ -123,3 +123,11 @@ def test_one_thing_to_try():
         assert "Free space" in advice(text, log, out_of_memory=False, killed=False)
     assert "NCCL_DEBUG" in advice("NCCL error", "", out_of_memory=False, killed=False)
     assert advice("x", "nccl", out_of_memory=False, killed=False) == ""
+
+
+def test_a_rank_that_left_no_word_was_where_its_own_sign_of_life_says(folder: JobDir):
+    for rank, (phase, step) in enumerate((("load", 0), ("denoise", 3), ("decode", 9))):
+        folder.write_json(folder.alive(rank), {"phase": phase, "step": step})
+    ended = [{"rank": rank, "exitcode": -9, "signal": "SIGKILL"} for rank in (1, 2)]
+    found = read_failures(folder, 3, [{"failures": ended}])
+    assert [(one.rank, one.phase, one.step) for one in found] == [(2, "decode", 9), (1, "denoise", 3)]

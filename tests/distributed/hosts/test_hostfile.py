@@ -70,3 +70,9 @@ def test_slots_of_all_machines_together_have_a_bound(monkeypatch: pytest.MonkeyP
     for slots in (0, 33):
         with pytest.raises(ValueError, match=f"has {2 * slots} slots in all; it must be 1 to 64"):
             hosts.over_hosts(base, hosts.Hosts(("a", "b"), slots), guided=False)
+
+
+def test_lines_may_be_indented_and_commented(tmp_path: Path):
+    file = tmp_path / "two"
+    file.write_text("# machines\n\n  a slots=2\t\n\tb   slots=2   # the other\n   # and no more\n")
+    assert hosts.read_hostfile(file) == hosts.Hosts(("a", "b"), 2)

@@ -195,3 +195,7 @@ def test_fields_that_lack_or_are_unknown_are_named_in_order():
     bare = {name: value for name, value in json.loads(JOB.to_json()).items() if name not in ("sampling", "model")}
     with pytest.raises(JobError, match=r"lacks \['model', 'sampling'\]"):
         Job.from_json(json.dumps(bare))
+    deep = json.loads(JOB.to_json())
+    deep["model"]["vae"][0]["size"] = "10"
+    with pytest.raises(JobError, match=r"job\.json\.model\.vae\[0\]\.size is str; it must be int"):
+        Job.from_json(json.dumps(deep))

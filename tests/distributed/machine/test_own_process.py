@@ -20,9 +20,9 @@ def own() -> Process:
     return found
 
 
-@pytest.mark.parametrize("old_kernel", [False, True])
+@pytest.mark.parametrize("lacks", ["nothing", "the kernel", "Python"])
 def test_a_signal_goes_to_the_process_that_was_seen_and_to_no_later_one(
-    old_kernel: bool, monkeypatch: pytest.MonkeyPatch
+    lacks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Signal 0 does nothing. Without descriptors of processes the pid is looked at just before."""
     sent: list[tuple[int, int]] = []
@@ -30,8 +30,11 @@ def test_a_signal_goes_to_the_process_that_was_seen_and_to_no_later_one(
     def refuses(pid: int) -> int:
         raise OSError(38, "no such call")
 
-    if old_kernel:
-        monkeypatch.setattr(os, "pidfd_open", refuses)
+    if lacks != "nothing":
+        if lacks == "Python":
+            monkeypatch.delattr(os, "pidfd_open")
+        else:
+            monkeypatch.setattr(os, "pidfd_open", refuses)
         monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
     else:
         monkeypatch.setattr(

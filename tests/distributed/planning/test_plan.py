@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from plan_inputs import Wires, machine, plan, request, words, workload
 from wan_pack.distributed.job.job import Parallel
+from wan_pack.distributed.planning import plan as planning
 from wan_pack.distributed.planning.gpu_memory import GIB, estimate
 from wan_pack.distributed.planning.plan import DoesNotFit, as_set, rank
-from wan_pack.distributed.planning.policies import HOST_BYTES, policies, seconds
+from wan_pack.distributed.planning.policies import HOST_BYTES, LINK_BYTES, policies, seconds
 
 GUIDED = {"always_guided": True}
 TEXT = 11_400_000_000
@@ -260,3 +261,19 @@ def test_streamed_blocks_take_as_long_as_the_slower_of_copying_and_computing(tok
     computing, copying = seconds(work, resident, "nvlink", "nvlink"), work.blocks_bytes / HOST_BYTES
     assert (computing < copying) is (tokens == "few")
     assert seconds(work, streamed, "nvlink", "nvlink") == pytest.approx(max(computing, copying))
+
+
+def test_what_takes_all_that_is_free_fits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(planning, "FREE_STEP", 1)
+    work, asked = workload(experts=1), request(use_fsdp=False)
+    need = estimate(work, Parallel(gpu_count=1)).total
+    exact, short = (dataclasses.replace(machine(100.0)[0], free_bytes=size) for size in (need, need - 1))
+    made = plan(work, asked, [exact])
+    assert words(made) == "0 ulysses1 resident" and made.num_frames == 81 and made.size == (832, 480)
+    assert words(plan(work, asked, [short])) != "0 ulysses1 resident"
+
+
+def test_the_slowest_link_counts_and_links_are_in_this_order():
+    made = plan(workload(), request(gpu_count=4), machine(*[79.0] * 4), Wires("host", pairs=True))
+    assert any("the slowest link between these GPUs is host" in reason for reason in made.reasons)
+    assert LINK_BYTES["nvlink"] > LINK_BYTES["pcie"] > LINK_BYTES["host"] >= LINK_BYTES["unknown"] > 0
