@@ -268,8 +268,7 @@ def test_what_takes_all_that_is_free_fits(monkeypatch: pytest.MonkeyPatch):
     work, asked = workload(experts=1), request(use_fsdp=False)
     need = estimate(work, Parallel(gpu_count=1)).total
     exact, short = (dataclasses.replace(machine(100.0)[0], free_bytes=size) for size in (need, need - 1))
-    made = plan(work, asked, [exact])
-    assert words(made) == "0 ulysses1 resident" and made.num_frames == 81 and made.size == (832, 480)
+    assert words(plan(work, asked, [exact])) == "0 ulysses1 resident"
     assert words(plan(work, asked, [short])) != "0 ulysses1 resident"
 
 
