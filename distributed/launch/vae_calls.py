@@ -74,10 +74,9 @@ class VaeCalls:
         assert tuple(given.shape) == job.given and self._held is not None
         before, behind = job.memory
         _check_room(behind.stop)
-        memory = MemoryFile("wan-pictures")
+        memory, whole = MemoryFile("wan-pictures"), None
         try:
-            # The tensors have the mapping, which stays as long as they do.
-            whole = torch.frombuffer(memory.map(behind.stop), dtype=torch.uint8)
+            whole = _mapped(memory, behind.stop)
             whole[before].view(torch.float32).view(job.given).copy_(given.detach())
 
             def write(inputs: Path) -> None:
@@ -88,11 +87,21 @@ class VaeCalls:
                 job, write, parent=self._parent, failed=self._failed, pool=self._held, on_progress=self._on_progress,
                 on_log_line=self._on_log_line, cancelled=self._cancelled,
             ).remove()  # fmt: skip
-        except OSError as error:
-            raise JobError(f"there is no memory for {_gib(behind.stop)} of latents and frames: {error}") from error
+            return whole[behind].view(torch.float32).view(job.made)
         finally:
+            # An error that is kept somewhere keeps this function's variables, but not the frames.
+            whole = None
             memory.close()
-        return whole[behind].view(torch.float32).view(job.made)
+
+
+def _mapped(memory: MemoryFile, size: int) -> Tensor:
+    """Its bytes. They stay as long as the tensor does."""
+    import torch
+
+    try:
+        return torch.frombuffer(memory.map(size), dtype=torch.uint8)
+    except OSError as error:
+        raise JobError(f"there is no memory for {_gib(size)} of latents and frames: {error}") from error
 
 
 def _check_room(needed: int) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 import torch
 from evaluating import Known, inputs
 from jobs import FAULTY_WORKER, STUB_FORWARDS, agent_of, gone_within, pack_with, rank_of
+from left_over import held, settled
 from mount import SUPPORT
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.group.leftovers import remove_abandoned
@@ -36,7 +35,7 @@ class Samplings:
         self.folder, self.pool = folder, pool
         self.model = Known.make(folder / "model")
         self.cancelled = False
-        self.before = self.held()
+        self.before = held()
         self.evaluators: list[GroupEvaluator] = []
 
     def open(self, **parallel: Any) -> GroupEvaluator:
@@ -60,25 +59,11 @@ class Samplings:
     def processes(self) -> list[Process]:
         return [agent_of(self.job), rank_of(self.job, 0), rank_of(self.job, 1)]
 
-    def held(self) -> dict[str, int]:
-        """What could be left over in this process and on this machine."""
-        links = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if _open(name)]
-        return {
-            "files in memory": sum(link.startswith("/memfd:") for link in links),
-            "pipes": sum(link.startswith("pipe:") for link in links),
-            "shared memory": len(os.listdir("/dev/shm")),
-        }
-
     def nothing_is_left(self, *processes: Process) -> None:
         assert gone_within(1, *processes)
-        assert self.held() == self.before
+        assert held() == self.before
         assert not list((self.folder / "jobs").glob("*"))
         assert self.pool.view() == []
-
-
-def _open(name: str) -> bool:
-    # That of the listing itself is closed by now.
-    return os.path.lexists(f"/proc/self/fd/{name}")
 
 
 @pytest.fixture
@@ -95,13 +80,6 @@ def samplings(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> It
     for each in made:
         for evaluator in each.evaluators:
             evaluator.close()
-
-
-def settled(seconds: float = 20.0) -> None:
-    """Until no group is about to stop."""
-    for thread in [thread for thread in threading.enumerate() if thread.name == "wan-stop"]:
-        thread.join(seconds)
-        assert not thread.is_alive()
 
 
 def fails(samplings: Samplings, evaluator: GroupEvaluator) -> JobFailed:

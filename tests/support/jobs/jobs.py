@@ -22,6 +22,7 @@ HELPERS = SUPPORT / "jobs"
 FAULTY_WORKER = HELPERS / "faulty_worker.py"
 STUB_WORKER = HELPERS / "stub_worker.py"
 STUB_FORWARDS = HELPERS / "stub_forwards.py"
+STUB_VAE = HELPERS / "stub_vae.py"
 FAKE_AGENT = HELPERS / "fake_agent.py"
 FILE = FileIdentity(path="/models/none.safetensors", size=1, mtime_ns=1)
 ODD_NAME = "pack $$ ${local_rank}.v-1 \u00e9"
