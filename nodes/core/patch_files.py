@@ -121,7 +121,7 @@ def _parts(name: str, patch: Any) -> Iterable[tuple[str, Tensor]]:
     import torch
 
     names = _ADAPTERS.get(getattr(patch, "name", ""))
-    if names is not None:
+    if names is not None and len(names) == len(patch.weights):
         for part, value in zip(names, patch.weights, strict=True):
             if value is not None:
                 yield part, value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float32)

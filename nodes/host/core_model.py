@@ -7,8 +7,9 @@ and what it would compute is asked of a `Transformer`. Beside host.py and core_v
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +23,10 @@ NO_WEIGHTS = (
     "merge it or to take a LoRA out of it, load it with Load Diffusion Model"
 )
 
+OWN_GPUS = (
+    "the model of Load Diffusion Model (N GPUs) runs on the GPUs that Wan Video Distributed Config chooses (gpu_ids, "
+    "gpu_count). To have a node of ComfyUI's choose them, load it with Load Diffusion Model"
+)
 OWN_PRECISION = (
     "the model of Load Diffusion Model (N GPUs) computes in mixed_precision of Wan Video Distributed Config. To choose "
     "another precision by a node, or to train a LoRA, load it with Load Diffusion Model"
@@ -66,9 +71,9 @@ class CoreSampling:
     def window(self) -> tuple[int, ...]:
         """As `shape`, of what is evaluated at once: of the whole, or of a context window."""
         handler = self.options.get("context_handler")
-        if handler is None:
-            return self.shape
-        return tuple(min(n, handler.context_length) if i == handler.dim else n for i, n in enumerate(self.shape))
+        # Of another pack it may be told otherwise; then the whole is counted.
+        length, dim = getattr(handler, "context_length", None), getattr(handler, "dim", None)
+        return tuple(min(n, length) if length and i == dim else n for i, n in enumerate(self.shape))
 
     @property
     def controls(self) -> int:
@@ -130,6 +135,23 @@ def model_without_weights(shapes: Mapping[str, tuple[int, ...]], transformer: Tr
     Raises:
         ValueError: this ComfyUI does not know such a model, or computes more in it than `Transformer` is asked for.
     """
+    with of_a_known_comfyui():
+        return _model_without_weights(shapes, transformer)
+
+
+@contextlib.contextmanager
+def of_a_known_comfyui() -> Iterator[None]:
+    """Says it in the user's words if what is built on has another name or signature. Raises ValueError."""
+    try:
+        yield
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"this ComfyUI is not one that the loaders for N GPUs know: {error}. They have run with ComfyUI 0.3.75; "
+            "load this one with Load Diffusion Model or Load VAE, or use Wan Video Distributed Inference"
+        ) from error
+
+
+def _model_without_weights(shapes: Mapping[str, tuple[int, ...]], transformer: Transformer) -> Any:
     import torch
     from comfy import model_detection
     from comfy.ldm.wan.model import VaceWanModel, WanModel
@@ -240,6 +262,14 @@ def patcher_class() -> type[Any]:
 
         def partially_unload(self, *_: Any, **__: Any) -> int:
             return 0
+
+        def clone(self, *given: Any, force_deepcopy: bool = False, **settings: Any) -> Any:
+            if force_deepcopy:
+                raise ValueError(NO_WEIGHTS)
+            return super().clone(*given, **settings)
+
+        def deepclone_multigpu(self, *_: Any, **__: Any) -> Any:
+            raise ValueError(OWN_GPUS)
 
         def set_model_compute_dtype(self, dtype: Any) -> None:
             if dtype is not None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .core_model import patcher_class
+from .core_model import of_a_known_comfyui, patcher_class
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +51,11 @@ def vae_without_weights(shapes: Mapping[str, tuple[int, ...]], upscale: int, rem
     Raises:
         ValueError: this ComfyUI does not know such a VAE.
     """
+    with of_a_known_comfyui():
+        return _vae_without_weights(shapes, upscale, remote)
+
+
+def _vae_without_weights(shapes: Mapping[str, tuple[int, ...]], upscale: int, remote: VideoVae) -> Any:
     import torch
 
     kind, cpu = _vae_class(), torch.device("cpu")
