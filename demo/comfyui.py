@@ -83,7 +83,12 @@ class Server:
         self._command = [python, str(comfyui_folder() / "main.py"), "--base-directory", str(base), *arguments]
         self._process: subprocess.Popen[bytes] | None = None
         self._log_file: IO[bytes] | None = None
-        self.port = 0
+        self._reserved: socket.socket | None = None
+
+    @property
+    def port(self) -> int:
+        assert self._reserved is not None, "the server has not been started"
+        return self._reserved.getsockname()[1]
 
     @property
     def url(self) -> str:
@@ -106,7 +111,7 @@ class Server:
         for name in MODEL_FOLDERS:
             (self.base / "models" / name).mkdir(parents=True, exist_ok=True)
         self._link_pack()
-        self.port = _free_port()
+        self._reserved = reserve_port()
         options = ["--port", str(self.port), "--database-url", "sqlite:///:memory:", "--disable-api-nodes"]
         if not shutil.which("nvidia-smi"):
             options.append("--cpu")
@@ -136,8 +141,9 @@ class Server:
                 self._process.kill()
                 self._process.wait()
         self._process = None
-        if self._log_file is not None:
-            self._log_file.close()
+        for held in (self._log_file, self._reserved):
+            if held is not None:
+                held.close()
 
     def log_tail(self, lines: int = 30) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
@@ -185,10 +191,17 @@ class Server:
         raise RuntimeError(f"ComfyUI did not answer within {timeout:.0f} s:\n{self.log_tail()}")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def reserve_port() -> socket.socket:
+    """A socket that keeps a free port of 127.0.0.1 for a server of ours, until it is closed.
+
+    A port that is only looked for may be another program's by the time the server listens, and whoever asks the server
+    is answered by that one. Where a socket is bound that does not listen, Linux lets others bind only if they set
+    SO_REUSEADDR, as servers do, and hands the port to nobody who asks for any.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ class GroupDir(OwnedFolder):
         super().__init__(path)
         self.group = self.path / "group.json"
         """`ranks`: how many."""
+        self.store = self.path / "store.json"
+        """Where the ranks' store listens, if it does."""
         self.agent_log = self.path / "agent.log"
 
     @classmethod

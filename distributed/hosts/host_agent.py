@@ -25,10 +25,11 @@ from ..job.job import Job, Parallel
 from ..job.json_files import read_json, write_json
 from ..machine.gpu_locks import GpuLocks, wait_for_gpus
 from ..machine.import_paths import VARIABLE, take_on
+from ..machine.loopback import LOOPBACK
 from ..machine.processes import GROUP_VARIABLE, descendants
 from .host_check import IMPORT_PATHS, check_host
 from .hostfile import HostsDir
-from .network import ADDRESS_VARIABLE, LOOPBACK, address_toward, interface_of, open_store
+from .network import ADDRESS_VARIABLE, address_toward, interface_of, open_store
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters

@@ -111,8 +111,6 @@ class HostsDir(GroupDir):
         self.hostfile = self.path / "hostfile"
         self.heartbeat = self.path / "heartbeat"
         """Rewritten every second while the launching machine lives."""
-        self.store = self.path / "store.json"
-        """Where the ranks' store listens."""
         self.agents_store = self.path / "agents_store.json"
         """Where the agents' store listens."""
         self.stacks = self.path / "stacks"

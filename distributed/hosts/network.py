@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 from ..job.errors import JobError
 from ..job.json_files import read_json, write_json
-from ..machine.loopback import listen_at
+from ..machine.loopback import LOOPBACK, listen
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 ADDRESS_VARIABLE = "WAN_HOST_ADDRESS"
-"""Environment variable with this machine's address toward the others."""
-LOOPBACK = "127.0.0.1"
+"""Environment variable with this machine's address toward the others; not set where there are none."""
 _POLL = 0.05
 
 
@@ -55,7 +54,8 @@ def interface_of(address: str) -> str:
 def open_store(published: Path, *, listens: bool, world: int, timeout: float, port: int = 0) -> TCPStore:
     """A store that all join: the one that listens publishes where, in a file that the others wait for.
 
-    By itself torch's store listens on every interface.
+    By itself torch's store listens on every interface; and who knows only the port meets another job's there, if that
+    was quicker.
 
     Args:
         world: how many join.
@@ -68,11 +68,8 @@ def open_store(published: Path, *, listens: bool, world: int, timeout: float, po
     if not listens:
         host, port = _read_place(published, timeout)
         return TCPStore(host, port, world, is_master=False, timeout=limit)
-    address = os.environ[ADDRESS_VARIABLE]
-    try:
-        listener = listen_at(address, port)
-    except OSError as error:
-        raise JobError(f"{address}:{port} cannot be used ({error.strerror}); choose another master_port") from error
+    address = os.environ.get(ADDRESS_VARIABLE, LOOPBACK)
+    listener = listen(port, address)
     port = listener.getsockname()[1]
     # The store owns the descriptor from here on.
     store = TCPStore(
@@ -86,7 +83,7 @@ def _read_place(published: Path, timeout: float) -> tuple[str, int]:
     deadline = time.monotonic() + timeout
     while not published.exists():
         if time.monotonic() > deadline:
-            raise JobError(f"the first machine did not say within {timeout:g} s where it listens")
+            raise JobError(f"rank 0 did not say within {timeout:g} s where it listens")
         time.sleep(_POLL)
     place = read_json(published)
     return str(place["host"]), int(place["port"])

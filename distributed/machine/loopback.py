@@ -6,27 +6,21 @@ import socket
 
 from ..job.job import JobError
 
-
-def listen(port: int) -> socket.socket:
-    """Listens on 127.0.0.1:`port`. Raises JobError naming the port if that is taken."""
-    try:
-        return listen_at("127.0.0.1", port)
-    except OSError as error:
-        raise JobError(
-            f"master_port is {port}, and 127.0.0.1:{port} cannot be used ({error.strerror}). "
-            "Choose another port, or 0 to need none"
-        ) from error
+LOOPBACK = "127.0.0.1"
 
 
-def listen_at(address: str, port: int) -> socket.socket:
-    """Listens there. Raises OSError."""
+def listen(port: int, address: str = LOOPBACK) -> socket.socket:
+    """Listens on `address`, at `port` or, if that is 0, at any free one. Raises JobError if that is taken."""
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
     # A port that the last job used seconds ago, in TIME_WAIT, is free.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((address, port))
         listener.listen()
-    except OSError:
+    except OSError as error:
         listener.close()
-        raise
+        raise JobError(
+            f"master_port is {port}, and {address}:{port} cannot be used ({error.strerror}). "
+            "Choose another port, or 0 to need none"
+        ) from error
     return listener

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..hosts.network import open_store
-from ..machine.loopback import listen
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +90,16 @@ def init_mesh(
 
     Args:
         cfg: groups of the mesh, 1 or 2.
-        store_file: file for the rendezvous, in memory; not used over several machines or with `master_port`.
-        master_port: TCP port on 127.0.0.1 for the rendezvous instead.
+        store_file: file for the rendezvous, in memory; not used where rank 0 listens.
         timeout: seconds after which a collective that a peer never joined fails.
-        published: over several machines, the file in which rank 0 says where it listens for the others.
+        published: the file in which rank 0 says where it listens for the others; None for a rendezvous in memory.
+        master_port: TCP port at which it listens; 0 for any free one.
     """
     if world == 1:
         return None
     limit = timedelta(seconds=timeout)
     if published is not None:
         store: dist.Store = open_store(published, listens=rank == 0, world=world, timeout=timeout, port=master_port)
-    elif master_port:
-        store = _tcp_store(master_port, rank=rank, world=world, timeout=limit)
     else:
         assert store_file is not None, "the launcher gives the ranks one"
         store = dist.FileStore(str(store_file), world)
@@ -115,20 +112,3 @@ def init_mesh(
         device_id=device if device.type == "cuda" else None,
     )
     return Mesh.of(device.type, world, cfg=cfg, timeout=limit)
-
-
-def _tcp_store(port: int, *, rank: int, world: int, timeout: timedelta) -> dist.TCPStore:
-    """torch's TCPStore, listening on 127.0.0.1 only: by itself it listens on every interface."""
-    if rank > 0:
-        return dist.TCPStore("127.0.0.1", port, world, is_master=False, timeout=timeout)
-    listener = listen(port)
-    # The store owns the descriptor from here on.
-    return dist.TCPStore(
-        "127.0.0.1",
-        port,
-        world,
-        is_master=True,
-        timeout=timeout,
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )

@@ -19,7 +19,6 @@ from ...wan.model.sparse import SparseAttention, block_order, sparse_kernel, spa
 from ...wan.vae.autoencoder import load_vae
 from ...wan.vae.preview import PreviewMap, preview_of_vae
 from ..group.group_folder import GroupDir
-from ..hosts.hostfile import HostsDir
 from ..job.job import FileIdentity, GroupJob, Job, JobError, VaeJob
 from ..job.job_folder import JobDir
 from ..job.needs import check_needs
@@ -134,7 +133,7 @@ class Session:
             device=self.device,
             store_file=Path(os.environ[STORE_VARIABLE]) if STORE_VARIABLE in os.environ else None,
             master_port=job.parallel.master_port,
-            published=HostsDir(group.path).store if job.parallel.hosts else None,
+            published=group.store if job.parallel.hosts or job.parallel.master_port else None,
             timeout=timeout,
         )
         self._remember_mesh()

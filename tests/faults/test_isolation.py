@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -13,12 +14,15 @@ from typing import Any
 
 import pytest
 from jobs import FAKE_AGENT, ODD_NAME, Watch, agent_of, rank_of, run_stub, run_tiny, stub_job, tiny_job
+from wan_pack.demo.comfyui import reserve_port
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.group.environment import child_environment
 from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.job.job import JobError, Parallel, Text
 from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.job.json_files import read_json
 from wan_pack.distributed.launch.launcher import Result
+from wan_pack.distributed.machine.loopback import listen
 from wan_pack.distributed.machine.processes import Process
 
 RunFake = Callable[..., Result]
@@ -41,20 +45,16 @@ def listening(processes: list[Process]) -> set[str]:
     return found
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.processes
 def test_fault_12_two_jobs_at_once_beside_a_program_on_torchs_own_port(stub_pack: Callable[..., None], tmp_path: Path):
     stub_pack("good", seconds=1.0)
     results: list[Result] = []
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(("127.0.0.1", 29500))
-        taken.listen()
+        # Another program may have it already, to the same end.
+        with contextlib.suppress(OSError):
+            taken.bind(("127.0.0.1", 29500))
+            taken.listen()
         threads = [
             threading.Thread(target=lambda name=name: results.append(run_stub(tmp_path / name)), daemon=True)
             for name in ("one", "two")
@@ -70,28 +70,30 @@ def test_fault_12_two_jobs_at_once_beside_a_program_on_torchs_own_port(stub_pack
 
 @pytest.mark.processes
 def test_fault_12_a_chosen_port_that_is_taken_is_named(run_fake: RunFake):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(JobError, match=rf"master_port is {port}, .* Choose another port, or 0"):
+    with reserve_port() as reserved:
+        port = reserved.getsockname()[1]
+        with listen(port), pytest.raises(JobError, match=rf"master_port is {port}, .* Choose another port, or 0"):
             run_fake("good", master_port=port)
-    run_fake("good", master_port=port).remove()
+        run_fake("good", master_port=port).remove()
 
 
 @pytest.mark.processes
 def test_fault_14_a_port_on_loopback_and_no_other_listener(tiny_models: Path, tmp_path: Path):
     """With `master_port` the store listens on 127.0.0.1 only; gloo's own listeners are there too."""
-    port = free_port()
     seen: set[str] = set()
+    published: dict[str, Any] = {}
 
     def look(folder: JobDir) -> None:
         seen.update(listening([agent_of(folder), rank_of(folder, 0), rank_of(folder, 1)]))
+        (group,) = folder.path.parent.glob("wan-group-*")
+        published.update(read_json(group / "store.json"))
 
-    job = tiny_job(tiny_models, master_port=port, steps=1000)
-    with pytest.raises(JobCancelled):
+    with reserve_port() as reserved, pytest.raises(JobCancelled):
+        port = reserved.getsockname()[1]
+        job = tiny_job(tiny_models, master_port=port, steps=1000)
         run_tiny(job, tmp_path, on_progress=Watch(tmp_path, look), cancelled=lambda: bool(seen))
     assert f"0100007F:{port:04X}" in seen
+    assert published == {"host": "127.0.0.1", "port": port}, "not met by what another job's ranks know, the port alone"
     assert all(address.startswith("0100007F:") for address in seen), seen
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch.distributed as dist
 from jobs import FAKE_AGENT, run_stub, stub_job
 from torch.testing._internal.distributed import fake_pg
+from wan_pack.demo.comfyui import reserve_port
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.hosts import host_agent as hosts_agent
 from wan_pack.distributed.hosts import host_check as hosts_check
@@ -34,6 +35,7 @@ from wan_pack.distributed.launch.launcher import JobFailed
 from wan_pack.distributed.machine import import_paths
 from wan_pack.distributed.machine.gpu_locks import GpuLocks
 from wan_pack.distributed.machine.gpus import Gpu
+from wan_pack.distributed.machine.loopback import LOOPBACK
 from wan_pack.distributed.parallel.mesh import Mesh
 
 TWO = Hosts(("a", "b"), 2)
@@ -151,7 +153,7 @@ def test_a_folder_that_is_not_shared_is_named(tmp_path: Path):
 
 
 def test_the_store_listens_on_one_address_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert address_toward(("alone",), 0) == hosts_network.LOOPBACK == address_toward(("127.0.0.1", "127.0.0.1"), 1)
+    assert address_toward(("alone",), 0) == LOOPBACK == address_toward(("127.0.0.1", "127.0.0.1"), 1)
     assert interface_of("127.0.0.1") == "lo"
     monkeypatch.setenv(hosts_network.ADDRESS_VARIABLE, "127.0.0.1")
     first = open_store(tmp_path / "store.json", listens=True, world=2, timeout=5)
@@ -162,6 +164,18 @@ def test_the_store_listens_on_one_address_only(tmp_path: Path, monkeypatch: pyte
     assert [line[1] for line in listening if line[3] == "0A" and line[1].endswith(f":{first.port:04X}")] == [
         f"0100007F:{first.port:04X}"
     ]
+
+
+def test_of_two_jobs_at_one_port_none_meets_the_others_ranks(tmp_path: Path):
+    """Both found it free when they began; the second one's first rank comes too late."""
+    with reserve_port() as reserved:
+        port = reserved.getsockname()[1]
+        first = open_store(tmp_path / "one.json", listens=True, world=2, timeout=5, port=port)
+        with pytest.raises(JobError, match=rf"master_port is {port}, and 127\.0\.0\.1:{port} cannot be used"):
+            open_store(tmp_path / "two.json", listens=True, world=2, timeout=5, port=port)
+        with pytest.raises(JobError, match="where it listens"):
+            open_store(tmp_path / "two.json", listens=False, world=2, timeout=0.2, port=port)
+        assert open_store(tmp_path / "one.json", listens=False, world=2, timeout=5).port == first.port
 
 
 @pytest.mark.parametrize("how", ["silence", "folder gone"])
