@@ -49,6 +49,12 @@ class RankFailure:
         return bool(_OUT_OF_MEMORY.search(f"{self.type} {self.message}"))
 
     @property
+    def echo(self) -> bool:
+        """Whether all that it tells is that another process is gone."""
+        speaks_of_another = self.type.startswith(_ECHO_TYPES) and bool(_ECHOES.search(self.message))
+        return speaks_of_another and not self.out_of_memory
+
+    @property
     def headline(self) -> str:
         """The rank's own words, in one line's worth."""
         if self.type:
@@ -67,8 +73,7 @@ class RankFailure:
             first_end: when the first rank ended.
         """
         if self.type:
-            echo = self.type.startswith(_ECHO_TYPES) and bool(_ECHOES.search(self.message))
-            return 3 if echo and not self.out_of_memory else 1
+            return 3 if self.echo else 1
         late = self.seconds is not None and self.seconds - first_end >= _LATE_SECONDS
         if self.signal in _KILLED_BY_AGENT or late:
             return 4
@@ -76,11 +81,16 @@ class RankFailure:
         return 2 if self.signal in (None, "SIGABRT") else 0
 
 
-def root_cause(failures: list[RankFailure]) -> RankFailure | None:
+def root_cause(failures: Sequence[RankFailure], *, agent_failed: bool = False) -> RankFailure | None:
     """The failure that the others follow from: killed or crashed ranks, then errors of a rank's own, then the rest.
 
     Among equals it is the earliest.
+
+    Args:
+        agent_failed: by itself, so that ranks were killed, and the others may have told of that.
     """
+    if agent_failed:
+        failures = [failure for failure in failures if not failure.echo]
     first_end = min((f.seconds for f in failures if f.seconds is not None), default=0.0)
     return min(failures, key=lambda f: (f.importance(first_end), f.time_ns, f.rank), default=None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from ..job.job_folder import JobDir
 from ..machine.processes import signal_name
@@ -22,13 +22,14 @@ class LostRanks:
         self._since: dict[int, float] = {}
         self._codes: dict[int, int] = {}
         self.failures: list[RankFailure] = []
-        """What is known of each."""
+        """What is known of each that was lost while the agent lived."""
 
-    def look(self, ranks: Mapping[int, Seen]) -> bool:
+    def look(self, ranks: Mapping[int, Seen], agent_lives: Callable[[], bool] = lambda: True) -> bool:
         """Whether one has been lost for longer than the agent may need. To be asked every 0.1 s.
 
         Args:
             ranks: what is known now of those that run on this machine.
+            agent_lives: whether their agent does, asked after they were looked at: they die with it.
         """
         now = time.monotonic()
         lost = {
@@ -36,6 +37,8 @@ class LostRanks:
             for rank, seen in ranks.items()
             if seen.phase != "done" and (seen.gone or self._folder.error(rank).exists())
         }
+        if lost and not agent_lives():
+            return False
         for rank, seen in lost.items():
             self._since.setdefault(rank, now)
             # Only until the agent asks for it is there an answer.

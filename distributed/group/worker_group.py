@@ -90,12 +90,22 @@ class WorkerGroup:
         return self._agent.poll()
 
     @property
+    def agent_lives(self) -> bool:
+        """False from before the first of its ranks can die of its end, when it may have no exit code yet."""
+        # A rank is killed as the agent's main thread ends; its other threads may take longer.
+        return self.exit_code is None and Process.of(self._agent.pid) is not None
+
+    @property
+    def agent_failed(self) -> bool:
+        """Whether it has ended of something else than its ranks."""
+        code = self.exit_code
+        return code is not None and (code < 0 or bool(self._own_words()))
+
+    @property
     def usable(self) -> bool:
         """Whether a group that waits can take a job. Its agent needs a second to notice that a rank has died; and its
         folder goes where another ComfyUI starts with the same temporary folder, which each of them empties."""
-        if self.exit_code is not None or not self.folder.path.is_dir():
-            return False
-        return Process.of(self._agent.pid) is not None and all(rank.alive() for rank in self.ranks)
+        return self.agent_lives and self.folder.path.is_dir() and all(rank.alive() for rank in self.ranks)
 
     def waits(self) -> str:
         """What has yet to become free for it on other machines; empty if nothing has."""
@@ -119,12 +129,14 @@ class WorkerGroup:
 
     def end_text(self) -> str:
         """How the agent ended, where no rank failed."""
-        said = [record["message"] for record in self.said if {"message", "failures"} <= record.keys()]
-        if said:
+        if said := self._own_words():
             return f"the agent failed: {said[0]}"
         code = self.exit_code
         name = None if code is None else signal_name(code)
         return f"the agent was killed by {name}" if name else f"the agent ended with exit code {code}"
+
+    def _own_words(self) -> list[str]:
+        return [record["message"] for record in self.said if {"message", "failures"} <= record.keys()]
 
     def end(self) -> list[int]:
         """Ends every process and removes the folder. Returns the pids that could not be killed."""

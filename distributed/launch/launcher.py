@@ -154,7 +154,7 @@ class _Run:
                     raise cancel(self._pool, self._group, self._job, self._folder, self._signs.ranks(), self._shown)
                 self._report()
                 self._report_wait()
-                if lost := self._lost.look(self._ranks()):
+                if lost := self._lost.look(self._ranks(), lambda: self._group.agent_lives):
                     break
                 if (problem := self._signs.problem()) is not None:
                     raise self._stuck(problem)
@@ -166,7 +166,7 @@ class _Run:
                 if self._group.ranks and len(self._signs.ranks()) < self._job.parallel.gpu_count:
                     why = self._lost.failures[0].headline if lost else self._group.end_text()
                     raise _GroupLost(f"the job starts in new processes: before those that waited took it, {why}")
-                raise self._failure_of_ranks()
+                raise self._failure_of_ranks(agent_ended_itself=not lost)
             try:
                 info = checked_result(self._folder, self._job)
             except (JobError, ValueError) as error:
@@ -268,9 +268,10 @@ class _Run:
             text += f"\nits stack:\n{stacks[suspect]}"
         return self._failure(text, RankFailure(rank=suspect))
 
-    def _failure_of_ranks(self) -> JobFailed:
-        count, lost = self._job.parallel.gpu_count, self._lost.failures
-        cause = root_cause(read_failures(self._folder, count, self._group.said, lost))
+    def _failure_of_ranks(self, *, agent_ended_itself: bool) -> JobFailed:
+        count = self._job.parallel.gpu_count
+        failures = read_failures(self._folder, count, self._group.said, self._lost.failures)
+        cause = root_cause(failures, agent_failed=agent_ended_itself and self._group.agent_failed)
         if cause is not None:
             where = f"\nin {place(cause.phase, cause.step)}" if cause.phase else ""
             return self._failure(cause.headline + self._group.host_of(cause.rank) + where, cause)

@@ -83,6 +83,14 @@ def test_fault_02_the_cause_comes_before_its_echoes(failures: list[RankFailure],
     assert root_cause(failures[::-1]).rank == rank
 
 
+def test_fault_10_what_ranks_say_of_a_killed_agents_end_is_not_the_cause():
+    echo = failure(0, type="RuntimeError", message="Connection closed by peer [127.0.0.1]:4242")
+    own = failure(1, type="ValueError", message="bad")
+    assert root_cause([echo], agent_failed=True) is None
+    assert root_cause([echo], agent_failed=False) == echo
+    assert root_cause([echo, own], agent_failed=True) == own, "it failed before its agent did"
+
+
 @pytest.mark.processes
 def test_fault_03_gpu_memory_that_runs_out_is_told_apart(faulty: Callable[..., JobFailed]):
     """Real ranks: the other one waits in a collective."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -9,12 +10,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jobs import Watch, agent_of, gone_within, rank_of, run_stub
 from mount import SUPPORT
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.group.leftovers import remove_abandoned
+from wan_pack.distributed.group.lost_ranks import LostRanks
+from wan_pack.distributed.group.worker_group import WorkerGroup
 from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.launch.launcher import JobFailed, Result
@@ -57,6 +61,43 @@ def test_fault_07_10_what_a_rank_started_ends_with_the_job(stub_pack: StubPack, 
     assert not list((tmp_path / "jobs").iterdir())
     if ending != "cancel":
         assert str(caught.value).startswith({"agent": "the agent was killed by SIGKILL", "rank": "rank 1 was"}[ending])
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("known", [False, True])
+def test_fault_10_ranks_that_died_with_the_agent_are_not_the_cause(
+    stub_pack: StubPack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, known: bool
+):
+    """Whatever the launcher sees first: here that the ranks are gone, with or without the agent's exit code."""
+    stub_pack("stand still")
+    processes: list[Process] = []
+    look, exit_code = LostRanks.look, WorkerGroup.exit_code.fget
+
+    def look_after_the_end(lost: LostRanks, *arguments: Any) -> bool:
+        if processes and processes[0].alive():
+            processes[0].kill()
+            while any(process.alive() for process in processes):
+                time.sleep(0.005)
+            ranks, *rest = arguments
+            arguments = ({rank: dataclasses.replace(seen, gone=True) for rank, seen in ranks.items()}, *rest)
+        return look(lost, *arguments)
+
+    looks: list[int] = []
+
+    def late_exit_code(group: WorkerGroup) -> int | None:
+        # As of an agent whose other threads take longer than its first.
+        code = exit_code(group)
+        looks.append(1 if code is not None else 0)
+        return None if not known and sum(looks) < 4 else code
+
+    def act(folder: JobDir) -> None:
+        processes.extend([agent_of(folder), rank_of(folder, 0), rank_of(folder, 1)])
+
+    monkeypatch.setattr(LostRanks, "look", look_after_the_end)
+    monkeypatch.setattr(WorkerGroup, "exit_code", property(late_exit_code))
+    with pytest.raises(JobFailed, match=r"^the agent was killed by SIGKILL"):
+        run_stub(tmp_path, on_progress=Watch(tmp_path, act))
+    assert not list((tmp_path / "jobs").iterdir())
 
 
 @pytest.mark.processes
