@@ -17,6 +17,8 @@ from wan_pack.distributed.job.job import FileIdentity, ForwardsJob, LoraFile
 from wan_pack.distributed.job.progress import Progress
 from wan_pack.distributed.launch.pool import Pool
 from wan_pack.distributed.machine import gpu_locks, nvidia_smi
+from wan_pack.distributed.planning.gpu_memory import Workload
+from wan_pack.distributed.planning.workload import workload_of_forwards
 from wan_pack.nodes.core import sampling_jobs
 from wan_pack.nodes.core.patch_files import PatchFiles
 from wan_pack.nodes.core.sampling_jobs import SamplingJobs
@@ -165,6 +167,23 @@ def test_a_context_window_is_what_must_fit(job_of: Callable[..., ForwardsJob]) -
     with pytest.raises(ValueError, match="1280x720 with 15997 frames does not fit"):
         job_of(sampling(endless))
     job_of(sampling(endless, options={"context_handler": SimpleNamespace(context_length=7, dim=2)}))
+
+
+@pytest.mark.parametrize(("variant", "frames", "counted"), [("VACE", 2, 2), ("VACE", 0, 1), ("T2V", 2, 0)])
+def test_the_controls_of_a_chain_are_planned(
+    job_of: Callable[..., ForwardsJob], variant: str, frames: int, counted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the longer one; a VACE model that is given none follows ComfyUI's empty one."""
+    planned: list[int] = []
+
+    def workload(*given: Any, controls: int, **more: Any) -> Workload:
+        planned.append(controls)
+        return workload_of_forwards(*given, **more)
+
+    monkeypatch.setattr("wan_pack.distributed.planning.workload.workload_of_forwards", workload)
+    followed = {"vace_frames": [torch.zeros(1, 32, 2, 6, 8)] * frames} if frames else {}
+    job_of(sampling(conds={"positive": [entry(9), entry(9) | followed], "negative": [entry(9)]}), variant=variant)
+    assert planned == [counted]
 
 
 def test_loras_of_both_doors_come_in_order(job_of: Callable[..., ForwardsJob], tiny_models: Path) -> None:
