@@ -163,27 +163,25 @@ def test_every_example_holds_a_value_for_every_widget_of_our_nodes() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize(
-    "path",
-    # The others are laid out as ComfyUI's own templates.
-    [path for path in sorted((ROOT / "example_workflows").glob("*.json")) if not path.name.startswith("core_")],
-    ids=lambda path: path.stem,
-)
+EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_save_once_run_from_left_to_right_and_have_titles(path: Path) -> None:
     workflow = json.loads(path.read_text())
     nodes = {node["id"]: node for node in workflow["nodes"]}
+    kinds = [node["type"] for node in nodes.values()]
     # These save what they make.
     made = {WanVideoDistributedInference.__name__, WanVideoDistributedBatch.__name__}
-    kinds = {node["type"] for node in nodes.values()}
-    assert kinds & made
-    assert "SaveVideo" not in kinds
+    assert sum(kind in {*made, "SaveVideo"} for kind in kinds) == 1
     for _, start, _, end, *_ in workflow["links"]:
-        assert nodes[start]["pos"][0] + nodes[start]["size"][0] < nodes[end]["pos"][0]
+        assert nodes[start]["pos"][0] + nodes[start]["size"][0] < nodes[end]["pos"][0], (nodes[start], nodes[end])
     sent = json.loads((path.parent / "api" / path.name).read_text())
-    for node in nodes.values():
-        if node["type"] in NODE_CLASS_MAPPINGS:
-            assert DISPLAY_NAMES[node["type"]] not in node["title"]
-            assert sent[str(node["id"])]["_meta"]["title"] == node["title"]
+    ours = [node for node in nodes.values() if node["type"] in NODE_CLASS_MAPPINGS]
+    for node in ours:
+        assert DISPLAY_NAMES[node["type"]] not in node["title"]
+        assert sent[str(node["id"])]["_meta"]["title"] == node["title"]
+    assert len({node["title"] for node in ours}) == len(ours)
 
 
 def test_examples_say_where_every_file_that_they_name_comes_from() -> None:
