@@ -12,7 +12,7 @@ from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.planning import plan as planning
 from wan_pack.distributed.planning.gpu_memory import GIB, estimate
 from wan_pack.distributed.planning.plan import DoesNotFit, as_set, rank
-from wan_pack.distributed.planning.policies import HOST_BYTES, LINK_BYTES, policies, seconds
+from wan_pack.distributed.planning.policies import COMPUTE, HOST_BYTES, LINK_BYTES, policies, seconds
 
 GUIDED = {"always_guided": True}
 TEXT = 11_400_000_000
@@ -276,3 +276,10 @@ def test_the_slowest_link_counts_and_links_are_in_this_order():
     made = plan(workload(), request(gpu_count=4), machine(*[79.0] * 4), Wires("host", pairs=True))
     assert any("the slowest link between these GPUs is host" in reason for reason in made.reasons)
     assert LINK_BYTES["nvlink"] > LINK_BYTES["pcie"] > LINK_BYTES["host"] >= LINK_BYTES["unknown"] > 0
+
+
+def test_the_time_of_a_step_is_that_of_its_operations():
+    """A forward of A14B at 832x480x81 on one GPU: 783 and 893 TFLOP, as the benchmarks count them."""
+    work = workload(experts=1, steps=1)
+    took = seconds(work, Parallel(gpu_count=1), "nvlink", "nvlink")
+    assert took * COMPUTE / 1e12 == pytest.approx(783 + 893, rel=0.02)

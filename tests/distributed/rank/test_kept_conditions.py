@@ -153,3 +153,25 @@ def test_what_is_of_another_model_is_refused(other: WanConfig, told: Any, words:
     kept.config = other
     with pytest.raises(JobError, match=words):
         kept.told("a", controls=("x",))
+
+
+def test_what_is_kept_is_no_part_of_the_memory_that_it_came_in():
+    """The next request overwrites that."""
+    config, memory = TINY_VACE, torch.full((TINY_VACE.control_dim, *SIZE), 7.0)
+    kept = KeptConditions(config, torch.device("cpu"), keeps=True)
+    row = torch.full((2, config.text_dim), 3.0)
+    sent = tuple(
+        SentTensor(key=key(name), shape=tuple(tensor.shape), dtype="float32")
+        for name, tensor in (("t", row), ("c", memory))
+    )
+    evaluation = Evaluation(
+        shape=(1, config.in_dim, *SIZE), by_frame=False, texts=(key("t"),), controls=((key("c"),),),
+        strengths=((1.0,),), sent=sent,
+    )  # fmt: skip
+    views = [tensor.view(-1).view(torch.uint8).numpy().data for tensor in (row, memory)]
+    kept.take(evaluation, views, lambda whole: whole.flatten(1).t())
+    memory.zero_()
+    row.zero_()
+    ((control,),) = kept.controls(evaluation)
+    assert control.values.unique().tolist() == [7.0]
+    assert kept.texts(evaluation)[0].tokens.unique().tolist() == [3.0]

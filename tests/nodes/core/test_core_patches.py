@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from core_sampling import Modules, TwoModels
+from safetensors.torch import load_file
 from torch import Tensor
 from wan_pack.demo.tiny_expert import DIM, FFN_DIM, lora
 from wan_pack.nodes.core.patch_files import KEPT
@@ -148,3 +149,14 @@ def test_a_file_that_two_models_use_stays_until_the_last_is_gone(t2v: TwoModels,
     del two
     others()
     assert not file.exists() and len(files(tmp_path)) == KEPT
+
+
+def test_an_alpha_is_written_as_exactly_as_it_is_given(t2v: TwoModels, tmp_path: Path) -> None:
+    """ComfyUI holds a number, the file a tensor."""
+    tensors = {**LORAS["LoRA without alpha"]}
+    ups = [name for name in tensors if "lora_up" in name]
+    tensors |= {name.replace("lora_up.weight", "alpha"): torch.tensor(7.3) for name in ups}
+    t2v.core["sampled"](with_lora(t2v.core, t2v.ours, tensors))
+    (file,) = tmp_path.iterdir()
+    alphas = {tensor.item() for name, tensor in load_file(file).items() if name.endswith(".alpha")}
+    assert alphas == {torch.tensor(7.3).item()}

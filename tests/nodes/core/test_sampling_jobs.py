@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from wan_pack.demo.example import TinyModel
 from wan_pack.demo.tiny_expert import lora
 from wan_pack.distributed.job.errors import JobError
@@ -215,3 +216,15 @@ def test_files_of_patches_are_no_jobs(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(host, "jobs_folder", lambda: tmp_path / "wan_distributed")
     folder = sampling_jobs.patch_files.__wrapped__()._folder()
     assert folder.parent == tmp_path and folder != host.jobs_folder()
+
+
+def test_of_a_lora_file_for_both_experts_the_half_of_this_one_is_planned_and_taken(
+    job_of: Callable[..., ForwardsJob], tmp_path: Path
+) -> None:
+    halves = {f"{side}.{name.removeprefix('diffusion_model.')}": tensor.clone()
+              for side in ("transformer", "transformer_2") for name, tensor in lora(1).items()}  # fmt: skip
+    save_file(halves, tmp_path / "both.safetensors")
+    own = LoraFile(file=FileIdentity.of(tmp_path / "both.safetensors"), strength=1.0)
+    for name, side in ((NAMES.high_noise, "high_noise"), (NAMES.low_noise, "low_noise")):
+        job = job_of(sampling(), name=name, loras=(own,))
+        assert (job.loras, job.side) == ((own,), side)

@@ -77,6 +77,15 @@ def test_wrapper_embeds_are_taken_as_they_are_with_those_before_them():
     torch.testing.assert_close(found["vace_strength"], torch.tensor([0.3, 0.7]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_controls_travel_in_float32_whatever_they_come_in(dtype: torch.dtype):
+    embeds = wrapper(vace_context=[noise(96, *SIZE).to(dtype)])
+    assert carried_control(asked(image_embeds=embeds))["vace_context"].dtype == torch.float32
+    extras = core(1.0)
+    extras["vace_frames"] = [frames.to(dtype) for frames in extras["vace_frames"]]
+    assert carried_control(asked(**both(extras)))["vace_context"].dtype == torch.float32
+
+
 def test_without_a_control_there_is_none():
     assert carried_control(asked(text_embeds=[[rows(3)[None], {}]], image_embeds={"target_shape": (16, *SIZE)})) == {}
     assert own_control(asked(), sampling(), TINY, Status()) == {}

@@ -1,0 +1,108 @@
+"""One call of the VAE on one rank: what is asked of the VAE, where its parts go, and what makes room."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from wan_pack.distributed.job.job import JobError
+from wan_pack.distributed.planning.vae_plan import held_bytes, working_bytes
+from wan_pack.distributed.rank import vae_work
+from wan_pack.distributed.rank.vae_work import VaeWork
+from wan_pack.wan.vae.latents import denormalise
+
+LATENTS, FRAMES = (2, 16, 3, 4, 4), (2, 3, 9, 32, 32)
+
+
+class Vae:
+    """Makes one frame, then four at a time, of different values; remembers what it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[Tensor] = []
+
+    def splits(self, rows: int) -> bool:
+        return True
+
+    def decode(self, latents: Tensor, *, clamp: bool) -> list[Tensor]:
+        assert not clamp
+        self.given.append(latents)
+        number = len(self.given)
+        parts = torch.full((3, 9, 32, 32), float(number)) + torch.arange(9.0)[None, :, None, None] / 10
+        return list(parts.split((1, 4, 4), dim=1))
+
+    def encode(self, frames: Tensor) -> Tensor:
+        self.given.append(frames)
+        return torch.full((1, 16, 3, 4, 4), 0.25 * len(self.given))
+
+
+def work_with(vae: Vae, rank: int = 0, *, encode: bool = False) -> Any:
+    work = object.__new__(VaeWork)
+    work.rank = rank
+    given, made = (FRAMES, LATENTS) if encode else (LATENTS, FRAMES)
+    work.job = SimpleNamespace(given=given, made=made, encode=encode)
+    work.session = SimpleNamespace(vae=lambda job: vae, check_stop=lambda folder, job: None)
+    work.folder = SimpleNamespace(stop=SimpleNamespace(exists=lambda: False))
+    work.files = SimpleNamespace(progress=lambda *_: None)
+    return work
+
+
+def test_parts_follow_each_other_and_latents_are_normalised_for_the_vae() -> None:
+    vae, given = Vae(), torch.randn(LATENTS)
+    work, out = work_with(vae), torch.zeros(FRAMES)
+    for number in range(2):
+        work.decode(number, given[number], out[number])
+        assert out[number, 0, :, 0, 0].tolist() == pytest.approx([number + 1 + i / 10 for i in range(9)])
+        torch.testing.assert_close(denormalise(vae.given[number], 16)[0], given[number], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_encoded_is_comfyuis_latents_from_one_rank(rank: int) -> None:
+    vae, frames, out = Vae(), torch.rand(FRAMES), torch.zeros(LATENTS)
+    work_with(vae, rank, encode=True).encode(1, frames[1], out[1])
+    assert torch.equal(vae.given[0], frames[1:])
+    expected = denormalise(torch.full((1, 16, 3, 4, 4), 0.25), 16)[0] if rank == 0 else torch.zeros(16, 3, 4, 4)
+    torch.testing.assert_close(out[1], expected)
+    assert not out[0].any()
+
+
+def test_frames_of_another_size_or_too_few_are_an_error() -> None:
+    work = work_with(Vae())
+    with pytest.raises(JobError, match=r"the VAE made \[3, 1, 32, 32\]; ComfyUI expects \[3, 1, 16, 16\]"):
+        work.decode(0, torch.randn(16, 3, 4, 4), torch.zeros(3, 9, 16, 16))
+    with pytest.raises(JobError, match="the VAE made 9 frames; ComfyUI expects 13"):
+        work.decode(0, torch.randn(16, 3, 4, 4), torch.zeros(3, 13, 32, 32))
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_models_make_room_for_the_work_and_for_a_vae_that_is_not_there_yet(
+    held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wan_pack.distributed.job.job import FileIdentity, Parallel, VaeJob
+
+    file = FileIdentity(path="/models/vae.safetensors", size=1, mtime_ns=1)
+    job = VaeJob(id="0f", vae=(file,), encode=False, given=LATENTS, made=FRAMES, parallel=Parallel(gpu_count=1))
+    asked: list[int] = []
+
+    class Enough(Exception):
+        """All that is looked at has happened."""
+
+    def make_room(needed: int, **how: Any) -> None:
+        asked.append(needed)
+        raise Enough
+
+    work = object.__new__(VaeWork)
+    work.rank, work.job, work.phase_seconds = 0, job, {}
+    experts = SimpleNamespace(make_room=make_room)
+    work.session = SimpleNamespace(world=1, experts=experts, holds_vae=lambda job: held, memory=lambda: "")
+    work.files = SimpleNamespace(progress=lambda *_, **__: None, say=lambda text: None)
+    work.folder = SimpleNamespace(job=SimpleNamespace(read_bytes=lambda: b""))
+    monkeypatch.setattr(VaeWork, "begin", lambda work: None)
+    monkeypatch.setattr(VaeWork, "check_all_have", lambda work, digest, other: None)
+    monkeypatch.setattr(VaeWork, "opened", lambda work: (torch.zeros(0), torch.zeros(0)))
+    with pytest.raises(Enough):
+        work.run()
+    assert asked == [working_bytes(job) + (0 if held else held_bytes(job))] and held_bytes(job) > 0
+    assert vae_work.held_bytes is held_bytes
