@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..files.block_scaled import BlockScaled
 from ..files.diffusers_keys import MARKER as DIFFUSERS_MARKER
 from ..files.diffusers_keys import to_official
 from ..files.headers import brief
@@ -30,7 +31,7 @@ from ..files.stored_model import StoredModel, open_model
 from ..files.stored_tensor import PlainTensor, RowScale, StoredTensor
 from ..model.config import WanConfig, config_from_shapes
 from ..model.eight_bits import CODES, FP8_DTYPES, KeptWeight
-from ..model.variants import RUNNABLE, check_runs
+from ..model.variants import RUNNABLE, Variant, check_runs
 from ..transformer.transformer import meta_model, parameter_dtype
 
 MARKERS = ("head.modulation", DIFFUSERS_MARKER)
@@ -59,7 +60,12 @@ class Checkpoint:
             check_runs(shapes)
             told = _told_beside(Path(self.files[0]).parent)
             self.config: WanConfig = config_from_shapes(shapes, num_heads=told.num_heads, vace_layers=told.vace_layers)
-            self.markers = _check_complete(shapes, self.config)
+            expected = _expected_shapes(self.config)
+            for name, shape in expected.items():
+                if isinstance(blocks := self._stored.get(name), BlockScaled):
+                    self._stored[name] = blocks.without_padding(shape)
+                    shapes[name] = self._stored[name].shape
+            self.markers = _check_complete(shapes, expected, self.config.variant)
             """Tensors that hold no weight: they only say what the file is."""
         except ValueError as error:
             raise ValueError(f"{self.label}: {error}") from error
@@ -154,8 +160,8 @@ def _smallest(config: WanConfig) -> WanConfig:
     return replace(config, num_layers=max(len(vace), 1), vace_layers=vace)
 
 
-def _check_complete(shapes: Mapping[str, tuple[int, ...]], config: WanConfig) -> frozenset[str]:
-    """Refuses a model that is not whole, or more than that. Returns the names of tensors that are only marks."""
+def _expected_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
+    """Official name -> shape of every tensor of a model."""
     # One block of a kind stands for the others: forty take a third of a second, for each file that is looked at.
     small = meta_model(_smallest(config), torch.float32)
     expected = {name: tuple(parameter.shape) for name, parameter in small.named_parameters()}
@@ -166,6 +172,13 @@ def _check_complete(shapes: Mapping[str, tuple[int, ...]], config: WanConfig) ->
         stand_in = next(name for name in (block, f"{kind}.1", f"{kind}.0") if name in known)
         of_block = small.get_submodule(stand_in).named_parameters()
         expected |= {f"{block}.{name}": tuple(parameter.shape) for name, parameter in of_block}
+    return expected
+
+
+def _check_complete(
+    shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], variant: Variant
+) -> frozenset[str]:
+    """Refuses a model that is not whole, or more than that. Returns the names of tensors that are only marks."""
     roots = {name.partition(".")[0] for name in expected}
     # One number outside of the model's modules cannot be a weight of it.
     marks = {
@@ -177,12 +190,12 @@ def _check_complete(shapes: Mapping[str, tuple[int, ...]], config: WanConfig) ->
     extra = sorted(shapes.keys() - expected - marks)
     if missing:
         raise ValueError(
-            f"it is not a whole {config.variant.name} transformer: {len(missing)} tensors are missing "
+            f"it is not a whole {variant.name} transformer: {len(missing)} tensors are missing "
             f"({', '.join(missing[:5])})"
         )
     if extra:
         raise ValueError(
-            f"it holds a whole {config.variant.name} transformer and {len(extra)} tensors that are unknown "
+            f"it holds a whole {variant.name} transformer and {len(extra)} tensors that are unknown "
             f"({', '.join(extra[:5])}): it is another model, which this pack does not run; expected {RUNNABLE}"
         )
     for name, shape in expected.items():

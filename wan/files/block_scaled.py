@@ -7,13 +7,13 @@
     int8 by blocks   int8                         X.weight_scale fp32                           any
 
 The first two follow OCP's Microscaling Formats 1.0; their scales lie in the tiles of 128 x 4 that tensor cores read
-(cuBLAS, "block scaling factors layout").
+(cuBLAS, "block scaling factors layout"), and zeros may fill up rows and inputs of the codes.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from .stored_tensor import PlainTensor, Unpacked, row_pieces
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of three bits; the fourth is the sign."""
 TILE = (128, 4)
+PADDED_TO = (16, 32, 128)
+"""Rows and inputs of nvfp4 and mxfp8: comfy-kitchen makes them multiples of 16 or 32, others of whole tiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +38,23 @@ class BlockScaled(Unpacked):
     """The scales lie in tiles."""
     factor: PlainTensor | None = None
     """One number for all."""
+    unpadded: tuple[int, int] | None = None
+    """Shape of the matrix, where zeros were put behind its rows and inputs."""
 
     @property
     def shape(self) -> tuple[int, ...]:
+        return self.unpadded or self._stored_shape
+
+    @property
+    def _stored_shape(self) -> tuple[int, int]:
         rows, stored = self.stored.shape
         return rows, stored * 2 if self.stored.dtype == torch.uint8 else stored
+
+    def without_padding(self, shape: tuple[int, ...]) -> BlockScaled:
+        """What is stored of a matrix of that shape, if it is one with zeros behind it; else as it is."""
+        steps = PADDED_TO if self.factor is not None or self.scales.dtype == torch.uint8 else ()
+        padded = any(tuple(math.ceil(size / step) * step for size in shape) == self._stored_shape for step in steps)
+        return replace(self, unpadded=(shape[0], shape[1])) if padded else self
 
     def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
         width, stored = self.shape[1], self.stored.shape[1]
@@ -48,13 +62,13 @@ class BlockScaled(Unpacked):
         for row, piece in row_pieces(out, start, width):
             codes = torch.empty(piece.shape[0], stored, dtype=self.stored.dtype)
             self.stored.read_into(codes, start=row * stored)
-            values = _decoded(codes.to(out.device))
+            values = _decoded(codes.to(out.device))[:, :width]
             blocks = torch.arange(row, row + piece.shape[0], device=out.device) // self.block[0]
             piece.copy_(values.mul_(scales[blocks].repeat_interleave(self.block[1], dim=1)[:, :width]))
 
     def _scales(self) -> Tensor:
         """[ceil(out / rows), ceil(in / columns)] float32."""
-        across = [math.ceil(size / step) for size, step in zip(self.shape, self.block, strict=True)]
+        across = [math.ceil(size / step) for size, step in zip(self._stored_shape, self.block, strict=True)]
         stored = torch.empty(self.scales.shape, dtype=self.scales.dtype)
         self.scales.read_into(stored)
         if self.tiled:

@@ -6,6 +6,7 @@
     ComfyUI with metadata           X.weight_scale, X.input_scale; formats in the header or in X.comfy_quant
     LightX2V (fp8, int8)            X.weight_scale with one number per output row
     quanto (fp8, int8)              X.weight._data and X.weight._scale in place of X.weight
+    torchao (fp8, int8)             X._weight_qdata and X._weight_scale in place of X.weight
     scaled by blocks                X.weight_scale of their number; nvfp4, mxfp8 and others (block_scaled.py)
     ComfyUI's int8 with ConvRot     as int8, with `convrot` in X.comfy_quant (rotated.py)
 
@@ -23,7 +24,7 @@ import torch
 
 from ..model.eight_bits import E4M3
 from .block_scaled import BlockScaled, tiled_size
-from .quant_formats import BY_BLOCKS, READABLE, QuantFormat
+from .quant_formats import BLOCKS_OF, MXFP8, NVFP4, READABLE, QuantFormat, placed
 from .rotated import Rotated
 from .stored_tensor import DTYPES, PackedTensor, PlainTensor, RowScale, StoredTensor, StridedTensor
 
@@ -33,21 +34,24 @@ if TYPE_CHECKING:
 READS = "this version reads fp32, bf16, fp16, fp8, int8 (ConvRot too), mxfp8, nvfp4 and GGUF files"
 
 _SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
-_FACTOR = ".weight_scale_2"
+_FACTORS = (".weight_scale_2", ".scale_weight_2")
 """nvfp4's one number for all of its scales."""
 _IGNORED = (".scale_input", ".input_scale", ".output_scale", ".comfy_quant")
 _MARKER = "scaled_fp8"
 
-# The end of a tensor's name -> the format that has it.
+# The end of a tensor's name -> the format that has it, the surest first.
 _REFUSED = {
     ".weight_global_scale": "nvfp4 of another library",
     ".wscales": "Nunchaku (SVDQuant, 4 bit)",
     ".qzeros": "AWQ or GPTQ (4 bit)",
+    ".weight_zero_point": "a format with zero points",
+    ".zero_point": "SDNQ or another format with zero points",
+    ".svd_up": "SDNQ (with SVD)",
+    ".W_q": "HQQ (with zero points)",
+    ".pre_quant_scale": "ModelOpt's AWQ",
     ".qweight": "a packed 4-bit format",
     ".weight_packed": "a packed 4-bit format",
-    ".weight_zero_point": "a format with zero points",
     ".weight.absmax": "bitsandbytes (4 bit)",
-    ".weight.SCB": "bitsandbytes (int8)",
     ".SCB": "bitsandbytes (int8)",
     ".weight._shift": "quanto with zero points (4 bit or fewer)",
 }
@@ -58,6 +62,7 @@ _REFUSED_DTYPES = {
 }
 USUAL_BLOCK = 128
 """Of fp8 and int8 scaled by blocks."""
+_FP8 = {f"float8_{name}": dtype for name, dtype in (("e4m3fn", E4M3), ("e5m2", torch.float8_e5m2))}
 _BYTES = ("U8", "F8_E8M0")
 """Codes and scales that are no numbers by themselves."""
 
@@ -84,21 +89,26 @@ def paired_weights(model: StoredModel, names: Mapping[str, str]) -> dict[str, St
         for name, own in names.items()
         if not is_unused(own) and (math.prod(model.tensors[name].shape) > 1 or _readable(model, name))
     }
-    # What names no tensor may be meant for any: better refused than read wrongly.
-    formats = {
-        layer: kind
-        for layer, kind in model.formats.items()
-        if f"{layer}.weight" in names or f"{layer}.weight" not in model.tensors
-    }
+    told, lost = placed(model.formats, model.tensors, names)
     plain = {name: model.tensors[name].dtype for name in names if model.holders[name].gguf is None}
-    refused = _refused_format(plain, formats)
+    refused = _refused_format(plain, told | lost)
     if refused is not None:
         raise ValueError(f"it is quantised as {refused}; {READS}")
     wrong = [name for name in used if not _readable(model, name)]
     if wrong:
         raise ValueError(f"it holds {len(wrong)} tensors such as {wrong[0]} in {plain[wrong[0]]}; {READS}")
-    told = {names[f"{layer}.weight"]: kind for layer, kind in formats.items() if f"{layer}.weight" in names}
-    return pair_scales({own: stored_tensor(model.holders[name], name) for name, own in used.items()}, told)
+    for layer, kind in lost.items():
+        if kind.rotated_by or kind.block:
+            raise ValueError(f"it is said of {layer}, which it does not hold, how it is quantised")
+    kinds = {names[name]: kind for name, kind in told.items()}
+    paired = pair_scales({own: stored_tensor(model.holders[name], name) for name, own in used.items()}, kinds)
+    for name, own in used.items():
+        # ComfyUI's are always under the official names; ModelOpt, which exports diffusers' models, has its scales in
+        # rows and the first code in the low bits.
+        tensor = paired.get(own)
+        if isinstance(tensor, BlockScaled) and tensor.tiled and own not in kinds and not name.endswith(own):
+            raise ValueError(f"it is quantised as {NVFP4} or {MXFP8} of another library than ComfyUI ({name}); {READS}")
+    return paired
 
 
 def _readable(model: StoredModel, name: str) -> bool:
@@ -110,15 +120,16 @@ def _refused_format(dtypes: Mapping[str, str], formats: Mapping[str, QuantFormat
 
     Args:
         dtypes: tensor name -> dtype as safetensors names it.
-        formats: layer -> format, as far as the file says so (`quant_formats`).
+        formats: weight -> format, as far as the file says so (`quant_formats`).
     """
-    for layer, kind in formats.items():
+    for weight, kind in formats.items():
         if kind.name not in READABLE:
-            return f"{kind.name} ({layer})"
-    for name, dtype in dtypes.items():
-        for ending, refused in _REFUSED.items():
+            return f"{kind.name} ({weight.removesuffix('.weight')})"
+    for ending, refused in _REFUSED.items():
+        for name in dtypes:
             if name.endswith(ending):
                 return f"{refused} ({name})"
+    for name, dtype in dtypes.items():
         if name.endswith(".weight") and dtype in _REFUSED_DTYPES:
             return f"{_REFUSED_DTYPES[dtype]} ({name})"
     return None
@@ -139,15 +150,16 @@ def pair_scales(
     Raises:
         ValueError: a scale fits no weight, codes have none, or it is not what its file says.
     """
+    formats = formats or {}
     paired: dict[str, StoredTensor] = {}
     scales: dict[str, StoredTensor] = {}
     factors: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
-        ending = next((ending for ending in (*_SCALES, _FACTOR) if name.endswith(ending)), None)
+        ending = next((ending for ending in (*_SCALES, *_FACTORS) if name.endswith(ending)), None)
         if ending is None:
-            paired[name] = tensor
+            paired[name] = _typed(tensor, formats.get(name))
             continue
-        found, weight = (factors if ending == _FACTOR else scales), f"{name.removesuffix(ending)}.weight"
+        found, weight = (factors if ending in _FACTORS else scales), f"{name.removesuffix(ending)}.weight"
         if weight in found:
             raise ValueError(f"tensor {weight} has two scales")
         found[weight] = tensor
@@ -155,18 +167,19 @@ def pair_scales(
         codes, scale, factor = paired.get(weight), scales.get(weight), factors.get(weight)
         if not isinstance(codes, PlainTensor) or not codes.shape or not isinstance(scale, PlainTensor):
             raise ValueError(f"there is a scale for tensor {weight}, but no such weight")
-        blocks = _block_scaled(weight, codes, scale, factor)
+        blocks = _block_scaled(weight, codes, scale, factor, formats.get(weight))
         if blocks is not None:
-            paired[weight] = blocks
+            bias = paired.get(weight.removesuffix("weight") + "bias")
+            paired[weight] = _unpadded(blocks, formats.get(weight), bias)
             continue
         if not scale.dtype.is_floating_point:
             raise ValueError(f"the scale of tensor {weight} is of {scale.dtype}; expected a float dtype")
         by_row = RowScale(scale, codes.shape[0])
         paired[weight] = replace(codes, scale=by_row)
         paired[f"{weight}_scale"] = by_row
-    for name, kind in (formats or {}).items():
+    for name, kind in formats.items():
         tensor = paired[name]
-        if kind.name in BY_BLOCKS and not isinstance(tensor, BlockScaled):
+        if kind.name in BLOCKS_OF and name not in scales:
             raise ValueError(f"tensor {name} is said to be {kind.name}, but it has no such codes and scales")
         if not kind.rotated_by:
             continue
@@ -184,43 +197,86 @@ def pair_scales(
     return paired
 
 
+def _typed(tensor: StoredTensor, kind: QuantFormat | None) -> StoredTensor:
+    """With the dtype that its file says of it: fp8 may be stored as bytes."""
+    said = None if kind is None else E4M3 if kind.name == MXFP8 else _FP8.get(kind.name.partition("_row")[0])
+    bytes_only = isinstance(tensor, PlainTensor) and tensor.dtype == torch.uint8
+    return replace(tensor, dtype=said) if bytes_only and said is not None else tensor
+
+
+def _unpadded(blocks: BlockScaled, kind: QuantFormat | None, bias: StoredTensor | None) -> BlockScaled:
+    """Without padding that can be told by what is said of the layer, or by its bias."""
+    rows, columns = blocks.shape
+    if kind is not None and kind.shape is not None and len(kind.shape) == 2:
+        return blocks.without_padding(kind.shape)
+    if bias is not None and len(bias.shape) == 1 and bias.shape[0] < rows:
+        return blocks.without_padding((bias.shape[0], columns))
+    return blocks
+
+
 def _block_scaled(
-    weight: str, codes: PlainTensor, scale: PlainTensor, factor: StoredTensor | None
+    weight: str, codes: PlainTensor, scale: PlainTensor, factor: StoredTensor | None, kind: QuantFormat | None
 ) -> BlockScaled | None:
     """None: one scale for all, or one for each row. Raises ValueError if the scales fit nothing."""
     rows, number = codes.shape[0], math.prod(scale.shape)
     packed = codes.dtype == torch.uint8
-    if not packed and factor is None and (number == 1 or scale.shape in ((rows,), (rows, 1))):
-        return None
+    told = None if kind is None else kind.block
+    of = f"block of {told[0]} x {told[1]}" if told else "block"
     problem = (
         f"the scale of tensor {weight} has shape {scale.shape}; expected one number, one for each of its {rows} rows, "
-        f"or one for each block of the weight's {' x '.join(map(str, codes.shape))}; {READS}"
+        f"or one for each {of} of the weight's {' x '.join(map(str, codes.shape))}; {READS}"
     )
+    tiles = packed or scale.dtype == torch.uint8 or factor is not None
+    if kind is not None and tiles != (kind.name in (NVFP4, MXFP8)):
+        raise ValueError(f"tensor {weight} is said to be {kind.name}, but it has no such codes and scales")
+    if not tiles and told is None and (number == 1 or scale.shape in ((rows,), (rows, 1))):
+        return None
     if len(codes.shape) != 2 or 0 in codes.shape:
         raise ValueError(problem)
-    if packed or scale.dtype == torch.uint8 or factor is not None:
-        block = (1, 16 if packed else 32)
+    if tiles:
+        block = (1, BLOCKS_OF[NVFP4 if packed else MXFP8] or 0)
+        if packed and scale.dtype == torch.uint8:
+            # The same bytes.
+            scale = replace(scale, dtype=E4M3)
         fits = scale.dtype == (E4M3 if packed else torch.uint8) and packed == (factor is not None)
         if factor is not None and not isinstance(factor, PlainTensor):
             raise ValueError(problem)
         if factor is not None:
             fits = fits and math.prod(factor.shape) == 1 and factor.dtype.is_floating_point
         width = codes.shape[1] * (2 if packed else 1)
-        if not fits or width % block[1] or number != tiled_size(rows, width // block[1]):
+        across = width // block[1]
+        if not fits or width % block[1] or number not in (tiled_size(rows, across), rows * across):
             raise ValueError(problem)
-        return BlockScaled(codes, scale, block, tiled=True, factor=factor)
-    if len(scale.shape) != 2 or not scale.dtype.is_floating_point:
+        return BlockScaled(codes, scale, block, tiled=number == tiled_size(rows, across), factor=factor)
+    counts = scale.shape if scale.shape else (1, 1)
+    if len(counts) == 1:
+        counts = (*counts, 1)
+    if len(counts) != 2 or not scale.dtype.is_floating_point:
         raise ValueError(problem)
-    steps = [_step(size, count) for size, count in zip(codes.shape, scale.shape, strict=True)]
+    sizes = told or (0, 0)
+    steps = [_step(size, count, most) for size, count, most in zip(codes.shape, counts, sizes, strict=True)]
     rows_step, columns_step = steps
     # One column of fewer scales than rows is of something else.
-    if rows_step is None or columns_step is None or (scale.shape[1] == 1 and rows_step != USUAL_BLOCK):
+    strange = told is None and counts[1] == 1 and rows_step != USUAL_BLOCK
+    if rows_step is None or columns_step is None or strange:
         raise ValueError(problem)
+    if columns_step == codes.shape[1] and rows_step in (1, rows):
+        return None
     return BlockScaled(codes, scale, (rows_step, columns_step), tiled=False)
 
 
-def _step(size: int, blocks: int) -> int | None:
-    """Elements of a block, of `blocks` that cover `size`: the usual 128 with a smaller last one, or equal ones."""
-    if blocks == math.ceil(size / USUAL_BLOCK):
-        return min(USUAL_BLOCK, size)
-    return size // blocks if blocks and size % blocks == 0 else None
+def _step(size: int, count: int, told: int) -> int | None:
+    """Elements of a block, of `count` that cover `size`, the last of which may be smaller; None: there is no such.
+
+    Args:
+        told: at most so many; 0: not said. Then it is a power of two, which only one can be, or they are equal.
+    """
+    if count == size:
+        return 1
+    if told:
+        return min(told, size) if count == math.ceil(size / told) else None
+    if count == 1:
+        return size
+    powers = (2**exponent for exponent in range(size.bit_length()))
+    found = next((step for step in powers if math.ceil(size / step) == count), None)
+    return found or (size // count if count and size % count == 0 else None)

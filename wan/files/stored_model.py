@@ -151,7 +151,7 @@ def _open_file(path: str, *identity: int) -> OpenedFile:
     try:
         with open(path, "rb", opener=regular) as file:
             header = read_header(path, file)
-            formats = quant_formats(path, header, file)
+            formats = {_usual_name(layer): kind for layer, kind in quant_formats(path, header, file).items()}
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     return OpenedFile(path, _usual(header.tensors), header.nbytes, formats, header.metadata)
@@ -161,18 +161,27 @@ _SPELLINGS = (
     # quanto, which keeps a weight's codes and scale as parts of it.
     (".weight._data", ".weight"),
     (".weight._scale", ".weight_scale"),
+    # torchao.
+    ("._weight_qdata", ".weight"),
+    ("._weight_scale", ".weight_scale"),
+    ("._weight_zero_point", ".weight_zero_point"),
 )
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What torch puts into the names of modules that are compiled, sharded or checkpointed."""
+
+
+def _usual_name(name: str) -> str:
+    """Of a tensor or a layer, without torch's wrappers."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def _usual(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """By the names that all others write. Raises ValueError if two become one."""
     renamed: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
-        usual = name
-        for wrapper in _WRAPPERS:
-            usual = usual.replace(wrapper, "")
+        usual = _usual_name(name)
         for ending, plain in _SPELLINGS:
             if usual.endswith(ending):
                 usual = usual.removesuffix(ending) + plain

@@ -29,6 +29,8 @@ DTYPES = {
     "I8": torch.int8,
 }
 """safetensors' name of a dtype -> torch's, of those that can be read as numbers."""
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+"""The same of whole numbers, which some write where a number is whole."""
 STAGING_BYTES = 32 << 20
 """Of the buffer through which bytes of another dtype, or for another device, go."""
 FLOAT_PIECE = 1 << 22

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..files.identify import describe_tensors
 from ..files.quantised import stored_tensor
 from ..files.stored_model import open_file
-from ..files.stored_tensor import PlainTensor, RowScale, ScaledTensor, StoredTensor
+from ..files.stored_tensor import INTEGERS, PlainTensor, RowScale, ScaledTensor, StoredTensor
 from ..model.config import HIGH_NOISE, LOW_NOISE
 from ..model.selection import EVERYTHING, Selection
 from .alpha import AdapterConfig, read_adapter_config
@@ -245,6 +245,9 @@ class Lora:
 
     def _tensor(self, module: LoraModule, role: Role) -> StoredTensor:
         name = module.tensors[role]
+        info = self._file.tensors[name]
+        if role == Role.ALPHA and info.dtype in INTEGERS:
+            return PlainTensor(self.path, INTEGERS[info.dtype], info.shape, info.start)
         stored = stored_tensor(self._file, name)
         if name in self._scales:
             return self._scaled(stored, name)

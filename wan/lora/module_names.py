@@ -45,10 +45,11 @@ class Role(Enum):
     OFT_RESCALE = "rescale"
 
 
-# The end of a tensor's name -> its role. An adapter's name ("default") may stand before "weight".
+# The end of a tensor's name -> its role. An adapter's name ("default") may stand before "weight", which some leave out.
+_FACTOR = r"(?:(?:\.[^.]+)?\.weight|(?:\.default)?)$"
 _ROLES = (
-    (Role.DOWN, re.compile(r"\.(?:lora_down|lora_A|lora\.down)(?:\.[^.]+)?\.weight$")),
-    (Role.UP, re.compile(r"\.(?:lora_up|lora_B|lora\.up)(?:\.[^.]+)?\.weight$")),
+    (Role.DOWN, re.compile(r"\.(?:lora_down|lora_A|lora\.down|lora_linear_layer\.down)" + _FACTOR)),
+    (Role.UP, re.compile(r"\.(?:lora_up|lora_B|lora\.up|lora_linear_layer\.up)" + _FACTOR)),
     (Role.UP_BIAS, re.compile(r"\.(?:lora_up|lora_B|lora\.up)(?:\.[^.]+)?\.bias$")),
     (Role.ALPHA, re.compile(r"\.alpha$")),
     (Role.DIFF, re.compile(r"\.(?:diff|w_norm)$")),
@@ -69,7 +70,13 @@ _UNSUPPORTED = (
     # Which series its rotation is, and whether it is bounded, stands outside of the file.
     ("PEFT OFT", re.compile(r"\.oft_(?:R|r)\b")),
     ("GLoRA", re.compile(r"\.[ab][12]\.weight$")),
-    ("(IA)^3", re.compile(r"\.on_input$")),
+    ("(IA)^3", re.compile(r"\.(?:on_input$|ia3_l\b)")),
+    ("VeRA", re.compile(r"\.vera_")),
+    ("HRA", re.compile(r"\.hra_")),
+    ("FourierFT", re.compile(r"\.fourierft_")),
+    ("RandLoRA", re.compile(r"\.randlora_")),
+    ("VB-LoRA", re.compile(r"\.vblora_")),
+    ("Bone or MiSS", re.compile(r"\.(?:bone|miss)_")),
     ("Tucker-decomposed LoCon", re.compile(r"\.lora_mid\.")),
     ("weight-replacing (set_weight)", re.compile(r"\.(?:set_weight|reshape_weight)$")),
     ("scaled LoRA without what is scaled", re.compile(r"\.lora[_.](?:down|up|A|B)\b.*(?:scale_weight|weight_scale)$")),
@@ -92,8 +99,9 @@ _DIFFUSERS_BLOCK = (
 )
 
 _WRAPPERS = re.compile(
-    r"^(?:(?:base_model\.model|model|module|diffusion_model|unet|transformer|transformer_2|pipe|dit|dit2)\.)*"
-    r"(?:lora_unet__?|lora_transformer_|lycoris_)?"
+    r"^(?:(?:base_model\.model|model|module|diffusion_model|unet|transformer|transformer_2|pipe|dit|dit2"
+    r"|generator|generator_ema|denoiser|student|net|wan)\.)*"
+    r"(?:lora_unet__?|lora_transformer_|lora_wan_|lora_dit_|lycoris_)?"
 )
 _SECOND = re.compile(r"(?:^|\.)(?:transformer_2|dit2)\.")
 _IMAGE_BRANCH = re.compile(r"k_img|v_img|img_emb|add_[kv]_proj|norm_added_k|image_embedder")

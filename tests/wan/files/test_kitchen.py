@@ -82,3 +82,42 @@ def test_the_values_are_those_of_comfy_kitchen(tmp_path: Path, quantise: Callabl
             rounded = layer.keeps_int8 and tensors[name].dtype != torch.int8
             close = {"rtol": 0.0, "atol": float(value.abs().max()) / 127} if rounded else {"rtol": 1e-5, "atol": 1e-6}
             torch.testing.assert_close(got, value, **close, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("plain", [False, True])
+def test_matrices_that_were_padded_are_read_at_their_own_size(tmp_path: Path, kind: str, told: bool, plain: bool):
+    """72 rows and inputs are no whole tiles; the scales lie in tiles, or in rows as long as these."""
+    from comfy_kitchen.float_utils import from_blocked
+    from wan_pack.wan.checkpoint.checkpoint import Checkpoint
+
+    config = WanConfig(dim=128, ffn_dim=72, num_heads=1, num_layers=1, in_dim=16, out_dim=16, text_dim=48, freq_dim=32)
+    weights, path = random_weights(config), tmp_path / "m.safetensors"
+    tensors, values = dict(weights), {}
+    for name in ("blocks.0.ffn.0.weight", "blocks.0.ffn.2.weight", "blocks.0.self_attn.q.weight"):
+        weight = weights[name]
+        if kind == "nvfp4":
+            whole = weight.abs().max() / (448 * 6)
+            codes, scales = kitchen.quantize_nvfp4(weight, whole, pad_16x=True)
+            value, block = kitchen.dequantize_nvfp4(codes, whole, scales, torch.float32), 16
+            stored = {"weight": codes, "weight_scale_2": whole}
+        else:
+            codes, scales = kitchen.quantize_mxfp8(weight, pad_32x=True)
+            value, block = kitchen.dequantize_mxfp8(codes, scales, torch.float32), 32
+            stored = {"weight": codes}
+        values[name] = value[: weight.shape[0], : weight.shape[1]]
+        if plain and "ffn" in name:
+            scales = from_blocked(scales, value.shape[0], value.shape[1] // block).contiguous()
+        says = comfy_quant(format=kind, **({"orig_shape": list(weight.shape)} if told else {}))
+        stored |= {"weight_scale": scales.view(torch.uint8) if kind == "mxfp8" else scales, "comfy_quant": says}
+        tensors |= {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in stored.items()}
+        assert value.shape != weight.shape or "q" in name
+    save_file(tensors, path)
+    model = read_model(path, torch.float32)
+    for name, value in values.items():
+        torch.testing.assert_close(model.get_parameter(name).data, value, rtol=1e-5, atol=1e-6)
+    # Rows of a shard.
+    part = torch.empty(7, 72)
+    Checkpoint([path]).read_into("blocks.0.ffn.2.weight", part, start=30 * 72)
+    torch.testing.assert_close(part, values["blocks.0.ffn.2.weight"][30:37], rtol=1e-5, atol=1e-6)

@@ -194,7 +194,7 @@ def test_options_that_only_describe_change_nothing(tmp_path: Path, case: str):
 
 @pytest.mark.parametrize(
     "option",
-    [{"group_size": 64}, {"block_size": 128}, {"params": {"bits": 4}}, {"hadamard": True}],
+    [{"group_size": 64}, {"block_size": 128}, {"params": [4]}, {"bits": 4}, {"hadamard": True}],
     ids=lambda option: next(iter(option)),
 )
 def test_options_that_change_the_values_are_refused_by_name(tmp_path: Path, option: dict[str, object]):

@@ -1,0 +1,57 @@
+"""LoRAs as few trainers write them: read like all others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lora_families import TARGETS
+from safetensors.torch import save_file
+from torch import Tensor
+from wan_pack.wan.lora.lora import Lora
+from wan_pack.wan.lora.updates import LowRank
+
+Q = "blocks.0.self_attn.q"
+
+
+def factors(module: str, down: str = "lora_down.weight", up: str = "lora_up.weight") -> dict[str, Tensor]:
+    return {f"{module}.{down}": torch.randn(2, 32), f"{module}.{up}": torch.randn(32, 2)}
+
+
+def opened(folder: Path, tensors: dict[str, Tensor]) -> Lora:
+    save_file(tensors, folder / "l.safetensors")
+    return Lora(folder / "l.safetensors", 1, TARGETS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.int32, torch.uint8])
+def test_an_alpha_may_be_a_whole_number(tmp_path: Path, dtype: torch.dtype):
+    """Trainers that are given one keep its type."""
+    (update,) = opened(tmp_path, factors(Q) | {f"{Q}.alpha": torch.tensor(6, dtype=dtype)}).updates[f"{Q}.weight"]
+    assert isinstance(update, LowRank) and update.scale == 3
+
+
+SPELLED = {
+    "parameters": (Q, "lora_A", "lora_B"),
+    "parameters of an adapter": (f"base_model.model.{Q}", "lora_A.default", "lora_B.default"),
+    "old diffusers": (
+        "transformer.blocks.0.attn1.to_q",
+        "lora_linear_layer.down.weight",
+        "lora_linear_layer.up.weight",
+    ),
+    "a distillation's": (f"generator.model.{Q}", "lora_A.weight", "lora_B.weight"),
+    "compiled": (f"diffusion_model._orig_mod.{Q}", "lora_down.weight", "lora_up.weight"),
+}
+
+
+@pytest.mark.parametrize("case", SPELLED)
+def test_rarer_spellings(tmp_path: Path, case: str):
+    module, down, up = SPELLED[case]
+    tensors = factors(module, down, up)
+    (update,) = opened(tmp_path, tensors).updates[f"{Q}.weight"]
+    assert isinstance(update, LowRank) and (update.down.shape, update.up.shape) == ((2, 32), (32, 2))
+
+
+def test_a_scale_is_not_taken_for_a_factor(tmp_path: Path):
+    lora = opened(tmp_path, factors(Q) | {f"{Q}.lora_A.bias": torch.ones(2)})
+    assert lora.skipped == {"tensors that are no part of a LoRA": [f"{Q}.lora_A.bias"]}
