@@ -22,7 +22,8 @@ FOLDER_KEYS = ("wan", "diffusers", "diffusion_models")
 CHECKPOINTS = "checkpoints"
 """Shown in front of the names of all-in-one files, which hold transformer, VAE and text encoder."""
 EXPERT_FILE = "diffusion_pytorch_model*.safetensors"
-SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+LATER_PART = re.compile(r"-(?!0*1-of-)\d+-of-\d+\.(?:safetensors|gguf)$")
+"""Of a model in several files, the first of which stands for all."""
 VAE_FILE = "Wan2*_VAE.pth"
 VAE_FOLDER = "vae"
 TEXT_ENCODER_FILE = "models_t5_umt5*.pth"
@@ -38,10 +39,11 @@ def expert_names() -> list[str]:
         name
         for name in host.model_files("diffusion_models")
         if name.endswith(".safetensors")
-        and not SHARD.search(name)
+        and not LATER_PART.search(name)
         and Path(name).parent.as_posix() not in parts.union(folders)
     ]
-    return _unique(files, _gguf_files("diffusion_models"), sorted(folders), _checkpoint_names())
+    gguf = [name for name in _gguf_files("diffusion_models") if not LATER_PART.search(name)]
+    return _unique(files, gguf, sorted(folders), _checkpoint_names())
 
 
 def expert_files(name: str) -> tuple[Path, ...]:

@@ -24,6 +24,7 @@ MAX_SHARDS = 256
 MAX_FILE_NAME_BYTES = 255
 """Of every file system that models are kept on."""
 
+_PART = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})(\.(?:safetensors|gguf))")
 _STEMS = (("safetensors", ("diffusion_pytorch_model", "model")), ("bin", ("diffusion_pytorch_model", "pytorch_model")))
 """Suffix, and the names before it: safetensors before pickles."""
 _VARIANTS = ("", "fp32", "bf16", "fp16")
@@ -34,14 +35,16 @@ def folder_files(path: str | Path, expected: str) -> tuple[Path, ...]:
     """Every weight file of one model.
 
     Args:
-        path: a file, or a folder with one model in it (diffusers' vae/, text_encoder/).
+        path: a file, one of a model's parts (x-00001-of-00003), or a folder with one model in it (diffusers' vae/,
+            text_encoder/).
         expected: what the caller wants, for messages.
     Raises:
-        ValueError: the folder holds no such file, or its index is damaged or names files that are not there.
+        ValueError: the folder holds no such file, its index is damaged or names files that are not there, or a part is
+            missing.
     """
     path = Path(path)
     if not path.is_dir():
-        return (path,)
+        return _parts(path)
     for suffix, stems in _STEMS:
         for stem in stems:
             for variant in _variants(path, stem, suffix):
@@ -57,6 +60,22 @@ def folder_files(path: str | Path, expected: str) -> tuple[Path, ...]:
         f"{path} is a folder that holds none of {names}, whole or in shards, with or without a variant such as fp16; "
         f"expected {expected}"
     )
+
+
+def _parts(file: Path) -> tuple[Path, ...]:
+    """The file itself, or all parts of the model that it is one of."""
+    match = _PART.fullmatch(file.name)
+    count = int(match[3]) if match else 1
+    if match is None or count == 1 or not 1 <= int(match[2]) <= count:
+        return (file,)
+    if count > MAX_SHARDS:
+        raise ValueError(f"{file} is one of {count} files; at most {MAX_SHARDS} are allowed")
+    digits = len(match[2])
+    parts = [file.with_name(f"{match[1]}-{i:0{digits}}-of-{match[3]}{match[4]}") for i in range(1, count + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise ValueError(f"{file} is one of {count} parts of a model; beside it is no {', '.join(missing[:3])}")
+    return tuple(parts)
 
 
 def _variants(folder: Path, stem: str, suffix: str) -> list[str]:

@@ -44,7 +44,7 @@ _CHANGING = (
     *("svd", "low_rank", "codebook", "lut", "bits", "swizzle", "first", "nibble"),
 )
 """In the names of options by which codes and scale are not the values: the format is another one."""
-_NEUTRAL = (None, False, 0, -1, "", "none", [], {})
+_NEUTRAL: tuple[Any, ...] = (None, False, 0, -1, "", "none", [], {})
 """Values that switch such an option off; -1 is a group as long as the row."""
 
 

@@ -200,8 +200,9 @@ def pair_scales(
 def _typed(tensor: StoredTensor, kind: QuantFormat | None) -> StoredTensor:
     """With the dtype that its file says of it: fp8 may be stored as bytes."""
     said = None if kind is None else E4M3 if kind.name == MXFP8 else _FP8.get(kind.name.partition("_row")[0])
-    bytes_only = isinstance(tensor, PlainTensor) and tensor.dtype == torch.uint8
-    return replace(tensor, dtype=said) if bytes_only and said is not None else tensor
+    if said is None or not isinstance(tensor, PlainTensor) or tensor.dtype != torch.uint8:
+        return tensor
+    return replace(tensor, dtype=said)
 
 
 def _unpadded(blocks: BlockScaled, kind: QuantFormat | None, bias: StoredTensor | None) -> BlockScaled:

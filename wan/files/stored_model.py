@@ -64,8 +64,8 @@ class StoredModel:
 
     @property
     def gguf(self) -> GgufFile | None:
-        """The last GGUF file among them."""
-        return next((file.gguf for file in reversed(self.files) if file.gguf is not None), None)
+        """The first GGUF file among them, which has the metadata of all."""
+        return next((file.gguf for file in self.files if file.gguf is not None), None)
 
     def weights(self, names: Mapping[str, str]) -> dict[str, StoredTensor]:
         """What is to be read: quantised weights with their scales, without what only describes them.

@@ -95,8 +95,12 @@ def _rotation_size(tensors: Tensors) -> tuple[int, int]:
         raise ValueError(f"{list(shape)}, which is BOFT; supported is OFT")
     if len(shape) != 3 or shape[1] != shape[2] or 0 in shape:
         raise ValueError(f"{list(shape)}; expected square blocks")
+    rows = shape[0] * shape[1]
+    rescale = tensors.get(Role.OFT_RESCALE)
+    if rescale is not None and math.prod(rescale.shape) != rows:
+        raise ValueError(f"of {rows} rows with a rescale of {list(rescale.shape)}")
     # It turns rows and leaves their width alone.
-    return shape[0] * shape[1], 0
+    return rows, 0
 
 
 _HADA = ((Role.HADA_W1_A, Role.HADA_W1_B), (Role.HADA_W2_A, Role.HADA_W2_B))

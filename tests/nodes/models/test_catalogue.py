@@ -47,6 +47,19 @@ def test_single_files_of_both_formats_are_listed(folders: Path) -> None:
     )
 
 
+def test_a_model_in_parts_is_listed_once_and_is_all_of_them(folders: Path) -> None:
+    for ending in ("safetensors", "gguf"):
+        parts = [f"wan-{i:05}-of-00003.{ending}" for i in (1, 2, 3)]
+        make(folders / "diffusion_models", *parts)
+        assert [name for name in catalogue.expert_names() if name.endswith(ending)] == parts[:1]
+        assert [path.name for path in catalogue.expert_files(parts[0])] == parts
+        (folders / "diffusion_models" / parts[2]).unlink()
+        with pytest.raises(
+            ValueError, match=rf"is one of 3 parts of a model; beside it is no wan-00003-of-00003\.{ending}"
+        ):
+            catalogue.expert_files(parts[0])
+
+
 def test_gguf_vaes_are_listed(folders: Path) -> None:
     make(folders / "vae", "wan_2.1_vae.safetensors", "pig/wan_2.1_vae_fp32-f16.gguf")
     assert catalogue.vae_names() == ["wan_2.1_vae.safetensors", "pig/wan_2.1_vae_fp32-f16.gguf"]

@@ -118,13 +118,23 @@ def quanto(weight: Tensor) -> Stored:
     return {"weight._data": codes, "weight._scale": scale}, codes.float() * scale
 
 
+def torchao(dtype: torch.dtype) -> Callable[[Tensor], Stored]:
+    def store(weight: Tensor) -> Stored:
+        codes, scale = int8_rows(weight)
+        if dtype != torch.int8:
+            codes, scale = (weight / (scale * 127 / 448)).to(dtype), scale * 127 / 448
+        return {"_weight_qdata": codes, "_weight_scale": scale}, codes.float() * scale
+
+    return store
+
+
 FORMATS: dict[str, Callable[[Tensor], Stored]] = {
     "int8 ConvRot": convrot(64), "int8 ConvRot, 4 inputs": convrot(4), "int8 ConvRot by tensor": convrot_by_tensor,
     "int8 by blocks": blocks(torch.int8, 1, 64, "weight_scale", format="int8_blockwise", group_size=64),
     "int8 by squares": blocks(torch.int8, 64, 64, "weight_scale", format="int8_blockwise", block_size=64),
     "fp8 by squares": blocks(torch.float8_e4m3fn, 128, 128, "weight_scale_inv"),
     "nvfp4": nvfp4, "mxfp8": mxfp8, "mxfp8, e8m0": lambda weight: mxfp8(weight, torch.float8_e8m0fnu),
-    "quanto": quanto,
+    "quanto": quanto, "torchao": torchao(torch.int8), "torchao fp8": torchao(torch.float8_e4m3fn),
 }  # fmt: skip
 
 

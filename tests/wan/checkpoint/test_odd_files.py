@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_formats import write_gguf
+from safetensors.torch import save_file
 from single_files import SINGLE, loaded, refused, single_file
 from tiny import TINY, random_weights, write_official
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint, checkpoint_files
@@ -107,3 +110,19 @@ def test_unknown_and_missing_tensors_are_named_in_order(tmp_path: Path):
     less = {name: tensor for name, tensor in random_weights(SINGLE).items() if not name.startswith("blocks.0.norm3")}
     refused(tmp_path / "less.safetensors", less, r"missing \(blocks\.0\.norm3\.bias, blocks\.0\.norm3\.weight\)")
     refused(tmp_path / "none.safetensors", {n: torch.ones(1) for n in "cab"}, "a file of 3 tensors such as a, b, c")
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "gguf"])
+def test_a_part_of_a_model_stands_for_all_of_them(tmp_path: Path, ending: str):
+    config = replace(SINGLE, dim=256, num_heads=2)
+    weights, values = random_weights(config), {}
+    for i in range(3):
+        part = {name: weights[name] for name in sorted(weights)[i::3]}
+        path = tmp_path / f"wan-{i + 1:05}-of-00003.{ending}"
+        values |= write_gguf(path, part, "Q8_0") if ending == "gguf" else part
+        if ending == "safetensors":
+            save_file(part, path)
+    for i in (1, 3):
+        got = loaded(tmp_path / f"wan-{i:05}-of-00003.{ending}")
+        assert got.keys() == weights.keys()
+        assert all(torch.equal(got[name], value) for name, value in values.items())

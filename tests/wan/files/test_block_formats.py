@@ -20,7 +20,7 @@ CONFIG = WanConfig(dim=256, ffn_dim=192, num_heads=2, num_layers=2, in_dim=16, o
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind != "torchao fp8"])
 def test_every_value_is_read(tmp_path: Path, kind: str):
     weights, path = random_weights(CONFIG), tmp_path / "m.safetensors"
     values = store(path, kind, weights)

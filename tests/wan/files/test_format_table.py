@@ -47,13 +47,15 @@ WRITERS: dict[str, list[Write]] = {
         lambda path, weights, scale=scale: write_fp8(path, weights, f"{scale} by tensor", E4M3)
         for scale in ("weight_scale", "scale_weight")
     ],
-    "fp8 scaled by row (LightX2V, quanto)": [
-        lambda path, weights: write_fp8(path, weights, "weight_scale by row", E4M3)
+    "fp8 scaled by row (LightX2V, quanto, torchao)": [
+        lambda path, weights: write_fp8(path, weights, "weight_scale by row", E4M3),
+        lambda path, weights: store(path, "torchao fp8", weights),
     ],
     "fp8 scaled by blocks": [lambda path, weights: store(path, "fp8 by squares", weights)],
     "int8 by tensor (ComfyUI)": [int8(per_row=False)],
-    "int8 by row (LightX2V, ComfyUI, quanto)": [
+    "int8 by row (LightX2V, ComfyUI, quanto, torchao)": [
         int8(per_row=True),
+        lambda path, weights: store(path, "torchao", weights),
         lambda path, weights: store(path, "quanto", weights),
     ],
     "int8 with ConvRot (ComfyUI)": [lambda path, weights: store(path, "int8 ConvRot", weights)],
@@ -123,6 +125,6 @@ def test_the_page_names_what_is_refused():
 
     text = (ROOT / "docs" / "models.md").read_text()
     refused = {*quantised._REFUSED.values(), *quantised._REFUSED_DTYPES.values()}
-    for word in ("bitsandbytes", "Nunchaku", "AWQ", "GPTQ", "zero points", "mxfp4", "mxfp6"):
+    for word in ("bitsandbytes", "Nunchaku", "AWQ", "GPTQ", "SDNQ", "HQQ", "zero points", "mxfp4", "mxfp6"):
         assert any(word in name for name in refused), word
         assert re.search(rf"Refused by name:.*{word}", text), word

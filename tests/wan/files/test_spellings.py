@@ -156,14 +156,6 @@ def shaped(store: Callable[[Tensor], Stored], part: str, *shape: int) -> Callabl
     return view
 
 
-def as_torchao(dtype: torch.dtype) -> Callable[[Tensor], Stored]:
-    def store(weight: Tensor) -> Stored:
-        stored, values = scaled(dtype)(weight)
-        return {"_weight_qdata": stored["weight"], "_weight_scale": stored["weight_scale"]}, values
-
-    return store
-
-
 NVFP4 = {"format": "nvfp4", "group_size": 16, "orig_dtype": "torch.bfloat16", "orig_shape": [128, 128]}
 SPELLINGS: dict[str, Callable[[Tensor], Stored]] = {
     "fp8 as bytes": as_bytes(said(scaled(E4M3), format="float8_e4m3fn_rowwise"), "weight"),
@@ -172,7 +164,6 @@ SPELLINGS: dict[str, Callable[[Tensor], Stored]] = {
     "nvfp4, scales as bytes": as_bytes(FORMATS["nvfp4"], "weight_scale"),
     "nvfp4, the factor as a list": shaped(FORMATS["nvfp4"], "weight_scale_2", 1),
     "nvfp4, scales flat": shaped(FORMATS["nvfp4"], "weight_scale", -1),
-    "torchao fp8": as_torchao(E4M3), "torchao int8": as_torchao(torch.int8),
     "int8 by 64, as is said": blocks(torch.int8, 64, 64, "weight_scale", format="int8_blockwise", group_size=64),
     "int8 rows by 64": blocks(torch.int8, 1, 64, "weight_scale", format="int8_blockwise", block_size=64),
     "int8 by 64 x 32": blocks(torch.int8, 64, 32, "weight_scale", format="int8_blockwise", block_size=[64, 32]),

@@ -189,6 +189,7 @@ def test_peft_scales_whole_factors_by_its_settings(tmp_path: Path):
         ({"oft_blocks": rand(2, 3, 4, 4)}, r"is \[2, 3, 4, 4\], which is BOFT"),
         ({"oft_blocks": rand(4, 16, 16)}, "changes a parameter of 64 x 32; the model's is 80 x 32"),
         ({"oft_blocks": rand(5, 16, 8)}, r"is \[5, 16, 8\]; expected square blocks"),
+        ({"oft_blocks": rand(5, 16, 16), "rescale": rand(5, 1)}, r"is of 80 rows with a rescale of \[5, 1\]"),
         (loha()[0] | {"hada_w2_b": rand(4, 8)}, "cannot be multiplied element by element"),
     ],
 )  # fmt: skip

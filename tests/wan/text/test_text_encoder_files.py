@@ -217,6 +217,13 @@ def test_gguf_carries_its_tokenizer(spiece: bytes, tmp_path: Path) -> None:
     for text in (*SENTENCES, "\u00aa c\u00aat", "  two\u3000cats ", "\u8272\u8c03", "", "cat " * 700):
         assert ours(text) == theirs(text)
     assert ours("\u00aa c\u00aat") == ours("a cat")
+    # Of a model in parts the first has what is said of all.
+    weights, parts = wide_hf_weights(), [tmp_path / f"t5-0000{i}-of-00002.gguf" for i in (1, 2)]
+    for i, part in enumerate(parts):
+        write_gguf(part, {n: weights[n] for n in list(weights)[i::2]}, "F16", {} if i else metadata)
+    files = folder_files(parts[1], EXPECTED)
+    check_text_encoder_files(files, [])
+    assert load_text_encoder(files).tokenizer("a cat") == ours("a cat")
     metadata["tokenizer.ggml.scores"] = metadata["tokenizer.ggml.scores"][:-1]
     write_gguf(path, wide_hf_weights(), "F16", metadata)
     with pytest.raises(ValueError, match=r"umt5\.gguf carries a damaged tokenizer: .* 299 scores"):
