@@ -47,4 +47,20 @@ class TestKnownFrame:
         return ({"samples": samples, "noise_mask": mask},)
 
 
-NODE_CLASS_MAPPINGS = {"TestCoreConditioning": TestCoreConditioning, "TestKnownFrame": TestKnownFrame}
+class TestFramesAsLatent:
+    """Frames as they are, for Save Latent: pictures are saved in 8 bits."""
+
+    FUNCTION = "make"
+    CATEGORY = "test"
+    RETURN_TYPES = ("LATENT",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"images": ("IMAGE",)}}
+
+    def make(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor]]:
+        return ({"samples": images.contiguous()},)
+
+
+NODES = (TestCoreConditioning, TestKnownFrame, TestFramesAsLatent)
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in NODES}

@@ -1,4 +1,4 @@
-"""ComfyUI's own workflows with Load Diffusion Model and with the loader for N GPUs in its place: the same latents.
+"""ComfyUI's own workflows with its two loaders and with those for N GPUs in their places: the same latents and frames.
 
 All that one layout computes is one prompt, for which its processes start once.
 """
@@ -23,7 +23,7 @@ from wan_pack.demo.example import Prompt, example, node_id
 from wan_pack.demo.tiny_expert import lora
 
 LIMIT = 1e-4
-FEW = ("euler", "one prompt", "image to video", "known frame", "VACE")
+FEW = ("euler", "one prompt", "image to video", "known frame", "VACE", "frames")
 LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "1 rank": ({"gpu_count": 1}, FEW),
     "2 ranks, CFG parallel": ({"gpu_count": 2, "cfg_parallel": "on"}, tuple(GRAPHS)),
@@ -64,7 +64,7 @@ def latents(comfy: Comfy, loader: str, graph: str) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def theirs(comfy: Comfy, build: Callable[..., Workflow]) -> dict[str, torch.Tensor]:
-    """Graph -> the latents of ComfyUI's own model."""
+    """Graph -> the latents of ComfyUI's own model, or the frames of its own VAE."""
     ended = run(comfy, build(THEIRS), tuple(GRAPHS))
     assert ended.ending[0] == "execution_success", ended.ending[1].get("exception_message")
     return {graph: latents(comfy, THEIRS, graph) for graph in GRAPHS}

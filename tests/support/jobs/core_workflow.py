@@ -1,4 +1,5 @@
-"""ComfyUI's own workflows in API form, with one of two loaders: Load Diffusion Model, or ours in its place."""
+"""ComfyUI's own workflows in API form, with one of two pairs of loaders: Load Diffusion Model and Load VAE, or ours in
+their places."""
 
 from __future__ import annotations
 
@@ -19,14 +20,16 @@ def node(kind: str, **inputs: Any) -> dict[str, Any]:
 
 
 class Workflow:
-    """A prompt in the making, with one loader."""
+    """A prompt in the making, with one pair of loaders."""
 
     def __init__(self, loader: str, experts: dict[str, str], vae: str, picture: str, config: dict[str, Any]) -> None:
         text = {"tokens": 9, "channels": TEXT_DIM}
         self.loader, self._experts = loader, experts
         self.prompt: Prompt = {
             "config": node("WanVideoDistributedConfig", **config),
-            "vae": node("VAELoader", vae_name=vae),
+            "vae": node("VAELoader", vae_name=vae)
+            if loader == THEIRS
+            else node("LoadVAEDistributed", vae_name=vae, config=["config", 0]),
             "picture": node("LoadImage", image=picture),
             "positive": node("TestCoreConditioning", seed=1, **text),
             "negative": node("TestCoreConditioning", seed=2, **text),
@@ -110,6 +113,25 @@ def windows(flow: Workflow) -> str:
     return flow.sampled(flow.model("T2V high", ("WanContextWindowsManual", settings)))
 
 
+def decoded(kind: str = "VAEDecode", **settings: int) -> Callable[[Workflow], str]:
+    """The frames."""
+
+    def graph(flow: Workflow) -> str:
+        made = flow.sampled(flow.model("T2V high"))
+        frames = flow.add(kind, samples=[made, 0], vae=["vae", 0], **settings)
+        return flow.add("TestFramesAsLatent", images=[frames, 0])
+
+    return graph
+
+
+def encoded(flow: Workflow) -> str:
+    """The latents of frames, of which the last is one too many."""
+    made = flow.sampled(flow.model("T2V high"))
+    frames = flow.add("VAEDecode", samples=[made, 0], vae=["vae", 0])
+    more = flow.add("ImageBatch", image1=[frames, 0], image2=["picture", 0])
+    return flow.add("VAEEncode", pixels=[more, 0], vae=["vae", 0])
+
+
 def with_lora(flow: Workflow) -> str:
     loader = ("LoraLoaderModelOnly", {"lora_name": LORA, "strength_model": 0.8})
     return flow.sampled(flow.model("T2V high", loader), "res_multistep")
@@ -129,6 +151,7 @@ def following(flow: Workflow) -> str:
     return flow.add("TrimVideoLatent", samples=[sampler, 0], trim_amount=[made, 3])
 
 
+TILES = {"tile_size": 64, "overlap": 16, "temporal_size": 8, "temporal_overlap": 4}
 GRAPHS: dict[str, Callable[[Workflow], str]] = {
     "euler": lambda flow: flow.sampled(flow.model("T2V high")),
     "one prompt": lambda flow: flow.sampled(flow.model("T2V high"), cfg=1.0),
@@ -141,4 +164,7 @@ GRAPHS: dict[str, Callable[[Workflow], str]] = {
     "EasyCache": cached,
     "context windows": windows,
     "LoRA": with_lora,
+    "frames": decoded(),
+    "frames in tiles": decoded("VAEDecodeTiled", **TILES),
+    "latents of frames": encoded,
 }
