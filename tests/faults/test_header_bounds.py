@@ -148,6 +148,9 @@ def test_fault_35_pth(tmp_path: Path) -> None:
     path, stop = tmp_path / "x.pth", b"N."
     entries = {f"{i:06}{'x' * 200}": b"" for i in range(MAX_DIRECTORY_BYTES // 250)}
     refused(lambda: read_pth(pth(path, {"a/data.pkl": stop, **entries})), f"over {MAX_DIRECTORY_BYTES} bytes")
+    full = dict(list(entries.items())[: len(entries) // 2])
+    most = b"\x80\x02X" + struct.pack("<I", MAX_INDEX_BYTES - 16) + bytes(MAX_INDEX_BYTES - 16) + b"}."
+    assert read_pth(pth(path, {"a/data.pkl": most, **full})) == ({}, len(most)), "each has its own bound"
     large = b"\x80\x02X" + struct.pack("<I", MAX_INDEX_BYTES) + b"x" * MAX_INDEX_BYTES + stop
     refused(lambda: read_pth(pth(path, {"a/data.pkl": large})), f"at most {MAX_INDEX_BYTES} are allowed")
     refused(lambda: read_pth(pth(path, {"a/data.pkl": b"N" * MAX_OPCODES + stop})), f"over {MAX_OPCODES} steps")

@@ -160,6 +160,18 @@ def test_processes_that_wait_are_taken(vae: Callable[..., VaeJobs], calls: Calls
     assert [layout(job)[1] for job in calls.jobs] == [("1",), ("0", "1"), ("0",), ("0", "1")]
 
 
+def test_gpus_that_another_program_holds_are_left_to_it_while_others_are_free(
+    vae: Callable[..., VaeJobs], calls: Calls, tmp_path: Path
+) -> None:
+    with (tmp_path / "gpu-0.lock").open("w") as held:
+        held.write("process 1")
+        held.flush()
+        assert gpu_locks.try_lock(held)
+        vae().decode(torch.zeros(FRAMES_720P))
+        vae(gpu_count=2).decode(torch.zeros(FRAMES_720P))
+    assert [layout(job) for job in calls.jobs] == [(1, ("1",)), (2, ("1", "0"))], "it waits only for what it must"
+
+
 def test_the_switches_count_where_nothing_is_planned(
     vae: Callable[..., VaeJobs], calls: Calls, printed: SimpleNamespace
 ) -> None:

@@ -223,6 +223,15 @@ ODD_SCALES = {
         },
         "expected one number, one for each of its 128 rows",
     ),
+    "two levels, those of other codes": (
+        {
+            "weight": torch.zeros(128, 64, dtype=torch.uint8),
+            "weight_scale": torch.ones(128, 8, dtype=torch.uint8),
+            "weight_scale_2": torch.ones(()),
+        },
+        "expected one number, one for each of its 128 rows",
+    ),
+    "of one number": ({"weight": torch.zeros((), dtype=E4M3), "weight_scale": torch.ones(())}, "but no such weight"),
     "twice": ({"weight_scale": torch.ones(()), "scale_weight": torch.ones(())}, "has two scales"),
     "nunchaku": ({"wscales": torch.ones(2, 128)}, r"quantised as Nunchaku"),
     "nf4": ({"weight.absmax": torch.ones(8)}, r"quantised as bitsandbytes \(4 bit\)"),

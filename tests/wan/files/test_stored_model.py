@@ -139,6 +139,24 @@ def test_values_of_every_kind_may_stand_beside_tensors(tmp_path: Path, protocol:
     assert read_pth(tmp_path / "x.pth")[0].keys() == {"a"}
 
 
+def test_a_list_of_more_things_than_a_byte_counts(tmp_path: Path):
+    state = {f"{i}": torch.full((2,), float(i)) for i in range(200)}
+    state |= {"half": torch.ones(2).half(), "halves": torch.tensor([2.0, 3.0]).half()}
+    torch.save(state, tmp_path / "x.pth")
+    for name, tensor in state.items():
+        assert torch.equal(read(tmp_path / "x.pth", name), tensor), name
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**63, 1.0, True])
+@pytest.mark.parametrize("place", ["offset", "size", "stride"])
+def test_sizes_that_are_none(wrong: object, place: str):
+    storage = _storage(("storage", _Global("torch FloatStorage"), "0", "cpu", 1))
+    given = {"offset": 0, "size": 1, "stride": 1, place: wrong}
+    arguments = (storage, given["offset"], (given["size"],), (given["stride"],), False, {})
+    with pytest.raises(ValueError, match="with sizes that are none"):
+        _made(_Global("torch._utils _rebuild_tensor_v2"), arguments)
+
+
 @pytest.mark.parametrize(("sizes", "strides"), [(2, 1), (1, 2), (65, 65), (64, 65)])
 def test_sizes_and_strides_are_equally_many_and_no_more_than_torch_has(sizes: int, strides: int):
     storage = ("storage", _Global("torch FloatStorage"), "0", "cpu", 1)

@@ -53,3 +53,20 @@ def test_scaled_matrices_are_read_with_their_scales(
     save_file(wrong, tmp_path / "wrong.safetensors")
     with pytest.raises(ValueError, match="it must be one number, or one for each of the "):
         Lora(tmp_path / "wrong.safetensors", 0.7, TARGETS)
+
+
+def test_a_damaged_scale_is_none_of_the_matrix_before_it(tmp_path: Path):
+    tensors = {}
+    for module, scale in (("k", 1.0), ("q", torch.nan)):
+        for role, shape in (("lora_down", (2, 32)), ("lora_up", (32, 2))):
+            name = f"blocks.0.self_attn.{module}.{role}"
+            tensors |= {
+                f"{name}.weight": torch.ones(shape, dtype=torch.int8),
+                f"{name}.weight_scale": torch.full((shape[0],), scale),
+            }
+    save_file(tensors, tmp_path / "l.safetensors")
+    lora, rows = Lora(tmp_path / "l.safetensors", 0.5, TARGETS), torch.zeros(32, 32)
+    merge([lora], "blocks.0.self_attn.k.weight", rows, 0)
+    assert torch.equal(rows, torch.ones(32, 32)), "0.5 x 2 ones"
+    with pytest.raises(ValueError, match="a weight's scale is not a finite number"):
+        merge([lora], f"{Q}.weight", rows, 0)

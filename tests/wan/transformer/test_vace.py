@@ -113,6 +113,10 @@ def test_config_json_says_where_the_blocks_are(tmp_path: Path):
 def test_a_single_file_is_spread_evenly(tmp_path: Path):
     save_file(random_weights(SINGLE), tmp_path / "m.safetensors")
     assert Checkpoint([tmp_path / "m.safetensors"]).config == SINGLE
+    # As ComfyUI's own: the steps are rounded down.
+    uneven = replace(SINGLE, num_layers=5)
+    save_file(random_weights(uneven), tmp_path / "m.safetensors")
+    assert Checkpoint([tmp_path / "m.safetensors"]).config == uneven
 
 
 @pytest.mark.parametrize("name", ["vace_blocks.1.after_proj.weight", "vace_blocks.0.before_proj.bias"])
