@@ -103,13 +103,29 @@ def _read(path: Path, file: BinaryIO) -> tuple[dict[str, TensorInfo], int]:
         listed = interpret(archive.read(index))
     if not isinstance(listed, dict):
         raise ValueError("it holds something else than named tensors")
-    tensors = {name: value for name, value in listed.items() if isinstance(value, _Tensor)}
+    tensors = _named_tensors(listed)
     check_count(len(tensors))
     placed = {
         check_name(name): _place(name, tensor, entries.get(f"{folder}data/{tensor.storage.key}"), file)
         for name, tensor in tensors.items()
     }
     return placed, index.file_size
+
+
+def _named_tensors(listed: dict[str, Any]) -> dict[str, _Tensor]:
+    """Of the list itself, or of the one in it: trainers put it beside their steps, as "state_dict" or "model"."""
+
+    def named(values: dict[str, Any]) -> dict[str, _Tensor]:
+        return {name: value for name, value in values.items() if isinstance(value, _Tensor)}
+
+    inner = {name: found for name, value in listed.items() if isinstance(value, dict) and (found := named(value))}
+    if named(listed) or not inner:
+        return named(listed)
+    if len(inner) > 1:
+        raise ValueError(
+            f"it holds several lists of tensors ({', '.join(map(brief, inner))}); save one of them by itself"
+        )
+    return next(iter(inner.values()))
 
 
 def _place(name: str, tensor: _Tensor, entry: zipfile.ZipInfo | None, file: BinaryIO) -> TensorInfo:

@@ -26,14 +26,17 @@ SPIECE_MODEL = "spiece_model"
 
 
 OFFICIAL, TRANSFORMERS, LLAMA = "official", "transformers", "llama.cpp"
+STACK = "transformers, the encoder by itself"
 """Who named the tensors; ComfyUI keeps transformers' names, GGUF files have llama.cpp's."""
 
 _MARKERS = {
     OFFICIAL: "blocks.0.pos_embedding.embedding.weight",
     TRANSFORMERS: "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
     LLAMA: "enc.blk.0.attn_rel_b.weight",
+    # Each of transformers' names ends so.
+    STACK: "block.0.layer.0.SelfAttention.relative_attention_bias.weight",
 }
-_LAYERS = {OFFICIAL: "blocks", TRANSFORMERS: "encoder.block", LLAMA: "enc.blk"}
+_LAYERS = {OFFICIAL: "blocks", TRANSFORMERS: "encoder.block", LLAMA: "enc.blk", STACK: "block"}
 _EMBEDDING_ALIAS = "encoder.embed_tokens"
 
 
@@ -54,7 +57,7 @@ class TextEncoderInfo:
     prefix: str
     """In front of every tensor name."""
     naming: str
-    """OFFICIAL, TRANSFORMERS or LLAMA."""
+    """OFFICIAL, TRANSFORMERS, LLAMA or STACK."""
     spiece_model: str | None
     """Name of the tensor that holds its SentencePiece model, if it carries one."""
 
@@ -90,9 +93,12 @@ def source_names(info: TextEncoderInfo, names: Collection[str]) -> dict[str, str
 
 def _source_names(naming: str, prefix: str, layers: int, names: Collection[str]) -> dict[str, str]:
     pairs = module_names(layers, LLAMA if naming == LLAMA else OFFICIAL)
-    source = {hf: prefix + (hf if naming == TRANSFORMERS else theirs) for theirs, hf in pairs.items()}
-    if source["shared"] + ".weight" not in names and naming == TRANSFORMERS:
-        source["shared"] = prefix + _EMBEDDING_ALIAS
+    if naming not in (TRANSFORMERS, STACK):
+        return {hf: prefix + theirs for theirs, hf in pairs.items()}
+    above = "encoder." if naming == STACK else ""
+    source = {hf: prefix + hf.removeprefix(above) for hf in pairs.values()}
+    if source["shared"] + ".weight" not in names:
+        source["shared"] = prefix + _EMBEDDING_ALIAS.removeprefix(above)
     return source
 
 

@@ -145,6 +145,13 @@ def test_pth_names_without_unpickling(tmp_path: Path) -> None:
     torch.save({"some.weight": torch.zeros(2)}, path)
     tensors, _ = read_pth(path)
     assert {name: (info.dtype, info.shape) for name, info in tensors.items()} == {"some.weight": ("F32", (2,))}
+    # As trainers put it beside their steps.
+    for named in ("state_dict", "model"):
+        torch.save({"step": 3, named: {"some.weight": torch.zeros(2)}, "rates": {"first": 0.1}}, path)
+        assert {name: info.shape for name, info in read_pth(path)[0].items()} == {"some.weight": (2,)}
+    torch.save({"model": {"some.weight": torch.zeros(2)}, "ema": {"some.weight": torch.ones(2)}}, path)
+    with pytest.raises(ValueError, match=r"several lists of tensors \('model', 'ema'\); save one of them by itself"):
+        read_pth(path)
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(ValueError, match=r"x\.pth is a truncated or damaged PyTorch checkpoint"):
         read_pth(path)
