@@ -151,13 +151,14 @@ def relora_expert(
         parallel: with which it was loaded.
         reading: of its weights. Collective, if several ranks share it.
     Returns:
-        False, with `model` as it was, if its parameters would be of other kinds: what is merged into a weight in 8 bits
-        gives it a scale for each row, and what stays beside one has a rank.
+        False, with `model` as it was, if its parameters cannot hold them: what is merged into a weight in 8 bits gives
+        it a scale for each row, and what stays beside one has at most the rank that there is room for.
     """
     checkpoint, kept = Checkpoint(files), kept_weights(model)
     opened = _opened(loras, checkpoint, expert)
     old = [Lora(path, 1.0, checkpoint.shapes, expert=expert) for path in before]
-    if keeping_of(parallel).weights(checkpoint, opened) != kept:
+    wanted = keeping_of(parallel).weights(checkpoint, opened)
+    if wanted.keys() != kept.keys() or not all(kept[name].holds(wanted[name]) for name in kept):
         return False
 
     def touched(name: str) -> bool:

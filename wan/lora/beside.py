@@ -26,14 +26,18 @@ def lora_rank(loras: Iterable[Lora], name: str) -> int:
 
 def read_factor(loras: Iterable[Lora], name: str, factor: str, rows: Tensor, first: int) -> None:
     """Reads rows [first, ...) of `lora_down` [rank, in] or `lora_up` [out, rank] of weight `name`, one file after the
-    other; strengths and alphas are in the latter.
+    other; strengths and alphas are in the latter. What their ranks leave of the rows' is zeros.
 
     Raises:
         OSError: a file cannot be read any more, or ended early.
     """
     updates, count = products(loras, name), rows.shape[0]
+    rows.zero_()
     if factor == "lora_down":
-        whole = torch.cat([read_matrix(update.down) for update in updates])
-        rows.copy_(whole[first : first + count])
+        whole = torch.cat([torch.empty(0, rows.shape[1]), *(read_matrix(update.down) for update in updates)])
+        part = whole[first : first + count]
+        rows[: part.shape[0]].copy_(part)
     else:
-        rows.copy_(torch.cat([read_matrix(update.up, first, count) * update.scale for update in updates], dim=1))
+        parts = (read_matrix(update.up, first, count) * update.scale for update in updates)
+        part = torch.cat([torch.empty(count, 0), *parts], dim=1)
+        rows[:, : part.shape[1]].copy_(part)

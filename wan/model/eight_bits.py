@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ class KeptWeight:
     """Neighbouring inputs that are rotated together; 0: none."""
     lora_rank: int = 0
     """Of the LoRAs that stay beside the weight, together; 0: none."""
+
+    def holds(self, other: KeptWeight) -> bool:
+        """Whether a layer that keeps its weight so can keep it as `other` says: LoRAs of a lower rank leave zeros."""
+        return other.lora_rank <= self.lora_rank and replace(other, lora_rank=self.lora_rank) == self
 
     @property
     def storage(self) -> torch.dtype:

@@ -155,12 +155,12 @@ def test_what_is_no_product_of_two_matrices_is_merged(tmp_path: Path):
     assert torch.equal(layer.bias, values[f"{TARGETS[0]}.bias"] + bias)
 
 
-def test_another_strength_reads_no_weight_and_another_rank_begins_anew(tmp_path: Path):
+def test_another_strength_reads_no_weight_and_a_higher_rank_begins_anew(tmp_path: Path):
     path = tmp_path / "m.safetensors"
     write_scaled(path, random_weights(CONFIG), E4M3, scale="weight_scale", per_row=True)
-    for name, rank in (("a", 4), ("b", 4), ("c", 5)):
+    for name, rank in (("a", 4), ("b", 4), ("c", 5), ("d", 3)):
         write_lora(tmp_path / f"{name}.safetensors", ord(name), rank=rank)
-    a, b, c = (str(tmp_path / f"{name}.safetensors") for name in "abc")
+    a, b, c, d = (str(tmp_path / f"{name}.safetensors") for name in "abcd")
     parallel = Parallel(gpu_count=1, mixed_precision="fp32")
     how = {"parallel": parallel, "device": CPU}
     shard = SequenceShard(length=45)
@@ -170,7 +170,13 @@ def test_another_strength_reads_no_weight_and_another_rank_begins_anew(tmp_path:
             assert relora_expert(model, [str(path)], before, after, **how)
         fresh = load_expert([str(path)], after, mesh=None, shard=shard, **how)
         assert torch.equal(velocity(model), velocity(fresh))
-    for other in ([], [(c, 1.0)], [(b, 1.0), (a, 1.0)]):
+    # Turned off, on again, and of a lower rank.
+    for before, after in (((b,), []), ((), [(a, 1.0)]), ((a,), [(d, 0.5)]), ((d,), [(b, 1.0)])):
+        with mock.patch.object(Checkpoint, "read_into", side_effect=AssertionError("a weight is read")):
+            assert relora_expert(model, [str(path)], before, after, **how)
+        fresh = load_expert([str(path)], after, mesh=None, shard=shard, **how)
+        torch.testing.assert_close(velocity(model), velocity(fresh), rtol=1e-5, atol=1e-6)
+    for other in ([(c, 1.0)], [(b, 1.0), (a, 1.0)]):
         assert not relora_expert(model, [str(path)], (b,), other, **how)
     assert torch.equal(velocity(model), velocity(fresh)), "as it was"
 
@@ -207,3 +213,13 @@ def test_any_rows_of_the_factors_are_those_of_the_whole(tmp_path: Path):
         rows = torch.empty(3, whole.shape[1])
         read_factor(loras, name, factor, rows, 2)
         assert torch.equal(rows, whole[2:5])
+    # Where there is room for a higher rank, shards may end within the files' rows or behind them.
+    for first, count in ((0, 12), (5, 4), (7, 5), (9, 3)):
+        rows = torch.full((count, 128), torch.nan)
+        read_factor(loras, name, "lora_down", rows, first)
+        assert torch.equal(rows, torch.cat((down, torch.zeros(5, 128)))[first : first + count])
+    rows = torch.full((3, 12), torch.nan)
+    read_factor(loras, name, "lora_up", rows, 2)
+    assert torch.equal(rows, torch.cat((up[2:5], torch.zeros(3, 5)), dim=1))
+    read_factor([], name, "lora_up", rows, 2)
+    assert not rows.any()
