@@ -50,11 +50,12 @@ class RankFiles:
         self._written = now
         assert self._process is not None
         alive = {"pid": self._process.pid, "started": self._process.started, "phase": phase, "step": step}
-        self._folder.write_json(self._folder.alive(self._rank), alive)
         if self._rank == 0:
             progress = {"phase": phase, "step": step, "total": total}
             progress |= {"seconds_per_step": seconds_per_step, "message": message}
             self._folder.write_json(self._folder.progress, progress)
+        # Last: when all ranks say there that they are done, the folder goes.
+        self._folder.write_json(self._folder.alive(self._rank), alive)
 
     def say(self, message: str, done: int = 0, total: int = 0) -> None:
         """What is done within the phase. The log has all of it; who looks at the file misses what is soon over."""

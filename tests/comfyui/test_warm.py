@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from patience import AT_ONCE
 from serving import Comfy
 from wan_pack.demo.example import Prompt, node_of
 
@@ -35,5 +36,5 @@ def test_the_next_video_reuses_the_processes_until_other_settings_or_freed_memor
     since = time.monotonic()
     comfy.server.request("/free", {"unload_models": True, "free_memory": True})
     comfy.wait_until_idle()
-    assert time.monotonic() - since < 1
+    assert time.monotonic() - since < AT_ONCE
     assert comfy.server.request("/wan_distributed/release", {}) == {"released": 0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from itertools import pairwise
 from typing import Any
 
 from serving import INFERENCE, Comfy
@@ -34,6 +35,7 @@ WARM = [
     "checking the inputs",
     "looking for the packages that the processes import",
     "the 2 processes of the last video begin",
+    "connecting the processes",
     "loading the text encoder",
     "encoding the prompt",
     "encoding the start image",
@@ -52,9 +54,7 @@ SEEN = {"checking the inputs", "looking for the packages that the processes impo
 LOGGED = ["loading the text encoder", "encoding the prompt", "encoding the start image", "sharing the weights",
           "preparing the live picture"]  # fmt: skip
 BARE = {"starting", "encoding", "loading"}
-"""A phase that has just begun."""
-FIRST_WORDS = 1.0
-"""Seconds from queueing."""
+"""A phase that has just begun: no words for a wait."""
 
 
 def prompt_of(comfy: Comfy) -> Prompt:
@@ -98,6 +98,7 @@ def followed(comfy: Comfy, prompt: Prompt) -> tuple[list[tuple[float, str]], str
 
 
 def check(start: str, words: list[str], told: list[tuple[float, str]]) -> None:
+    """Nothing is said but `words`, in their order, and those that nobody can miss are; no wait has none."""
     said = [next((word for word in words if text.startswith(word)), text) for _, text in told if text not in BARE]
     new = [word for index, word in enumerate(said) if index == 0 or word != said[index - 1]]
     assert new == [word for word in words if word in new]
@@ -106,7 +107,10 @@ def check(start: str, words: list[str], told: list[tuple[float, str]]) -> None:
     ending = re.match(r"done in (\d+) s", told[-1][1])
     assert ending, told
     reported = int(ending[1])
-    print(f"{start}: first words after {first:.2f} s, {reported} s reported, {last:.1f} s passed")
-    assert first < FIRST_WORDS, told
+    waits = [until - since for (since, text), (until, _) in pairwise(told) if text in BARE]
+    silent = max([first, *waits])
+    print(f"{start}: {silent:.2f} s without words, {reported} s reported, {last:.1f} s passed")
+    # Of what this machine took for all of it: a busy one takes long for everything.
+    assert silent < max(2.0, last / 3), told
     # Between the two lies what other nodes of the workflow take.
-    assert last - first - 1 <= reported <= last + 0.5, told
+    assert last - first - max(2.0, last / 4) <= reported <= last + 0.5, told

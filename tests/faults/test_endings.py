@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from jobs import Watch, agent_of, gone_within, rank_of, run_stub
 from mount import SUPPORT
+from patience import AT_ONCE, COMES_UP
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.group.leftovers import remove_abandoned
 from wan_pack.distributed.group.lost_ranks import LostRanks
@@ -29,7 +30,7 @@ StubPack = Callable[..., None]
 
 def child_of(folder: JobDir) -> Process:
     """What rank 1 started."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + COMES_UP
     while not (folder.path / "child.pid").exists() or not (folder.path / "child.pid").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -55,8 +56,7 @@ def test_fault_07_10_what_a_rank_started_ends_with_the_job(stub_pack: StubPack, 
     watch = Watch(tmp_path, act)
     with pytest.raises(JobCancelled if ending == "cancel" else JobFailed) as caught:
         run_stub(tmp_path, on_progress=watch, cancelled=lambda: ending == "cancel" and bool(processes))
-    # Of a rank's end torchrun has to take notice.
-    assert watch.seconds_ago < (5 if ending == "rank" else 1)
+    assert watch.seconds_ago < AT_ONCE
     assert not any(process.alive() for process in processes)
     assert not list((tmp_path / "jobs").iterdir())
     if ending != "cancel":
@@ -106,7 +106,7 @@ def test_fault_07_a_cancel_is_quick_with_a_deaf_rank_and_the_next_job_runs(stub_
     watch = Watch(tmp_path)
     with pytest.raises(JobCancelled):
         run_stub(tmp_path, on_progress=watch, cancelled=lambda: bool(watch.at) and watch.seconds_ago > 0.3)
-    assert watch.seconds_ago < 1.3
+    assert watch.seconds_ago < AT_ONCE
     assert not list((tmp_path / "jobs").iterdir())
     stub_pack("good")
     run_stub(tmp_path).remove()
@@ -147,7 +147,7 @@ def test_fault_08_a_cancel_while_the_agent_is_starting(stub_pack: StubPack, tmp_
 
     with pytest.raises(JobCancelled):
         run_stub(tmp_path, cancelled=cancelled)
-    assert time.monotonic() - asked[-1] < 1
+    assert time.monotonic() - asked[-1] < AT_ONCE
     assert set(descendants(os.getpid())) <= others
     assert not list((tmp_path / "jobs").iterdir())
     assert not (tmp_path / "failed").exists()
@@ -181,7 +181,7 @@ def test_fault_09_everything_ends_with_comfyui(stub_pack: StubPack, tmp_path: Pa
             [sys.executable, "-c", PARENT, str(SUPPORT), str(tmp_path), str(worker_group.AGENT)], stderr=log
         )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + COMES_UP
         while not (found := list((tmp_path / "jobs").glob("wan-job-*/rank[01].ready"))[1:]):
             assert time.monotonic() < deadline and parent.poll() is None
             time.sleep(0.05)
@@ -195,8 +195,8 @@ def test_fault_09_everything_ends_with_comfyui(stub_pack: StubPack, tmp_path: Pa
             processes.append(child_of(folder))
     finally:
         parent.send_signal(signal.SIGINT if how == "Ctrl-C" else signal.SIGKILL)
-        parent.wait(10)
-    assert gone_within(1, *processes)
+        parent.wait(AT_ONCE)
+    assert gone_within(AT_ONCE, *processes)
     # A ComfyUI that was killed cannot tidy up; the start of the next job does.
     if how != "Ctrl-C":
         assert list((tmp_path / "jobs").glob("wan-group-*/owner.lock"))

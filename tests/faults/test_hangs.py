@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from jobs import Watch
+from patience import AT_ONCE
 from wan_pack.distributed.launch.launcher import JobFailed, Result
 
 pytestmark = pytest.mark.processes
@@ -27,7 +28,7 @@ def test_fault_05_the_end_comes_in_time_and_the_rank_behind_is_suspected(
 ):
     watch = Watch(tmp_path)
     error = fails("behind", {"on_progress": watch}, stall_timeout=3.0)
-    assert 2.7 < watch.seconds_ago < 9
+    assert 2.7 < watch.seconds_ago < AT_ONCE
     assert str(error).startswith("rank 1 made no progress for 3 s in denoise at step 2 (stall_timeout is 3 s")
     assert "rank 0: denoise at step 3" in str(error)
     assert "stand_still" in str(error), "its stack is shown"
@@ -37,7 +38,7 @@ def test_fault_05_the_end_comes_in_time_and_the_rank_behind_is_suspected(
 def test_fault_06_a_frozen_or_deaf_rank_is_ended_as_soon(fails: Callable[..., JobFailed], tmp_path: Path, action: str):
     watch = Watch(tmp_path)
     error = fails(action, {"on_progress": watch}, stall_timeout=2.0)
-    assert 1.7 < watch.seconds_ago < 8
+    assert 1.7 < watch.seconds_ago < AT_ONCE
     if action == "stop":
         assert str(error).startswith("rank 1 made no progress for 2 s in denoise at step 2")
         assert "it is frozen: a signal (SIGSTOP) or a debugger stopped it" in str(error)
@@ -50,7 +51,7 @@ def test_fault_06_a_failure_is_not_held_up_by_a_rank_that_does_not_end(
     """torchrun alone waits 30 s for it, and then its SIGKILL looks like the cause."""
     watch = Watch(tmp_path)
     error = fails(action, {"on_progress": watch}, fault={"delay": 0.3})
-    assert watch.seconds_ago < 8
+    assert watch.seconds_ago < AT_ONCE
     assert str(error).startswith("rank 1: ValueError: the weights of layer 3 are bad")
 
 
@@ -58,12 +59,12 @@ def test_fault_11_a_start_that_never_ends_names_its_setting(run_fake: Callable[.
     started = time.monotonic()
     with pytest.raises(JobFailed, match=r"^rank 0 did not finish loading for 1 s .*start_timeout is 1 s; raise it"):
         run_fake("sleep", start_timeout=1.0)
-    assert 0.9 < time.monotonic() - started < 10
+    assert 0.9 < time.monotonic() - started < AT_ONCE
 
 
 def test_fault_28_a_rank_that_returns_early_is_a_failure(fails: Callable[..., JobFailed], tmp_path: Path):
     """It exits with 0, which torchrun does not mind; with NCCL the others would wait for it."""
     watch = Watch(tmp_path)
     error = fails("return", {"on_progress": watch})
-    assert watch.seconds_ago < 5
+    assert watch.seconds_ago < AT_ONCE
     assert re.match(r"rank 1 ended( with exit code 0)? and left no error\nin denoise at step 2", str(error))

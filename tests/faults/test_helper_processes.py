@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from patience import AT_ONCE
 from wan_pack.distributed.launch.launcher import JobFailed
 from wan_pack.distributed.machine.programs import ask_program
 
@@ -19,7 +20,7 @@ def test_fault_33_a_killed_ffmpeg_ends_the_job_at_once(faulty: Callable[..., Job
     error = faulty("ffmpeg dies", num_frames=9)
     folder = error.folder
     assert folder is not None
-    assert time.time() - float((folder / "killed_at").read_text()) < 5
+    assert time.time() - float((folder / "killed_at").read_text()) < AT_ONCE
     assert str(error).startswith("rank 0: RuntimeError: ")
     assert "ffmpeg ended with status -9" in str(error)
     assert not list(folder.glob(".video*"))
@@ -32,8 +33,8 @@ def test_fault_33_a_program_that_cannot_be_killed_is_not_waited_for(monkeypatch:
     begin = time.monotonic()
     try:
         with pytest.raises(subprocess.TimeoutExpired):
-            ask_program(["sleep", "8"], timeout=0.3)
-        assert time.monotonic() - begin < 4
+            ask_program(["sleep", "60"], timeout=0.3)
+        assert time.monotonic() - begin < AT_ONCE
     finally:
         (process,) = started
         os.kill(process.pid, 9)
@@ -43,5 +44,5 @@ def test_fault_33_a_program_that_cannot_be_killed_is_not_waited_for(monkeypatch:
 def test_fault_33_a_programs_end_is_seen_at_once():
     begin = time.monotonic()
     answer = ask_program(["sh", "-c", "cat; echo words >&2; kill -KILL $$"], timeout=30, given=b"given")
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < AT_ONCE
     assert (answer.returncode, answer.stdout, answer.stderr) == (-9, b"given", b"words\n")

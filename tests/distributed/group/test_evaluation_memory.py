@@ -199,7 +199,7 @@ def test_a_ring_wakes_at_once_and_one_before_the_wait_is_not_lost(named: bool, t
         threading.Timer(0.1, rope.ring).start()
         started = time.monotonic()
         bell.wait(10)
-        assert 0.05 < time.monotonic() - started < 5
+        assert 0.05 < time.monotonic() - started < 9
         for _ in range(100_000):
             # Nobody empties it; a full pipe is no error.
             rope.ring()

@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 from jobs import FAKE_AGENT, run_stub, stub_job
+from patience import COMES_UP
 from torch.testing._internal.distributed import fake_pg
 from wan_pack.demo.comfyui import reserve_port
 from wan_pack.distributed.group import worker_group
@@ -156,8 +157,8 @@ def test_the_store_listens_on_one_address_only(tmp_path: Path, monkeypatch: pyte
     assert address_toward(("alone",), 0) == LOOPBACK == address_toward(("127.0.0.1", "127.0.0.1"), 1)
     assert interface_of("127.0.0.1") == "lo"
     monkeypatch.setenv(hosts_network.ADDRESS_VARIABLE, "127.0.0.1")
-    first = open_store(tmp_path / "store.json", listens=True, world=2, timeout=5)
-    second = open_store(tmp_path / "store.json", listens=False, world=2, timeout=5)
+    first = open_store(tmp_path / "store.json", listens=True, world=2, timeout=COMES_UP)
+    second = open_store(tmp_path / "store.json", listens=False, world=2, timeout=COMES_UP)
     first.set("word", "given")
     assert second.get("word") == b"given"
     listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
@@ -170,12 +171,12 @@ def test_of_two_jobs_at_one_port_none_meets_the_others_ranks(tmp_path: Path):
     """Both found it free when they began; the second one's first rank comes too late."""
     with reserve_port() as reserved:
         port = reserved.getsockname()[1]
-        first = open_store(tmp_path / "one.json", listens=True, world=2, timeout=5, port=port)
+        first = open_store(tmp_path / "one.json", listens=True, world=2, timeout=COMES_UP, port=port)
         with pytest.raises(JobError, match=rf"master_port is {port}, and 127\.0\.0\.1:{port} cannot be used"):
-            open_store(tmp_path / "two.json", listens=True, world=2, timeout=5, port=port)
+            open_store(tmp_path / "two.json", listens=True, world=2, timeout=COMES_UP, port=port)
         with pytest.raises(JobError, match="where it listens"):
             open_store(tmp_path / "two.json", listens=False, world=2, timeout=0.2, port=port)
-        assert open_store(tmp_path / "one.json", listens=False, world=2, timeout=5).port == first.port
+        assert open_store(tmp_path / "one.json", listens=False, world=2, timeout=COMES_UP).port == first.port
 
 
 @pytest.mark.parametrize("how", ["silence", "folder gone"])
@@ -211,7 +212,7 @@ def test_machines_take_their_gpus_one_after_the_other_and_begin_together(
     def wait(gpu_ids: Any, *, on_wait: Callable[[str], None], **_: Any) -> GpuLocks:
         asked.append(threading.current_thread().name)
         on_wait(reason)
-        assert free[int(asked[-1])].wait(10)
+        assert free[int(asked[-1])].wait(COMES_UP)
         return GpuLocks([])
 
     def take(node: int) -> None:
@@ -229,13 +230,13 @@ def test_machines_take_their_gpus_one_after_the_other_and_begin_together(
     assert asked == ["1", "0"] and returned == []
     free[0].set()
     for thread in threads:
-        thread.join(10)
+        thread.join(COMES_UP)
     assert sorted(returned) == [0, 1] and folder.waiting(names) == ""
     folder.remove()
 
 
 def until(holds: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + COMES_UP
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.01)
     return holds()

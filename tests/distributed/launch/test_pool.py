@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from jobs import FAKE_AGENT, STUB_WORKER, Watch, agent_of, gone_within, pack_with, rank_of, run_stub, stub_job
 from mount import SUPPORT
+from patience import AT_ONCE, COMES_UP
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.group.leftovers import remove_abandoned
 from wan_pack.distributed.job.job import FileIdentity, Job
@@ -62,7 +63,7 @@ def test_a_group_whose_folder_another_comfyui_emptied_gives_way_to_a_new_one(run
     second = run()
     assert alive(second)
     assert not set(first) & set(second)
-    assert gone_within(5, *first)
+    assert gone_within(AT_ONCE, *first)
 
 
 def test_a_group_waits_until_it_is_released(run: Run, pool: Pool, tmp_path: Path):
@@ -72,7 +73,7 @@ def test_a_group_waits_until_it_is_released(run: Run, pool: Pool, tmp_path: Path
     assert run(seed=5, start_timeout=30.0) == first
     started = time.monotonic()
     assert pool.release() == 1
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < AT_ONCE
     assert not any(process.alive() for process in first)
     assert not list((tmp_path / "jobs").iterdir())
     assert pool.release() == 0
@@ -83,8 +84,8 @@ def test_a_group_ends_when_nobody_comes(run: Run, tmp_path: Path):
     assert alive(processes)
     time.sleep(0.3)
     assert alive(processes)
-    assert gone_within(10, *processes)
-    deadline = time.monotonic() + 5
+    assert gone_within(AT_ONCE, *processes)
+    deadline = time.monotonic() + AT_ONCE
     while list((tmp_path / "jobs").iterdir()) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not list((tmp_path / "jobs").iterdir())
@@ -142,7 +143,7 @@ def test_groups_on_other_gpus_stay(run: Run, pool: Pool):
     left, right = run(gpu_ids=("0", "1")), run(gpu_ids=("2", "3"))
     assert alive([*left, *right])
     right[2].kill()
-    assert gone_within(5, right[2])
+    assert gone_within(AT_ONCE, right[2])
     again = run(gpu_ids=("2", "3"))
     assert not set(again) & set(right)
     assert run(gpu_ids=("0", "1")) == left
@@ -157,7 +158,7 @@ def test_a_group_that_died_while_it_waited_is_replaced_silently(run: Run, who: i
     before = run()
     before[who].kill()
     # And at once: torchrun needs a second to notice.
-    assert gone_within(5, before[who])
+    assert gone_within(AT_ONCE, before[who])
     after = run()
     assert not set(before) & set(after)
     assert not any(process.alive() for process in before)
@@ -172,7 +173,7 @@ def test_a_group_that_dies_before_it_takes_the_job_is_replaced(
 
     def kill_first(self: worker_group.WorkerGroup, job: JobDir) -> None:
         before[who].kill()
-        assert gone_within(5, before[who])
+        assert gone_within(AT_ONCE, before[who])
         submit(self, job)
 
     monkeypatch.setattr(worker_group.WorkerGroup, "submit", kill_first)
@@ -189,7 +190,7 @@ def test_groups_that_end_with_their_jobs_end_side_by_side(
     both, end = threading.Barrier(2), worker_group.WorkerGroup.end
 
     def end_together(self: worker_group.WorkerGroup) -> list[int]:
-        both.wait(20)
+        both.wait(COMES_UP)
         return end(self)
 
     monkeypatch.setattr(worker_group.WorkerGroup, "end", end_together)
@@ -266,7 +267,7 @@ def test_an_idle_group_ends_with_comfyui(tmp_path: Path):
     finally:
         parent.kill()
         parent.wait()
-    assert gone_within(1, process, *ranks)
+    assert gone_within(AT_ONCE, process, *ranks)
     assert len(list((tmp_path / "jobs").glob("wan-group-*"))) == 1
     remove_abandoned(tmp_path / "jobs")
 

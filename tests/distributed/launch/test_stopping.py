@@ -26,6 +26,7 @@ from jobs import (
     tiny_job,
     write_embeddings,
 )
+from patience import AT_ONCE
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.group.signs_of_life import Seen
 from wan_pack.distributed.job.errors import JobCancelled
@@ -110,7 +111,7 @@ def test_fault_07_a_rank_that_does_not_stop_is_ended_and_the_cancel_does_not_wai
     gpu = Gpu(index="0", uuid="GPU-a", name="", total_bytes=9, free_bytes=1)
     assert [known.free_bytes for known in pool.without_idle([gpu])] == [7]
     settled()
-    assert gone_within(1, *cancelled.processes, cancelled.agent)
+    assert gone_within(AT_ONCE, *cancelled.processes, cancelled.agent)
     assert not list((tmp_path / "jobs").iterdir()) and pool.view() == []
 
 
@@ -128,7 +129,7 @@ def test_fault_07_who_needs_the_gpus_does_not_wait_for_the_step(
     else:
         pack_with(STUB_WORKER, tmp_path, action="good", seconds=0.0)
         run_stub(tmp_path, stub_job(use_fsdp=True, **WARM), pool=pool).remove()
-    assert gone_within(1, *cancelled.processes)
+    assert gone_within(AT_ONCE, *cancelled.processes)
     settled()
     assert pool.release() == (way == "another kind")
 

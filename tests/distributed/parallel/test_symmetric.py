@@ -12,6 +12,7 @@ import pytest
 import torch
 from jobs import stub_job
 from layers import WRITING, attention_on_codes, random_layer
+from patience import COMES_UP
 from torch import Tensor
 from wan_pack.distributed.parallel import opened_memory, symmetric
 from wan_pack.distributed.parallel.memory_layout import parts_of
@@ -29,7 +30,7 @@ class ThreadMemory:
     """`PeerMemory` of threads."""
 
     def __init__(self, world: int) -> None:
-        self._barrier = threading.Barrier(world, timeout=20)
+        self._barrier = threading.Barrier(world, timeout=COMES_UP)
         self.world = world
         self.buffers: list[Tensor] = []
         self.own = torch.empty(0)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from batching import Node
 from node_inputs import BOTH, tiny_files, use_model_folders
+from patience import COMES_UP
 from wan_pack.distributed.launch import pool
 from wan_pack.distributed.machine import gpu_locks, gpus
 from wan_pack.distributed.machine.gpus import Gpu
@@ -81,7 +82,7 @@ def test_each_group_is_planned_for_its_own_gpus(node: Node, monkeypatch: pytest.
     monkeypatch.setattr(host, "log", lambda line: None)
     monkeypatch.setattr(ground, "_links", lambda: Topology({}))
     both = threading.Barrier(2)
-    node.act = lambda job: both.wait(10)
+    node.act = lambda job: both.wait(COMES_UP)
     status = node.run(text_embeds=BOTH, batch_count=2, gpu_count=0)["result"][3]
     assert {job.parallel.gpu_ids for job in node.jobs} == {("0", "1"), ("2", "3")}
     assert status.startswith("success\n- 2 videos, 2 at a time, on GPUs 0, 1; GPUs 2, 3\n")

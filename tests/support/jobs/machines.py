@@ -16,6 +16,8 @@ import threading
 import time
 from pathlib import Path
 
+from patience import COMES_UP
+
 ADDRESSES = ("10.231.7.1", "10.231.7.2")
 PDSH = r"""#!{python}
 import socket, sys, threading
@@ -120,7 +122,7 @@ class Machines:
         starter = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
         self._starters.append(starter)
         children = Path(f"/proc/{starter.pid}/task/{starter.pid}/children")
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + COMES_UP
         while not (found := children.read_text().split()) or "sleep" not in Path(f"/proc/{found[0]}/comm").read_text():
             if starter.poll() is not None or time.monotonic() > deadline:
                 raise OSError("namespaces cannot be made here")

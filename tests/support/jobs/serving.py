@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from patience import AT_ONCE
 from PIL import Image
 from wan_pack.demo.client import Run, run_prompt
 from wan_pack.demo.comfyui import Server
@@ -71,13 +72,24 @@ class Comfy:
                 found.append(int(entry.name))
         return found
 
-    def wait_until_idle(self, timeout: float = 10.0) -> float:
-        """Seconds until no process of a job was left."""
-        start = time.monotonic()
-        while self.job_processes():
-            assert time.monotonic() - start < timeout, f"processes left: {self.job_processes()}"
+    def folders(self) -> list[str]:
+        """Of jobs and groups."""
+        return sorted(path.name for path in (self.server.base / "temp" / "wan_distributed").glob("wan-*"))
+
+    def wait_until_idle(self) -> None:
+        """No process of a job is left, and no folder."""
+        self._wait_until_none(lambda: [*self.job_processes(), *self.folders()])
+
+    def wait_until_ended(self) -> None:
+        """No process of a job is left: a ComfyUI that was killed leaves its folders to the next one."""
+        self._wait_until_none(self.job_processes)
+
+    @staticmethod
+    def _wait_until_none(list_left: Callable[[], list[Any]]) -> None:
+        deadline = time.monotonic() + AT_ONCE
+        while left := list_left():
+            assert time.monotonic() < deadline, f"left: {left}"
             time.sleep(0.02)
-        return time.monotonic() - start
 
 
 def saving(prompt: Prompt) -> Prompt:

@@ -17,6 +17,7 @@ from typing import Any
 
 from safetensors import safe_open
 from serving import INFERENCE, Comfy
+from shared_memory import orphans
 from wan_pack.demo.client import Run
 from wan_pack.demo.example import Prompt, node_id, node_of
 
@@ -86,7 +87,7 @@ class Soak:
         return {
             "descriptors": len(os.listdir(process / "fd")),
             "threads": len(os.listdir(process / "task")),
-            "shared memory": len(os.listdir("/dev/shm")),
+            "shared memory": len(orphans()),
             "job folders": len(list(self.jobs.iterdir())) if self.jobs.exists() else 0,
             "unfinished files": len(unfinished(self.output)),
             "resident MiB": int(re.search(r"VmRSS:\s+(\d+)", status)[1]) >> 10,

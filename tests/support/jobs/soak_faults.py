@@ -225,7 +225,7 @@ def killed_at_naming(when: str) -> Callable[[Soak, int], None]:
                 with contextlib.suppress(ConnectionError):
                     run = other.comfy.run(other.prompt(seed))
                     raise AssertionError(f"it was not killed: {run.ending}")
-                other.comfy.wait_until_idle()
+                other.comfy.wait_until_ended()
                 assert unfinished(other.output) == []
                 assert bool(list(other.output.rglob("*.mp4"))) == (when == "after")
         finally:

@@ -12,6 +12,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import pytest
 import torch
+from patience import COMES_UP
 from torch import Tensor
 from wan_pack.wan.video import video
 from wan_pack.wan.video.video import PARTS_AHEAD, VideoWriter, probe
@@ -173,7 +174,7 @@ def test_fault_33_ffmpegs_end_is_told_while_the_next_part_is_decoded(
     ):  # fmt: skip
         go.touch()
         begin = time.monotonic()
-        seen, error = told.get(timeout=5)
+        seen, error = told.get(timeout=COMES_UP)
         assert seen - begin < 0.5
         assert f"ffmpeg ended with status {status} after 0 frames:\nx264 gave up" in str(error)
         writer.write(_frames())
