@@ -72,8 +72,8 @@ def samplings(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> It
     """Ranks that do, at evaluation `at`, what `action` says."""
     made = []
 
-    def make(action: str = "", at: int = 0, worker: Path = STUB_FORWARDS) -> Samplings:
-        monkeypatch.setattr(worker_group, "AGENT", pack_with(worker, tmp_path, action=action, at=at))
+    def make(action: str = "", at: int = 0, worker: Path = STUB_FORWARDS, **more: Any) -> Samplings:
+        monkeypatch.setattr(worker_group, "AGENT", pack_with(worker, tmp_path, action=action, at=at, **more))
         made.append(Samplings(tmp_path, pool))
         return made[-1]
 
@@ -135,6 +135,17 @@ def test_fault_05_waiting_for_ComfyUI_is_no_hang_and_a_hung_evaluation_is_one(sa
     assert 1 < time.monotonic() - started < AT_ONCE
     assert "made no progress for 1.5 s in denoise at step 1" in str(error)
     assert "stall_timeout is 1.5 s; raise it if that is too short" in str(error)
+    here.nothing_is_left(*processes)
+
+
+def test_fault_05_a_batch_that_takes_longer_than_the_time_out_is_no_hang(samplings: Callable[..., Samplings]):
+    """Six seconds; its samples come two at a time, one second."""
+    here = samplings(seconds=0.5)
+    evaluator = here.open(stall_timeout=4.0)
+    given = inputs(here.model.config, 1, batch=12)
+    assert torch.equal(evaluator.evaluate(*given), given[0])
+    processes = here.processes
+    evaluator.close()
     here.nothing_is_left(*processes)
 
 

@@ -62,16 +62,17 @@ class Workflow:
         self.add("SaveLatent", samples=[sampler, 0], filename_prefix=f"{self.loader}/{graph}")
 
 
-def two_stages(flow: Workflow) -> str:
+def two_stages(flow: Workflow, kind: str = "T2V", **links: Link) -> str:
+    """links: `positive`, `negative` and `latent_image`, where they are not the text alone."""
     shift = ("ModelSamplingSD3", {"shift": 8.0})
-    given = {"positive": ["positive", 0], "negative": ["negative", 0], "noise_seed": 3, "steps": STEPS, "cfg": 3.5}
-    given |= {"sampler_name": "euler", "scheduler": "simple"}
+    given = {"positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["latent", 0], **links}
+    given |= {"sampler_name": "euler", "scheduler": "simple", "noise_seed": 3, "steps": STEPS, "cfg": 3.5}
     first = flow.add(
-        "KSamplerAdvanced", **given, model=flow.model("T2V high", shift), latent_image=["latent", 0],
+        "KSamplerAdvanced", **given, model=flow.model(f"{kind} high", shift),
         add_noise="enable", start_at_step=0, end_at_step=STEPS // 2, return_with_leftover_noise="enable",
     )  # fmt: skip
     return flow.add(
-        "KSamplerAdvanced", **given, model=flow.model("T2V low", shift), latent_image=[first, 0],
+        "KSamplerAdvanced", **{**given, "latent_image": [first, 0]}, model=flow.model(f"{kind} low", shift),
         add_noise="disable", start_at_step=STEPS // 2, end_at_step=10_000, return_with_leftover_noise="disable",
     )  # fmt: skip
 
@@ -137,8 +138,8 @@ def with_lora(flow: Workflow) -> str:
     return flow.sampled(flow.model("T2V high", loader), "res_multistep")
 
 
-def following(flow: Workflow) -> str:
-    """A chain of two controls: one with a reference and a mask, and so a frame in front, as the other one has."""
+def following(flow: Workflow, *, experts: bool = False) -> str:
+    """A chain of two controls with masks and a reference, whose frame is in front; experts: in two stages, as Fun's."""
     links = {"positive": ["positive", 0], "negative": ["negative", 0]}
     for strength in (1.0, 0.6):
         made = flow.add(
@@ -147,7 +148,8 @@ def following(flow: Workflow) -> str:
             reference_image=["picture", 0], **links,
         )  # fmt: skip
         links = {"positive": [made, 0], "negative": [made, 1]}
-    sampler = flow.sampled(flow.model("VACE"), latent_image=[made, 2], **links)
+    links |= {"latent_image": [made, 2]}
+    sampler = two_stages(flow, "VACE", **links) if experts else flow.sampled(flow.model("VACE high"), **links)
     return flow.add("TrimVideoLatent", samples=[sampler, 0], trim_amount=[made, 3])
 
 
@@ -161,6 +163,7 @@ GRAPHS: dict[str, Callable[[Workflow], str]] = {
     "first and last frame": with_pictures("WanFirstLastFrameToVideo", "start_image", "end_image"),
     "known frame": known_frame,
     "VACE": following,
+    "VACE Fun": lambda flow: following(flow, experts=True),
     "EasyCache": cached,
     "context windows": windows,
     "LoRA": with_lora,

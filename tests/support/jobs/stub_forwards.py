@@ -1,7 +1,7 @@
 """Takes the place of rank/worker.py in a copy of the pack: ranks without torch that answer evaluations.
 
-The velocity is the latents themselves. At the evaluation `at` of fault.json rank 1 does what its action says. Not
-imported by tests.
+The velocity is the latents themselves; each sample takes `seconds`. At the evaluation `at` of fault.json rank 1 does
+what its action says. Not imported by tests.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def main(group, folder, files, session):  # type: ignore[no-untyped-def]
                 break
             if done == FAULT.get("at") and rank == 1:
                 ACTIONS[FAULT["action"]]()
+            time.sleep(FAULT.get("seconds", 0.0) * request.evaluation.shape[0])
             # Real ones wait for one another.
             (folder.path / f"rank{rank}-{done}").touch()
             while not (folder.path / f"rank{1 - rank}-{done}").exists():
