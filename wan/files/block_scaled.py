@@ -5,6 +5,7 @@
     mxfp8            e4m3                         X.weight_scale e8m0                           1 x 32
     fp8 by blocks    e4m3, e5m2                   X.weight_scale_inv fp32                       128 x 128
     int8 by blocks   int8                         X.weight_scale fp32                           any
+    int4 (ConvRot)   int4, two in a byte          X.weight_scale fp32                           1 x all
 
 The first two follow OCP's Microscaling Formats 1.0; their scales lie in the tiles of 128 x 4 that tensor cores read
 (cuBLAS, "block scaling factors layout"), and zeros may fill up rows and inputs of the codes.
@@ -31,7 +32,7 @@ PADDED_TO = (16, 32, 128)
 class BlockScaled(Unpacked):
     """values[r, c] = stored[r, c] * scales[r // rows, c // columns] * factor."""
 
-    # What is stored: codes [out, in], or [out, in / 2] of bytes that hold two e2m1 codes, the first in the high bits.
+    # What is stored: codes [out, in], or [out, in / 2] of bytes that hold two codes.
     scales: PlainTensor
     block: tuple[int, int]
     tiled: bool
@@ -40,6 +41,8 @@ class BlockScaled(Unpacked):
     """One number for all."""
     unpadded: tuple[int, int] | None = None
     """Shape of the matrix, where zeros were put behind its rows and inputs."""
+    int4: bool = False
+    """Two codes in a byte are int4, the first in the low bits; else e2m1, the first in the high bits."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,7 +65,7 @@ class BlockScaled(Unpacked):
         for row, piece in row_pieces(out, start, width):
             codes = torch.empty(piece.shape[0], stored, dtype=self.stored.dtype)
             self.stored.read_into(codes, start=row * stored)
-            values = _decoded(codes.to(out.device))[:, :width]
+            values = _decoded(codes.to(out.device), self.int4)[:, :width]
             blocks = torch.arange(row, row + piece.shape[0], device=out.device) // self.block[0]
             piece.copy_(values.mul_(scales[blocks].repeat_interleave(self.block[1], dim=1)[:, :width]))
 
@@ -98,9 +101,12 @@ def untile(stored: Tensor, rows: int, columns: int) -> Tensor:
     return tiles.reshape(down * TILE[0], across * TILE[1])[:rows, :columns]
 
 
-def _decoded(codes: Tensor) -> Tensor:
+def _decoded(codes: Tensor, int4: bool) -> Tensor:
     if codes.dtype != torch.uint8:
         return codes.float()
+    if int4:
+        signed = torch.stack((codes & 15, codes >> 4), dim=-1).float()
+        return signed.sub_((signed >= 8).float(), alpha=16).flatten(1)
     table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
     return table[torch.stack((codes >> 4, codes & 15), dim=-1).int()].flatten(1)
 

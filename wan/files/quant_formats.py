@@ -30,7 +30,9 @@ BY_FACTOR = (
     *("float8_e4m3fn", "float8_e4m3fn_rowwise", "float8_e5m2", "float8_e5m2_rowwise"),
     *("int8_tensorwise", "int8_rowwise"),
 )
-READABLE = (*BY_FACTOR, *BLOCKS_OF)
+INT4 = "convrot_w4a4"
+"""Two codes in a byte, a scale for each row, always rotated."""
+READABLE = (*BY_FACTOR, *BLOCKS_OF, INT4)
 """Turned back into floats by one factor per tensor, per output row or per block."""
 ROTATION, ROTATED_BY = "convrot", "convrot_groupsize"
 USUAL_GROUP = 256
@@ -108,14 +110,14 @@ def _format(layer: str, entry: Any) -> QuantFormat:
         # ComfyUI looks for an option there where the entry itself does not have it.
         entry = {key: value for key, value in (inner | entry).items() if key != _PARAMS}
     group = 0
-    if entry.get(ROTATION):
+    if entry.get(ROTATION) or name == INT4:
         group = entry.get(ROTATED_BY, USUAL_GROUP)
         if type(group) is not int or not is_group(group):
             raise ValueError(f"{ROTATED_BY} of {layer} is {brief(group)}; it must be a power of 4")
     # What else is said only describes: per_row, orig_dtype. Of a rotation that is off, so does its size.
     known = {"format", ROTATION, ROTATED_BY, _SHAPE}
     block = _block(layer, name, entry) if name in BLOCKS_OF else None
-    known |= {*_BLOCKS} if name in BLOCKS_OF else set()
+    known |= {*_BLOCKS} if name in BLOCKS_OF else {"quant_group_size"} if name == INT4 else set()
     told = {key: value for key, value in entry.items() if key not in known and value not in _NEUTRAL}
     options = sorted(key for key, value in told.items() if _changes(name, key.lower(), value))
     shape = entry.get(_SHAPE)
@@ -124,7 +126,7 @@ def _format(layer: str, entry: Any) -> QuantFormat:
 
 
 def _changes(name: str, key: str, value: Any) -> bool:
-    if "bits" in key and value == (4 if name == NVFP4 else 8):
+    if "bits" in key and value == (4 if name in (NVFP4, INT4) else 8):
         return False
     return any(word in key for word in _CHANGING)
 

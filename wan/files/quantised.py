@@ -8,7 +8,7 @@
     quanto (fp8, int8)              X.weight._data and X.weight._scale in place of X.weight
     torchao (fp8, int8)             X._weight_qdata and X._weight_scale in place of X.weight
     scaled by blocks                X.weight_scale of their number; nvfp4, mxfp8 and others (block_scaled.py)
-    ComfyUI's int8 with ConvRot     as int8, with `convrot` in X.comfy_quant (rotated.py)
+    ComfyUI's int8 with ConvRot     as int8, with `convrot` in X.comfy_quant (rotated.py); int4 (convrot_w4a4) likewise
 
 Scales of inputs serve products of fp8 by fp8 only; products here take the unpacked weight.
 """
@@ -24,14 +24,14 @@ import torch
 
 from ..model.eight_bits import E4M3
 from .block_scaled import BlockScaled, tiled_size
-from .quant_formats import BLOCKS_OF, MXFP8, NVFP4, READABLE, QuantFormat, placed
+from .quant_formats import BLOCKS_OF, INT4, MXFP8, NVFP4, READABLE, QuantFormat, placed
 from .rotated import Rotated
 from .stored_tensor import DTYPES, PackedTensor, PlainTensor, RowScale, StoredTensor, StridedTensor
 
 if TYPE_CHECKING:
     from .stored_model import OpenedFile, StoredModel
 
-READS = "this version reads fp32, bf16, fp16, fp8, int8 (ConvRot too), mxfp8, nvfp4 and GGUF files"
+READS = "this version reads fp32, bf16, fp16, fp8, int8 (ConvRot too), int4 (ConvRot), mxfp8, nvfp4 and GGUF files"
 
 _SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 _FACTORS = (".weight_scale_2", ".scale_weight_2")
@@ -179,7 +179,7 @@ def pair_scales(
         paired[f"{weight}_scale"] = by_row
     for name, kind in formats.items():
         tensor = paired[name]
-        if kind.name in BLOCKS_OF and name not in scales:
+        if kind.name in (*BLOCKS_OF, INT4) and name not in scales:
             raise ValueError(f"tensor {name} is said to be {kind.name}, but it has no such codes and scales")
         if not kind.rotated_by:
             continue
@@ -227,6 +227,10 @@ def _block_scaled(
         f"the scale of tensor {weight} has shape {scale.shape}; expected one number, one for each of its {rows} rows, "
         f"or one for each {of} of the weight's {' x '.join(map(str, codes.shape))}; {READS}"
     )
+    if kind is not None and kind.name == INT4:
+        if len(codes.shape) != 2 or codes.dtype.itemsize != 1 or number != rows or not scale.dtype.is_floating_point:
+            raise ValueError(problem)
+        return BlockScaled(replace(codes, dtype=torch.uint8), scale, (1, 2 * codes.shape[1]), tiled=False, int4=True)
     tiles = packed or scale.dtype == torch.uint8 or factor is not None
     if kind is not None and tiles != (kind.name in (NVFP4, MXFP8)):
         raise ValueError(f"tensor {weight} is said to be {kind.name}, but it has no such codes and scales")

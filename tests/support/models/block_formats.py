@@ -118,6 +118,18 @@ def quanto(weight: Tensor) -> Stored:
     return {"weight._data": codes, "weight._scale": scale}, codes.float() * scale
 
 
+def int4_convrot(weight: Tensor) -> Stored:
+    """As comfy-kitchen's convrot_w4a4: int4 of -7 to 7 by rows, the first of two in the low bits."""
+    whole = torch.block_diag(*[regular_hadamard(16, CPU, torch.float32)] * (weight.shape[1] // 16))
+    turned = weight @ whole
+    scale = turned.abs().amax(1, keepdim=True) / 7
+    codes = (turned / scale).round()
+    nibbles = torch.where(codes < 0, codes + 16, codes).to(torch.uint8)
+    packed = (nibbles[:, 0::2] + 16 * nibbles[:, 1::2]).view(torch.int8)
+    says = comfy_quant(format="convrot_w4a4", convrot_groupsize=16, quant_group_size=64, linear_dtype="int4")
+    return {"weight": packed, "weight_scale": scale.view(-1), "comfy_quant": says}, (codes * scale) @ whole
+
+
 def torchao(dtype: torch.dtype) -> Callable[[Tensor], Stored]:
     def store(weight: Tensor) -> Stored:
         codes, scale = int8_rows(weight)
@@ -134,7 +146,8 @@ FORMATS: dict[str, Callable[[Tensor], Stored]] = {
     "int8 by squares": blocks(torch.int8, 64, 64, "weight_scale", format="int8_blockwise", block_size=64),
     "fp8 by squares": blocks(torch.float8_e4m3fn, 128, 128, "weight_scale_inv"),
     "nvfp4": nvfp4, "mxfp8": mxfp8, "mxfp8, e8m0": lambda weight: mxfp8(weight, torch.float8_e8m0fnu),
-    "quanto": quanto, "torchao": torchao(torch.int8), "torchao fp8": torchao(torch.float8_e4m3fn),
+    "int4 ConvRot": int4_convrot, "quanto": quanto,
+    "torchao": torchao(torch.int8), "torchao fp8": torchao(torch.float8_e4m3fn),
 }  # fmt: skip
 
 

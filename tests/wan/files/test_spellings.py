@@ -241,6 +241,14 @@ WRONG = {
         "quantised as quanto with zero points",
     ),
     "hybrid": (said(FORMATS["mxfp8"], format="hybrid_mxfp8"), "quantised as hybrid_mxfp8"),
+    "int4 by groups": (
+        said(shaped(FORMATS["int4 ConvRot"], "weight_scale", 2, -1), format="convrot_w4a4", bits=3),
+        "quantised as convrot_w4a4 bits",
+    ),
+    "int4 of other rows": (
+        lambda w: (FORMATS["int4 ConvRot"](w)[0] | {"weight_scale": torch.ones(3)}, w),
+        r"the scale of tensor .* has shape \(3,\)",
+    ),
     "w4a8": (said(FORMATS["nvfp4"], format="asym_w4a8_int8"), "quantised as asym_w4a8_int8"),
 }  # fmt: skip
 
