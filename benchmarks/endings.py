@@ -112,10 +112,11 @@ class Trial:
 
     def run(self, act: Callable[[Path], None] | None = None, *, cancel: bool = False, **changes: Any) -> dict[str, Any]:
         """One job: how it ended, and when."""
-        from wan_pack.distributed.job.job import JobError
+        from wan_pack.distributed.job.job import Job, JobError
         from wan_pack.distributed.launch.launcher import new_job_id, run_job
 
         job = self.source.read_job()
+        assert isinstance(job, Job)
         parallel = {k: v for k, v in changes.items() if k in type(job.parallel).__dataclass_fields__}
         sampling = {k: v for k, v in changes.items() if k not in parallel}
         job = dataclasses.replace(

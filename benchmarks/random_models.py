@@ -183,7 +183,7 @@ def _fill_transformer(name: str, out: Tensor, numbers: Tensor) -> None:
 def vae_shapes(name: str, z_dim: int) -> dict[str, tuple[int, ...]]:
     """Under diffusers' names, of the VAE with so many latent channels; narrow for a tiny model."""
     import torch
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     tiny, residual = name.startswith("tiny"), z_dim == 48
     sizes: dict[str, Any] = {"base_dim": 8 if tiny else 160 if residual else 96, "z_dim": z_dim}

@@ -89,7 +89,7 @@ class Ours(System):
         from wan_pack.wan.model.kernels.choice import check_kernels
         from wan_pack.wan.model.linear import FP8_PRODUCTS
         from wan_pack.wan.model.precisions import check_precision
-        from wan_pack.wan.model.sparse import sparse_kernel
+        from wan_pack.wan.model.sparse import SparseAttention, sparse_kernel
         from wan_pack.wan.transformer.transformer import meta_model
 
         options = set(option.split("+")) - {""}
@@ -108,6 +108,7 @@ class Ours(System):
         self.kernel = choose_kernel(capability, place.dtype, *names)
         if self.kernel.sparse:
             self.kernel = sparse_kernel(self.kernel, choose_kernel(capability, place.dtype), 1.0)
+            assert isinstance(self.kernel.run, SparseAttention)
             self.kernel.run.steps = range(1)
             self.kernel.run.enter(0)
         self.precision = "fp8" if "fp8" in options else "full"
@@ -179,7 +180,8 @@ class Diffusers(System):
 
     def __init__(self, config: Any, place: Place, option: str) -> None:
         super().__init__(config, place, option)
-        from diffusers import ContextParallelConfig, WanTransformer3DModel
+        from diffusers import ContextParallelConfig
+        from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
         from wan_pack.wan.files.diffusers_keys import to_official
 
         with torch.device("meta"):

@@ -34,7 +34,9 @@ X264 = (("faster", 16), ("veryfast", 16), ("veryfast", 14), ("superfast", 14))
 def run_rank(rank: int, world: int, arguments: argparse.Namespace, folder: Path) -> None:
     mount_pack()
     from vae_rank import VaeRank
-    from wan_pack.wan.vae import vae_coder, video
+    from wan_pack.wan.vae import vae_coder
+    from wan_pack.wan.video import video
+    from wan_pack.wan.video.video_formats import CRF
 
     bench = VaeRank(rank, world, arguments, folder)
     started = time.perf_counter()
@@ -58,7 +60,7 @@ def run_rank(rank: int, world: int, arguments: argparse.Namespace, folder: Path)
     for size in sizes:
         attempt(bench.decode, size, "after", numbers)
         attempt(bench.decode, size, "before", numbers)
-        attempt(bench.tail, size, most, "after", (video.PRESET, video.CRF))
+        attempt(bench.tail, size, most, "after", ("medium", CRF))
         attempt(bench.tail, size, most, "before", None)
         if size == sizes[0]:
             attempt(bench.exactness, size)
@@ -72,7 +74,7 @@ def run_rank(rank: int, world: int, arguments: argparse.Namespace, folder: Path)
                 attempt(bench.tail, size, most, f"after, {name} {crf}", (name, crf))
             for threads in (4, 8, 32):
                 with mock.patch.object(video, "THREADS", threads):
-                    attempt(bench.tail, size, most, f"after, {threads} threads", (video.PRESET, video.CRF))
+                    attempt(bench.tail, size, most, f"after, {threads} threads", ("medium", CRF))
         size = sizes[0]
         if bench.ops == "triton":
             bench.set_ops("plain")
@@ -91,7 +93,7 @@ def run_rank(rank: int, world: int, arguments: argparse.Namespace, folder: Path)
 def write_weights(path: Path, base_dim: int) -> None:
     """In bf16, so that all precisions compute with the same numbers."""
     import torch
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
     from safetensors.torch import save_file
 
     vae = AutoencoderKLWan(base_dim=base_dim)

@@ -14,7 +14,7 @@ BASE_DIM = 8
 
 def vae(seed: int, kind: LatentSpace = WAN21) -> dict[str, Tensor]:
     """The VAE of these latents."""
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     options = {"base_dim": BASE_DIM, "z_dim": kind.channels}
     if kind == WAN22:

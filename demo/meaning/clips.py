@@ -68,14 +68,13 @@ def write_gif(clips: Sequence[tuple[Scene, Tensor]], path: Path) -> None:
 
 def read_gif(path: Path) -> list[tuple[str, Tensor]]:
     """Caption and clip [3, F, H, W] in [-1, 1] of each tile that `write_gif` has drawn."""
-    from PIL import Image
+    from PIL import Image, ImageSequence
 
     with Image.open(path) as picture:
         captions = json.loads(picture.info["comment"])
         frames = []
-        for frame in range(picture.n_frames):
-            picture.seek(frame)
-            pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
+        for frame in ImageSequence.Iterator(picture):
+            pixels = torch.frombuffer(bytearray(frame.convert("RGB").tobytes()), dtype=torch.uint8)
             frames.append(pixels.view(picture.height, picture.width, 3))
     video = torch.stack(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
     found = []

@@ -138,9 +138,10 @@ def _negative_prompt(pipeline: Pipeline, settings: Settings, count: int) -> bool
     """A caption without a colour: the colour that a seed gives is named in the negative prompt, and should go."""
     named = gone = 0
     for seed in range(count):
-        colour, *_ = _colours(pipeline.clip(SUBJECT.format(""), settings, seed=seed)) or [None]
-        if colour is None:
+        shown = _colours(pipeline.clip(SUBJECT.format(""), settings, seed=seed))
+        if not shown:
             continue
+        colour = shown[0]
         negative = SUBJECT.format(f"{colour} ")
         named += 1
         gone += colour not in _colours(pipeline.clip(SUBJECT.format(""), settings, seed=seed, negative=negative))

@@ -22,7 +22,7 @@ from .small_vae import encode, grey_behind_first
 from .world import FRAMES, HEIGHT, WIDTH, draw_scenes, render
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 LATENTS = (16, (FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)
 GRID = (LATENTS[1], LATENTS[2] // 2, LATENTS[3] // 2)

@@ -27,7 +27,7 @@ from .trained_files import NAMES, place, write
 from .world import FRAMES, draw_scenes, render
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 Z_DIM = 16
 NOISE = 0.1
@@ -40,7 +40,7 @@ SCALE = 1e-2
 
 def build(sizes: Sizes, seed: int = 0) -> AutoencoderKLWan:
     """Random weights, with the released VAE's latent statistics."""
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     mean, std = latent_statistics(Z_DIM)
     vae = AutoencoderKLWan(
