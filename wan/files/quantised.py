@@ -179,7 +179,7 @@ def pair_scales(
         paired[f"{weight}_scale"] = by_row
     for name, kind in formats.items():
         tensor = paired[name]
-        if kind.name in (*BLOCKS_OF, INT4) and name not in scales:
+        if (kind.name in (*BLOCKS_OF, INT4) or kind.rotated_by) and name not in scales:
             raise ValueError(f"tensor {name} is said to be {kind.name}, but it has no such codes and scales")
         if not kind.rotated_by:
             continue
@@ -234,14 +234,14 @@ def _block_scaled(
     tiles = packed or scale.dtype == torch.uint8 or factor is not None
     if kind is not None and tiles != (kind.name in (NVFP4, MXFP8)):
         raise ValueError(f"tensor {weight} is said to be {kind.name}, but it has no such codes and scales")
-    if not tiles and told is None and (number == 1 or scale.shape in ((rows,), (rows, 1))):
+    if not tiles and told is None and (number == 1 or scale.shape[:1] == (rows,) == (number,)):
         return None
     if len(codes.shape) != 2 or 0 in codes.shape:
         raise ValueError(problem)
     if tiles:
         block = (1, BLOCKS_OF[NVFP4 if packed else MXFP8] or 0)
-        if packed and scale.dtype == torch.uint8:
-            # The same bytes.
+        if packed and scale.dtype == torch.uint8 and kind is not None:
+            # The same bytes, as ComfyUI reads them; of others they may be powers of two.
             scale = replace(scale, dtype=E4M3)
         fits = scale.dtype == (E4M3 if packed else torch.uint8) and packed == (factor is not None)
         if factor is not None and not isinstance(factor, PlainTensor):

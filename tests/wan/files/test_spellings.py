@@ -164,6 +164,7 @@ SPELLINGS: dict[str, Callable[[Tensor], Stored]] = {
     "nvfp4, scales as bytes": as_bytes(FORMATS["nvfp4"], "weight_scale"),
     "nvfp4, the factor as a list": shaped(FORMATS["nvfp4"], "weight_scale_2", 1),
     "nvfp4, scales flat": shaped(FORMATS["nvfp4"], "weight_scale", -1),
+    "a scale of more axes": shaped(scaled(E4M3), "weight_scale", -1, 1, 1),
     "int8 by 64, as is said": blocks(torch.int8, 64, 64, "weight_scale", format="int8_blockwise", group_size=64),
     "int8 rows by 64": blocks(torch.int8, 1, 64, "weight_scale", format="int8_blockwise", block_size=64),
     "int8 by 64 x 32": blocks(torch.int8, 64, 32, "weight_scale", format="int8_blockwise", block_size=[64, 32]),
@@ -241,6 +242,10 @@ WRONG = {
         "quantised as quanto with zero points",
     ),
     "hybrid": (said(FORMATS["mxfp8"], format="hybrid_mxfp8"), "quantised as hybrid_mxfp8"),
+    "rotated, but no codes": (
+        said(lambda w: ({"weight": w.bfloat16()}, w), **ROTATED),
+        "is said to be int8_tensorwise, but it has no such codes and scales",
+    ),
     "int4 by groups": (
         said(shaped(FORMATS["int4 ConvRot"], "weight_scale", 2, -1), format="convrot_w4a4", bits=3),
         "quantised as convrot_w4a4 bits",
