@@ -12,6 +12,7 @@ from wan_pack.distributed.job.job import JobError
 from wan_pack.distributed.rank import video_work
 from wan_pack.distributed.rank.video_work import VideoWork
 from wan_pack.wan.model.variants import VARIANTS
+from wan_pack.wan.video.video_formats import FORMATS, H264
 
 
 class Vae:
@@ -45,8 +46,9 @@ class Writer:
 def work_with(vae: Vae, rank: int = 0) -> Any:
     work = object.__new__(VideoWork)
     work.rank, work.device, work.phase_seconds = rank, torch.device("cpu"), {}
-    sampling = SimpleNamespace(width=16, height=16, num_frames=9, fps=16.0)
-    work.job, work.folder = SimpleNamespace(sampling=sampling), SimpleNamespace(video="video.mp4")
+    sampling = SimpleNamespace(width=16, height=16, num_frames=9, fps=16.0, crf=18, file_format=FORMATS[H264])
+    work.job = SimpleNamespace(sampling=sampling, frames=False)
+    work.folder = SimpleNamespace(video=lambda suffix: f"video{suffix}")
     work.config = SimpleNamespace(variant=VARIANTS["VACE"])
     work.session = SimpleNamespace(vae=lambda job: vae, memory=lambda: "")
     work.files = SimpleNamespace(progress=lambda *_, **__: None, end_process=None)
@@ -55,7 +57,7 @@ def work_with(vae: Vae, rank: int = 0) -> Any:
 
 @pytest.fixture(autouse=True)
 def _no_ffmpeg(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wan_pack.wan.vae.video.VideoWriter", Writer)
+    monkeypatch.setattr("wan_pack.wan.video.video.VideoWriter", Writer)
     monkeypatch.setattr(video_work, "video_size", lambda job, session: {"width": 16, "height": 16})
 
 

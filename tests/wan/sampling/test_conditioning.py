@@ -203,6 +203,13 @@ def test_controls_that_others_have_encoded_come_each_with_its_strength():
     assert alone.strength == 1.0
 
 
+@pytest.mark.parametrize("size", [(32, 67), (35, 64)])
+def test_of_an_odd_rest_pictures_and_masks_lose_the_same_side(size: tuple[int, int]):
+    picture = torch.rand(*size, 3)
+    mask = fit_mask(picture[None, ..., 0], 64, 32)
+    assert torch.equal(mask * 2 - 1, fit_image(picture, 64, 32, TI2V)[:1])
+
+
 @pytest.mark.parametrize("wide", [True, False])
 def test_what_is_over_is_cut_off_not_squeezed(wide: bool):
     """A picture of the frame's height, or width, and four times the other side: its middle, as it is."""
