@@ -102,7 +102,7 @@ def test_the_panel_is_told_of_groups_at_work_and_waiting_and_can_release_one(run
     (waiting,) = groups.shown(pool.view())
     assert (waiting["id"], waiting["state"], waiting["fraction"]) == (working["id"], "warm", None)
     assert waiting["place"] == "2 CPU processes"
-    assert 50 < waiting["seconds_left"] <= 60
+    assert 0 < waiting["seconds_left"] <= 60
     assert [usage["name"] for usage in waiting["usage"]] == ["rank 0", "rank 1"]
     assert all(usage["used"] > 1 << 20 for usage in waiting["usage"])
     assert pool.release("another") == 0
