@@ -31,7 +31,7 @@ oldest newest:
 object-info: $(READY)
 	WRITE_OBJECT_INFO=1 $(PYTHON_IN_VENV) -m pytest -q tests/nodes/test_object_info.py
 
-# Small wrong changes that some test should notice: a quarter of an hour, no part of the CI.
+# Small wrong changes that some test should notice: up to an hour, no part of the CI.
 mutants: $(READY)
 	$(PYTHON_IN_VENV) tests/mutation --seed 11 --count 200
 

@@ -156,11 +156,11 @@ LAYER = "encoder.block.0.layer.0.SelfAttention.q"
         ({f"{LAYER}.weight_scale": torch.ones(24, 1)}, {}, f"{LAYER}.weight has shape (24, 1)"),
         ({f"{LAYER}.comfy_quant": _bytes('{"format": "nvfp4"}')}, {}, f"{LAYER}.weight is said to be nvfp4, but"),
         ({}, {"layers": {LAYER: {"format": "mxfp8"}}}, f"{LAYER}.weight is said to be mxfp8, but"),
-        ({}, {"layers": {LAYER: "convrot_w4a4"}}, f"quantised as convrot_w4a4 ({LAYER})"),
+        ({}, {"layers": {LAYER: "svdquant_w4a4"}}, f"quantised as svdquant_w4a4 ({LAYER})"),
         (
             {f"{LAYER}.comfy_quant": _bytes('{"format": "int8_tensorwise", "convrot": true}')},
             {},
-            "is said to be rotated by groups of 256 inputs",
+            "is said to be int8_tensorwise, but it has no such codes and scales",
         ),
         ({f"{LAYER}.comfy_quant": _bytes("{")}, {}, "describes its quantisation in an unknown way"),
         ({f"{LAYER}.comfy_quant": torch.zeros(5000, dtype=torch.uint8)}, {}, "has 5000 bytes; at most 1024"),
