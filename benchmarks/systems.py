@@ -143,6 +143,7 @@ class Ours(System):
         from wan_pack.wan.model.patch import patchify, token_grid
         from wan_pack.wan.model.rope import rope_table
         from wan_pack.wan.model.sparse import block_order
+        from wan_pack.wan.transformer.conditions import Beside
         from wan_pack.wan.transformer.context import Context
 
         place = self.place
@@ -154,7 +155,8 @@ class Ours(System):
         self.tokens = self.shard.split(whole)
         self.text = Context(text)
         controls = controls_for(self.config, self.grid, place.device)
-        self.controls = [dataclasses.replace(one, values=self.shard.split(one.values)) for one in controls]
+        split = [dataclasses.replace(one, values=self.shard.split(one.values)) for one in controls]
+        self.beside = Beside(controls=split)
         self.rope = rope_table(
             self.grid, self.config.head_dim, start=self.shard.start, stop=self.shard.stop, device=place.device,
             order=order,
@@ -166,7 +168,7 @@ class Ours(System):
 
     def forward(self) -> Tensor:
         with self.kernel.activate():
-            return self.model(self.tokens, self.timestep, self.text, self.rope, controls=self.controls)
+            return self.model(self.tokens, self.timestep, self.text, self.rope, beside=self.beside)
 
     def whole(self, output: Tensor) -> Tensor:
         from wan_pack.wan.model.patch import unpatchify

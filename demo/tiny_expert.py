@@ -41,7 +41,7 @@ def expert(
         in_dim: channels of the latents, and of the conditioning behind them: 16 for T2V, 36 for I2V, 48 for TI2V.
         out_dim: channels of the latents.
         text_dim: channels of the text; ComfyUI's own loader takes umT5-xxl's 4096 only.
-        parts: what only some variants have: img_emb, emb_pos, vace_blocks.
+        parts: what only some variants have: img_emb, emb_pos, ref_conv, vace_blocks.
     """
     make = _Weights(seed)
     for name, rows, columns in (
@@ -60,6 +60,8 @@ def expert(
     _keep_what_neighbours_share(make.tensors, out_dim)
     if "img_emb" in parts:
         _add_image_branch(make, places="emb_pos" in parts)
+    if "ref_conv" in parts:
+        make.linear("ref_conv", DIM, out_dim, 2, 2)
     if "vace_blocks" in parts:
         _add_vace_blocks(make)
     return make.tensors

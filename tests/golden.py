@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,31 +85,36 @@ class GoldenRun:
     def forward(self, folder: Path) -> float:
         """One evaluation of a transformer."""
         import torch
-        from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
         from wan_pack.wan.model.rope import rope_table
+        from wan_pack.wan.transformer.conditions import Conditions
         from wan_pack.wan.transformer.context import Context, pad_text
+        from wan_pack.wan.transformer.reference import Reference
         from wan_pack.wan.transformer.vace import Control
 
         io = read(folder / "io.safetensors")
-        grid = token_grid(tuple(io["x"].shape))
+        reference = Reference(io["reference_latent"][:, None]) if "reference_latent" in io else None
+        conditions = Conditions(
+            image=io.get("y"), picture=io["clip_fea"].flatten(0, 1) if "clip_fea" in io else None, reference=reference
+        )
+        grid = conditions.grid(tuple(io["x"].shape))
         shard = self.shard(grid)
         model = self.expert(folder / "model", shard)
         rope = rope_table(grid, model.config.head_dim, start=shard.start, stop=shard.stop)
         channels = torch.cat((io["x"], io["y"])) if "y" in io else io["x"]
-        tokens = shard.split(patchify(channels))
+        tokens = shard.split(conditions.tokens(channels))
         timesteps, which = io["t"].float(), None
         if timesteps.numel() > 1:
             # One per token: the model takes the different ones, and which of them is a token's.
             timesteps, which = timesteps.flatten().unique(return_inverse=True)
             which = shard.split(which[:, None])[:, 0]
-        picture = Context(io["clip_fea"].flatten(0, 1)) if "clip_fea" in io else None
         case = json.loads((folder / "case.json").read_text())
         error = 0.0
         for name, strength in case.get("vace_context_scale", {"out": 1.0}).items():
-            controls = [Control(shard.split(patchify(io["vace_context"])), strength)] if "vace_context" in io else []
+            controls = (Control(io["vace_context"], strength),) if "vace_context" in io else ()
+            here = replace(conditions, controls=controls).on_rank(shard.split, shard.length, self.device)
             text = Context(pad_text(io["context"]))
-            local = model(tokens, timesteps, text, rope, which, picture, controls)
-            error = max(error, relative_error(unpatchify(self.gather(local, shard), grid), io[name]))
+            local = model(tokens, timesteps, text, rope, which, here.beside(keep=True))
+            error = max(error, relative_error(conditions.latents(self.gather(local, shard), grid), io[name]))
         return error
 
     def generate(self, folder: Path) -> float:
@@ -151,7 +157,7 @@ class GoldenRun:
         predictor = VelocityPredictor(
             models, {True: io["context"], False: io["context_null"]},
             grid=grid, shard=shard, device=self.device, keep_text=True, weights={},
-            conditions=conditions.on_rank(lambda latents: shard.split(patchify(latents)), self.device),
+            conditions=conditions.on_rank(shard.split, shard.length, self.device),
             which_timestep=None if known is None else known.which_timestep, mesh=self.mesh,
         )  # fmt: skip
         solver = make_solver(case["solver"], case["steps"], case["shift"])

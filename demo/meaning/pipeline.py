@@ -16,8 +16,8 @@ from ...distributed.rank.expert import VelocityPredictor, load_expert
 from ...wan.model.config import HIGH_NOISE, LOW_NOISE
 from ...wan.model.latent_space import WAN21
 from ...wan.model.patch import patchify, token_grid, unpatchify
-from ...wan.sampling.conditioning import image_channels
 from ...wan.sampling.denoise import Guidance, denoise, draw_noise
+from ...wan.sampling.image_channels import Given, image_channels
 from ...wan.sampling.schedule import make_solver
 from ...wan.sampling.step_cache import StepCache
 from ...wan.text.text_encoder import DEFAULT_NEGATIVE_PROMPT, load_text_encoder
@@ -92,8 +92,11 @@ class Pipeline:
         grid = token_grid(shape)
         image = None
         if picture is not None:
-            channels = image_channels(picture, None, settings.frames, shape[1:], lambda video: encode(self.vae, video))
-            image = patchify(channels).to(self.device)
+            variant = next(iter(self._experts.values())).config.variant
+            given = Given(
+                start=picture, num_frames=settings.frames, shape=shape, encode=lambda video: encode(self.vae, video)
+            )
+            image = patchify(image_channels(variant, given)).to(self.device)
         rows = self.text.encode([prompt, negative or DEFAULT_NEGATIVE_PROMPT])
         ask = VelocityPredictor(
             self._experts, dict(zip((True, False), rows, strict=True)), grid=grid,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ...wan.model.config import PICTURE_ROWS, TEXT_LEN, WanConfig
 from ...wan.model.variants import takers
-from .control_inputs import check_controls, reference_frames
+from .control_inputs import CONTROL_VIDEO, check_controls, reference_frames
 from .job import Job
 
 Shape = tuple[int, ...]
@@ -61,10 +61,11 @@ def _check_images(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> N
     given = [name for name in PICTURES if name in shapes]
     pictures = [name for name in given if name != IMAGE_CONDITIONING]
     variant = config.variant
-    if variant.image_channels and not given:
+    followed = CONTROL_VIDEO in shapes and CONTROL_VIDEO in variant.takes
+    if variant.image_channels and not given and not followed:
         raise ValueError(
-            f"the model makes videos from an image ({variant.name}): connect start_image, end_image, or conditioning "
-            "that holds one"
+            f"the model makes videos from an image ({variant.name}): connect start_image, "
+            f"{'control_video' if CONTROL_VIDEO in variant.takes else 'end_image'}, or conditioning that holds one"
         )
     for name in given:
         if not variant.takes:
@@ -76,6 +77,8 @@ def _check_images(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> N
             raise ValueError(f"{name} is given; this model ({variant.name}) takes {taken} only")
     if pictures and IMAGE_CONDITIONING in shapes:
         raise ValueError(f"{pictures[0]} and image conditioning are both given; connect one of them")
+    if followed and IMAGE_CONDITIONING in shapes:
+        raise ValueError(f"{CONTROL_VIDEO} and image conditioning are both given; connect one of them")
     for name in pictures:
         _check_shape(name, shapes[name], (3, sampling.height, sampling.width))
     if IMAGE_CONDITIONING in shapes:
@@ -109,7 +112,7 @@ def latents_shape(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> t
     """[C, T, h, w] of what is sampled: the video, behind its reference frames."""
     sampling = job.sampling
     channels, frames, rows, cols = config.variant.latents.shape(sampling.width, sampling.height, sampling.num_frames)
-    return channels, frames + reference_frames(shapes, frames), rows, cols
+    return channels, frames + reference_frames(config.variant, shapes, frames), rows, cols
 
 
 def _check_samples(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> None:

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...wan.model.ops import Rope
+from ...wan.transformer.conditions import NOTHING, Beside
 from ...wan.transformer.context import Context
 from ...wan.transformer.transformer import WanModel
-from ...wan.transformer.vace import Control
 from .mesh import Mesh
 
 
@@ -26,8 +26,7 @@ class Pass:
     text: Context
     which: Tensor | None = None
     """[S]: see `WanModel.forward`."""
-    picture: Context | None = None
-    controls: Sequence[Control] = ()
+    beside: Beside = NOTHING
 
 
 def evaluate_passes(model: WanModel, passes: Sequence[Pass], rope: Rope, mesh: Mesh | None) -> list[Tensor]:
@@ -37,7 +36,7 @@ def evaluate_passes(model: WanModel, passes: Sequence[Pass], rope: Rope, mesh: M
     """
 
     def evaluate(asked: Pass) -> Tensor:
-        return model(asked.tokens, asked.timestep, asked.text, rope, asked.which, asked.picture, asked.controls)
+        return model(asked.tokens, asked.timestep, asked.text, rope, asked.which, asked.beside)
 
     velocities: list[Tensor] = []
     size = 1 if mesh is None else mesh.cfg_size

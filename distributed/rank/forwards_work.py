@@ -17,6 +17,7 @@ from ...wan.checkpoint.checkpoint import Checkpoint
 from ...wan.model.ops import Rope
 from ...wan.model.patch import patchify, token_grid, unpatchify
 from ...wan.model.rope import rope_table
+from ...wan.transformer.conditions import Beside
 from ...wan.transformer.context import Context
 from ...wan.transformer.vace import Control
 from ..group.evaluation_memory import AnsweringEnd
@@ -178,7 +179,8 @@ class ForwardsWork(Work[ForwardsJob]):
         if len(different) > 1:
             by_token = index.repeat_interleave(shard.length // len(timesteps))
             which = shard.split(by_token[:, None])[:, 0].to(self.device)
-        return Pass(shard.split(patchify(latents)), different.to(self.device), text, which, picture, controls)
+        beside = Beside(picture=picture, controls=controls)
+        return Pass(shard.split(patchify(latents)), different.to(self.device), text, which, beside)
 
     def answer(self, evaluation: Evaluation, latents: Tensor, velocity: Tensor) -> None:
         if self.rank == 0:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ...wan.checkpoint.checkpoint import Checkpoint
 from ...wan.model.config import HIGH_NOISE, LOW_NOISE, TEXT_LEN
-from ...wan.model.patch import patchify, token_grid, unpatchify
 from ...wan.sampling.conditioning import Conditioning, build_conditioning
 from ...wan.sampling.denoise import Guidance, Known, denoise, draw_noise
 from ...wan.sampling.schedule import make_solver
@@ -133,11 +132,12 @@ class VideoWork(Work[Job]):
     def denoised(self, texts: dict[bool, Tensor], conditioning: Conditioning) -> Tensor:
         """Loads the experts and runs the loop. Returns the normalised latents [C, T, h, w], on every rank."""
         session, parallel = self.session, self.job.parallel
-        grid = token_grid(tuple(self.noise.shape))
+        conditions = conditioning.conditions
+        grid = conditions.grid(tuple(self.noise.shape))
         shard = session.shard(self.job, grid)
 
         def tokens_of(latents: Tensor) -> Tensor:
-            return shard.split(patchify(latents)).to(self.device)
+            return shard.split(conditions.tokens(latents)).to(self.device)
 
         with self.phase("load"):
             runs = {self.guidance.expert(self.solver.timesteps[index]) for index in self.steps}
@@ -159,7 +159,7 @@ class VideoWork(Work[Job]):
                 session.experts.models, texts, grid=grid, shard=shard, device=self.device,
                 keep_text=not parallel.memory_optimization,
                 weights=session.experts.weights if parallel.parks_experts else {},
-                conditions=conditioning.conditions.on_rank(tokens_of, self.device),
+                conditions=conditions.on_rank(shard.split, shard.length, self.device),
                 which_timestep=None if known is None else known.which_timestep, mesh=session.mesh,
                 arrive=self.arrive,
             )  # fmt: skip
@@ -180,7 +180,7 @@ class VideoWork(Work[Job]):
             tokens = shard.gather(tokens, group)
         if not self.job.parallel.stays:
             session.experts.drop()
-        return unpatchify(tokens, grid)
+        return conditions.latents(tokens, grid)
 
     def arrive(self, expert: str) -> None:
         """Before an expert takes over. What it is waited for is no step's time."""

@@ -68,6 +68,11 @@ class SamplingJobs:
                 raise ValueError("a conditioning has no text; connect CLIP Text Encode with a CLIP of type wan")
             if "img_emb" in self.variant.parts and entry.get("clip_vision_output") is None:
                 raise ValueError(NO_PICTURE)
+            if "ref_conv" in self.variant.parts and entry.get("reference_latents"):
+                raise ValueError(
+                    "the conditioning holds a reference picture (reference_latents), which Fun-Control follows only in "
+                    "Wan Video Distributed Inference: use that node, or take the picture out"
+                )
 
     def _job(self, sampling: CoreSampling) -> ForwardsJob:
         from ...distributed.planning.preflight import check_forwards

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...distributed.job.job import ModelFiles, Parallel, Sampling
 from ..host.status import Status
+from ..sockets.fun_inputs import has_reference
 from ..sockets.vace_inputs import control_size
 from ..sockets.video_inputs import VideoInputs
 from .ground import ground_for, shown
@@ -59,9 +60,9 @@ def planned(
         request.base,
         encodes_text=encodes_text,
         given_frames=config.variant.known_frames and image,
-        decode=asked.decode_video or image or controls > 0,
+        decode=asked.decode_video or image or controls > 0 or asked.control_video is not None,
         controls=controls,
-        references=references,
+        references=references + has_reference(asked, config),
     )
     try:
         made = ground.plan(work, request)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...distributed.job.errors import check, listed
 from ...wan.model.latent_space import TEMPORAL_STRIDE, WAN21
-from ...wan.model.variants import takers
+from ...wan.model.variants import MASK, Variant, takers
 from ..host.declared import is_set, kind_of
 from ..host.status import Status
 from ..host.tensors import tensor_of
@@ -57,7 +57,7 @@ def image_tensors(asked: VideoInputs, sampling: Sampling, config: WanConfig, sta
         if (value := getattr(asked, name)) is not None:
             picture = _picture(value, name, sampling, status)
             found[name] = fit_image(picture, sampling.width, sampling.height, config.variant)
-    conditioning = _from_texts(asked, sampling, status)
+    conditioning = _from_texts(asked, sampling, config.variant, status)
     if asked.image_embeds is not None:
         if conditioning is not None:
             raise ValueError("an image comes twice: with image_embeds and with text_embeds; take one of them out")
@@ -85,7 +85,7 @@ def _picture(value: Any, name: str, sampling: Sampling, status: Status) -> Tenso
     return value[0, :, :, :3].float()
 
 
-def _from_texts(asked: VideoInputs, sampling: Sampling, status: Status) -> Tensor | None:
+def _from_texts(asked: VideoInputs, sampling: Sampling, variant: Variant, status: Status) -> Tensor | None:
     """The image that comes with the prompt; a negative prompt from the same node carries it as well."""
     positive, negative = (extras_of(getattr(asked, name), name) for name in ("text_embeds", "negative_embeds"))
     latents, mask = (positive.get(key) for key in ("concat_latent_image", "concat_mask"))
@@ -98,24 +98,42 @@ def _from_texts(asked: VideoInputs, sampling: Sampling, status: Status) -> Tenso
         status.warn("negative_embeds carries another image than text_embeds; that of text_embeds is used")
     if latents is None and mask is None:
         return None
-    return _from_core(latents, mask, sampling)
+    return _from_core(latents, mask, positive.get("concat_mask_index", 0), sampling, variant)
 
 
-def _from_core(latents: Any, mask: Any, sampling: Sampling) -> Tensor:
-    """[20, T, h, w]: mask, then normalised latents."""
+def _from_core(latents: Any, mask: Any, index: Any, sampling: Sampling, variant: Variant) -> Tensor:
+    """The channels behind the latents [n, T, h, w]: normalised latents, and a mask where the variant's row has it.
+
+    index: channels in front of the mask.
+    """
     import torch
 
     from ...wan.vae.latents import normalise
 
-    if latents is None or mask is None:
+    masked = MASK in variant.image or not variant.image
+    if latents is None or (masked and mask is None):
         here, missing = ("concat_mask", "concat_latent_image")[:: 1 if latents is None else -1]
-        raise ValueError(f"text_embeds carries {here} without {missing}; both are needed, as WanImageToVideo adds them")
+        raise ValueError(
+            f"text_embeds carries {here} without {missing}; both are needed, as {_maker(variant)} adds them"
+        )
     name = "concat_latent_image of text_embeds"
-    latents = tensor_of(latents, name, f"a tensor [1, {CHANNELS}, T, h, w]")
-    if latents.ndim != 5 or tuple(latents.shape[:2]) != (1, CHANNELS):
-        raise ValueError(f"{name} has shape {list(latents.shape)}; Wan I2V takes [1, {CHANNELS}, T, h, w]")
+    channels = CHANNELS * max(variant.image_latents, 1)
+    latents = tensor_of(latents, name, f"a tensor [1, {channels}, T, h, w]")
+    if latents.ndim != 5 or tuple(latents.shape[:2]) != (1, channels):
+        raise ValueError(
+            f"{name} has shape {list(latents.shape)}; Wan {variant.name} takes [1, {channels}, T, h, w]"
+            if variant.image_latents > 1
+            else f"{name} has shape {list(latents.shape)}; Wan I2V takes [1, {channels}, T, h, w]"
+        )
     size = tuple(latents.shape[2:])
     check_video_size(name, size, STRIDE, sampling)
+    parts = [normalise(part, CHANNELS) for part in latents[0].split(CHANNELS)]
+    if not masked:
+        return torch.cat(parts).contiguous()
+    check(
+        index == variant.mask_index, "concat_mask_index of text_embeds", index,
+        f"{variant.mask_index} for {variant.name}, as {_maker(variant)} has it",
+    )  # fmt: skip
     mask = tensor_of(mask, "concat_mask of text_embeds", f"a tensor {[1, MASK_CHANNELS, *size]}")
     if mask.ndim != 5 or mask.shape[0] != 1 or mask.shape[1] not in (1, MASK_CHANNELS) or tuple(mask.shape[2:]) != size:
         raise ValueError(
@@ -123,7 +141,13 @@ def _from_core(latents: Any, mask: Any, sampling: Sampling) -> Tensor:
             f"it must be {[1, 1, *size]} or {[1, MASK_CHANNELS, *size]}"
         )
     known = 1 - mask[0].float().expand(MASK_CHANNELS, *size)
-    return torch.cat([known, normalise(latents[0], CHANNELS)]).contiguous()
+    parts.insert(variant.mask_index // CHANNELS, known)
+    return torch.cat(parts).contiguous()
+
+
+def _maker(variant: Variant) -> str:
+    """The node of ComfyUI's that makes such conditioning."""
+    return "Wan22FunControlToVideo" if variant.image_latents > 1 else "WanImageToVideo"
 
 
 def _from_embeds(value: Any, sampling: Sampling, config: WanConfig) -> dict[str, Tensor]:

@@ -93,7 +93,12 @@ def own_control(asked: VideoInputs, sampling: Sampling, config: WanConfig, statu
     size = sampling.width, sampling.height
     if asked.control_video is not None:
         frames = _frames(asked.control_video, "control_video", sampling, status)
-        video = torch.full((3, sampling.num_frames, sampling.height, sampling.width), GREY)
+        followed = sampling.num_frames
+        if not config.variant.controlled:
+            # There is no mask to say where no frame is: the video is as long as what there is to follow.
+            followed = (len(frames) - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1
+            frames = frames[:followed]
+        video = torch.full((3, followed, sampling.height, sampling.width), GREY)
         for i, frame in enumerate(frames):
             video[:, i] = fit_image(frame[..., :3], *size, config.variant)
         found["control_video"] = video
@@ -114,7 +119,11 @@ def own_control(asked: VideoInputs, sampling: Sampling, config: WanConfig, statu
     if asked.reference_images is not None:
         pictures = _images(asked.reference_images, "reference_images", 4, "an IMAGE [n, H, W, 3]")
         found["reference_images"] = torch.stack([fit_image(one[..., :3], *size, config.variant) for one in pictures])
-    if found or config.variant.controlled:
+        if not config.variant.controlled and len(pictures) > 1:
+            raise ValueError(
+                f"reference_images holds {len(pictures)} images; this model ({config.variant.name}) takes one"
+            )
+    if config.variant.controlled:
         found["vace_strength"] = torch.tensor([asked.vace_strength])
     return found
 
@@ -130,7 +139,7 @@ def control_size(
     if asked.reference_images is not None:
         pictures = _images(asked.reference_images, "reference_images", 4, "an IMAGE [n, H, W, 3]")
         shapes["reference_images"] = tuple(pictures.shape)
-    return shapes.get("vace_context", (1,))[0], reference_frames(shapes, frames)
+    return shapes.get("vace_context", (1,))[0], reference_frames(config.variant, shapes, frames)
 
 
 def _images(value: Any, name: str, dimensions: int, allowed: str) -> Tensor:

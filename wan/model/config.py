@@ -40,6 +40,8 @@ class WanConfig:
     """Channels of the CLIP features that the image branch takes."""
     control_dim: int = 96
     """Channels of VACE's control."""
+    reference_dim: int = 16
+    """Channels of a reference picture's latents."""
     vace_layers: tuple[int, ...] = ()
     """The main blocks behind which the VACE blocks run."""
 
@@ -71,6 +73,11 @@ class WanConfig:
         return "img_emb" in self.parts
 
     @property
+    def reference_frame(self) -> bool:
+        """A reference picture may be in front of the video, as tokens of its own."""
+        return "ref_conv" in self.parts
+
+    @property
     def pictures(self) -> int:
         """How many the image branch knows the places of."""
         return 2 if "emb_pos" in self.parts else 1
@@ -100,7 +107,11 @@ PICTURE_ROWS = 257
 EPS = 1e-6
 """Of every normalisation layer."""
 
-_OPTIONAL_SIZES = {"clip_dim": ("img_emb.proj.0.weight", 0), "control_dim": ("vace_patch_embedding.weight", 1)}
+_OPTIONAL_SIZES = {
+    "clip_dim": ("img_emb.proj.0.weight", 0),
+    "control_dim": ("vace_patch_embedding.weight", 1),
+    "reference_dim": ("ref_conv.weight", 1),
+}
 """Field of `WanConfig` -> the tensor and the dimension that tell it, where a model has that part."""
 
 

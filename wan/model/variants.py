@@ -13,6 +13,9 @@ from .latent_space import LATENT_SPACES, LatentSpace
 
 SIZES = {5120: "14B", 3072: "5B", 1536: "1.3B"}
 """Channels of the residual stream -> the released size."""
+MASK, FRAMES, CONTROL, PICTURE = "mask", "frames", "control", "picture"
+"""Parts of the channels behind the latents: which frames are given; the video with grey where none is; the control
+video; the first frame, encoded by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +32,8 @@ class Variant:
     """Channels of the residual stream -> what its releases of that size are called."""
     takes: tuple[str, ...] = ()
     """Tensors of a job (`distributed/job/input_tensors.py`) that it may be given beside text."""
+    image: tuple[str, ...] = ()
+    """What the channels behind the latents are, in their order: names in `wan.sampling.image_channels.CHANNELS`."""
     controlled: bool = False
     """Whether a control video is read beside the noise."""
     known_frames: bool = False
@@ -42,8 +47,18 @@ class Variant:
 
     @property
     def image_channels(self) -> bool:
-        """Whether a picture's mask and latents are further channels of its input; then it needs a picture."""
-        return self.channels[0] > self.channels[1]
+        """Whether what it starts from or follows is further channels of its input; then it needs some of that."""
+        return bool(self.image)
+
+    @property
+    def image_latents(self) -> int:
+        """How many videos' latents are among those channels."""
+        return len([name for name in self.image if name != MASK])
+
+    @property
+    def mask_index(self) -> int:
+        """The channel in front of which the mask is, among those behind the latents; 0 too where there is none."""
+        return self.channels[1] * self.image.index(MASK) if MASK in self.image else 0
 
 
 _ROWS = (
@@ -58,6 +73,7 @@ _ROWS = (
         channels=(36, 16),
         releases={5120: "Wan2.2 I2V A14B", 1536: "Wan2.1 Fun InP 1.3B"},
         takes=("start_image", "end_image", "image_conditioning"),
+        image=(MASK, FRAMES),
         boundary=0.9,
     ),
     Variant(
@@ -66,6 +82,7 @@ _ROWS = (
         parts=frozenset({"img_emb"}),
         releases={5120: "Wan2.1 I2V 14B", 1536: "Wan2.1 Fun InP 1.3B"},
         takes=("start_image", "end_image", "image_conditioning", "clip_features"),
+        image=(MASK, FRAMES),
     ),
     Variant(
         name="FLF2V",
@@ -73,6 +90,7 @@ _ROWS = (
         parts=frozenset({"img_emb", "emb_pos"}),
         releases={5120: "Wan2.1 FLF2V 14B"},
         takes=("start_image", "end_image", "image_conditioning", "clip_features"),
+        image=(MASK, FRAMES),
     ),
     Variant(
         name="VACE",
@@ -82,6 +100,34 @@ _ROWS = (
         takes=("control_video", "control_mask", "reference_images", "vace_context", "vace_strength"),
         controlled=True,
         boundary=0.875,
+    ),
+    Variant(
+        name="Fun-Control",
+        channels=(52, 16),
+        parts=frozenset({"ref_conv"}),
+        releases={5120: "Wan2.2 Fun Control A14B"},
+        takes=("control_video", "start_image", "reference_images", "image_conditioning", "reference_latent"),
+        image=(CONTROL, MASK, PICTURE),
+        boundary=0.9,
+    ),
+    Variant(
+        name="Wan2.1 Fun-Control",
+        channels=(48, 16),
+        parts=frozenset({"img_emb"}),
+        releases={5120: "Wan2.1 Fun Control 14B", 1536: "Wan2.1 Fun Control 1.3B"},
+        takes=("control_video", "start_image", "image_conditioning", "clip_features"),
+        image=(CONTROL, PICTURE),
+    ),
+    Variant(
+        name="Wan2.1 Fun-Control V1.1",
+        channels=(48, 16),
+        parts=frozenset({"img_emb", "ref_conv"}),
+        releases={5120: "Wan2.1 Fun V1.1 Control 14B", 1536: "Wan2.1 Fun V1.1 Control 1.3B"},
+        takes=(
+            *("control_video", "start_image", "reference_images", "image_conditioning", "reference_latent"),
+            "clip_features",
+        ),
+        image=(CONTROL, PICTURE),
     ),
     Variant(
         name="TI2V-5B",
@@ -108,8 +154,7 @@ class Refused:
 
 # In order: the first that fits decides.
 REFUSED = (
-    Refused(name="a Wan Fun-Camera or Fun-Control transformer", parts=frozenset({"control_adapter"})),
-    Refused(name="a Wan Fun-Control transformer", parts=frozenset({"ref_conv"})),
+    Refused(name="a Wan Fun-Camera transformer", parts=frozenset({"control_adapter"})),
     Refused(
         name="a Wan S2V transformer",
         parts=frozenset({"casual_audio_encoder", "audio_injector", "trainable_cond_mask"}),
@@ -140,7 +185,8 @@ REFUSED = (
     Refused(name="a ReCamMaster transformer", parts=frozenset({"cam_encoder"})),
     Refused(name="a UniAnimate transformer", parts=frozenset({"dwpose_embedding", "randomref_embedding_pose"})),
     Refused(name="a FlashVSR transformer", parts=frozenset({"LQ_proj_in"})),
-    Refused(name="a Wan Fun-Control or camera transformer", channels=((32, 16), (48, 16), (52, 16))),
+    Refused(name="a Wan Fun-Camera transformer", channels=((32, 16),)),
+    Refused(name="a Wan2.2 Fun-Control or Fun InP 5B transformer", channels=((100, 48), (148, 48))),
 )
 _OPTIONAL = frozenset().union(*(variant.parts for variant in _ROWS))
 

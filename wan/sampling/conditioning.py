@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.latent_space import TEMPORAL_STRIDE
 from ..model.variants import Variant
 from ..transformer.conditions import NONE, Conditions
+from ..transformer.reference import Reference
 from ..vae.latents import normalise
-from .control import Encode, build_controls
+from .control import build_controls
 from .denoise import noised
+from .image_channels import Encode, Given, image_channels
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +50,6 @@ def first_frame_known(latents: Tensor, picture: Tensor, encode: Encode) -> tuple
     return known, mask
 
 
-def image_channels(
-    start: Tensor | None, end: Tensor | None, num_frames: int, shape: tuple[int, int, int], encode: Encode
-) -> Tensor:
-    """I2V: [4 + C, T, h, w] from the first and last picture [3, H, W], for latents of `shape` (T, h, w)."""
-    latents = encode(image_frames(start, end, num_frames))[0]
-    mask = image_mask(shape, start=start is not None, end=end is not None)
-    return torch.cat((mask, latents.float().cpu()))
-
-
 def build_conditioning(
     inputs: dict[str, Tensor],
     noise: Tensor,
@@ -71,9 +63,10 @@ def build_conditioning(
     """Puts together what came with a job.
 
     Args:
-        inputs: start_image and end_image [3, H, W] in -1 to 1; image_conditioning [4 + C, T, h, w]; clip_features
-            [257 or 514, clip_dim]; those of VACE (control.py); samples [C, T, h, w], un-normalised; noise_mask
-            [T, h, w], 1 where latents are made. All may be absent.
+        inputs: start_image and end_image [3, H, W] in -1 to 1; image_conditioning, the channels behind the latents,
+            [n, T, h, w]; clip_features [257 or 514, clip_dim]; control_video [3, F, H, W] and reference_images
+            [1, 3, H, W] in -1 to 1, or reference_latent [C, h, w]; those of VACE (control.py); samples [C, T, h, w],
+            un-normalised; noise_mask [T, h, w], 1 where latents are made. All may be absent.
         noise: [C, T, h, w].
         variant: of the model.
         sigma: noise level of the first step.
@@ -85,9 +78,14 @@ def build_conditioning(
     if variant.image_channels:
         image = inputs.get("image_conditioning")
         if image is None:
-            frames, height, width = noise.shape[1:]
-            image = image_channels(start, end, num_frames, (frames, height, width), encode)
-        return Conditioning(latents, Conditions(image=image, picture=inputs.get("clip_features")))
+            channels, frames, height, width = noise.shape
+            given = Given(
+                start=start, end=end, control=inputs.get("control_video"), num_frames=num_frames,
+                shape=(channels, frames, height, width), encode=encode,
+            )  # fmt: skip
+            image = image_channels(variant, given)
+        reference = _reference(inputs, encode)
+        return Conditioning(latents, Conditions(image=image, picture=inputs.get("clip_features"), reference=reference))
     if variant.controlled:
         frames, height, width = num_frames, *(side * variant.latents.stride for side in noise.shape[2:])
         return Conditioning(latents, Conditions(controls=build_controls(inputs, (frames, height, width), encode)))
@@ -98,33 +96,10 @@ def build_conditioning(
     return Conditioning(latents)
 
 
-def image_frames(start: Tensor | None, end: Tensor | None, num_frames: int) -> Tensor:
-    """The video that an I2V model's image latents are encoded from: mid grey where no picture is given.
-
-    Args:
-        start, end: first and last frame [3, H, W] in -1 to 1; at least one.
-    Returns:
-        [1, 3, num_frames, H, W]
-    """
-    given = start if start is not None else end
-    assert given is not None
-    frames = torch.zeros(1, 3, num_frames, *given.shape[1:])
-    if start is not None:
-        frames[0, :, 0] = start
-    if end is not None:
-        frames[0, :, -1] = end
-    return frames
-
-
-def image_mask(shape: tuple[int, int, int], *, start: bool, end: bool) -> Tensor:
-    """Which frames are given: [4, T, h, w] of 1 (given) and 0, for latents of `shape` (T, h, w).
-
-    Channel c of latent frame t speaks of frame 4 * t - 3 + c; the first frame fills the four channels of latent
-    frame 0.
-    """
-    mask = torch.zeros(TEMPORAL_STRIDE, *shape)
-    if start:
-        mask[:, 0] = 1
-    if end:
-        mask[-1, -1] = 1
-    return mask
+def _reference(inputs: dict[str, Tensor], encode: Encode) -> Reference | None:
+    if "reference_latent" in inputs:
+        return Reference(inputs["reference_latent"][:, None])
+    if "reference_images" in inputs:
+        (picture,) = inputs["reference_images"]
+        return Reference(encode(picture[None, :, None])[0].float().cpu())
+    return None

@@ -7,7 +7,7 @@ official code (Wan2.1, vace).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..model.latent_space import WAN21
 from ..transformer.vace import Control
+from .image_channels import Encode
 
-Encode = Callable[[Tensor], Tensor]
-"""Frames [1, 3, F, H, W] in -1 to 1 -> normalised latents [1, C, T, h, w]."""
 GREY = 0.0
 """Of frames that are not given: they are made anew."""
 

@@ -10,14 +10,18 @@ from ..model.latent_space import PATCH_SIZE
 
 
 class PatchEmbedding(nn.Module):
-    """The 1x2x2 convolution with stride 1x2x2, written as a linear layer per token."""
+    """The convolution of a patch with its size as stride, written as a linear layer per token.
 
-    def __init__(self, in_dim: int, dim: int) -> None:
+    Args:
+        patch: 1x2x2, or 2x2 of a single frame.
+    """
+
+    def __init__(self, in_dim: int, dim: int, patch: tuple[int, ...] = PATCH_SIZE) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim, in_dim, *PATCH_SIZE))
+        self.weight = nn.Parameter(torch.empty(dim, in_dim, *patch))
         self.bias = nn.Parameter(torch.empty(dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
         # Tokens have their channel fastest (patch.py); the convolution has it slowest.
-        weight = self.weight.permute(0, 2, 3, 4, 1).flatten(1)
+        weight = self.weight.movedim(1, -1).flatten(1)
         return F.linear(tokens.to(weight.dtype), weight, self.bias)

@@ -11,7 +11,7 @@ are float32 (`parameter_dtype`), as in the official code under autocast. The ari
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,11 @@ from ..model.latent_space import PATCH_SIZE
 from ..model.linear import FP8_PRODUCTS, Linear
 from ..model.ops import Rope
 from .block import Block, WanBlock, Which, per_token
+from .conditions import NOTHING, Beside
 from .context import Context
 from .image_branch import ImageEmbedding
 from .patch_embedding import PatchEmbedding
-from .vace import Control, VaceBlock
+from .vace import VaceBlock
 
 
 def parameter_dtype(name: str, compute: torch.dtype) -> torch.dtype:
@@ -65,6 +66,8 @@ class WanModel(nn.Module):
         if config.image_branch:
             self.img_emb = ImageEmbedding(config)
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
+        if config.reference_frame:
+            self.ref_conv = PatchEmbedding(config.reference_dim, dim, PATCH_SIZE[1:])
         if config.vace_layers:
             self.vace_patch_embedding = PatchEmbedding(config.control_dim, dim)
             self.vace_blocks = nn.ModuleList(VaceBlock(config, first=i == 0) for i in config.vace_layers)
@@ -83,8 +86,7 @@ class WanModel(nn.Module):
         text: Context,
         rope: Rope,
         which: Which = None,
-        picture: Context | None = None,
-        controls: Sequence[Control] = (),
+        beside: Beside = NOTHING,
     ) -> Tensor:
         """One evaluation.
 
@@ -95,17 +97,19 @@ class WanModel(nn.Module):
             rope: cos, sin of these tokens, each [S, D/2].
             which: [S], int64, the index into `timestep` of each token: what depends on the timestep is computed for
                 the few different ones, not for every token.
-            picture: CLIP features of the pictures, for a model with an image branch.
-            controls: the same tokens of VACE's control videos, [S, 4 * control_dim] each.
+            beside: what else the model reads, as far as it has the parts for it.
         Returns:
             velocity [S, 4 * out_dim], float32.
         """
         e = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim))
         e6 = self.time_projection(e).unflatten(-1, (6, -1))
         attended = [(text, text.embedded(self.text_embedding))]
-        if picture is not None:
-            attended.append((picture, picture.embedded(self.img_emb)))
+        if beside.picture is not None:
+            attended.append((beside.picture, beside.picture.embedded(self.img_emb)))
         x = self.patch_embedding(tokens).float()
+        if beside.reference is not None:
+            x = beside.reference.put_into(x, self.ref_conv)
+        controls = beside.controls
         streams: list[Tensor] = []
         begin = [x] if controls else []
         for i, block in enumerate(self.blocks):
@@ -115,7 +119,8 @@ class WanModel(nn.Module):
                 strengths = [control.strength for control in controls]
                 vace = self.vace_blocks[self.config.vace_layers.index(i)]
                 x = x + vace(streams, begin, strengths, e6, which, rope, attended)
-        return self.head(x, e, which)
+        velocity: Tensor = self.head(x, e, which)
+        return velocity if beside.reference is None else beside.reference.taken_out(velocity)
 
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:

@@ -74,7 +74,7 @@ def test_an_image_branch_needs_the_features_of_one_or_two_pictures():
             check(WITH_CLIP, **PICTURE, clip_features=shape)
     with pytest.raises(ValueError, match="connect CLIP Vision Encode, with clip_vision_h, to clip_vision_start_image"):
         check(WITH_CLIP, **PICTURE)
-    with pytest.raises(ValueError, match=r"no image branch, as Wan2\.1 I2V, FLF2V has"):
+    with pytest.raises(ValueError, match=r"no image branch, as Wan2\.1 I2V, FLF2V, "):
         check(I2V, **PICTURE, clip_features=(257, 64))
 
 
@@ -100,7 +100,7 @@ def test_a_control_is_of_the_videos_size_and_references_are_in_front():
         check(TINY_VACE, control_video=PIXELS["control_video"], vace_context=(1, 96, 2, 6, 8))
     for name, shape in PIXELS.items():
         with pytest.raises(
-            ValueError, match=rf"{name} is given, but this model \(T2V\) follows no control; choose a VACE"
+            ValueError, match=rf"{name} is given, but this model \(T2V\) follows no such control; choose a VACE"
         ):
             check(TINY, **{name: shape})
     with pytest.raises(ValueError, match=r"start_image is given; this model \(VACE\) takes control_video,"):

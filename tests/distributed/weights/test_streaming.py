@@ -17,6 +17,7 @@ from wan_pack.distributed.weights.offload import lock_or_say
 from wan_pack.distributed.weights.streaming import BlockStream
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.rope import rope_table
+from wan_pack.wan.transformer.conditions import Beside
 from wan_pack.wan.transformer.context import Context, pad_text
 from wan_pack.wan.transformer.transformer import WanModel
 from wan_pack.wan.transformer.vace import Control
@@ -53,7 +54,8 @@ def velocity(model: WanModel) -> torch.Tensor:
     text = Context(pad_text(torch.randn(9, model.config.text_dim, generator=generator)))
     rope = rope_table((3, 3, 5), model.config.head_dim, start=0, stop=45)
     controls = [Control(torch.randn(45, 4 * 96, generator=generator))] if model.config.vace_layers else []
-    first, second = (model(tokens, torch.tensor([700.0]), text, rope, controls=controls) for _ in range(2))
+    told = Beside(controls=controls)
+    first, second = (model(tokens, torch.tensor([700.0]), text, rope, beside=told) for _ in range(2))
     assert torch.equal(first, second)
     return first
 

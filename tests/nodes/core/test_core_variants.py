@@ -27,7 +27,11 @@ LIMIT = 1e-4
 WIDTH, HEIGHT, FRAMES, SHIFT = 64, 48, 9, 8.0
 """SHIFT is ComfyUI's own for these models."""
 SIZE = {"width": WIDTH, "height": HEIGHT, "length": FRAMES, "batch_size": 1}
-PARTS = {"I2V": (36, ("img_emb",)), "FLF2V": (36, ("img_emb", "emb_pos")), "VACE": (16, ("vace_blocks",))}
+PARTS = {
+    "I2V": (36, ("img_emb",)), "FLF2V": (36, ("img_emb", "emb_pos")), "VACE": (16, ("vace_blocks",)),
+    "InP": (36, ()), "Control": (52, ("ref_conv",)), "Control 2.1": (48, ("img_emb",)),
+    "Control V1.1": (48, ("img_emb", "ref_conv")),
+}  # fmt: skip
 """Model -> channels in and parts."""
 
 
@@ -162,3 +166,50 @@ def test_a_chain_of_vace_controls(core: Modules, run: Callable[[str], Run]):
         ).result
     theirs = made.theirs(positive, negative, latent)
     same(made.ours(text_embeds=positive, negative_embeds=negative)[0], theirs)
+
+
+def test_fun_inp(core: Modules, run: Callable[[str], Run]):
+    made, (start, end) = run("InP"), pixels(1, 2, 1, HEIGHT, WIDTH, 3)
+    node = core["comfy_extras.nodes_wan"].WanFunInpaintToVideo
+    positive, negative, latent = node.execute(
+        text(1), text(2), made.vae, **SIZE, start_image=start, end_image=end
+    ).result
+    theirs = made.theirs(positive, negative, latent)
+    same(made.ours(text_embeds=positive, negative_embeds=negative, samples=latent)[0], theirs)
+    own = made.ours(text_embeds=text(1), negative_embeds=text(2), start_image=start, end_image=end)
+    same(own[0], theirs)
+
+
+@pytest.mark.parametrize("name", ["Control", "Control V1.1"])
+def test_fun_control_with_a_reference_in_front(core: Modules, run: Callable[[str], Run], name: str):
+    made, video, picture = run(name), pixels(1, FRAMES, HEIGHT, WIDTH, 3), pixels(2, 1, HEIGHT, WIDTH, 3)
+    start = pixels(3, 1, HEIGHT, WIDTH, 3)
+    node = core["comfy_extras.nodes_wan"].Wan22FunControlToVideo
+    # What CLIP sees comes from another node: this one makes no conditioning for an image branch.
+    seen = {"clip_vision_output": clip_vision(core, 2)} if "img_emb" in PARTS[name][1] else {}
+    positive, negative = ([[rows, {**told, **seen}] for rows, told in text(seed)] for seed in (1, 2))
+    positive, negative, latent = node.execute(
+        positive, negative, made.vae, **SIZE, ref_image=picture, control_video=video, start_image=start
+    ).result
+    theirs = made.theirs(positive, negative, latent)
+    ours, frames = made.ours(text_embeds=positive, negative_embeds=negative, samples=latent)
+    same(ours, theirs)
+    # It is of no frame of the latents.
+    assert ours.shape[1] == latent["samples"].shape[2] and frames == FRAMES
+    own = {"control_video": video, "reference_images": picture, "start_image": start}
+    own["clip_vision_start_image"] = seen.get("clip_vision_output")
+    same(made.ours(text_embeds=text(1), negative_embeds=text(2), **own)[0], theirs)
+
+
+def test_fun_control_of_wan21(core: Modules, run: Callable[[str], Run]):
+    """A control video that is shorter than the video, and what CLIP sees in the first frame."""
+    made, video, start = run("Control 2.1"), pixels(1, 5, HEIGHT, WIDTH, 3), pixels(3, 1, HEIGHT, WIDTH, 3)
+    seen = clip_vision(core, 2)
+    node = core["comfy_extras.nodes_wan"].WanFunControlToVideo
+    positive, negative, latent = node.execute(
+        text(1), text(2), made.vae, **SIZE, control_video=video, start_image=start, clip_vision_output=seen
+    ).result
+    theirs = made.theirs(positive, negative, latent)
+    same(made.ours(text_embeds=positive, negative_embeds=negative, samples=latent)[0], theirs)
+    own = {"control_video": video, "start_image": start, "clip_vision_start_image": seen}
+    same(made.ours(text_embeds=text(1), negative_embeds=text(2), **own)[0], theirs)

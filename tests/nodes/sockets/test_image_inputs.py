@@ -142,7 +142,6 @@ def test_conditioning_that_does_not_fit_is_refused(extras: dict[str, Any], messa
     [
         {"control": object()},
         {"audio_embed": noise(1)},
-        {"reference_latents": [noise(1)]},
         {"time_dim_concat": noise(1)},
         {"face_video_pixels": noise(1)},
         {"pose_video_latent": noise(1)},

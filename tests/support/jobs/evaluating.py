@@ -21,6 +21,7 @@ from wan_pack.distributed.machine.processes import Process
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
 from wan_pack.wan.model.rope import rope_table
+from wan_pack.wan.transformer.conditions import Beside
 from wan_pack.wan.transformer.context import Context
 from wan_pack.wan.transformer.transformer import WanModel
 from wan_pack.wan.transformer.vace import Control
@@ -82,7 +83,9 @@ class Known:
             text = Context(sample.text.float())
             picture = None if sample.picture is None else Context(sample.picture)
             controls = [Control(patchify(control.values), control.strength) for control in sample.controls]
-            velocity = model(patchify(latents), t.reshape(-1), text, rope, which, picture, controls)
+            velocity = model(
+                patchify(latents), t.reshape(-1), text, rope, which, Beside(picture=picture, controls=controls)
+            )
             velocities.append(unpatchify(velocity, grid))
         return torch.stack(velocities)
 

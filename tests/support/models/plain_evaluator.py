@@ -14,6 +14,7 @@ from wan_pack.wan.checkpoint.weights import empty_model, read_weights
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
 from wan_pack.wan.model.rope import rope_table
+from wan_pack.wan.transformer.conditions import Beside
 from wan_pack.wan.transformer.context import Context
 from wan_pack.wan.transformer.vace import Control
 
@@ -57,4 +58,5 @@ class PlainEvaluator:
         text = Context(sample.text.float(), keep=False)
         picture = None if sample.picture is None else Context(sample.picture, keep=False)
         controls = [Control(patchify(control.values), control.strength) for control in sample.controls]
-        return unpatchify(self._model(patchify(latents), different, text, rope, which, picture, controls), grid)
+        beside = Beside(picture=picture, controls=controls)
+        return unpatchify(self._model(patchify(latents), different, text, rope, which, beside), grid)

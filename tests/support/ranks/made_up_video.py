@@ -10,6 +10,7 @@ from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank.expert import load_expert
 from wan_pack.wan.model.rope import rope_table
+from wan_pack.wan.transformer.conditions import Beside
 from wan_pack.wan.transformer.context import Context, pad_text
 from wan_pack.wan.transformer.vace import Control
 
@@ -44,7 +45,7 @@ def velocity_by(
     if model.config.vace_layers:
         controls = [Control(shard.split(torch.randn(45, 4 * 96, generator=generator)), s) for s in (1.0, 0.5)]
     for _ in range(times):  # the second time on kept text
-        local = model(shard.split(tokens), torch.tensor([700.0]), text, rope, controls=controls)
+        local = model(shard.split(tokens), torch.tensor([700.0]), text, rope, beside=Beside(controls=controls))
     return shard.gather(local, mesh.ulysses_group if mesh else None), local.shape[0]
 
 

@@ -12,7 +12,9 @@ from tiny import TINY
 from wan_pack.benchmarks.released_sizes import WAN_CONFIGS
 from wan_pack.distributed.job.control_inputs import CONTROLS
 from wan_pack.wan.model.config import MAX_LAYERS, WanConfig, config_from_shapes
-from wan_pack.wan.model.variants import REFUSED, VARIANTS, Refused, Variant, check_runs, takers
+from wan_pack.wan.model.latent_space import TEMPORAL_STRIDE
+from wan_pack.wan.model.variants import CONTROL, FRAMES, MASK, REFUSED, VARIANTS, Refused, Variant, check_runs, takers
+from wan_pack.wan.sampling.image_channels import CHANNELS
 from wan_pack.wan.transformer.transformer import WanModel
 
 
@@ -76,12 +78,17 @@ def test_no_other_file_asks_for_a_variant():
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_what_a_variant_is_given_follows_from_what_it_is(variant: Variant):
     """Pictures as channels, in any of three forms; CLIP's features for an image branch; controls for VACE."""
-    pictures = {"start_image", "end_image", "image_conditioning"}
-    expected = pictures if variant.image_channels else set()
+    expected = {"start_image", "image_conditioning"} if variant.image_channels else set()
+    expected |= {"end_image"} if FRAMES in variant.image else set()
+    expected |= {"control_video"} if CONTROL in variant.image else set()
+    expected |= {"reference_images", "reference_latent"} if "ref_conv" in variant.parts else set()
     expected |= {"clip_features"} if "img_emb" in variant.parts else set()
-    expected |= set(CONTROLS) if variant.controlled else set()
+    expected |= set(CONTROLS) - {"reference_latent"} if variant.controlled else set()
     expected |= {"start_image", "noise_mask"} if variant.known_frames else set()
     assert set(variant.takes) == expected
+    inputs, out = variant.channels
+    assert inputs == out + sum(TEMPORAL_STRIDE if name == MASK else out for name in variant.image)
+    assert set(variant.image) <= CHANNELS.keys()
 
 
 @pytest.mark.parametrize(("field", "value"), [("ffn_dim", 0), ("num_layers", 0), ("in_dim", -1), ("clip_dim", 0)])

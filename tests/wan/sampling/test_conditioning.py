@@ -6,9 +6,10 @@ import pytest
 import torch
 from wan_pack.wan.model.patch import patchify
 from wan_pack.wan.model.variants import VARIANTS
-from wan_pack.wan.sampling.conditioning import build_conditioning, image_frames, image_mask, start_latents
+from wan_pack.wan.sampling.conditioning import build_conditioning, start_latents
 from wan_pack.wan.sampling.control import build_controls
 from wan_pack.wan.sampling.denoise import Known, denoise, noised
+from wan_pack.wan.sampling.image_channels import image_frames, image_mask
 from wan_pack.wan.sampling.picture import fit_image, fit_mask
 from wan_pack.wan.sampling.schedule import SOLVERS, make_solver
 from wan_pack.wan.vae.latents import denormalise

@@ -14,6 +14,7 @@ from wan_pack.wan.files.diffusers_keys import to_official
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.config import config_from_shapes
 from wan_pack.wan.model.rope import rope_table
+from wan_pack.wan.transformer.conditions import Beside
 from wan_pack.wan.transformer.context import Context, pad_text
 from wan_pack.wan.transformer.transformer import WanModel, meta_model
 
@@ -33,7 +34,7 @@ def model_of(config: object = I2V) -> WanModel:
 
 def evaluate(model: WanModel, text: Context, picture: Context | None) -> Tensor:
     rope = rope_table(GRID, TINY.head_dim)
-    return model(noise(3, 45, 4 * 36), torch.tensor([700.0]), text, rope, picture=picture)
+    return model(noise(3, 45, 4 * 36), torch.tensor([700.0]), text, rope, beside=Beside(picture=picture))
 
 
 def prompt(seed: int) -> Context:

@@ -19,6 +19,7 @@ from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.config import config_from_shapes
 from wan_pack.wan.model.linear import FP8_PRODUCTS
 from wan_pack.wan.model.rope import rope_table
+from wan_pack.wan.transformer.conditions import Beside
 from wan_pack.wan.transformer.context import Context, pad_text
 from wan_pack.wan.transformer.transformer import WanModel, meta_model
 from wan_pack.wan.transformer.vace import Control
@@ -39,7 +40,7 @@ def control(seed: int = 5, strength: float = 1.0) -> Control:
 def evaluate(model: WanModel, *controls: Control) -> Tensor:
     text = Context(pad_text(noise(4, 9, TINY.text_dim)))
     rope = rope_table(GRID, model.config.head_dim)
-    return model(noise(3, 45, 64), torch.tensor([700.0]), text, rope, controls=controls)
+    return model(noise(3, 45, 64), torch.tensor([700.0]), text, rope, beside=Beside(controls=controls))
 
 
 def model_of(weights: Weights, config: object = TINY_VACE) -> WanModel:
@@ -87,7 +88,8 @@ def test_strength_scales_the_hints():
 def test_text_is_kept_for_both_kinds_of_blocks():
     model, text = model_of(random_weights(TINY_VACE)), Context(pad_text(noise(4, 9, TINY.text_dim)))
     rope = rope_table(GRID, TINY.head_dim)
-    first, second = (model(noise(3, 45, 64), torch.tensor([700.0]), text, rope, controls=[control()]) for _ in range(2))
+    told = Beside(controls=[control()])
+    first, second = (model(noise(3, 45, 64), torch.tensor([700.0]), text, rope, beside=told) for _ in range(2))
     assert torch.equal(first, second)
     assert len(text._keys_values) == len(TINY_VACE.block_names)
 
