@@ -87,6 +87,8 @@ class Evaluation:
     """For each sample the keys of its controls; none where the model follows none."""
     strengths: tuple[tuple[float, ...], ...] = ()
     """Of `controls`."""
+    references: tuple[str, ...] = ()
+    """For each sample the key of the picture in front of its video; none where there is none."""
     sent: tuple[SentTensor, ...] = ()
     """Of all that the samples are told, what is new, in the order of its bytes."""
 
@@ -104,7 +106,9 @@ class Evaluation:
 
     def _check_told(self, batch: int) -> None:
         check(len(self.texts) == batch, "texts", len(self.texts), f"one for each of {batch} samples")
-        for name, values in (("pictures", self.pictures), ("controls", self.controls)):
+        for name, values in (
+            ("pictures", self.pictures), ("controls", self.controls), ("references", self.references),
+        ):  # fmt: skip
             check(len(values) in (0, batch), name, len(values), f"one for each of {batch} samples, or none")
         for keys in self.controls:
             check(1 <= len(keys) <= MAX_CONTROLS, "controls of a sample", len(keys), f"1 to {MAX_CONTROLS}")
@@ -124,7 +128,8 @@ class Evaluation:
             if one.key in self.rows:
                 one.check_rows()
             else:
-                one.check_volume(self.shape[2:])
+                # A picture is of one frame.
+                one.check_volume((1, *self.shape[3:]) if one.key in self.references else self.shape[2:])
         size = sum(one.nbytes for one in self.sent)
         check(size <= MAX_BYTES, "bytes of what is sent", size, f"at most {MAX_BYTES}")
 
@@ -135,8 +140,8 @@ class Evaluation:
 
     @property
     def volumes(self) -> tuple[str, ...]:
-        """Keys of what is as large as the latents."""
-        return tuple(key for keys in self.controls for key in keys)
+        """Keys of what has the latents' rows and columns."""
+        return (*(key for keys in self.controls for key in keys), *self.references)
 
     @property
     def latent_bytes(self) -> int:

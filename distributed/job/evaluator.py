@@ -43,6 +43,9 @@ class SampleConditioning:
     """At least one for a VACE model, of the latents' frames, rows and columns."""
     conditional: bool = True
     """Of the prompt; off: of the negative prompt. It decides only who computes it."""
+    reference: Tensor | None = None
+    """[C, 1, h, w], float32, on the CPU: normalised latents of a picture in front of the video, for a model that has a
+    place for it. Its frame is none of what is evaluated."""
 
 
 class Evaluator(Protocol):

@@ -80,18 +80,20 @@ class ServedJob:
             "texts": [sample.text for sample in samples],
             "pictures": [sample.picture for sample in samples if sample.picture is not None],
             "controls": [control.values for sample in samples for control in sample.controls],
+            "references": [sample.reference for sample in samples if sample.reference is not None],
         }
         keys = {kind: [self._key(one) for one in tensors] for kind, tensors in told.items()}
         tensors = {key: one for kind in told for key, one in zip(keys[kind], told[kind], strict=True)}
-        rows, volumes = keys["texts"] + keys["pictures"], keys["controls"]
+        rows, volumes = keys["texts"] + keys["pictures"], keys["controls"] + keys["references"]
         missing = self._rows.missing(rows) + self._volumes.missing(volumes)
-        of_sample = iter(volumes)
+        of_sample = iter(keys["controls"])
         followed = [sample for sample in samples if sample.controls]
         evaluation = Evaluation(
             shape=tuple(x.shape), by_frame=timesteps.dim() == 2,
             texts=tuple(keys["texts"]), pictures=tuple(keys["pictures"]),
             controls=tuple(tuple(itertools.islice(of_sample, len(sample.controls))) for sample in followed),
             strengths=tuple(tuple(control.strength for control in sample.controls) for sample in followed),
+            references=tuple(keys["references"]),
             sent=tuple(_sent(key, tensors[key]) for key in missing),
         )  # fmt: skip
         self._ask(evaluation, [_bytes(part) for part in (x, timesteps, *(tensors[key] for key in missing))])

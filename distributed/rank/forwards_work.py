@@ -6,11 +6,11 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...wan.checkpoint.checkpoint import Checkpoint
@@ -19,7 +19,6 @@ from ...wan.model.patch import patchify, token_grid, unpatchify
 from ...wan.model.rope import rope_table
 from ...wan.transformer.conditions import Beside
 from ...wan.transformer.context import Context
-from ...wan.transformer.vace import Control
 from ..group.evaluation_memory import AnsweringEnd
 from ..group.evaluation_request import Evaluation, Request
 from ..job.job import ForwardsJob, JobError
@@ -128,32 +127,39 @@ class ForwardsWork(Work[ForwardsJob]):
         views = self.memory.parts(evaluation)
         latents = torch.frombuffer(views[0], dtype=torch.float32).view(evaluation.shape).to(self.device, copy=True)
         timesteps = torch.frombuffer(views[1], dtype=torch.float32).view(evaluation.shape[0], -1).clone()
-        grid = token_grid((channels, *size))
+        in_front = int(bool(evaluation.references))
+        frames, *sides = size
+        grid = token_grid((channels, frames + in_front, *sides))
         shard, rope = self.places(grid)
         self.conditions.take(evaluation, views[2], lambda volume: shard.split(patchify(volume)))
         self.make_room_for(evaluation)
         set_shard(self.model, shard)
         texts, pictures = self.conditions.texts(evaluation), self.conditions.pictures(evaluation)
-        controls = self.conditions.controls(evaluation)
-        passes = [
-            self.asked(latents[i], timesteps[i], texts[i], pictures[i], controls[i], shard) for i in range(len(texts))
+        controls, references = self.conditions.controls(evaluation), self.conditions.references(evaluation, shard)
+        besides = [
+            Beside(picture=picture, controls=followed, reference=reference)
+            for picture, followed, reference in zip(pictures, controls, references, strict=True)
         ]
+        padded = F.pad(latents, (0, 0, 0, 0, in_front, 0))
+        passes = [self.asked(padded[i], timesteps[i], texts[i], besides[i], shard) for i in range(len(texts))]
         velocities = evaluate_passes(self.model, passes, rope, self.session.mesh)
         group = None if self.session.mesh is None else self.session.mesh.ulysses_group
         velocity = torch.empty(len(passes), self.config.out_dim, *size)
         for i, tokens in enumerate(velocities):
             whole = shard.gather(tokens, group)
             if self.rank == 0:
-                velocity[i] = unpatchify(whole, grid)
+                velocity[i] = unpatchify(whole, grid)[:, in_front:]
         self.answer(evaluation, latents, velocity)
 
     def make_room_for(self, evaluation: Evaluation) -> None:
         """For evaluations of its size, once."""
         controls = max(map(len, evaluation.controls), default=0)
-        asked = evaluation.shape, controls
+        frames, *sides = evaluation.shape[2:]
+        size = frames + bool(evaluation.references), *sides
+        asked = (evaluation.shape[0], *size), controls
         if asked in self.roomy:
             return
-        work = replace(self.workload(evaluation.shape[2:], controls), given_frames=evaluation.by_frame)
+        work = replace(self.workload(size, controls), given_frames=evaluation.by_frame)
         self.make_room(evaluation_bytes(work, self.job.parallel))
         self.roomy.add(asked)
 
@@ -169,17 +175,13 @@ class ForwardsWork(Work[ForwardsJob]):
             del self.placed[old]
         return known
 
-    def asked(
-        self, latents: Tensor, timesteps: Tensor, text: Context, picture: Context | None,
-        controls: Sequence[Control], shard: SequenceShard,
-    ) -> Pass:  # fmt: skip
+    def asked(self, latents: Tensor, timesteps: Tensor, text: Context, beside: Beside, shard: SequenceShard) -> Pass:
         """One sample. latents: [C, T, h, w]; timesteps: [1], or [T] by latent frame."""
         different, index = timesteps.unique(return_inverse=True)
         which = None
         if len(different) > 1:
             by_token = index.repeat_interleave(shard.length // len(timesteps))
             which = shard.split(by_token[:, None])[:, 0].to(self.device)
-        beside = Beside(picture=picture, controls=controls)
         return Pass(shard.split(patchify(latents)), different.to(self.device), text, which, beside)
 
     def answer(self, evaluation: Evaluation, latents: Tensor, velocity: Tensor) -> None:

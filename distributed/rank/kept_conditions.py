@@ -9,10 +9,12 @@ from torch import Tensor
 
 from ...wan.model.config import WanConfig
 from ...wan.transformer.context import Context
+from ...wan.transformer.reference import Reference
 from ...wan.transformer.vace import Control
 from ..group.evaluation_request import MAX_ROWS_KEPT, MAX_VOLUMES_KEPT, Evaluation, SentKeys
 from ..job.errors import JobError
 from ..job.evaluator import NO_CONTROL, NO_PICTURE
+from ..parallel.sequence import SequenceShard
 from ..planning.gpu_memory import GUIDED_PROMPTS
 
 TokensOf = Callable[[Tensor], Tensor]
@@ -37,6 +39,8 @@ class KeptConditions:
         self._pictures: dict[str, Context] = {}
         self._controls: dict[str, Tensor] = {}
         """Both of the last evaluation."""
+        self._references: dict[str, Tensor] = {}
+        """Whole, in the host's memory: they are small."""
 
     def check(self, evaluation: Evaluation) -> None:
         """Raises JobError if the model is given what it does not look at, or lacks what it does."""
@@ -48,6 +52,11 @@ class KeptConditions:
             raise JobError("the sampler gives a control video, and this model has no VACE blocks")
         if self._config.vace_layers and not evaluation.controls:
             raise JobError(NO_CONTROL)
+
+        if evaluation.references and not self._config.reference_frame:
+            raise JobError("the sampler gives a reference picture, and this model has no place for one")
+        if evaluation.references and evaluation.by_frame:
+            raise JobError("the sampler gives a reference picture and timesteps by frame; no model takes both")
 
     def take(self, evaluation: Evaluation, views: Sequence[memoryview], tokens_of: TokensOf) -> None:
         """Keeps what comes with an evaluation.
@@ -63,11 +72,15 @@ class KeptConditions:
             what, taken, given = "the text has rows", self._config.text_dim, sent.shape[-1]
             if sent.key in evaluation.pictures:
                 what, taken = "what CLIP sees has rows", self._config.clip_dim
+            elif sent.key in evaluation.references:
+                what, taken, given = "the reference picture is", self._config.reference_dim, sent.shape[0]
             elif sent.key in evaluation.volumes:
                 what, taken, given = "the control is", self._config.control_dim, sent.shape[0]
             if given != taken:
                 raise JobError(f"{what} of {given} channels; this model takes {taken}")
-            if sent.key in evaluation.volumes:
+            if sent.key in evaluation.references:
+                self._references[sent.key] = values.clone()
+            elif sent.key in evaluation.volumes:
                 # A copy: what it is cut from is the other end's memory, or the whole video's.
                 self._volumes[sent.key] = sent.shape[1:], tokens_of(values).clone()
             else:
@@ -76,10 +89,14 @@ class KeptConditions:
             self._rows.pop(key, None)
         for key in self._volume_keys.use(evaluation.volumes):
             self._volumes.pop(key, None)
-        for keys, there in ((evaluation.rows, self._rows), (evaluation.volumes, self._volumes)):
+            self._references.pop(key, None)
+        for keys, there in (
+            (evaluation.rows, self._rows),
+            (evaluation.volumes, self._volumes.keys() | self._references.keys()),
+        ):
             if missing := [key for key in keys if key not in there]:
                 raise JobError(f"{missing[0]} is asked for, but was never sent")
-        sizes = {self._volumes[key][0] for key in evaluation.volumes}
+        sizes = {self._volumes[key][0] for keys in evaluation.controls for key in keys}
         if sizes - {evaluation.shape[2:]}:
             raise JobError(f"a control is of {sizes} frames, rows and columns; the latents are {evaluation.shape[2:]}")
 
@@ -101,13 +118,21 @@ class KeptConditions:
     def controls(self, evaluation: Evaluation) -> list[tuple[Control, ...]]:
         """For each sample, of the rank's tokens; on the device as long as they are the same."""
         known, self._controls = self._controls, {}
-        for key in evaluation.volumes:
+        for key in (key for keys in evaluation.controls for key in keys):
             self._controls[key] = known[key] if key in known else self._volumes[key][1].to(self._device)
         found = [
             tuple(Control(self._controls[key], strength) for key, strength in zip(keys, strengths, strict=True))
             for keys, strengths in zip(evaluation.controls, evaluation.strengths, strict=True)
         ]
         return found or [()] * evaluation.shape[0]
+
+    def references(self, evaluation: Evaluation, shard: SequenceShard) -> list[Reference | None]:
+        """For each sample, of the rank's tokens, where a picture is in front."""
+        found = [
+            Reference(self._references[key]).on_rank(shard.split, shard.length, self._device)
+            for key in evaluation.references
+        ]
+        return [*found] or [None] * evaluation.shape[0]
 
     def _context(self, key: str) -> Context:
         return Context(self._rows[key].to(self._device), keep=self._keeps)

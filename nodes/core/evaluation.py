@@ -69,12 +69,13 @@ class Evaluation:
             prompts = [0]
         each = count // len(prompts)
         pictures, videos = conds.get("clip_fea"), conds.get("vace_context")
-        strengths = conds.get("vace_strength")
+        strengths, references = conds.get("vace_strength"), conds.get("reference_latent")
         return [
             SampleConditioning(
                 text=self._rows.same(_of_sample(context, i)),
                 picture=None if pictures is None else self._rows.same(_of_sample(pictures, i)),
                 controls=() if videos is None else self._controls(_of_sample(videos, i), strengths, shape[2:]),
+                reference=None if references is None else self._reference(_of_sample(references, i), shape[3:]),
                 conditional=prompts[i // each] == 0,
             )
             for i in range(count)
@@ -96,6 +97,15 @@ class Evaluation:
             SampleControl(self._volumes.same(video), float(strength))
             for video, strength in zip(videos, strengths, strict=True)
         )
+
+    def _reference(self, picture: Tensor, sides: tuple[int, ...]) -> Tensor:
+        """Of one sample's, [C, h, w]."""
+        if tuple(picture.shape[1:]) != sides:
+            raise ValueError(
+                f"the reference picture is of [{listed(picture.shape[1:])}] latent rows and columns, and what is "
+                f"sampled of [{listed(sides)}]: take the latents of the node that gives it. It is not cut to areas"
+            )
+        return self._volumes.same(picture[:, None])
 
 
 class _Known:

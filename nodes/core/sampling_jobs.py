@@ -53,6 +53,11 @@ class SamplingJobs:
         job = self._job(sampling)
         return lambda: self.source.open(job)
 
+    def _evaluated(self, sampling: CoreSampling) -> tuple[int, ...]:
+        """Shape of what is computed at once, with the picture in front."""
+        *batch, frames, rows, columns = sampling.window
+        return (*batch, frames + (sampling.references and "ref_conv" in self.variant.parts), rows, columns)
+
     def _check_latents(self, shape: tuple[int, ...]) -> None:
         channels = self.variant.channels[1]
         if len(shape) != 5 or shape[1] != channels:
@@ -68,11 +73,6 @@ class SamplingJobs:
                 raise ValueError("a conditioning has no text; connect CLIP Text Encode with a CLIP of type wan")
             if "img_emb" in self.variant.parts and entry.get("clip_vision_output") is None:
                 raise ValueError(NO_PICTURE)
-            if "ref_conv" in self.variant.parts and entry.get("reference_latents"):
-                raise ValueError(
-                    "the conditioning holds a reference picture (reference_latents), which Fun-Control follows only in "
-                    "Wan Video Distributed Inference: use that node, or take the picture out"
-                )
 
     def _job(self, sampling: CoreSampling) -> ForwardsJob:
         from ...distributed.planning.preflight import check_forwards
@@ -120,7 +120,7 @@ class SamplingJobs:
         steps = max(len(sampling.sigmas) - 1, 1)
         work = workload_of_forwards(
             self.files,
-            sampling.window,
+            self._evaluated(sampling),
             base,
             steps=steps,
             guided=sampling.guided,

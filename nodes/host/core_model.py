@@ -82,6 +82,11 @@ class CoreSampling:
         return max((len(frames) for frames in counts if frames is not None), default=1)
 
     @property
+    def references(self) -> bool:
+        """Whether a picture may be in front of the video."""
+        return any(entry.get("reference_latents") for entries in self.conds.values() for entry in entries)
+
+    @property
     def guided(self) -> bool:
         """Every step evaluates the prompt and the negative prompt, in one call as they have equally many tokens."""
         texts = [[entry.get("cross_attn") for entry in self.conds.get(name, ())] for name in ("positive", "negative")]
@@ -164,7 +169,7 @@ def _model_without_weights(shapes: Mapping[str, tuple[int, ...]], transformer: T
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model(tensors, "", device="meta")
     inner = model.diffusion_model
-    if type(inner) not in (WanModel, VaceWanModel) or inner.ref_conv is not None:
+    if type(inner) not in (WanModel, VaceWanModel):
         raise ValueError("such a transformer runs in Wan Video Distributed Inference only; it cannot be a MODEL yet")
     # What is computed elsewhere takes no memory here.
     model.memory_usage_factor = 0.0
@@ -182,9 +187,11 @@ def _model_without_weights(shapes: Mapping[str, tuple[int, ...]], transformer: T
         **conds: Any,
     ) -> Tensor:
         transformer.check_parts(_replaced_methods(inner))
-        # As there, one without an image branch does not look at pictures.
+        # As there, one without a part for it does not look at a picture.
         seen = None if inner.img_emb is None else clip_fea
         given = {"clip_fea": seen, "time_dim_concat": time_dim_concat, **conds}
+        if inner.ref_conv is None:
+            given.pop("reference_latent", None)
         return transformer.velocity(x, timestep, context, transformer_options, given)
 
     def around(executor: Any, noise: Tensor, latent_image: Any, sampler: Any, sigmas: Tensor, *rest: Any, **more: Any):

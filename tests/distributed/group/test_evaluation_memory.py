@@ -56,6 +56,8 @@ def test_a_request_is_read_as_it_was_written():
         ({"texts": (KEYS[0],)}, "texts is 1; it must be one for each of 2 samples"),
         ({"pictures": (KEYS[4],)}, "pictures is 1; it must be one for each of 2 samples, or none"),
         ({"controls": ((KEYS[2],),)}, "controls is 1"),
+        ({"references": (KEYS[5],)}, "references is 1; it must be one for each of 2 samples, or none"),
+        ({"references": (KEYS[2], KEYS[2])}, "shape of a control"),
         ({"controls": (tuple(KEYS[:17]), (KEYS[2],))}, "controls of a sample is 17; it must be 1 to 16"),
         ({"controls": ((), (KEYS[2],))}, "controls of a sample is 0"),
         ({"controls": ((KEYS[0], KEYS[3]), (KEYS[2],))}, "others than the texts"),

@@ -30,7 +30,7 @@ from wan_pack.distributed.rank.worker import main as run_rank
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Known]:
     folder = tmp_path_factory.mktemp("models")
-    return {name: Known.make(folder / name, name) for name in ("T2V", "I2V", "TI2V-5B", "FLF2V", "VACE")}
+    return {name: Known.make(folder / name, name) for name in ("T2V", "I2V", "TI2V-5B", "FLF2V", "VACE", "Fun")}
 
 
 def on_forked_ranks(job: ForwardsJob, folder: Path) -> ServedJob:
@@ -54,7 +54,7 @@ CASES = (
     [("T2V", layout) for layout in LAYOUTS]
     + [
         (variant, layout)
-        for variant in ("I2V", "TI2V-5B", "FLF2V", "VACE")
+        for variant in ("I2V", "TI2V-5B", "FLF2V", "VACE", "Fun")
         for layout in ("1", "3", "4 by prompt, sharded")
     ]
     + [("VACE", "2 by prompt")]

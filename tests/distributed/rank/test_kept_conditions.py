@@ -12,12 +12,14 @@ from tiny import TINY, TINY_VACE
 from torch import Tensor
 from wan_pack.distributed.group.evaluation_request import MAX_VOLUMES_KEPT, Evaluation, SentTensor
 from wan_pack.distributed.job.errors import JobError
+from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.planning.gpu_memory import GUIDED_PROMPTS
 from wan_pack.distributed.rank.kept_conditions import KeptConditions
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.patch import patchify
 
 FLF2V = dataclasses.replace(TINY, in_dim=36, parts=frozenset({"img_emb", "emb_pos"}), clip_dim=64)
+FUN = dataclasses.replace(TINY, in_dim=52, parts=frozenset({"ref_conv"}))
 SIZE = (3, 4, 6)
 
 
@@ -125,6 +127,31 @@ def test_a_control_is_of_the_size_of_the_latents() -> None:
     kept.told("a", controls=("x",))
     with pytest.raises(JobError, match=r"a control is of .*3, 4, 6.*; the latents are .*3, 4, 8"):
         kept.told("a", controls=("x",), size=(3, 4, 8))
+
+
+def test_a_picture_in_front_is_sent_once_and_is_one_frame() -> None:
+    kept = KeptConditions(FUN, torch.device("cpu"), keeps=True)
+    picture = torch.randn(16, 1, *SIZE[1:])
+    sent = SentTensor(key=key("x"), shape=tuple(picture.shape), dtype="float32")
+    text = SentTensor(key=key("a"), shape=(1, FUN.text_dim), dtype="float32")
+    evaluation = Evaluation(
+        shape=(1, 52, *SIZE), by_frame=False, texts=(key("a"),), references=(key("x"),), sent=(text, sent)
+    )
+    kept.check(evaluation)
+    views = [tensor.view(-1).view(torch.uint8).numpy().data for tensor in (torch.zeros(1, FUN.text_dim), picture)]
+    kept.take(evaluation, views, patchify)
+    shard = SequenceShard(length=4 * 6, rank=1, world=5)
+    again = dataclasses.replace(evaluation, sent=())
+    kept.take(again, [], patchify)
+    (reference,) = kept.references(again, shard)
+    # Of six tokens in front rank 1 of five has the last one, first of its five.
+    assert reference is not None and reference.rows is not None and reference.rows.tolist() == [0]
+    assert torch.equal(reference.values, patchify(picture)[5:])
+    for config, words in ((TINY, "has no place for one"),):
+        with pytest.raises(JobError, match=words):
+            KeptConditions(config, torch.device("cpu"), keeps=True).check(again)
+    with pytest.raises(JobError, match="timesteps by frame; no model takes both"):
+        kept.check(dataclasses.replace(again, by_frame=True))
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,22 @@ def test_the_controls_of_a_chain_are_planned(
     assert planned == [counted]
 
 
+@pytest.mark.parametrize(("variant", "frames"), [("Fun-Control", 3), ("T2V", 2)])
+def test_a_picture_in_front_is_planned_where_there_is_a_place_for_it(
+    job_of: Callable[..., ForwardsJob], variant: str, frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[tuple[int, ...]] = []
+
+    def workload(files: Any, shape: tuple[int, ...], *given: Any, **more: Any) -> Workload:
+        planned.append(shape)
+        return workload_of_forwards(files, shape, *given, **more)
+
+    monkeypatch.setattr("wan_pack.distributed.planning.workload.workload_of_forwards", workload)
+    pictured = entry(9) | {"reference_latents": [torch.zeros(1, 16, 1, 6, 8)]}
+    job_of(sampling(conds={"positive": [pictured], "negative": [pictured]}), variant=variant)
+    assert planned == [(1, 16, frames, 6, 8)]
+
+
 def test_loras_of_both_doors_come_in_order(job_of: Callable[..., ForwardsJob], tiny_models: Path) -> None:
     own = LoraFile(file=FileIdentity.of(tiny_models / "diffusion_models" / NAMES.low_noise), strength=0.5)
     key = "diffusion_model.blocks.0.ffn.0"

@@ -19,10 +19,10 @@ from wan_pack.distributed.launch.launcher import new_job_id
 from wan_pack.distributed.launch.pool import Pool
 from wan_pack.distributed.machine.processes import Process
 from wan_pack.wan.model.config import WanConfig
-from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.transformer.conditions import Beside
+from wan_pack.wan.transformer.conditions import Conditions
 from wan_pack.wan.transformer.context import Context
+from wan_pack.wan.transformer.reference import Reference
 from wan_pack.wan.transformer.transformer import WanModel
 from wan_pack.wan.transformer.vace import Control
 
@@ -31,6 +31,7 @@ CONFIGS = {
     "I2V": dataclasses.replace(TINY, in_dim=36),
     "TI2V-5B": dataclasses.replace(TINY, in_dim=48, out_dim=48),
     "VACE": TINY_VACE,
+    "Fun": dataclasses.replace(TINY, in_dim=52, parts=frozenset({"ref_conv"})),
     "FLF2V": dataclasses.replace(TINY, in_dim=36, parts=frozenset({"img_emb", "emb_pos"}), clip_dim=64),
 }
 """Variant -> a tiny one."""
@@ -72,21 +73,23 @@ class Known:
         """What an evaluator is to give."""
         model = WanModel(self.config)
         model.load_state_dict(self.weights if not loras else with_loras(self.weights, loras))
-        grid = token_grid(tuple(x.shape[1:]))
-        rope = rope_table(grid, self.config.head_dim)
         velocities = []
         for latents, t, sample in zip(x, timesteps, samples, strict=True):
+            conditions = Conditions(
+                picture=sample.picture,
+                controls=tuple(Control(control.values, control.strength) for control in sample.controls),
+                reference=None if sample.reference is None else Reference(sample.reference),
+            )
+            grid = conditions.grid(tuple(latents.shape))
+            rope = rope_table(grid, self.config.head_dim)
             which = None
             if t.dim():
                 t, index = t.unique(return_inverse=True)
                 which = index.repeat_interleave(grid[1] * grid[2])
+            here = conditions.on_rank(lambda tokens: tokens, grid[0] * grid[1] * grid[2], latents.device)
             text = Context(sample.text.float())
-            picture = None if sample.picture is None else Context(sample.picture)
-            controls = [Control(patchify(control.values), control.strength) for control in sample.controls]
-            velocity = model(
-                patchify(latents), t.reshape(-1), text, rope, which, Beside(picture=picture, controls=controls)
-            )
-            velocities.append(unpatchify(velocity, grid))
+            velocity = model(conditions.tokens(latents), t.reshape(-1), text, rope, which, here.beside(keep=False))
+            velocities.append(conditions.latents(velocity, grid))
         return torch.stack(velocities)
 
 
@@ -125,10 +128,20 @@ def inputs(
         timesteps[:, 0] = 0.0
         timesteps[:, 1:] = timesteps[:, 1:2]
     samples = [
-        dataclasses.replace(sample, controls=controls(config, shape, number // 2)) if config.vace_layers else sample
+        dataclasses.replace(
+            sample,
+            controls=controls(config, shape, number // 2) if config.vace_layers else (),
+            reference=reference(config, shape, seed) if config.reference_frame and seed % 2 else None,
+        )
         for number, sample in enumerate(texts(config, batch))
     ]
     return x, timesteps if by_frame else timesteps[:, 0], samples
+
+
+@functools.cache
+def reference(config: WanConfig, shape: tuple[int, int, int], seed: int) -> Tensor:
+    """Of a picture in front, for odd seeds; the same for all samples and each call."""
+    return torch.randn(config.reference_dim, 1, *shape[1:], generator=torch.Generator().manual_seed(400 + seed))
 
 
 @functools.cache

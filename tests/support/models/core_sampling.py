@@ -19,9 +19,17 @@ from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 
 TEXT_DIM = 4096
 STEPS, SEED, CFG = 4, 7, 3.0
-KINDS = {"T2V": (16, 16), "I2V": (36, 16), "TI2V-5B": (48, 48), "FLF2V": (36, 16), "VACE": (16, 16)}
+KINDS = {
+    "T2V": (16, 16), "I2V": (36, 16), "TI2V-5B": (48, 48), "FLF2V": (36, 16), "VACE": (16, 16), "Fun": (52, 16),
+    "Fun V1.1": (48, 16),
+}  # fmt: skip
 """Variant -> channels in and out."""
-PARTS = {"FLF2V": ("img_emb", "emb_pos"), "VACE": ("vace_blocks",)}
+PARTS = {
+    "FLF2V": ("img_emb", "emb_pos"),
+    "VACE": ("vace_blocks",),
+    "Fun": ("ref_conv",),
+    "Fun V1.1": ("img_emb", "ref_conv"),
+}
 Modules = Mapping[str, Any]
 """ComfyUI's, by name; and "sampled", `ksampler` of them."""
 Conditioning = list[list[Any]]

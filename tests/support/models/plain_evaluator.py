@@ -12,10 +12,10 @@ from wan_pack.distributed.job.model_files import LoraFile
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.checkpoint.weights import empty_model, read_weights
 from wan_pack.wan.lora.lora import Lora
-from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.transformer.conditions import Beside
+from wan_pack.wan.transformer.conditions import Conditions
 from wan_pack.wan.transformer.context import Context
+from wan_pack.wan.transformer.reference import Reference
 from wan_pack.wan.transformer.vace import Control
 
 
@@ -50,13 +50,18 @@ class PlainEvaluator:
         self.closed += 1
 
     def _one(self, latents: Tensor, timestep: Tensor, sample: SampleConditioning) -> Tensor:
-        grid = token_grid(tuple(latents.shape))
+        conditions = Conditions(
+            picture=sample.picture,
+            controls=tuple(Control(control.values, control.strength) for control in sample.controls),
+            reference=None if sample.reference is None else Reference(sample.reference),
+        )
+        grid = conditions.grid(tuple(latents.shape))
         different, which = timestep.reshape(-1), None
         if timestep.ndim:
             which = torch.arange(grid[0]).repeat_interleave(grid[1] * grid[2])
         rope = rope_table(grid, self.config.head_dim)
         text = Context(sample.text.float(), keep=False)
-        picture = None if sample.picture is None else Context(sample.picture, keep=False)
-        controls = [Control(patchify(control.values), control.strength) for control in sample.controls]
-        beside = Beside(picture=picture, controls=controls)
-        return unpatchify(self._model(patchify(latents), different, text, rope, which, beside), grid)
+        length = grid[0] * grid[1] * grid[2]
+        beside = conditions.on_rank(lambda tokens: tokens, length, latents.device).beside(keep=False)
+        velocity = self._model(conditions.tokens(latents), different, text, rope, which, beside)
+        return conditions.latents(velocity, grid)
