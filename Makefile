@@ -13,10 +13,10 @@ demo: $(READY)
 
 # The tests that start no process.
 quick: $(READY)
-	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile -m "not (processes or ranks)"
+	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not (processes or ranks)"
 
 test: $(READY) lint
-	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --durations=30 --durations-min=5
+	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 --durations-min=5
 
 # Three hundred jobs in one ComfyUI, every tenth with a fault, of every kind in soak_faults.py.
 # Then a hundred samplings of ComfyUI's, every fifth with a fault.

@@ -22,6 +22,8 @@ MARKS = {
 RANKS = {"run_ranks", "fork_ranks", "run_fresh", "run_tiny", "golden"}
 """What starts ranks, by its name where it is called."""
 STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")
+SECONDS = {"browser": 20, "hosts": 15, "comfyui": 10, "ranks": 6, "processes": 2}
+"""What a test of a kind takes, about; of none, next to nothing. The first that fits counts."""
 MAY_BE_ASKED = "nvidia-smi"
 """Looked for in vain on machines without a GPU."""
 
@@ -42,6 +44,12 @@ class Kinds:
         for item in items:
             for name in _marks(item):
                 item.add_marker(name)
+        # Files go to the processes of a run whole: those that take long first, or one is left with them at the end.
+        files: dict[os.PathLike[str], float] = {}
+        for item in items:
+            takes = next((seconds for kind, seconds in SECONDS.items() if item.get_closest_marker(kind)), 0.05)
+            files[item.path] = files.get(item.path, 0.0) + takes
+        items.sort(key=lambda item: -files[item.path])
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
