@@ -17,21 +17,35 @@ from .sequence import gather_rows
 
 
 class HostMemoryMap:
-    """`nbytes` for each rank of a group on one machine, page-locked for GPUs. Collective to make.
+    """`nbytes` for each rank of a group on one machine, page-locked for GPUs.
 
     Raises:
-        OSError: the system keeps one process from another's memory.
-        RuntimeError: CUDA cannot lock it.
+        OSError: there is no more memory, or no descriptor.
     """
 
-    def __init__(self, group: dist.ProcessGroup, nbytes: int, device: torch.device) -> None:
+    of: list[Tensor]
+    """By rank, uint8 [nbytes]; once it has joined."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
         self._file = MemoryFile("wan-exchange")
-        os.truncate(self._file.path, nbytes)
-        place = torch.tensor([os.getpid(), int(self._file.path.name)], device=device)
+        self._locked: list[Tensor] = []
+        try:
+            os.truncate(self._file.path, nbytes)
+        except OSError:
+            self._file.close()
+            raise
+
+    def join(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Finds the others'. Collective.
+
+        Raises:
+            OSError: the system keeps one process from another's memory.
+            RuntimeError: CUDA cannot lock it.
+        """
+        nbytes, place = self._nbytes, torch.tensor([os.getpid(), int(self._file.path.name)], device=device)
         found = [Path(f"/proc/{pid}/fd/{descriptor}") for pid, descriptor in gather_rows(place, group)]
         self.of = [torch.frombuffer(_mapped(path, nbytes), dtype=torch.uint8) for path in found]
-        """By rank, uint8 [nbytes]."""
-        self._locked: list[Tensor] = []
         for memory in self.of if device.type == "cuda" else []:
             if not lock_pages(memory, mapped=True):
                 self.close()

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..machine.host_memory import available_bytes
 from .host_memory_map import HostMemoryMap
@@ -99,15 +100,30 @@ def _made(
     if not everywhere(own is not None, group, device):
         return None, reason
     assert own is not None
-    host, reason = _tried(partial(HostMemoryMap, group, kind.host_bytes(nbytes), device))
+    host, reason = _tried(partial(HostMemoryMap, kind.host_bytes(nbytes)))
     if everywhere(host is not None, group, device):
         assert host is not None
-        memory, reason = _tried(partial(kind, group, own, host))
-        if everywhere(memory is not None, group, device):
+        memory, reason = _joined(kind, group, own, host)
+        if memory is not None:
             return memory, ""
     if host is not None:
         host.close()
     return None, reason
+
+
+def _joined(
+    kind: type[PeerMemory], group: dist.ProcessGroup, own: Tensor, host: HostMemoryMap
+) -> tuple[PeerMemory | None, str]:
+    """As `_made`. What each rank does by itself and what all do together are steps of their own."""
+    _, reason = _tried(partial(host.join, group, own.device))
+    if not everywhere(not reason, group, own.device):
+        return None, reason
+    memory, reason = _tried(partial(kind, group, own, host))
+    if not everywhere(memory is not None, group, own.device):
+        return None, reason
+    assert memory is not None
+    _, reason = _tried(memory.join)
+    return (memory if everywhere(not reason, group, own.device) else None), reason
 
 
 def _bindings_there() -> bool:

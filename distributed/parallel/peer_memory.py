@@ -19,7 +19,7 @@ from .shared_counters import COUNTERS, SharedCounters
 
 
 class PeerMemory:
-    """One buffer on each rank of a group, of the same size. Collective to make.
+    """One buffer on each rank of a group, of the same size.
 
     Args:
         group: the ranks.
@@ -40,6 +40,9 @@ class PeerMemory:
     def allocated(nbytes: int, device: torch.device) -> Tensor:
         """This rank's buffer, by itself: that one rank has no room is known before the others wait for it."""
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def join(self) -> None:
+        """Finds the others' buffers. Collective."""
 
     @staticmethod
     def host_bytes(nbytes: int) -> int:
@@ -85,10 +88,14 @@ class SymmetricMemory(PeerMemory):
 
     def __init__(self, group: dist.ProcessGroup, own: Tensor, host: HostMemoryMap) -> None:
         super().__init__(group, own, host)
+        self._group = group
+
+    def join(self) -> None:
         import torch.distributed._symmetric_memory as symmetric
 
-        self._handle = symmetric.rendezvous(own, group)
-        self.buffers = [self._handle.get_buffer(rank, (own.nbytes,), torch.uint8) for rank in range(group.size())]
+        nbytes, ranks = self.own.nbytes, range(self._group.size())
+        self._handle = symmetric.rendezvous(self.own, self._group)
+        self.buffers = [self._handle.get_buffer(rank, (nbytes,), torch.uint8) for rank in ranks]
 
     @staticmethod
     def allocated(nbytes: int, device: torch.device) -> Tensor:

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from layers import WRITING, Projected, random_layer
 from peer_files import FileMemory, reach_as_gpus
-from wan_pack.distributed.parallel import opened_memory, symmetric
-from wan_pack.distributed.parallel.host_memory_map import HostMemoryMap
+from wan_pack.distributed.parallel import host_memory_map, opened_memory, peer_memory, symmetric
 from wan_pack.distributed.parallel.parallelize import ENGINES
 from wan_pack.distributed.parallel.peer_memory import HostRelay
 from wan_pack.distributed.parallel.sequence import SequenceShard
@@ -100,30 +99,33 @@ def hidden_exchange_equals_packed(
 def one_that_cannot_share_memory_keeps_nobody_waiting(rank: int, world: int) -> None:
     """All exchange as packed then, and say why; for a shorter video they try again, with what they can have."""
 
-    def map_memory(*arguments: Any) -> HostMemoryMap:
-        mapped = HostMemoryMap(*arguments)
-        if rank == 1:
-            raise OSError("not permitted")
-        return mapped
+    def fails(error: Exception) -> Any:
+        def step(*_: Any) -> Any:
+            raise error
 
-    def allocated(nbytes: int, device: torch.device) -> torch.Tensor:
-        if rank == 1:
-            raise torch.OutOfMemoryError("no room")
-        return HostRelay.allocated(nbytes, device)
+        return step
 
-    broken: tuple[tuple[Any, str, Any, str], ...] = (
-        (opened_memory, "HostMemoryMap", map_memory, "OSError: not permitted"),
-        (opened_memory, "HostRelay", _relay_with(allocated), "OutOfMemoryError: no room"),
+    def broken(owner: Any, name: str, error: Exception) -> tuple[Any, str, Any, str]:
+        """On one rank, one step of making the memory."""
+        replaced = fails(error) if rank == 1 else getattr(owner, name)
+        return owner, name, replaced, f"{type(error).__name__}: {error}"
+
+    steps = (
+        broken(HostRelay, "allocated", torch.OutOfMemoryError("no room")),
+        broken(host_memory_map, "MemoryFile", OSError("too many files")),
+        broken(host_memory_map, "_mapped", OSError("not permitted")),
+        broken(peer_memory, "SharedCounters", ImportError("no bindings")),
+        broken(HostRelay, "join", RuntimeError("no way")),
     )
     layer = random_layer(heads=4, channels=8)
-    for module, name, replaced, why in broken:
+    for owner, name, replaced, why in steps:
         group = dist.new_group(list(range(world)))
         packed, hidden = (
             ENGINES[engine](group, SequenceShard(length=1, rank=rank, world=world), attention)
             for engine in ("packed", "symmetric")
         )
-        whole = getattr(module, name)
-        setattr(module, name, replaced)
+        whole = owner.__dict__.get(name, getattr(owner, name))
+        setattr(owner, name, staticmethod(replaced) if name == "allocated" else replaced)
         for length, found in (
             (16, f"packed (no GPU; {why if rank == 1 else 'another rank cannot'})"),
             (16, ""),
@@ -137,14 +139,10 @@ def one_that_cannot_share_memory_keeps_nobody_waiting(rank: int, world: int) -> 
                 assert opened_memory.way_of(group) == found
             elif length == 16:
                 # What could not be had is not asked for a second time.
-                setattr(module, name, whole)
+                setattr(owner, name, whole)
                 assert group.group_name not in opened_memory._opened
             else:
                 assert opened_memory.way_of(group) == "relayed through the host's memory (no GPU)"
-
-
-def _relay_with(allocated: Any) -> type[HostRelay]:
-    return type("Relay", (HostRelay,), {"allocated": staticmethod(allocated)})
 
 
 def models_take_turns(rank: int, world: int) -> None:

@@ -18,7 +18,10 @@ class FileMemory(PeerMemory):
 
     def __init__(self, group: dist.ProcessGroup, own: torch.Tensor, host: Any) -> None:
         super().__init__(group, own, host)
-        nbytes = own.nbytes
+        self._group = group
+
+    def join(self) -> None:
+        group, nbytes = self._group, self.own.nbytes
         files = [self.folder / f"{group.group_name}-{nbytes}-{rank}" for rank in range(group.size())]
         files[group.rank()].write_bytes(bytes(nbytes))
         dist.barrier(group)
