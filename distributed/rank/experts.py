@@ -224,8 +224,8 @@ class ExpertCache:
         self, name: str, wanted: ExpertFiles, settings: dict[str, Any], report: OnRead,
         meanwhile: Callable[[], None] = _nothing, on_send: Callable[[], None] = _nothing,
     ) -> None:  # fmt: skip
-        if name in self.models and not self._made_of[name].loras_are_there:
-            # What they changed cannot be known any more.
+        if name in self.models and not self._everywhere(self._made_of[name].loras_are_there):
+            # What they changed cannot be known any more; a file may go between two ranks' looks.
             self._drop(name)
         if name in self.models:
             before = [lora.file.path for lora in self._made_of.pop(name).loras]

@@ -110,7 +110,13 @@ def _format(layer: str, entry: Any) -> QuantFormat:
         # ComfyUI looks for an option there where the entry itself does not have it.
         entry = {key: value for key, value in (inner | entry).items() if key != _PARAMS}
     group = 0
-    if entry.get(ROTATION) or name == INT4:
+    rotated = entry.get(ROTATION, name == INT4)
+    if rotated not in (None, False, True) or (name == INT4 and not rotated):
+        # "false" would be taken for true.
+        raise ValueError(
+            f"{ROTATION} of {layer} is {brief(rotated)}; it must be {'' if name == INT4 else 'false or '}true"
+        )
+    if rotated:
         group = entry.get(ROTATED_BY, USUAL_GROUP)
         if type(group) is not int or not is_group(group):
             raise ValueError(f"{ROTATED_BY} of {layer} is {brief(group)}; it must be a power of 4")

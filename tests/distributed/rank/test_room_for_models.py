@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
+from jobs import stub_job
 from wan_pack.distributed.job.job import FileIdentity
 from wan_pack.distributed.job.model_files import ExpertFiles
 from wan_pack.distributed.rank import experts
@@ -114,3 +116,19 @@ def test_a_model_whose_file_was_replaced_is_let_go_and_not_kept_beside_the_new_o
     assert cache.named(files("e")) == "e" and name in cache.models, "the same file in another model is no change"
     cache.named((dataclasses.replace(files("e")[0], size=2),))
     assert name not in cache.models
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_whether_lora_files_are_still_there_is_what_all_ranks_saw(
+    there: bool, cache: ExpertCache, monkeypatch: pytest.MonkeyPatch
+):
+    """One that reads a model anew would wait for those that change theirs."""
+    asked: list[bool] = []
+    monkeypatch.setattr(cache, "_everywhere", lambda mine: (asked.append(mine), there)[1])
+    monkeypatch.setattr(cache.weights["a"], "writable", contextlib.nullcontext, raising=False)
+    done: list[str] = []
+    monkeypatch.setattr(experts, "relora_expert", lambda *_, **__: not done.append("changed"))
+    monkeypatch.setattr(experts, "load_expert", lambda *_, **__: (done.append("loaded"), torch.nn.Module())[1])
+    settings = {"parallel": stub_job().parallel, "mesh": None}
+    cache._load("a", ExpertFiles(files("a"), (), None), settings, lambda done, total: None)
+    assert asked == [True] and done == (["changed"] if there else ["loaded"])

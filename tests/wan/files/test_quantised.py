@@ -239,6 +239,14 @@ ODD_SCALES = {
         {"comfy_quant": comfy_quant(format="int8_tensorwise", convrot=True, convrot_groupsize=100)},
         "convrot_groupsize of .* is 100; it must be a power of 4",
     ),
+    "convrot in words": (
+        {"comfy_quant": comfy_quant(format="int8_tensorwise", convrot="false", convrot_groupsize=16)},
+        "convrot of .* is 'false'; it must be false or true",
+    ),
+    "int4 that is not turned": (
+        {"comfy_quant": comfy_quant(format="convrot_w4a4", convrot=False)},
+        "convrot of .* is False; it must be true",
+    ),
     "wide convrot": (
         {"comfy_quant": comfy_quant(format="int8_tensorwise", convrot=True), "weight_scale": torch.ones(())},
         r"\(128, 128\) is said to be rotated by groups of 256 inputs",
