@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from . import host
 from .core_model import of_a_known_comfyui, patcher_class
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def _vae_class() -> type[Any]:
             with contextlib.suppress(model_management.OOM_EXCEPTION):
                 frames = self.remote.decode(samples_in)
             if frames is None:
+                host.log("the processes ran out of GPU memory; the video is decoded again, tile by tile")
                 tile = TILE // self.spacial_compression_decode()
                 return self.decode_tiled(samples_in, tile_x=tile, tile_y=tile, overlap=tile // 4)
             # As `process_output` does, in place: they are large, and nobody else has them.

@@ -103,7 +103,7 @@ OPTIONAL = {
     "crf": "Quality of h264 and h265, each on its own scale: lower is better, and larger. 16 of h264 cannot be told "
     "from the frames by eye; its 0 loses nothing but that colours have half the size, and some players refuse it.",
     "video_format": "h264 mp4 plays everywhere. h265 mp4: ten bits, smaller; many browsers do not play it. prores mov: "
-    "for editors; Save Video needs codec h264 for it. ffv1 mkv: the frames in 8 bits without any loss. No browser "
+    "for editors; Save Video needs codec h264 for it. ffv1 mp4: the frames in 8 bits without any loss. No browser "
     "plays these two. Only an mp4 that is dropped on the page brings its workflow back.",
 }
 

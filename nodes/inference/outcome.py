@@ -47,12 +47,13 @@ def keep(job: Job, result: Result, filename_prefix: str, workflow: Mapping[str, 
     """
     saved = None
     try:
+        images = _read_images(result) if job.frames else None
+        latents = _read_latents(result.folder.latents)
+        # Last: what fails before leaves no video in the output folder that the error does not name.
         if job.decode:
             size = {name: result.info["video"][name] for name in ("width", "height")}
             source = result.folder.video(job.sampling.file_format.suffix)
             saved = saved_video.save_video(source, filename_prefix, **size, workflow=workflow)
-        images = _read_images(result) if job.frames else None
-        latents = _read_latents(result.folder.latents)
         outcome = Outcome(saved, latents, images, result.info, result.log, result.seconds)
     # Whatever it is: the video may have taken hours to make.
     except Exception as error:

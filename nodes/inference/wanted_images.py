@@ -15,8 +15,8 @@ OUTPUT = 5
 MARK = "images_are_linked"
 """An input that the node does not declare: it is part of the cache's key, and is handed to nobody."""
 TOO_LATE = (
-    "images: this node ran before anything was linked to it, so that there are none. Change its seed, or queue the "
-    "workflow from the page or with POST /prompt, which notice the link"
+    "images: this node ran before anything was linked to it, so that there are none. Change its seed; or, where no "
+    "other node makes the link while the workflow runs, queue it from the page or with POST /prompt, which notice it"
 )
 
 

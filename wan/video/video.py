@@ -141,7 +141,7 @@ class VideoWriter:
         tags = "color_primaries=bt709:color_trc=bt709"
         tags += ":colorspace=gbr:range=pc" if self._format.pixels == "rgb24" else ":colorspace=bt709:range=tv"
         command += ["-vf", f"setparams={tags}", "-threads", str(min(THREADS, os.cpu_count() or 1))]
-        return [*command, *self._format.options(self._crf), str(self._part.absolute())]
+        return [*command, *self._format.options(self._crf, self.width), str(self._part.absolute())]
 
     def write(self, frames: Tensor) -> None:
         """Appends frames [3, n, H, W] in [-1, 1]. Waits only for what is more than `PARTS_AHEAD` calls back."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 CRF = 16
 """Of x264: visually lossless."""
 MAX_CRF = 51
+NARROW = 64
 FRAME_PIXEL_BYTES = 3 * 2
 """Of frames that are kept as they are (frames_file.py)."""
 
@@ -25,6 +26,8 @@ class VideoFormat:
     muxer: tuple[str, ...]
     """Those for the container."""
     takes_crf: bool
+    narrow: str = ""
+    """What its last option goes on with for a video narrower than `NARROW` pixels."""
     bytes_per_pixel: float
     """Of a file, at most: noise, at the best quality."""
 
@@ -33,10 +36,13 @@ class VideoFormat:
         """ffmpeg's name of the encoder."""
         return self.encoder[1]
 
-    def options(self, crf: int) -> list[str]:
-        """Of the encoder and its container."""
+    def options(self, crf: int, width: int) -> list[str]:
+        """Of the encoder and its container. width: pixels."""
         quality = ["-crf", str(crf)] if self.takes_crf else []
-        return [*self.encoder, *quality, *self.muxer]
+        encoder = [*self.encoder]
+        if width < NARROW and self.narrow:
+            encoder[-1] += self.narrow
+        return [*encoder, *quality, *self.muxer]
 
     def pixel_bytes(self, crf: int) -> float:
         """As `bytes_per_pixel`, at this quality."""
@@ -57,6 +63,8 @@ FORMATS: dict[str, VideoFormat] = {
         suffix=".mp4", media_type="video/mp4", pixels="yuv420p10le", takes_crf=True, bytes_per_pixel=1.6,
         encoder=("-c:v", "libx265", "-preset", "medium", "-pix_fmt", "yuv420p10le",
                  "-x265-params", "log-level=error"),
+        # With its usual blocks of 64 pixels x265 may crash.
+        narrow=":ctu=16",
         muxer=MP4,
     ),
     "prores mov": VideoFormat(
@@ -65,11 +73,12 @@ FORMATS: dict[str, VideoFormat] = {
         encoder=("-c:v", "prores_ks", "-profile:v", "hq", "-vendor", "apl0", "-pix_fmt", "yuv422p10le"),
         muxer=("-f", "mov"),
     ),
-    "ffv1 mkv": VideoFormat(
-        suffix=".mkv", media_type="video/x-matroska", pixels="rgb24", takes_crf=False,
+    # Copied out of a Matroska file and into an mp4, as ComfyUI does, a short video loses its last frame.
+    "ffv1 mp4": VideoFormat(
+        suffix=".mp4", media_type="video/mp4", pixels="rgb24", takes_crf=False,
         bytes_per_pixel=3.5,
         encoder=("-c:v", "ffv1", "-level", "3", "-g", "1", "-slicecrc", "1", "-pix_fmt", "bgr0"),
-        muxer=("-f", "matroska"),
+        muxer=MP4,
     ),
 }  # fmt: skip
 """Each by the name that users choose it by."""

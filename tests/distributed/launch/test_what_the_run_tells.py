@@ -58,11 +58,11 @@ def check_frames(job: Job, result: Result) -> None:
 def test_frames_are_kept_only_where_they_are_asked_for(tiny_models: Path, tmp_path: Path):
     """And the video has the format that it is asked for."""
     job = tiny_job(tiny_models)
-    job = dataclasses.replace(job, sampling=dataclasses.replace(job.sampling, video_format="ffv1 mkv"))
+    job = dataclasses.replace(job, sampling=dataclasses.replace(job.sampling, video_format="ffv1 mp4"))
     result = run_tiny(job, tmp_path)
     assert not result.folder.frames.exists()
-    assert [path.name for path in result.folder.path.glob("video*")] == ["video.mkv"]
-    assert result.info["video"]["format"] == "ffv1 mkv" and probe(result.folder.video(".mkv")).frames == 5
+    assert [path.name for path in result.folder.path.glob("video*")] == ["video.mp4"]
+    assert result.info["video"]["format"] == "ffv1 mp4" and probe(result.folder.video(".mp4")).frames == 5
     result.remove()
 
 

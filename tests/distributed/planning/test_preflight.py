@@ -79,7 +79,7 @@ def test_frames_that_do_not_fit_the_memory_are_refused_before_anything_starts(
 def test_a_crf_that_has_no_effect_is_said(tiny_models: Path):
     job = tiny_job(tiny_models)
     for values, said in (
-        ({"crf": 20, "video_format": "ffv1 mkv"}, ["crf has no effect: ffv1 mkv takes none"]),
+        ({"crf": 20, "video_format": "ffv1 mp4"}, ["crf has no effect: ffv1 mp4 takes none"]),
         ({"crf": 20}, []), ({"video_format": "prores mov"}, []),
     ):  # fmt: skip
         notes: list[str] = []
