@@ -55,7 +55,7 @@ class ForwardsWork(Work[ForwardsJob]):
     def run(self) -> None:
         with self.phase("start", "connecting the processes" if self.session.world > 1 else ""):
             self.begin()
-            self.check_all_have(hashlib.sha256(self.folder.job.read_bytes()).digest(), "another job")
+            self.check_same_job()
             paths = self.folder.read_json(self.folder.evaluations)
             self.memory, self.answers = AnsweringEnd(Path(str(paths["memory"]))), BellRope(Path(str(paths["answers"])))
             self.config = Checkpoint([file.path for file in self.job.model]).config

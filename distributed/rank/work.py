@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -37,6 +38,10 @@ class Work(ABC, Generic[J]):
         for file in self.job.files:
             file.check_unchanged()
         self.session.begin(self.job, self.group)
+
+    def check_same_job(self) -> None:
+        """Raises JobError naming the first rank that has read another job than rank 0. Collective."""
+        self.check_all_have(hashlib.sha256(self.folder.job.read_bytes()).digest(), "another job")
 
     def check_all_have(self, digest: bytes, other: str) -> None:
         """Raises JobError naming the first rank whose digest differs from rank 0's. Collective.

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 from ..host import warm
 from ..host.core_model import model_without_weights
-from ..host.declared import as_declared, kind_of
+from ..host.declared import as_declared
 from ..models import catalogue
 from ..models.loras import lora_files
 from ..settings.spread import DistributedConfig
+from .door_config import config_or_default
 from .group_model import GroupModel
 from .sampling_jobs import SamplingJobs
-
-BETWEEN_SAMPLERS = 60
-"""Seconds that the processes stay without a config: for the next sampler of the same workflow."""
-
-
-def config_or_default(config: Any) -> DistributedConfig:
-    """Of a node whose config may be left out. Raises ValueError if it is something else."""
-    if config is None:
-        return dataclasses.replace(DistributedConfig(), keep_warm_seconds=BETWEEN_SAMPLERS)
-    if not isinstance(config, DistributedConfig):
-        raise ValueError(f"config is {kind_of(config)}; connect Wan Video Distributed Config to it")
-    return config
 
 
 class LoadDiffusionModelDistributed:

@@ -19,6 +19,7 @@ from ..host.status import Status
 from ..inference.ground import as_switched, ground_for, shown
 from ..models.loras import lora_as_it_is
 from ..settings.spread import DistributedConfig
+from .door_config import check_one_machine
 from .patch_files import PatchFiles
 
 if TYPE_CHECKING:
@@ -101,15 +102,11 @@ class SamplingJobs:
         from ...distributed.planning.policies import Request
         from ...distributed.planning.workload import workload_of_forwards
 
-        if self.config.hosts:
-            raise ValueError(
-                f"hostfile is {self.config.hostfile}; a sampler of ComfyUI's needs the GPUs of this machine. Take it "
-                "out of the config, or use Wan Video Distributed Inference"
-            )
-        # What ComfyUI itself holds is not in the job's way, planned or not.
-        host.free_memory()
+        check_one_machine(self.config, "a sampler of ComfyUI's needs")
         base, ground = self.config.parallel(), ground_for(self.config)
         if isinstance(ground, str):
+            # What ComfyUI itself holds is not in the job's way, planned or not.
+            host.free_memory()
             return shown(as_set(as_switched(self.config, base, guided=sampling.guided), ground), status)
         request = Request(
             base=base,

@@ -20,6 +20,7 @@ from ..host import host
 from ..host.exceptions import told_to_comfyui
 from ..inference.ground import Ground, ground_for
 from ..settings.spread import DistributedConfig
+from .door_config import check_one_machine
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,11 +105,7 @@ class VaeJobs:
 
     def _switches(self) -> Parallel:
         """What the config says, but of how a transformer lies."""
-        if self._config.hosts:
-            raise ValueError(
-                f"hostfile is {self._config.hostfile}; the VAE nodes of ComfyUI's need the GPUs of this machine. Take "
-                "it out of the config, or use Wan Video Distributed Inference"
-            )
+        check_one_machine(self._config, "the VAE nodes of ComfyUI's need")
         parallel = without_weights(self._config.parallel())
         return dataclasses.replace(parallel, more_follow=not parallel.keep_warm_seconds)
 
@@ -117,10 +114,10 @@ class VaeJobs:
         from ...distributed.planning.vae_plan import described
 
         require_platform()
-        # What ComfyUI itself holds is not in the job's way, planned or not.
-        host.free_memory()
         ground = ground_for(self._config)
         if isinstance(ground, str):
+            # What ComfyUI itself holds is not in the job's way, planned or not.
+            host.free_memory()
             count, ids = choose_gpus(self._config.gpu_count, self._config.gpu_ids, host.visible_gpus())
             job = dataclasses.replace(job, parallel=dataclasses.replace(job.parallel, gpu_count=count, gpu_ids=ids))
         else:

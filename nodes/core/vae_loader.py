@@ -12,7 +12,7 @@ from ..host.declared import as_declared
 from ..models import catalogue
 from ..models.loaders import default_vae
 from ..settings.spread import DistributedConfig
-from .model_loader import config_or_default
+from .door_config import config_or_default
 from .vae_jobs import VaeJobs
 
 if TYPE_CHECKING:

@@ -111,7 +111,7 @@ def test_what_comfyui_holds_leaves_the_gpus_planned_or_not(
     freed: list[int] = []
     monkeypatch.setattr(host, "free_memory", lambda: freed.append(1))
     job_of(sampling(), plan=plan)
-    assert freed
+    assert freed == [1]
 
 
 def test_what_a_sampler_waits_for_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
