@@ -113,9 +113,8 @@ class GroupJob(ABC):
         """Of the video that it writes; None if it writes none."""
         return None
 
-    @property
-    def made_bytes(self) -> int:
-        """At most of what it writes into its folder."""
+    def made_bytes(self, upscale: int = 1) -> int:
+        """At most of what it writes into its folder. upscale: as of `Job.video_bytes`."""
         return 0
 
     def to_json(self) -> str:
@@ -184,12 +183,19 @@ class Job(GroupJob):
         return self.sampling.file_format if self.decode else None
 
     @property
-    def made_bytes(self) -> int:
-        sampling = self.sampling
+    def _pixels(self) -> int:
+        """Of all frames, at the size that is sampled."""
+        return self.sampling.width * self.sampling.height * self.sampling.num_frames
+
+    def video_bytes(self, upscale: int = 1) -> int:
+        """At most of the video's file. upscale: pixels per row and column that the VAE makes for one of the video."""
+        each = self.sampling.file_format.pixel_bytes(self.sampling.crf) if self.decode else 0
+        return int(self._pixels * upscale**2 * each)
+
+    def made_bytes(self, upscale: int = 1) -> int:
         # Latents are 4 bytes x 16 channels per 8x8x4 pixels.
-        each = 0.25 + (sampling.file_format.pixel_bytes(sampling.crf) if self.decode else 0)
-        each += FRAME_PIXEL_BYTES if self.frames else 0
-        return int(sampling.width * sampling.height * sampling.num_frames * each)
+        frames = FRAME_PIXEL_BYTES * upscale**2 if self.frames else 0
+        return int(self._pixels * (0.25 + frames)) + self.video_bytes(upscale)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ import secrets
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..group import worker_group
@@ -36,7 +36,7 @@ from ..job.job import GroupJob, Job, JobError
 from ..job.job_folder import JobDir
 from ..job.progress import Progress, place, read_progress
 from ..machine.cancelling import cancelled_by, check_cancelled
-from ..machine.prerequisites import check_prerequisites, space_problem, writing_problem
+from ..machine.prerequisites import check_prerequisites, check_space, writing_problem
 from ..machine.usage import Usage, UsageMonitor, all_gpus, gpu_usage, in_words, process_usage
 from .changed_file import ChangedFile
 from .group_source import GroupSource
@@ -75,16 +75,17 @@ def run_job(
     on_log_line: Callable[[str], None] = lambda line: None,
     cancelled: Callable[[], bool] = lambda: False,
     pool: GroupSource | None = None,
+    room: Mapping[Path, int] | None = None,
 ) -> Result:
     """Runs a job to its end. Must be called on a thread that outlives the job.
 
     Args:
         pool: where a group of processes may wait for the next job; without one it ends with the job.
         write_inputs: writes inputs.safetensors to the given path; does nothing if the job has none.
-        parent: where job folders live.
-        failed: where the folders of failed jobs are kept.
+        parent, failed: where job folders live, and where those of failed jobs are kept.
         on_progress, on_log_line: called on this thread; what they raise ends the job and is passed on.
         cancelled: asked every 0.1 s.
+        room: as of `check_space`; without it what the job makes in its folder.
     Raises:
         JobCancelled, JobFailed; JobError if the job cannot start.
     """
@@ -98,8 +99,7 @@ def run_job(
     if problem := writing_problem(parent):
         raise JobError(problem)
     remove_abandoned(parent)
-    if problem := space_problem(parent, job.made_bytes):
-        raise JobError(problem)
+    check_space(room or {parent: job.made_bytes()})
     pool = Pool() if pool is None else pool
     while True:
         folder = JobDir.create(parent)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from ...wan.video.video_formats import FORMATS, H264, VideoFormat
@@ -119,10 +120,21 @@ def writing_problem(folder: Path) -> str:
         return f"{folder} cannot be written to: {error.strerror}; correct its permissions, or choose another folder"
 
 
-def space_problem(folder: Path, made_bytes: int) -> str:
-    """Why what a job makes would not fit on the disk of an existing folder; empty if it does."""
-    needed = MIN_FREE_BYTES + made_bytes
-    free = shutil.disk_usage(folder).free
-    if free >= needed:
-        return ""
-    return f"{folder} has {free / 2**20:.0f} MiB free; the job needs {needed / 2**20:.0f} MiB. Free some space there"
+def check_space(room: Mapping[Path, int]) -> None:
+    """Raises JobError if what a job makes does not fit on the disks of existing folders.
+
+    Args:
+        room: folder -> bytes that the job needs there. Folders on one disk share what it has.
+    """
+    disks: dict[int, list[Path]] = {}
+    for folder in room:
+        disks.setdefault(folder.stat().st_dev, []).append(folder)
+    for folders in disks.values():
+        needed = MIN_FREE_BYTES + sum(room[folder] for folder in folders)
+        free = shutil.disk_usage(folders[0]).free
+        if free < needed:
+            has = "are on one disk, which has" if len(folders) > 1 else "has"
+            raise JobError(
+                f"{' and '.join(map(str, folders))} {has} {free / 2**20:.0f} MiB free; the job needs "
+                f"{needed / 2**20:.0f} MiB. Free some space there"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ...distributed.job.errors import counted
@@ -72,10 +73,11 @@ class WanVideoDistributedBatch(VideoNode):
         if connected and prompts.strip():
             batch.warn("text_embeds is connected: prompts of this node had no effect")
         first = batch.jobs[0][0].sampling
-        saved_video.check_prefix(filename_prefix, first.width, first.height, first.file_format.suffix)
+        size = first.width, first.height
+        output = saved_video.check_prefix(filename_prefix, *size, first.file_format.suffix)
         host.free_memory()
         workflow = {"prompt": workflow_prompt, **(extra_pnginfo or {})}
-        batch.run(report, filename_prefix, workflow)
+        batch.run(report, filename_prefix, output, workflow)
         made = [batch.made.get(index) for index in range(len(requests))]
         saved = [one.saved for one in made if one is not None and one.saved is not None]
         self.made.remember(unique_id, [video.path for video in saved])
@@ -171,8 +173,11 @@ class _Batch:
         for status in self._statuses:
             status.warn(line)
 
-    def run(self, report: NodeReport, filename_prefix: str, workflow: dict[str, Any]) -> None:
-        """Makes the videos; `made` and `failures` hold what came of each."""
+    def run(self, report: NodeReport, filename_prefix: str, output: Path, workflow: dict[str, Any]) -> None:
+        """Makes the videos; `made` and `failures` hold what came of each. output: the folder that they come to."""
+        from ...distributed.planning.disk_room import room_of
+
+        room = room_of(*self.jobs[0], host.jobs_folder(), output)
 
         def save(index: int, group: int, result: Result) -> None:
             self._group_of[index] = group
@@ -192,6 +197,8 @@ class _Batch:
             self.jobs,
             self.groups,
             warm.pool(),
+            # Those of all groups are there at once.
+            room={folder: len(self.groups) * size for folder, size in room.items()},
             on_result=save,
             on_failure=self.failures.__setitem__,
             on_progress=show,

@@ -6,8 +6,9 @@ import dataclasses
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ...distributed.job.errors import JobCancelled
@@ -50,6 +51,7 @@ class BatchRun:
     Args:
         jobs: with the tensors that travel with each, in order. Of one kind.
         groups: how each group of GPUs runs them, instead of the jobs' own `parallel`.
+        room: of each, as `run_job` has it.
         on_result: called with a job's index, its group's and what it made, whose folder is the callee's to remove.
         on_failure: called with a job's index and why it made nothing.
         on_progress: told of every change.
@@ -67,10 +69,11 @@ class BatchRun:
         on_failure: Callable[[int, Exception], None],
         on_progress: Callable[[BatchProgress], None],
         cancelled: Callable[[], bool],
+        room: Mapping[Path, int] | None = None,
     ) -> None:
         self._jobs, self._groups, self._pool = jobs, groups, pool
         self._on_result, self._on_failure, self._on_progress = on_result, on_failure, on_progress
-        self._cancelled = cancelled
+        self._cancelled, self._room = cancelled, room
         self._waiting = deque(range(len(jobs)))
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._stop = threading.Event()
@@ -187,4 +190,5 @@ class BatchRun:
             on_log_line=lambda line: host.log(f"video {video + 1}: {line}"),
             cancelled=self._stop.is_set,
             pool=held,
+            room=self._room,
         )

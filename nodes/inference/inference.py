@@ -70,21 +70,26 @@ class WanVideoDistributedInference(VideoNode):
         dynprompt: Any = None,
         **settings: Any,
     ) -> dict[str, Any]:
+        from ...distributed.planning.disk_room import room_of
+
         status = Status()
         asked = dataclasses.replace(VideoInputs.of(settings), frames=images_linked(dynprompt, unique_id))
         job, tensors = build_job(asked, status)
         sampling = job.sampling
-        saved_video.check_prefix(filename_prefix, sampling.width, sampling.height, sampling.file_format.suffix)
+        size = sampling.width, sampling.height
+        output = saved_video.check_prefix(filename_prefix, *size, sampling.file_format.suffix)
+        jobs = host.jobs_folder()
         host.free_memory()
         result = run_job(
             job,
             inputs_writer(tensors),
-            parent=host.jobs_folder(),
+            parent=jobs,
             failed=host.failed_folder(),
             on_progress=report,
             on_log_line=host.log,
             cancelled=host.interrupted,
             pool=warm.pool(),
+            room=room_of(job, tensors, jobs, output),
         )
         report.text("saving the video" if job.decode else "reading the latents")
         made = keep(job, result, filename_prefix, {"prompt": workflow_prompt, **(extra_pnginfo or {})})

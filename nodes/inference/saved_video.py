@@ -45,8 +45,11 @@ def shown(videos: Sequence[SavedVideo]) -> list[dict[str, str]]:
     ]
 
 
-def check_prefix(prefix: str, width: int, height: int, suffix: str) -> None:
-    """Raises ValueError if `prefix` is not a place inside the output folder, or no name for a file."""
+def check_prefix(prefix: str, width: int, height: int, suffix: str) -> Path:
+    """The folder that `prefix` names, which is there now.
+
+    Raises ValueError if `prefix` is not a place inside the output folder, or no name for a file.
+    """
     from ...distributed.machine.prerequisites import writing_problem
 
     if len(prefix) > MAX_PREFIX or any(ord(character) < 32 for character in prefix):
@@ -62,6 +65,7 @@ def check_prefix(prefix: str, width: int, height: int, suffix: str) -> None:
         raise ValueError(
             f"filename_prefix is {brief(prefix)}; it makes a file name of {size} bytes; {MAX_NAME_BYTES} fit"
         )
+    return folder
 
 
 def _video_name(name: str, counter: int, suffix: str) -> str:

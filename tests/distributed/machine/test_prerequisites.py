@@ -11,8 +11,9 @@ from typing import Any
 import imageio_ffmpeg
 import pytest
 from jobs import stub_job
+from wan_pack.distributed.job.errors import JobError
 from wan_pack.distributed.machine import prerequisites
-from wan_pack.distributed.machine.prerequisites import FFMPEG_TIMEOUT, ffmpeg_problem, space_problem, writing_problem
+from wan_pack.distributed.machine.prerequisites import FFMPEG_TIMEOUT, check_space, ffmpeg_problem, writing_problem
 
 
 @pytest.mark.parametrize(
@@ -52,14 +53,33 @@ def test_ffmpeg_is_asked_for_one_frame(monkeypatch: pytest.MonkeyPatch, ends: An
 
 
 def test_a_disk_without_room_is_told_with_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    made = stub_job(width=1280, height=720, num_frames=81).made_bytes
+    made = stub_job(width=1280, height=720, num_frames=81).made_bytes()
     needed = prerequisites.MIN_FREE_BYTES + int(1280 * 720 * 81 * (0.25 + 0.9))
-    for free, fits in ((needed, True), (needed - 1, False), (5 << 20, False)):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed))
+    check_space({tmp_path: made})
+    for free in (needed - 1, 5 << 20):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
-        assert (space_problem(tmp_path, made) == "") is fits
-    assert space_problem(tmp_path, made) == (
-        f"{tmp_path} has 5 MiB free; the job needs {needed / 2**20:.0f} MiB. Free some space there"
-    )
+        with pytest.raises(JobError) as caught:
+            check_space({tmp_path: made})
+    said = f"{tmp_path} has 5 MiB free; the job needs {needed / 2**20:.0f} MiB. Free some space there"
+    assert str(caught.value) == said
+
+
+def test_folders_of_one_disk_share_its_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    disks = {tmp_path / "jobs": 1, tmp_path / "output": 1, tmp_path / "other": 2}
+    known = Path.stat
+
+    def stat(path: Path, **options: bool) -> Any:
+        return SimpleNamespace(st_dev=disks[path]) if path in disks else known(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100 << 20))
+    jobs, output, other = disks
+    check_space({jobs: 30 << 20, other: 30 << 20})
+    with pytest.raises(JobError, match=f"^{other} has 100 MiB free; the job needs 101 MiB"):
+        check_space({jobs: 30 << 20, other: 37 << 20})
+    with pytest.raises(JobError, match=f"^{jobs} and {output} are on one disk, which has 100 MiB free; .* 124 MiB"):
+        check_space({jobs: 30 << 20, output: 30 << 20})
 
 
 def test_a_folder_is_made_and_left_empty(tmp_path: Path):

@@ -37,6 +37,16 @@ def with_text_encoder(node: Node, tiny_models: Path) -> None:
     node.model = dataclasses.replace(node.model, text_encoder=(encoder,))
 
 
+def test_the_disks_have_room_for_what_is_made_side_by_side(node: Node, tmp_path: Path) -> None:
+    node.run(text_embeds=BOTH, batch_count=3, gpu_count=2, gpus_per_video=1)
+    video = int(64 * 48 * 5 * 0.9)
+    given = sum(tensor.nbytes for tensor in node.tensors[0].values())
+    assert given and len(node.rooms) == 3
+    for room in node.rooms:
+        made = given + 64 * 48 * 5 // 4 + video
+        assert room == {tmp_path / "jobs": 2 * made, tmp_path / "output": 2 * video}
+
+
 def test_results_come_in_the_order_of_the_prompts(node: Node, tiny_models: Path) -> None:
     with_text_encoder(node, tiny_models)
     made = node.run(prompts="a fox\na cat", batch_count=2, gpu_count=2)

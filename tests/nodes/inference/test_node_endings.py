@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,10 @@ from safetensors.torch import save_file
 from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.job.job import JobError, ModelFiles
 from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.launch import launcher
 from wan_pack.distributed.launch.launcher import JobFailed
 from wan_pack.distributed.launch.result import Result
+from wan_pack.distributed.machine.prerequisites import MIN_FREE_BYTES
 from wan_pack.nodes.host import host
 from wan_pack.nodes.inference import inference as inference_module
 from wan_pack.nodes.inference import saved_video
@@ -55,7 +58,7 @@ def failing_node(t2v: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "blocked_output": "blocked",
     }.items():
         monkeypatch.setattr(host, name, lambda *_, result=result: result)
-    monkeypatch.setattr(saved_video, "check_prefix", lambda *_: None)
+    monkeypatch.setattr(saved_video, "check_prefix", lambda *_: tmp_path)
     monkeypatch.setattr(host, "out_of_memory", OutOfMemory)
 
     def run(error: Exception | None, **values: Any) -> Any:
@@ -96,6 +99,39 @@ def test_out_of_memory_is_comfyuis_own_exception(failing_node: Any) -> None:
 )
 def test_failure_can_be_returned_instead(failing_node: Any, error: Exception, log: str) -> None:
     assert failing_node(error, on_error="return") == {"result": ("", log, f"error: {error}", *["blocked"] * 3)}
+
+
+# Before it starts
+
+
+def test_the_disk_has_room_for_what_the_job_is_given_and_makes_and_for_its_copy(
+    failing_node: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused by the launcher, with the job's folder and the output folder on one disk."""
+    video, latents = int(64 * 48 * 5 * 0.9), 64 * 48 * 5 // 4
+    size = {"width": 64, "height": 48, "num_frames": 5}
+    texts = (3 + 4) * 64 * 4
+    needed = MIN_FREE_BYTES + texts + latents + 2 * video
+    for name in ("check_prerequisites", "check_installation"):
+        monkeypatch.setattr(launcher, name, lambda *_, **__: None)
+    monkeypatch.setattr(host, "interrupted", lambda: False)
+    bar = SimpleNamespace(update_absolute=lambda value: None)
+    for name, result in {"interrupted": False, "progress_bar": bar, "send": None}.items():
+        monkeypatch.setattr(host, name, lambda *_, result=result: result)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(JobError, match=f" has {(needed - 1) / 2**20:.0f} MiB free; the job needs"):
+        failing_node(None, **size)
+    started: list[Any] = []
+
+    def create(parent: Path) -> None:
+        started.append(parent)
+        raise JobError("there was room")
+
+    monkeypatch.setattr(JobDir, "create", create)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    with pytest.raises(JobError, match="there was room"):
+        failing_node(None, **size)
+    assert started == [tmp_path]
 
 
 # Without a video

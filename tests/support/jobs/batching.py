@@ -37,6 +37,7 @@ class Node:
     def __init__(self, model: ModelFiles, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.model, self._folder = model, folder
         self.jobs: list[Job] = []
+        self.rooms: list[dict[Path, int]] = []
         self.tensors: list[dict[str, Any]] = []
         self.act: Callable[[Job], Any] = lambda job: None
         self.said: list[dict[str, Any]] = []
@@ -57,18 +58,19 @@ class Node:
         monkeypatch.setattr(NodeReport, "pictures", lambda report, jpegs: self.pictures.append(jpegs))
         monkeypatch.setattr(host, "out_of_memory", OutOfMemory)
         monkeypatch.setattr(host, "interrupted", self.cancelled.is_set)
-        monkeypatch.setattr(saved_video, "check_prefix", lambda *_: None)
+        monkeypatch.setattr(saved_video, "check_prefix", lambda *_: folder / "output")
         monkeypatch.setattr(saved_video, "save_video", self._save)
         monkeypatch.setattr(run, "run_job", self._run_job)
         (folder / "jobs").mkdir()
         (folder / "output").mkdir()
 
-    def _run_job(self, job: Job, write: Any, *, on_progress: Callable[[Progress], None], **_: Any) -> Result:
+    def _run_job(self, job: Job, write: Any, *, on_progress: Callable[[Progress], None], **more: Any) -> Result:
         folder = JobDir.create(self._folder / "jobs")
         try:
             write(folder.inputs)
             self.tensors.append(load_file(folder.inputs) if folder.inputs.exists() else {})
             self.jobs.append(job)
+            self.rooms.append(more["room"])
             on_progress(Progress(phase="denoise", preview=b"%d" % job.sampling.seed if job.preview else None))
             self.act(job)
         except BaseException:
