@@ -62,6 +62,8 @@ class Workload:
     given_frames: bool = False
     """Some tokens have a timestep of their own (`wan.sampling.denoise.Known`)."""
     decode: bool = True
+    encode_frames: int = 0
+    """Frames that the VAE encodes at once, of what the video starts from or follows; 0: none."""
     controls: int = 0
     """Control videos that VACE blocks read, each through all of them."""
     references: int = 0
@@ -106,25 +108,24 @@ class Estimate:
 
 
 def estimate(work: Workload, parallel: Parallel) -> Estimate:
-    """The largest of a job's phases: prompts encoded, video denoised, video decoded."""
+    """The largest of a job's phases: prompts and pictures encoded, video denoised, video decoded."""
     warm = parallel.stays
     rest = weights_at_rest(work, parallel)
+    waiting = rest if warm else 0
+    # What other GPUs write to is taken with the first step, and kept until the processes end.
+    shared = peer_bytes(work, parallel)
+    before = shared if warm else 0
     phases = [
-        (rest, gathered_bytes(work, parallel), kept_text_bytes(work, parallel), activation_bytes(work, parallel),
-         work.vae_bytes),
-        (rest if warm else 0, 0, work.text_bytes, 0, 0),
+        ((rest, gathered_bytes(work, parallel), kept_text_bytes(work, parallel), activation_bytes(work, parallel),
+          work.vae_bytes), shared),
+        ((waiting, 0, work.text_bytes, 0, 0), before),
     ]  # fmt: skip
+    if work.encode_frames:
+        phases.append(((waiting, 0, 0, 0, vae_encode_bytes(work, parallel)), before))
     if work.decode:
-        phases.append((rest if warm else 0, 0, 0, 0, vae_decode_bytes(work, parallel)))
-    # Taken with the first step, and kept until the processes end.
-    peers = [peer_bytes(work, parallel) * held for held in (True, warm, True)]
-    return max(
-        (
-            Estimate(*phase, process_bytes(parallel, *phase[2:]) + shared)
-            for phase, shared in zip(phases, peers, strict=False)
-        ),
-        key=lambda e: e.total,
-    )
+        phases.append(((waiting, 0, 0, 0, vae_decode_bytes(work, parallel)), shared))
+    estimates = (Estimate(*phase, process_bytes(parallel, *phase[2:]) + held) for phase, held in phases)
+    return max(estimates, key=lambda e: e.total)
 
 
 def evaluation_bytes(work: Workload, parallel: Parallel) -> int:
@@ -225,6 +226,18 @@ def vae_decode_bytes(work: Workload, parallel: Parallel) -> int:
     """Bytes of the VAE and of one chunk of frames in it."""
     working = picture_bytes(work.latents, work.width, work.height, work.vae_upscale, parallel)
     return work.vae_bytes * vae_width(parallel) // 2 + working
+
+
+def vae_encode_bytes(work: Workload, parallel: Parallel) -> int:
+    """Bytes of the VAE, of one chunk of frames in it, and of all frames that it is given."""
+    working = encoding_bytes(work.latents, work.width, work.height, work.encode_frames, parallel)
+    return work.vae_bytes * vae_width(parallel) // 2 + working
+
+
+def encoding_bytes(latents: LatentSpace, width: int, height: int, frames: int, parallel: Parallel) -> int:
+    """Bytes of one chunk of frames in the VAE, and of all of them on each rank: as they came, and as it takes them."""
+    given = 2 * frames * FRAME_BYTES * rank_pixels(latents, width, height, parallel)
+    return picture_bytes(latents, width, height, 1, parallel) + given * vae_width(parallel) // 2
 
 
 def vae_width(parallel: Parallel) -> int:

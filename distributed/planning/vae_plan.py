@@ -9,7 +9,7 @@ from ...wan.model.latent_space import LATENT_SPACES, LatentSpace
 from ..job.errors import counted
 from ..job.job import VaeJob
 from ..machine.gpus import Gpu
-from .gpu_memory import FRAME_BYTES, GIB, picture_bytes, process_bytes, rank_pixels, vae_width
+from .gpu_memory import GIB, encoding_bytes, picture_bytes, process_bytes, vae_width
 from .plan import DoesNotFit
 
 
@@ -29,10 +29,9 @@ def working_bytes(job: VaeJob) -> int:
     """On each GPU beside the VAE, for one of the videos."""
     space, latents, frames = _sizes(job)
     width, height = latents[4] * space.stride, latents[3] * space.stride
-    # Frames to encode are there as they came and as the VAE takes them.
-    given = 2 * frames[2] * FRAME_BYTES * rank_pixels(space, width, height, job.parallel) if job.encode else 0
-    upscale = 1 if job.encode else frames[4] // width
-    return picture_bytes(space, width, height, upscale, job.parallel) + given * vae_width(job.parallel) // 2
+    if job.encode:
+        return encoding_bytes(space, width, height, frames[2], job.parallel)
+    return picture_bytes(space, width, height, frames[4] // width, job.parallel)
 
 
 def needed_bytes(job: VaeJob) -> int:

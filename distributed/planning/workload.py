@@ -31,6 +31,7 @@ def workload_of(
     encodes_text: bool,
     given_frames: bool = False,
     decode: bool = True,
+    encode_frames: int = 0,
     controls: int = 0,
     references: int = 0,
 ) -> Workload:
@@ -40,6 +41,7 @@ def workload_of(
         parallel: of which the precisions count.
         encodes_text: the job runs the text encoder.
         given_frames: some frames are given to a TI2V model.
+        encode_frames: that the VAE encodes at once.
         controls, references: of a VACE model.
     """
     keeping = keeping_of(parallel)
@@ -74,6 +76,7 @@ def workload_of(
         guided=needs_negative(model, sampling),
         given_frames=given_frames,
         decode=decode,
+        encode_frames=encode_frames,
         controls=controls,
         references=references,
     )

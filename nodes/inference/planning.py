@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ...distributed.job.job import ModelFiles, Parallel, Sampling
+from ...wan.model.variants import FRAMES, Variant
 from ..host.status import Status
 from ..sockets.fun_inputs import has_reference
 from ..sockets.vace_inputs import control_size
@@ -60,7 +61,8 @@ def planned(
         request.base,
         encodes_text=encodes_text,
         given_frames=config.variant.known_frames and image,
-        decode=asked.decode_video or image or controls > 0 or asked.control_video is not None,
+        decode=asked.decode_video,
+        encode_frames=_encoded_frames(asked, config.variant, sampling.num_frames, carried=bool(control)),
         controls=controls,
         references=references + has_reference(asked, config),
     )
@@ -78,6 +80,21 @@ def planned(
         )
         sampling = dataclasses.replace(sampling, width=width, height=height)
     return shown(made, status), sampling
+
+
+def _encoded_frames(asked: VideoInputs, variant: Variant, num_frames: int, *, carried: bool) -> int:
+    """Frames that the VAE encodes at once, of what the video starts from or follows; 0: none.
+
+    Args:
+        carried: other nodes have encoded what a VACE model follows.
+    """
+    if variant.controlled:
+        # Grey ones, where nothing is given.
+        return 0 if carried else num_frames
+    pictures = [picture for picture in (asked.start_image, asked.end_image) if picture is not None]
+    if asked.control_video is not None or (pictures and FRAMES in variant.image):
+        return num_frames
+    return int(bool(pictures) or asked.reference_images is not None)
 
 
 def _request(asked: VideoInputs, model: ModelFiles, sampling: Sampling) -> Request:

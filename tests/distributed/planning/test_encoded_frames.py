@@ -1,0 +1,94 @@
+"""Frames that the VAE encodes before a video is denoised: counted by the plan, as many as there are."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from node_inputs import asked_for, sampling, use_model_folders
+from plan_inputs import A14B, workload
+from wan_pack.distributed.job.job import Parallel
+from wan_pack.distributed.planning import gpu_memory as memory
+from wan_pack.distributed.planning import workload as workload_module
+from wan_pack.distributed.planning.gpu_memory import FRAME_BYTES, estimate
+from wan_pack.distributed.planning.plan import as_set
+from wan_pack.nodes.host.status import Status
+from wan_pack.nodes.inference import planning
+from wan_pack.wan.model.variants import VARIANTS
+
+PICTURE, VIDEO = torch.zeros(1, 48, 64, 3), torch.zeros(5, 48, 64, 3)
+
+
+def streamed(**more: Any) -> Parallel:
+    """Weights that leave the VAE to be what takes most."""
+    return Parallel(gpu_count=1, stream_blocks=True, offload_model=True, **more)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_frames_to_encode_lie_beside_the_vae(decode: bool):
+    size = {"width": 1280, "height": 720, "decode": decode}
+    plain, encoding = (estimate(workload(encode_frames=frames, **size), streamed()) for frames in (0, 81))
+    assert encoding.vae == memory.vae_encode_bytes(workload(encode_frames=81, **size), streamed()) > plain.vae
+    if decode:
+        # What is decoded needs no frames at once.
+        assert encoding.vae - plain.vae == 2 * 81 * FRAME_BYTES * 1280 * 720
+    one = estimate(workload(encode_frames=1, **size), streamed())
+    assert encoding.vae - one.vae == 2 * 80 * FRAME_BYTES * 1280 * 720
+
+
+def test_each_rank_has_its_rows_of_them_and_numbers_as_wide_as_the_vaes():
+    work = workload(encode_frames=81)
+    for gpus, precision, width in ((1, "bf16", 1), (4, "bf16", 1), (4, "fp32", 2)):
+        parallel = Parallel(gpu_count=gpus, mixed_precision=precision)
+        none = workload(encode_frames=0)
+        more = memory.vae_encode_bytes(work, parallel) - memory.vae_encode_bytes(none, parallel)
+        assert more == 2 * 81 * FRAME_BYTES * 832 * 480 // gpus * width
+
+
+def test_a_group_that_stays_encodes_beside_its_weights():
+    work = workload(encode_frames=2001, decode=False)
+    cold, warm = (estimate(work, Parallel(gpu_count=1, keep_warm_seconds=seconds)) for seconds in (0.0, 60.0))
+    assert warm.weights == 2 * A14B[0] and warm.vae == memory.vae_encode_bytes(work, Parallel(gpu_count=1))
+    assert cold.total < warm.total
+
+
+@pytest.mark.parametrize(
+    ("variant", "given", "frames"),
+    [
+        ("T2V", {}, 0),
+        ("I2V", {"start_image": PICTURE}, 81),
+        ("I2V", {"end_image": PICTURE}, 81),
+        ("I2V", {"image_embeds": {}}, 0),
+        ("TI2V-5B", {"start_image": PICTURE}, 1),
+        ("TI2V-5B", {}, 0),
+        ("VACE", {"control_video": VIDEO}, 81),
+        ("VACE", {"reference_images": PICTURE}, 81),
+        ("VACE", {}, 81),
+        ("VACE", {"carried": True}, 0),
+        ("Fun-Control", {"control_video": VIDEO}, 81),
+        ("Fun-Control", {"start_image": PICTURE}, 1),
+        ("Fun-Control", {"reference_images": PICTURE}, 1),
+        ("Fun-Control", {}, 0),
+    ],
+)
+@pytest.mark.parametrize("decode", [True, False])
+def test_the_plan_is_told_of_what_the_inputs_have_encoded(
+    variant: str, given: dict[str, Any], frames: int, decode: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+):
+    use_model_folders(tmp_path, monkeypatch)
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(workload_module, "workload_of", lambda *_, **sizes: told.update(sizes))
+    ground = SimpleNamespace(plan=lambda work, request: as_set(Parallel(gpu_count=1), "of a test"))
+    monkeypatch.setattr(planning, "ground_for", lambda *_, **__: ground)
+    monkeypatch.setattr(planning, "shown", lambda plan, status: plan.parallel)
+    monkeypatch.setattr(planning, "_request", lambda *_: SimpleNamespace(base=Parallel(gpu_count=1)))
+    carried = {"vace_context": torch.zeros(1, 96, 21, 6, 8)} if given.get("carried") else {}
+    asked = asked_for(decode_video=decode, **{name: value for name, value in given.items() if name != "carried"})
+    planning.planned(
+        asked, lambda: Parallel(gpu_count=1), SimpleNamespace(), sampling(num_frames=81),  # type: ignore[arg-type]
+        config=SimpleNamespace(variant=VARIANTS[variant]),  # type: ignore[arg-type]
+        control=carried, encodes_text=False, status=Status(),
+    )  # fmt: skip
+    assert (told["encode_frames"], told["decode"]) == (frames, decode)
