@@ -83,17 +83,25 @@ def write_model(folder: Path, name: str, threads: int = THREADS) -> Path:
         for part, own in parts.items()
         if not files[part].exists()
     ]
-    vae = target / "vae.safetensors"
-    if not vae.exists():
-        jobs.append((vae, vae_shapes(name, config.out_dim), lambda key, out: fill_vae(key, out, numbers)))
-    target.mkdir(exist_ok=True)
     # Each of them is one of many.
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for done in [pool.submit(write_tensors, *job) for job in jobs]:
+        vae, experts = pool.submit(write_vae, folder, name), [pool.submit(write_tensors, *job) for job in jobs]
+        vae.result()
+        for done in experts:
             done.result()
     for expert in EXPERTS[: 1 if config.variant.known_frames else 2]:
         _link_expert(target / expert, {files[part]: own for part, own in parts.items()}, config)
     return target
+
+
+def write_vae(folder: Path, name: str) -> Path:
+    """The VAE of that model, unless it is there."""
+    path = folder / name / "vae.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        numbers = bank()
+        write_tensors(path, vae_shapes(name, model_config(name).out_dim), lambda key, out: fill_vae(key, out, numbers))
+    return path
 
 
 def write_text_encoder(folder: Path, text_dim: int) -> Path:

@@ -16,6 +16,7 @@ from ..machine.memory_file import MemoryFile
 from .held import HeldGroup
 from .launcher import run_job
 from .pool import Pool
+from .result import Result
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +44,8 @@ class VaeCalls:
         self._pool, self._rest, self._parent, self._failed = pool, rest, parent, failed
         self._on_progress, self._on_log_line, self._cancelled = on_progress, on_log_line, cancelled
         self._held: HeldGroup | None = None
+        self.result: Result | None = None
+        """Of the last call that went well; its folder is gone."""
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -83,10 +86,11 @@ class VaeCalls:
                 folder = JobDir(inputs.parent)
                 folder.write_json(folder.pictures, {"memory": str(memory.path)})
 
-            run_job(
+            self.result = run_job(
                 job, write, parent=self._parent, failed=self._failed, pool=self._held, on_progress=self._on_progress,
                 on_log_line=self._on_log_line, cancelled=self._cancelled,
-            ).remove()  # fmt: skip
+            )  # fmt: skip
+            self.result.remove()
             return whole[behind].view(torch.float32).view(job.made)
         finally:
             # An error that is kept somewhere keeps this function's variables, but not the frames.
