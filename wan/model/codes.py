@@ -75,7 +75,6 @@ def spread_codes(x: Tensor, weight: Tensor, dtype: torch.dtype) -> HeadCodes:
     return HeadCodes(codes.clamp(-LARGEST, LARGEST).to(E4M3), scale)
 
 
-@torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=4)
 def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[size, size] of 1 and -1: columns at right angles, rows with signs of their own. size: a power of two.

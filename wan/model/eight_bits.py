@@ -83,7 +83,6 @@ def rotate_inputs(x: Tensor, group: int) -> Tensor:
     return (x.view(-1, group) @ regular_hadamard(group, x.device, x.dtype)).view_as(x)
 
 
-@torch.compiler.assume_constant_result
 @functools.lru_cache(maxsize=8)
 def regular_hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[size, size]: the normalised Kronecker power of the smallest regular Hadamard matrix, symmetric and orthogonal,

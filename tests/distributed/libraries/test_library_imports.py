@@ -11,8 +11,12 @@ import pytest
 SCRIPT = """
 import sys
 import torch
+loaded = "torch._dynamo" in sys.modules
 from mount import mount_pack
 mount_pack()
+import wan_pack.distributed.rank.worker
+assert ("torch._dynamo" in sys.modules) == loaded, "the compiler takes half a second, and most ranks compile nothing"
+assert "torch.distributed.fsdp" not in sys.modules
 from wan_pack.distributed.libraries.library_imports import MODULES, OPTIONAL, import_diffusers
 
 import_diffusers()

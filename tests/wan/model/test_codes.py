@@ -73,7 +73,7 @@ def test_the_matrix_keeps_lengths_and_angles():
 
 
 def test_codes_are_traced_without_a_break():
-    """The matrix is a constant of the graph."""
+    """With the matrix, which is made once and kept where nothing is compiled."""
     layer = random_layer(heads=4, channels=16)
     x, rope = torch.randn(6, 64), rope_table((1, 2, 3), 16)
     torch._dynamo.reset()
