@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..job.errors import JobError, check
+from ..job.evaluator import KEPT_AT_LEAST, MAX_CONTROL_BYTES, MAX_CONTROLS
 from ..job.job import FLOAT_BYTES
 from ..job.strict_json import build
 
@@ -23,14 +24,12 @@ MAX_SIDE = 1024
 MAX_CHANNELS = 256
 """The largest model has 48, and VACE's control 96."""
 MAX_BYTES = 2 << 30
-"""Of an evaluation's latents, and of all that is sent with one."""
+"""Of an evaluation's latents, and of one tensor that is sent with one."""
 MAX_ROWS = 1 << 13
 """Of a text or of what CLIP sees: ComfyUI joins prompts of 512 rows each."""
 MAX_ROW_CHANNELS = 1 << 14
-MAX_CONTROLS = 16
-"""Of one sample, from a chain of nodes."""
-MAX_ROWS_KEPT, MAX_VOLUMES_KEPT = 128, 16
-"""Texts and pictures, and controls, that the ranks keep: the last ones, and at least those of one evaluation."""
+MAX_SENT_BYTES = MAX_SAMPLES * (MAX_CONTROL_BYTES + (1 << 30))
+"""Of all that is sent with one evaluation: its controls, and its texts."""
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 """Of the dtypes that a text may have."""
 _KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -131,7 +130,7 @@ class Evaluation:
                 # A picture is of one frame.
                 one.check_volume((1, *self.shape[3:]) if one.key in self.references else self.shape[2:])
         size = sum(one.nbytes for one in self.sent)
-        check(size <= MAX_BYTES, "bytes of what is sent", size, f"at most {MAX_BYTES}")
+        check(size <= MAX_SENT_BYTES, "bytes of what is sent", size, f"at most {MAX_SENT_BYTES}")
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -178,24 +177,32 @@ class SentKeys:
     """Which tensors of a kind the ranks have. Both ends count the same, so that neither has to ask the other.
 
     Args:
-        most: that are kept beyond one evaluation's.
+        most: bytes that are kept beyond one evaluation's.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._keys: dict[str, None] = {}
+        self._bytes: dict[str, int] = {}
         """The one that was used last is last."""
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those that are to be sent, each once, in order."""
-        return [key for key in dict.fromkeys(keys) if key not in self._keys]
+        return [key for key in dict.fromkeys(keys) if key not in self._bytes]
 
-    def use(self, keys: Sequence[str]) -> list[str]:
-        """Notes that an evaluation has these. Returns those that there is no room for any more."""
+    def use(self, keys: Sequence[str], sent: Iterable[SentTensor]) -> list[str]:
+        """Notes that an evaluation has these. Returns those that there is no room for any more.
+
+        Args:
+            sent: what comes with it, of this kind and others.
+        """
+        known = self._bytes | {one.key: max(one.nbytes, KEPT_AT_LEAST) for one in sent}
         for key in keys:
-            self._keys.pop(key, None)
-            self._keys[key] = None
-        dropped = list(self._keys)[: -max(self._most, len(set(keys)))]
-        for key in dropped:
-            del self._keys[key]
+            self._bytes.pop(key, None)
+            self._bytes[key] = known.get(key, KEPT_AT_LEAST)
+        size, dropped = sum(self._bytes.values()), []
+        for key in list(self._bytes):
+            if size <= self._most or key in keys:
+                break
+            size -= self._bytes.pop(key)
+            dropped.append(key)
         return dropped

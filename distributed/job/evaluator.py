@@ -18,6 +18,15 @@ NO_PICTURE = (
 )
 
 
+MAX_CONTROLS = 16
+"""Of one sample, from a chain of nodes."""
+MAX_CONTROL_BYTES = 2 << 30
+"""Of all controls of one sample together."""
+KEPT_ROW_BYTES, KEPT_VOLUME_BYTES = 1 << 30, 4 << 30
+"""Of texts and pictures, and of controls and references, that stay known in a sampling and so are sent once: a video in
+context windows has a control for each of them."""
+KEPT_AT_LEAST = 1 << 20
+"""Bytes that each of them counts as, so that their number has a bound, too."""
 NO_CONTROL = "the model is a VACE model: connect WanVaceToVideo between the prompts and the sampler"
 
 

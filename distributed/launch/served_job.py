@@ -11,17 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..group.evaluation_memory import AskingEnd
-from ..group.evaluation_request import (
-    MAX_ROWS_KEPT,
-    MAX_SAMPLES,
-    MAX_VOLUMES_KEPT,
-    Evaluation,
-    Request,
-    SentKeys,
-    SentTensor,
-)
+from ..group.evaluation_request import MAX_SAMPLES, Evaluation, Request, SentKeys, SentTensor
 from ..job.errors import JobError
-from ..job.evaluator import SampleConditioning
+from ..job.evaluator import KEPT_ROW_BYTES, KEPT_VOLUME_BYTES, SampleConditioning
 from ..job.job_folder import JobDir
 from ..machine.bell import Bell, ring
 from .result import Result
@@ -43,7 +35,7 @@ class ServedJob:
         self._memory, self._bell = AskingEnd(), Bell()
         self._folder: JobDir | None = None
         self._number = 0
-        self._rows, self._volumes = SentKeys(MAX_ROWS_KEPT), SentKeys(MAX_VOLUMES_KEPT)
+        self._rows, self._volumes = SentKeys(KEPT_ROW_BYTES), SentKeys(KEPT_VOLUME_BYTES)
         self._known: list[tuple[weakref.ref[Tensor], int, str]] = []
         """What was sent and lives, its versions and keys."""
         self._given_up = False
@@ -97,8 +89,8 @@ class ServedJob:
             sent=tuple(_sent(key, tensors[key]) for key in missing),
         )  # fmt: skip
         self._ask(evaluation, [_bytes(part) for part in (x, timesteps, *(tensors[key] for key in missing))])
-        self._rows.use(rows)
-        self._volumes.use(volumes)
+        self._rows.use(rows, evaluation.sent)
+        self._volumes.use(volumes, evaluation.sent)
         try:
             self._wait()
         except BaseException:

@@ -11,9 +11,9 @@ from ...wan.model.config import WanConfig
 from ...wan.transformer.context import Context
 from ...wan.transformer.reference import Reference
 from ...wan.transformer.vace import Control
-from ..group.evaluation_request import MAX_ROWS_KEPT, MAX_VOLUMES_KEPT, Evaluation, SentKeys
+from ..group.evaluation_request import Evaluation, SentKeys
 from ..job.errors import JobError
-from ..job.evaluator import NO_CONTROL, NO_PICTURE
+from ..job.evaluator import KEPT_ROW_BYTES, KEPT_VOLUME_BYTES, NO_CONTROL, NO_PICTURE
 from ..parallel.sequence import SequenceShard
 from ..planning.gpu_memory import GUIDED_PROMPTS
 
@@ -30,7 +30,7 @@ class KeptConditions:
 
     def __init__(self, config: WanConfig, device: torch.device, *, keeps: bool) -> None:
         self._config, self._device, self._keeps = config, device, keeps
-        self._keys, self._volume_keys = SentKeys(MAX_ROWS_KEPT), SentKeys(MAX_VOLUMES_KEPT)
+        self._keys, self._volume_keys = SentKeys(KEPT_ROW_BYTES), SentKeys(KEPT_VOLUME_BYTES)
         self._rows: dict[str, Tensor] = {}
         self._volumes: dict[str, tuple[tuple[int, ...], Tensor]] = {}
         """Frames, rows and columns, and the rank's tokens in the host's memory."""
@@ -85,9 +85,9 @@ class KeptConditions:
                 self._volumes[sent.key] = sent.shape[1:], tokens_of(values).clone()
             else:
                 self._rows[sent.key] = values.clone()
-        for key in self._keys.use(evaluation.rows):
+        for key in self._keys.use(evaluation.rows, evaluation.sent):
             self._rows.pop(key, None)
-        for key in self._volume_keys.use(evaluation.volumes):
+        for key in self._volume_keys.use(evaluation.volumes, evaluation.sent):
             self._volumes.pop(key, None)
             self._references.pop(key, None)
         for keys, there in (

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...distributed.job.errors import listed
-from ...distributed.job.evaluator import Evaluator, SampleConditioning, SampleControl
+from ...distributed.job.errors import counted, listed
+from ...distributed.job.evaluator import (
+    KEPT_AT_LEAST,
+    KEPT_ROW_BYTES,
+    KEPT_VOLUME_BYTES,
+    MAX_CONTROL_BYTES,
+    MAX_CONTROLS,
+    Evaluator,
+    SampleConditioning,
+    SampleControl,
+)
+from ...distributed.job.job import FLOAT_BYTES
 from ..host.exceptions import told_to_comfyui
 from .unsupported import check_conds, check_options
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_ROWS, MOST_VOLUMES = 32, 16
-"""Different texts and pictures, and controls, that are remembered: a sampling has two texts, one more for each further
-prompt, and the controls of a chain."""
+GIB = 1 << 30
 
 
 class Evaluation:
@@ -28,7 +37,7 @@ class Evaluation:
     def __init__(self, start: Callable[[], Evaluator]) -> None:
         self._start = start
         self._evaluator: Evaluator | None = None
-        self._rows, self._volumes = _Known(MOST_ROWS), _Known(MOST_VOLUMES)
+        self._rows, self._volumes = _Known(KEPT_ROW_BYTES), _Known(KEPT_VOLUME_BYTES)
 
     def velocity(
         self, x: Tensor, timestep: Tensor, context: Tensor, options: Mapping[str, Any], conds: Mapping[str, Any]
@@ -93,6 +102,13 @@ class Evaluation:
             raise ValueError(
                 f"vace_strength is {strengths!r}; it must be a list of one for each of {len(videos)} controls"
             )
+        count, taken = len(videos), videos.numel() * FLOAT_BYTES
+        if count > MAX_CONTROLS or taken > MAX_CONTROL_BYTES:
+            raise ValueError(
+                f"the prompt has {counted(count, 'VACE control')}, {taken / GIB:.1f} GiB; a sampling on several GPUs "
+                f"takes at most {MAX_CONTROLS}, and {MAX_CONTROL_BYTES / GIB:g} GiB. Chain fewer WanVaceToVideo, or "
+                "make the video smaller or shorter"
+            )
         return tuple(
             SampleControl(self._volumes.same(video), float(strength))
             for video, strength in zip(videos, strengths, strict=True)
@@ -109,7 +125,11 @@ class Evaluation:
 
 
 class _Known:
-    """The same object for the same values: ComfyUI copies them for each call."""
+    """The same object for the same values: ComfyUI copies them for each call.
+
+    Args:
+        most: bytes of what is remembered.
+    """
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -126,7 +146,10 @@ class _Known:
         # ComfyUI runs in inference mode, whose tensors do not tell whether they have been changed.
         with torch.inference_mode(False):
             kept = given.clone(memory_format=torch.contiguous_format)
-        self._tensors = [kept, *self._tensors[: self._most - 1]]
+        self._tensors.insert(0, kept)
+        sizes = itertools.accumulate(max(tensor.nbytes, KEPT_AT_LEAST) for tensor in self._tensors)
+        within = sum(size <= self._most for size in sizes)
+        del self._tensors[max(within, 1) :]
         return kept
 
 

@@ -44,7 +44,7 @@ def build(comfy: Comfy) -> Callable[..., Workflow]:
     """(loader, config's settings) -> a workflow; the files are there, with text of umT5-xxl's channels."""
     folder = comfy.server.base / "models"
     seeds = {"T2V high": ("T2V", 20), "T2V low": ("T2V", 21), "I2V": ("I2V", 22), "TI2V-5B": ("TI2V-5B", 23)}
-    seeds |= {"VACE high": ("VACE", 25), "VACE low": ("VACE", 26)}
+    seeds |= {"VACE high": ("VACE", 25), "VACE low": ("VACE", 26), "Fun Control": ("Fun", 27)}
     experts = {name: write_expert(folder / "diffusion_models", kind, seed).name for name, (kind, seed) in seeds.items()}
     save_file(lora(24), folder / "loras" / LORA)
     picture = comfy.picture(WIDTH, HEIGHT, "core.png")

@@ -8,6 +8,7 @@ import os
 import random
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,15 @@ import pytest
 from wan_pack.distributed.group.evaluation_memory import HEADER, REQUEST, AnsweringEnd, AskingEnd
 from wan_pack.distributed.group.evaluation_request import (
     MAX_ROWS,
-    MAX_ROWS_KEPT,
     MAX_SAMPLES,
-    MAX_VOLUMES_KEPT,
+    MAX_SENT_BYTES,
     Evaluation,
     Request,
     SentKeys,
     SentTensor,
 )
 from wan_pack.distributed.job.errors import JobError
+from wan_pack.distributed.job.evaluator import KEPT_AT_LEAST, KEPT_ROW_BYTES, KEPT_VOLUME_BYTES
 from wan_pack.distributed.machine.bell import Bell, BellRope, ring
 from wan_pack.distributed.machine.memory_file import MemoryFile, OpenedMemory
 
@@ -101,11 +102,11 @@ def test_fault_32_what_is_sent_out_of_bounds_is_refused(change: dict[str, Any], 
 
 
 def test_fault_32_all_that_is_sent_at_once_is_bounded():
-    controls = [SentTensor(key=key, shape=(96, 40, 256, 256), dtype="float32") for key in KEYS[2:6]]
-    with pytest.raises(ValueError, match="bytes of what is sent is 4026531840; it must be at most 2147483648"):
+    controls = [SentTensor(key=key, shape=(96, 40, 256, 256), dtype="float32") for key in KEYS[2:9]]
+    with pytest.raises(ValueError, match=f"bytes of what is sent is 7046430720; it must be at most {MAX_SENT_BYTES}"):
         Evaluation(
-            shape=(1, 16, 40, 256, 256), by_frame=False, texts=(KEYS[0],), controls=(tuple(KEYS[2:6]),),
-            strengths=((1.0,) * 4,), sent=tuple(controls),
+            shape=(1, 16, 40, 256, 256), by_frame=False, texts=(KEYS[0],), controls=(tuple(KEYS[2:9]),),
+            strengths=((1.0,) * 7,), sent=tuple(controls),
         )  # fmt: skip
 
 
@@ -211,27 +212,44 @@ def test_a_ring_wakes_at_once_and_one_before_the_wait_is_not_lost(named: bool, t
     ring(bell.path)
 
 
-@pytest.mark.parametrize("most", [MAX_ROWS_KEPT, MAX_VOLUMES_KEPT, 4])
+def sent(keys: Sequence[str], mib: int = 1) -> list[SentTensor]:
+    return [SentTensor(key=key, shape=(mib, 1 << 18), dtype="float32") for key in dict.fromkeys(keys)]
+
+
+@pytest.mark.parametrize("most", [KEPT_ROW_BYTES >> 20, KEPT_VOLUME_BYTES >> 20, 4])
 def test_both_ends_count_what_was_sent_alike(most: int):
-    """Those of one evaluation are kept, however many they are."""
-    here, there = SentKeys(most), SentKeys(most)
+    """In MiB. Those of one evaluation are kept, however large they are."""
+    here, there = SentKeys(most << 20), SentKeys(most << 20)
     assert here.missing([KEYS[0], KEYS[1], KEYS[0]]) == [KEYS[0], KEYS[1]]
     rng, kept = random.Random(1), set()
+    sizes = {key: rng.choice([1, 2, most // 3 + 1]) for key in KEYS}
+
+    def size(keys: set[str]) -> int:
+        return sum(sizes[key] for key in keys)
+
     for _ in range(300):
         used = rng.choices(KEYS, k=rng.randint(1, 9))
         missing = here.missing(used)
         assert set(missing) == set(used) - kept
-        dropped = here.use(used)
-        assert dropped == there.use(used)
+        new = [one for key in missing for one in sent([key], sizes[key])]
+        dropped = here.use(used, new)
+        assert dropped == there.use(used, new)
         assert not set(used) & set(dropped), "no text of an evaluation makes room for another one of it"
         kept = (kept | set(used)) - set(dropped)
-        assert set(used) <= kept and len(kept) <= max(most, len(set(used)))
+        assert set(used) <= kept and size(kept) <= max(most, size(set(used)))
+        assert not dropped or size(kept) + sizes[dropped[-1]] > most, "none goes that there is room for"
 
 
 def test_what_was_used_longest_ago_makes_room():
-    texts, more = SentKeys(MAX_ROWS_KEPT), [f"{number:064x}" for number in range(MAX_ROWS_KEPT + 2)]
-    assert texts.use(more[:MAX_ROWS_KEPT]) == []
+    texts = SentKeys(50 << 20)
+    assert texts.use(KEYS[:50], sent(KEYS[:50])) == []
     # Used again, the first one is the last to go.
-    assert texts.use([more[0]]) == []
-    assert texts.use(more[MAX_ROWS_KEPT:]) == [more[1], more[2]]
-    assert texts.missing(more) == [more[1], more[2]]
+    assert texts.use([KEYS[0]], []) == []
+    assert texts.use(KEYS[50:52], sent(KEYS[50:52])) == [KEYS[1], KEYS[2]]
+    assert texts.missing(KEYS[:52]) == [KEYS[1], KEYS[2]]
+
+
+def test_small_ones_are_bounded_in_number():
+    texts = SentKeys(2 * KEPT_AT_LEAST)
+    assert texts.use([KEYS[0]], [TEXT]) == []
+    assert texts.use(KEYS[1:3], [dataclasses.replace(TEXT, key=key) for key in KEYS[1:3]]) == [KEYS[0]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from wan_pack.distributed.group.evaluation_memory import AnsweringEnd
-from wan_pack.distributed.group.evaluation_request import MAX_VOLUMES_KEPT, Evaluation
+from wan_pack.distributed.group.evaluation_request import Evaluation
 from wan_pack.distributed.job.evaluator import SampleConditioning, SampleControl
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.launch.result import Result
@@ -121,8 +121,16 @@ def test_controls_are_sent_once_and_their_strengths_each_time(served: ServedJob,
     assert [evaluation.strengths[0] for evaluation in processes.asked] == [(1.0, 2.0), (0.5, 2.0), (1.0,), (1.0,)]
 
 
+def test_each_of_many_windows_sends_its_control_once(served: ServedJob, processes: Processes):
+    windows = [video(seed) for seed in range(40)]
+    for _ in range(3):
+        for window in windows:
+            evaluate(served, [sample(1, SampleControl(window)), sample(2, SampleControl(window), conditional=False)])
+    assert [len(evaluation.sent) for evaluation in processes.asked] == [3, *[1] * 39, *[0] * 80]
+
+
 def test_what_nobody_has_any_more_is_not_held(served: ServedJob):
-    for seed in range(2 * MAX_VOLUMES_KEPT):
+    for seed in range(30):
         evaluate(served, [sample(seed, SampleControl(video(seed), 1.0))])
     evaluate(served, [sample(0)])
     assert len(served._known) == 1

@@ -10,10 +10,12 @@ import pytest
 import torch
 from tiny import TINY, TINY_VACE
 from torch import Tensor
-from wan_pack.distributed.group.evaluation_request import MAX_VOLUMES_KEPT, Evaluation, SentTensor
+from wan_pack.distributed.group.evaluation_request import Evaluation, SentTensor
 from wan_pack.distributed.job.errors import JobError
+from wan_pack.distributed.job.evaluator import KEPT_AT_LEAST
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.planning.gpu_memory import GUIDED_PROMPTS
+from wan_pack.distributed.rank import kept_conditions
 from wan_pack.distributed.rank.kept_conditions import KeptConditions
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.patch import patchify
@@ -110,10 +112,11 @@ def test_controls_are_kept_with_the_strengths_of_each_evaluation() -> None:
     assert kept.controls(kept.told("a", controls=("x",)))[0][0].values is one[0].values
 
 
-def test_what_was_never_sent_or_is_let_go_is_not_computed_with() -> None:
+def test_what_was_never_sent_or_is_let_go_is_not_computed_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_conditions, "KEPT_VOLUME_BYTES", 3 * KEPT_AT_LEAST)
     kept = Kept(TINY_VACE)
     kept.told("a", controls=("x",))
-    for number in range(MAX_VOLUMES_KEPT):
+    for number in range(3):
         kept.told("a", controls=(chr(1000 + number),))
     with pytest.raises(JobError, match=f"{key('x')} is asked for, but was never sent"):
         kept.told("a", controls=("x",))

@@ -11,6 +11,7 @@ import torch
 from core_sampling import STEPS, Conditioning, Modules, TwoModels, empty_latents, text
 from torch import Tensor
 from wan_pack.demo.tiny_vae import vae as tiny_vae
+from wan_pack.nodes.core import evaluation
 
 LIMIT = 1e-4
 WIDTH, HEIGHT, FRAMES = 64, 48, 9
@@ -87,6 +88,49 @@ def test_a_control_of_another_size_is_refused(how: str, vace: TwoModels) -> None
         (model,) = node.execute(model, 5, 1, "standard_static", 1, False, "pyramid").result
     with pytest.raises(ValueError, match=r"the VACE control is of \[3, 6, 8\].*take the latents of the same WanVace"):
         core["sampled"](model, **given)
+
+
+def test_each_window_follows_its_part_where_comfyui_cuts_the_control(
+    vace: TwoModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As newer ones do. Copies of a part are known again: of all steps each window has one."""
+    handler = vace.core["comfy.context_windows"].IndexListContextHandler
+    whole = handler.get_resized_cond
+
+    def cut(self: Any, conds: Any, x: Tensor, window: Any, device: Any = None) -> Any:
+        made = whole(self, conds, x, window, device)
+        for one in made or []:
+            control = one["model_conds"]["vace_context"]
+            one["model_conds"]["vace_context"] = control._copy_with(window.get_tensor(control.cond, dim=3))
+        return made
+
+    monkeypatch.setattr(handler, "get_resized_cond", cut)
+    given = followed(vace.core, control_masks=MASK)
+
+    def in_windows(core: Modules, model: Any) -> Tensor:
+        node = core["comfy_extras.nodes_context_windows"].WanContextWindowsManualNode
+        (model,) = node.execute(model, 5, 4, "standard_static", 1, False, "pyramid").result
+        return core["sampled"](model, **given)
+
+    vace.same(in_windows, limit=LIMIT)
+    (evaluator,) = vace.evaluators
+    assert len(evaluator.controls) == 2 and len(evaluator.batches) == 2 * STEPS
+
+
+def test_more_controls_than_are_taken_are_refused_before_anything_starts(
+    vace: TwoModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = followed(vace.core)
+    for prompt in ("positive", "negative"):
+        rest = given[prompt][0][1]
+        many = {name: rest[name] * 17 for name in ("vace_frames", "vace_mask", "vace_strength")}
+        given[prompt] = changed(given[prompt], **many)
+    with pytest.raises(ValueError, match=r"17 VACE controls, .* GiB; .* at most 16, and 2 GiB. Chain fewer WanVaceTo"):
+        vace.core["sampled"](vace.ours, **given)
+    monkeypatch.setattr(evaluation, "MAX_CONTROL_BYTES", 96 * 3 * 6 * 8 * 4 - 1)
+    with pytest.raises(ValueError, match=r"1 VACE control, .* make the video smaller or shorter"):
+        vace.core["sampled"](vace.ours, **followed(vace.core))
+    assert vace.evaluators == []
 
 
 def test_strengths_are_one_for_each_control(vace: TwoModels) -> None:

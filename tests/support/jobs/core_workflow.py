@@ -87,14 +87,14 @@ def custom(flow: Workflow) -> str:
     return flow.add("SamplerCustomAdvanced", **{name: [link, 0] for name, link in links.items()})
 
 
-def with_pictures(kind: str, *names: str) -> Callable[[Workflow], str]:
-    """An I2V model, conditioned by ComfyUI's own node."""
+def with_pictures(kind: str, *names: str, model: str = "I2V") -> Callable[[Workflow], str]:
+    """A model with inputs for pictures, conditioned by ComfyUI's own node."""
 
     def graph(flow: Workflow) -> str:
         pictures = {name: ["picture", 0] for name in names}
         links = {name: [name, 0] for name in ("positive", "negative", "vae")}
         made = flow.add(kind, width=WIDTH, height=HEIGHT, length=FRAMES, batch_size=1, **links, **pictures)
-        return flow.sampled(flow.model("I2V"), positive=[made, 0], negative=[made, 1], latent_image=[made, 2])
+        return flow.sampled(flow.model(model), positive=[made, 0], negative=[made, 1], latent_image=[made, 2])
 
     return graph
 
@@ -161,6 +161,8 @@ GRAPHS: dict[str, Callable[[Workflow], str]] = {
     "custom": custom,
     "image to video": with_pictures("WanImageToVideo", "start_image"),
     "first and last frame": with_pictures("WanFirstLastFrameToVideo", "start_image", "end_image"),
+    "Fun InP": with_pictures("WanFunInpaintToVideo", "start_image", "end_image"),
+    "Fun Control": with_pictures("Wan22FunControlToVideo", "ref_image", "control_video", model="Fun Control"),
     "known frame": known_frame,
     "VACE": following,
     "VACE Fun": lambda flow: following(flow, experts=True),
