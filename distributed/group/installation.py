@@ -30,7 +30,7 @@ PACKAGES = {
 }
 """Module that a job imports -> the name under which pip installs it."""
 ENCODER_ONLY = ("transformers", "sentencepiece", "ftfy")
-"""Of these, what only encoding a prompt needs."""
+"""Of these, what only encoding a prompt needs; the first of them CLIP too."""
 DISTRIBUTED = Path(__file__).resolve().parent.parent
 TIMEOUT = 180.0
 """Seconds to import all of them from a cold disk."""
@@ -38,14 +38,15 @@ _good: dict[str, set[str]] = {}
 """Installation -> what was imported from it, while this process lives."""
 
 
-def check_installation(*, encodes: bool, decodes: bool) -> None:
+def check_installation(*, encodes: bool, decodes: bool, looks: bool = False) -> None:
     """Raises JobError with what a job could not import, and the command that installs it.
 
     Args:
         encodes: whether the job encodes prompts.
         decodes: whether it writes a video.
+        looks: whether it runs CLIP.
     """
-    unneeded = {*(() if encodes else ENCODER_ONLY), *(() if decodes else ("imageio_ffmpeg",))}
+    unneeded = {*(() if encodes else ENCODER_ONLY[looks:]), *(() if decodes else ("imageio_ffmpeg",))}
     if problem := installation_problem([module for module in PACKAGES if module not in unneeded]):
         raise JobError(problem)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...wan.model.config import PICTURE_ROWS, TEXT_LEN, WanConfig
+from ...wan.model.config import CLIP_PICTURE, PICTURE_ROWS, TEXT_LEN, WanConfig
 from ...wan.model.variants import takers
 from .control_inputs import CONTROL_VIDEO, check_controls, reference_frames
+from .errors import check
 from .job import Job
 
 Shape = tuple[int, ...]
@@ -23,6 +24,8 @@ IMAGE_CONDITIONING = "image_conditioning"
 """An I2V model's further input channels [4 + C, T, h, w]: mask (1: given), then normalised latents."""
 CLIP_FEATURES = "clip_features"
 """CLIP's features of pictures for an image branch, [257 for each, clip_dim]: hidden states before its last block."""
+CLIP_PICTURES = "clip_pictures"
+"""In their place the pictures [1 or 2, 3, 224, 224], as CLIP takes them, for the job's own CLIP."""
 PICTURES = (START_IMAGE, END_IMAGE, IMAGE_CONDITIONING)
 SAMPLES = "samples"
 """Latents to start from [C, T, h, w], un-normalised, as ComfyUI's LATENT."""
@@ -36,7 +39,7 @@ def check_inputs(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> No
     """Raises ValueError naming the tensor that is missing, of another shape, or of no use to this model."""
     _check_text(job, config, shapes)
     _check_images(job, config, shapes)
-    _check_features(config, shapes)
+    _check_features(job, config, shapes)
     check_controls(job.sampling, config, shapes, latents_shape(job, config, shapes))
     _check_samples(job, config, shapes)
 
@@ -86,13 +89,13 @@ def _check_images(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> N
         _check_shape("image conditioning", shapes[IMAGE_CONDITIONING], expected)
 
 
-def _check_features(config: WanConfig, shapes: Mapping[str, Shape]) -> None:
-    shape, variant = shapes.get(CLIP_FEATURES), config.variant
-    if shape is None:
+def _check_features(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> None:
+    variant, given = config.variant, [name for name in (CLIP_FEATURES, CLIP_PICTURES) if name in shapes]
+    if not given:
         if config.image_branch:
             raise ValueError(
-                f"the model looks at its pictures through CLIP ({variant.name}): connect CLIP Vision Encode, with "
-                "clip_vision_h, to clip_vision_start_image"
+                f"the model looks at its pictures through CLIP ({variant.name}): choose clip_vision_h as clip_vision "
+                "in Load Wan Video Model, or connect CLIP Vision Encode to clip_vision_start_image"
             )
         return
     if CLIP_FEATURES not in variant.takes:
@@ -100,10 +103,19 @@ def _check_features(config: WanConfig, shapes: Mapping[str, Shape]) -> None:
             f"CLIP vision features are given; this model ({variant.name}) has no image branch, as "
             f"{takers(CLIP_FEATURES)} has"
         )
-    allowed = [[PICTURE_ROWS * count, config.clip_dim] for count in range(1, MAX_PICTURES + 1)]
-    if list(shape) not in allowed:
+    if len(given) > 1:
+        raise ValueError(f"{CLIP_FEATURES} and {CLIP_PICTURES} are both given; take one out")
+    shape, counts = list(shapes[given[0]]), range(1, MAX_PICTURES + 1)
+    if CLIP_PICTURES in shapes:
+        check(job.looks, "model.clip_vision", (), f"given when {CLIP_PICTURES} are")
+        allowed = [[count, *CLIP_PICTURE] for count in counts]
+        if shape not in allowed:
+            raise ValueError(f"{CLIP_PICTURES} has shape {shape}; it must be {' or '.join(map(str, allowed))}")
+        return
+    allowed = [[PICTURE_ROWS * count, config.clip_dim] for count in counts]
+    if shape not in allowed:
         raise ValueError(
-            f"the CLIP vision features have shape {list(shape)}; this model takes {' or '.join(map(str, allowed))}, as "
+            f"the CLIP vision features have shape {shape}; this model takes {' or '.join(map(str, allowed))}, as "
             "clip_vision_h makes them"
         )
 

@@ -109,6 +109,11 @@ class GroupJob(ABC):
         return False
 
     @property
+    def looks(self) -> bool:
+        """It runs CLIP on pictures."""
+        return False
+
+    @property
     def file_format(self) -> VideoFormat | None:
         """Of the video that it writes; None if it writes none."""
         return None
@@ -172,11 +177,16 @@ class Job(GroupJob):
 
     @property
     def shared(self) -> Hashable:
-        return dataclasses.replace(self.model, high_noise_loras=(), low_noise_loras=())
+        # Ranks keep nothing that CLIP is made of.
+        return dataclasses.replace(self.model, high_noise_loras=(), low_noise_loras=(), clip_vision=())
 
     @property
     def encodes(self) -> bool:
         return self.text is not None
+
+    @property
+    def looks(self) -> bool:
+        return bool(self.model.clip_vision)
 
     @property
     def file_format(self) -> VideoFormat | None:

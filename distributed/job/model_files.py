@@ -133,6 +133,8 @@ class ModelFiles:
     """Tokenizer files beside the text encoder; empty when it carries its own."""
     high_noise_loras: tuple[LoraFile, ...] = ()
     low_noise_loras: tuple[LoraFile, ...] = ()
+    clip_vision: tuple[FileIdentity, ...] = ()
+    """Empty when the model looks at no picture, or its features travel with the job."""
 
     def __post_init__(self) -> None:
         check(len(self.vae) > 0, "model.vae", (), "at least one file")

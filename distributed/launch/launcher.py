@@ -94,7 +94,7 @@ def run_job(
         check_cancelled()
         on_progress(Progress(phase="start", message="looking for the packages that the processes import"))
         check_prerequisites(job.parallel, file_format=job.file_format)
-        check_installation(encodes=job.encodes, decodes=job.file_format is not None)
+        check_installation(encodes=job.encodes, looks=job.looks, decodes=job.file_format is not None)
         check_cancelled()
     if problem := writing_problem(parent):
         raise JobError(problem)

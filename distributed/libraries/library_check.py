@@ -28,9 +28,9 @@ def _diffusers() -> object:
 
 
 def _transformers() -> object:
-    from transformers import UMT5Config, UMT5EncoderModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-    return UMT5Config, UMT5EncoderModel
+    return CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 
 IMPORTS: dict[str, Callable[[], object]] = {"diffusers": _diffusers, "transformers": _transformers}

@@ -57,6 +57,8 @@ class Workload:
     """Pixels per row and column that the VAE makes for one of the video."""
     text_bytes: int = 0
     """Of the text encoder, if the job runs it."""
+    clip_bytes: int = 0
+    """Of CLIP's vision model, if the job runs it."""
     guided: bool = False
     """Steps evaluate the model for the negative prompt too."""
     given_frames: bool = False
@@ -96,7 +98,8 @@ class Estimate:
     weights: int
     gathered: int
     text: int
-    """Cached keys and values of the cross-attention (text and pictures), and the text encoder while it is loaded."""
+    """Cached keys and values of the cross-attention (text and pictures); the text encoder, or CLIP, while it is
+    loaded."""
     activations: int
     vae: int
     process: int
@@ -118,7 +121,7 @@ def estimate(work: Workload, parallel: Parallel) -> Estimate:
     phases = [
         ((rest, gathered_bytes(work, parallel), kept_text_bytes(work, parallel), activation_bytes(work, parallel),
           work.vae_bytes), shared),
-        ((waiting, 0, work.text_bytes, 0, 0), before),
+        ((waiting, 0, max(work.text_bytes, work.clip_bytes), 0, 0), before),
     ]  # fmt: skip
     if work.encode_frames:
         phases.append(((waiting, 0, 0, 0, vae_encode_bytes(work, parallel)), before))

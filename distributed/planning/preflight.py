@@ -12,6 +12,7 @@ from ...wan.model.latent_space import WAN21
 from ...wan.text.t5_keys import check_text_encoder_files
 from ...wan.vae.vae_keys import check_vae_file
 from ...wan.video.video_formats import CRF
+from ...wan.vision.clip_keys import check_clip_files
 from ..job.input_tensors import Shape, check_inputs
 from ..job.job import FileIdentity, Job, LoraFile, ModelFiles, Parallel, Sampling
 from ..machine.host_memory import available_bytes
@@ -76,6 +77,14 @@ def check_model(model: ModelFiles, on_report: Callable[[str], None] = lambda lin
         dim = check_text_encoder_files(encoder, [part.path for part in model.tokenizer]).dim
         if dim != config.text_dim:
             raise ValueError(f"{encoder[0]} makes rows of {dim} channels; the transformer takes {config.text_dim}")
+    if model.clip_vision:
+        clip = [part.path for part in model.clip_vision]
+        dim = check_clip_files(clip).dim
+        if config.image_branch and dim != config.clip_dim:
+            raise ValueError(
+                f"{clip[0]} makes rows of {dim} channels; a {config.describe()} model takes {config.clip_dim}, as "
+                "clip_vision_h makes them"
+            )
     return config
 
 

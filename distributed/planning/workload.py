@@ -14,6 +14,7 @@ from ...wan.model.config import HIGH_NOISE, LOW_NOISE
 from ...wan.model.latent_space import TEMPORAL_STRIDE
 from ...wan.text.t5_keys import check_text_encoder_files, module_shapes
 from ...wan.vae.vae_keys import check_vae_file
+from ...wan.vision.clip_keys import check_clip_files
 from ..job.job import Parallel
 from ..job.model_files import FileIdentity, LoraFile, ModelFiles
 from ..job.sampling import Sampling
@@ -29,6 +30,7 @@ def workload_of(
     parallel: Parallel,
     *,
     encodes_text: bool,
+    looks: bool = False,
     given_frames: bool = False,
     decode: bool = True,
     encode_frames: int = 0,
@@ -40,6 +42,7 @@ def workload_of(
     Args:
         parallel: of which the precisions count.
         encodes_text: the job runs the text encoder.
+        looks: it runs CLIP.
         given_frames: some frames are given to a TI2V model.
         encode_frames: that the VAE encodes at once.
         controls, references: of a VACE model.
@@ -60,6 +63,10 @@ def workload_of(
             [file.path for file in model.text_encoder], [file.path for file in model.tokenizer]
         )
         text_bytes = BF16_BYTES * sum(math.prod(shape) for shape in module_shapes(info).values())
+    clip_bytes = 0
+    if looks:
+        shapes = check_clip_files([file.path for file in model.clip_vision]).shapes
+        clip_bytes = BF16_BYTES * sum(math.prod(shape) for shape in shapes.values())
     return Workload(
         config=checkpoint.config,
         width=sampling.width,
@@ -73,6 +80,7 @@ def workload_of(
         vae_bytes=checkpoint.config.variant.latents.vae_bytes,
         vae_upscale=check_vae_file(model.vae[0].path).upscale if decode else 1,
         text_bytes=text_bytes,
+        clip_bytes=clip_bytes,
         guided=needs_negative(model, sampling),
         given_frames=given_frames,
         decode=decode,

@@ -18,6 +18,7 @@ from ...wan.model.kernels.choice import choose_ops
 from ...wan.model.sparse import SparseAttention, block_order, sparse_kernel, sparse_steps
 from ...wan.vae.autoencoder import load_vae
 from ...wan.vae.preview import PreviewMap, preview_of_vae
+from ...wan.vision.seen_pictures import SeenPictures
 from ..group.group_folder import GroupDir
 from ..job.job import FileIdentity, GroupJob, Job, JobError, VaeJob
 from ..job.job_folder import JobDir
@@ -58,6 +59,7 @@ class Session:
     mesh: Mesh | None = None
     experts: ExpertCache = field(init=False)
     prompts: PromptEncoder = field(init=False)
+    pictures: SeenPictures = field(init=False)
     _joined: bool = False
     _meshes: dict[int, Mesh] = field(default_factory=dict)
     """By `cfg_size`."""
@@ -68,6 +70,7 @@ class Session:
     def __post_init__(self) -> None:
         self.experts = ExpertCache(self.rank, self.device, self.kernel.run, self.ops)
         self.prompts = PromptEncoder(self.device)
+        self.pictures = SeenPictures(self.device)
 
     @classmethod
     def of(cls, job: GroupJob) -> Session:

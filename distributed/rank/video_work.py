@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...wan.checkpoint.checkpoint import Checkpoint
-from ...wan.model.config import HIGH_NOISE, LOW_NOISE, TEXT_LEN
+from ...wan.model.config import HIGH_NOISE, LOW_NOISE, PICTURE_ROWS, TEXT_LEN
 from ...wan.sampling.conditioning import Conditioning, build_conditioning
 from ...wan.sampling.denoise import Guidance, Known, denoise, draw_noise
 from ...wan.sampling.schedule import make_solver
@@ -23,7 +23,7 @@ from ...wan.sampling.step_cache import StepCache
 from ...wan.transformer.context import pad_text
 from ...wan.vae.latents import denormalise, normalise
 from ..group.group_folder import GroupDir
-from ..job.input_tensors import CONTEXT, CONTEXT_NULL, latents_shape
+from ..job.input_tensors import CLIP_FEATURES, CLIP_PICTURES, CONTEXT, CONTEXT_NULL, latents_shape
 from ..job.job import Job, JobError
 from ..job.job_folder import JobDir
 from ..job.progress import steady_seconds
@@ -115,12 +115,27 @@ class VideoWork(Work[Job]):
         """What the video starts from; pictures are encoded by all ranks together."""
         first, sampling = self.steps.start, self.job.sampling
         return build_conditioning(
-            self.inputs, self.noise, variant=self.config.variant, num_frames=sampling.num_frames,
+            self.inputs | self.seen(), self.noise, variant=self.config.variant, num_frames=sampling.num_frames,
             # At its very start a schedule is pure noise, also where a solver's grid begins a hair below 1.
             sigma=self.solver.sigmas[first] if first else 1.0,
             add_noise=sampling.add_noise,
             encode=self.encode_pictures,
         )  # fmt: skip
+
+    def seen(self) -> dict[str, Tensor]:
+        """What CLIP sees in the pictures that came for it. Collective."""
+        if CLIP_PICTURES not in self.inputs:
+            return {}
+        pictures = self.inputs[CLIP_PICTURES]
+        # One rank looks: reading the model takes longer than running it.
+        features = torch.zeros(len(pictures) * PICTURE_ROWS, self.config.clip_dim, device=self.device)
+        if self.rank == 0:
+            files = self.job.model.clip_vision
+            paths = [file.path for file in files]
+            features.copy_(self.session.pictures.features(paths, pictures, version=files, say=self.files.say))
+        if self.session.mesh is not None:
+            dist.broadcast(features, src=0)
+        return {CLIP_FEATURES: features.cpu()}
 
     def encode_pictures(self, video: Tensor) -> Tensor:
         """[1, 3, n, H, W] in -1 to 1 -> [1, C, T, h, w] on the CPU. Collective."""

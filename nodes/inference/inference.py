@@ -16,7 +16,7 @@ from ..models.loras import distilled_warnings, refreshed
 from ..settings.hostfiles import parallel_over
 from ..settings.presets import with_preset
 from ..sockets import embeds, wrapper_model
-from ..sockets.clip_vision import clip_tensors
+from ..sockets.clip_vision import clip_tensors, picture_tensors, shown
 from ..sockets.fun_inputs import reference_tensors
 from ..sockets.images import image_tensors
 from ..sockets.latent_input import latent_tensors
@@ -125,8 +125,14 @@ def build_job(asked: VideoInputs, status: Status) -> tuple[Job, dict[str, Any]]:
     asked.say_overruled(status)
     control = carried_control(asked)
     check_length(control, sampling, config)
+    features = clip_tensors(asked, config, status)
     guided = needs_negative(model, sampling)
-    status.note(*without_effect(asked, model, config, sampling, carried=bool(control), guided=guided))
+    status.note(
+        *without_effect(asked, model, config, sampling, carried=bool(control), seen=bool(features), guided=guided)
+    )
+    pictures = {} if features else shown(asked, model, config)
+    if not pictures:
+        model = dataclasses.replace(model, clip_vision=())
     parallel, sampling = planned(
         asked,
         lambda: _parallel(asked, model, sampling, status),
@@ -138,9 +144,9 @@ def build_job(asked: VideoInputs, status: Status) -> tuple[Job, dict[str, Any]]:
         status=status,
     )
     images = image_tensors(asked, sampling, config, status)
-    images |= clip_tensors(asked, config, status)
     images |= reference_tensors(asked, config)
     images |= control or own_control(asked, sampling, config, status)
+    images |= features or picture_tensors(pictures, status)
     _, references = control_size(asked, control, sampling, config)
     latents = {}
     if asked.samples is not None:

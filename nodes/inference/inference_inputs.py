@@ -91,7 +91,7 @@ OPTIONAL = {
     "reuse_threshold": "EasyCache: steps whose result can be told from the ones before are not computed. The larger, "
     "the faster, and the further the video is from the one without; 0.2 is common, for 20 steps and more. 0: off.",
     "clip_vision_start_image": "What CLIP sees in start_image, for Wan2.1 I2V and FLF2V: from CLIP Vision Encode (crop "
-    "none) with clip_vision_h.",
+    "none) with clip_vision_h. Not needed where Load Wan Video Model names a clip_vision.",
     "clip_vision_end_image": "What CLIP sees in end_image, for FLF2V.",
     "control_video": "What a VACE model follows: depth, pose, edges, or a video of which control_mask says what to "
     "make anew. Scaled to cover width x height; frames beyond it are made without one.",

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 
 def without_effect(
-    asked: VideoInputs, model: ModelFiles, config: WanConfig, sampling: Sampling, *, carried: bool, guided: bool
-) -> Iterator[str]:
+    asked: VideoInputs, model: ModelFiles, config: WanConfig, sampling: Sampling, *, carried: bool, seen: bool,
+    guided: bool,
+) -> Iterator[str]:  # fmt: skip
     """A note for each.
 
     Args:
         carried: a VACE control comes with other nodes' embeds.
+        seen: what CLIP sees comes with other nodes' outputs.
         guided: a step evaluates the negative prompt.
     """
     if asked.vace_strength != default_of(VideoInputs, "vace_strength"):
@@ -30,6 +32,10 @@ def without_effect(
             yield f"{strength}: this model ({config.variant.name}) follows no control"
         elif carried:
             yield f"{strength}: each control of text_embeds or image_embeds has its own"
+    if model.clip_vision and not config.image_branch:
+        yield f"clip_vision has no effect: this model ({config.variant.name}) has no image branch"
+    elif model.clip_vision and seen:
+        yield "clip_vision of Load Wan Video Model has no effect: what CLIP sees is given"
     if not guided:
         if asked.negative_embeds is not None:
             yield "negative_embeds has no effect: guidance is 1"

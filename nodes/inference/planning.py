@@ -60,6 +60,7 @@ def planned(
         sampling,
         request.base,
         encodes_text=encodes_text,
+        looks=bool(model.clip_vision),
         given_frames=config.variant.known_frames and image,
         decode=asked.decode_video,
         encode_frames=_encoded_frames(asked, config.variant, sampling.num_frames, carried=bool(control)),

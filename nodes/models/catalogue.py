@@ -28,13 +28,17 @@ VAE_FILE = "Wan2*_VAE.pth"
 VAE_FOLDER = "vae"
 TEXT_ENCODER_FILE = "models_t5_umt5*.pth"
 TEXT_ENCODER_FOLDER = "text_encoder"
+CLIP_FILE = "models_clip*.pth"
+CLIP_FOLDER = "image_encoder"
+PARTS = (VAE_FOLDER, TEXT_ENCODER_FOLDER, CLIP_FOLDER)
+"""Folders of a diffusers checkpoint beside its transformers."""
 
 
 def expert_names() -> list[str]:
     """Transformers as the loader shows them: single files, folders, all-in-one checkpoints."""
     folders = _expert_folders()
     # ComfyUI lists a folder's files one by one, those of the VAE and the text encoder too.
-    parts = {(Path(name).parent / part).as_posix() for name in folders for part in (VAE_FOLDER, TEXT_ENCODER_FOLDER)}
+    parts = {(Path(name).parent / part).as_posix() for name in folders for part in PARTS}
     files = [
         name
         for name in host.model_files("diffusion_models")
@@ -82,6 +86,17 @@ def text_encoder_files(name: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     found = _beside_experts(TEXT_ENCODER_FILE, TEXT_ENCODER_FOLDER).get(name)
     files = folder_files(found if found is not None else _file("text_encoders", name), "a umT5 text encoder")
     return files, find_tokenizer_files(files[0])
+
+
+def clip_vision_names() -> list[str]:
+    """Files of the CLIP vision folder, and what official and diffusers folders hold of it."""
+    return _unique(host.model_files("clip_vision"), sorted(_beside_experts(CLIP_FILE, CLIP_FOLDER)))
+
+
+def clip_vision_files(name: str) -> tuple[Path, ...]:
+    """The files of one of `clip_vision_names()`."""
+    found = _beside_experts(CLIP_FILE, CLIP_FOLDER).get(name)
+    return folder_files(found if found is not None else _file("clip_vision", name), "a CLIP vision model")
 
 
 def identities(paths: Iterable[Path]) -> tuple[FileIdentity, ...]:

@@ -78,6 +78,15 @@ class LoadWanVideoModel:
                     "WANVIDLORA",
                     {"tooltip": "LoRAs for the transformer in low_noise, from Wan Video Distributed Lora."},
                 ),
+                "clip_vision": (
+                    [NONE, *catalogue.clip_vision_names()],
+                    {
+                        "default": NONE,
+                        "tooltip": "CLIP for models that look at their pictures (Wan2.1 I2V, FLF2V, Fun-Control), such "
+                        "as clip_vision_h.safetensors in models/clip_vision: start_image and end_image go through it "
+                        "inside the job. none: what CLIP sees comes from CLIP Vision Encode.",
+                    },
+                ),
             },
         }
 
@@ -88,12 +97,13 @@ class LoadWanVideoModel:
         low_noise: str | None = None,
         vae: str | None = None,
         text_encoder: str | None = NONE,
+        clip_vision: str | None = NONE,
         **_: Any,
     ) -> str:
         # None: the name comes through a link. What LoRA links carry is fingerprinted by the nodes that made it.
-        if high_noise is None or low_noise is None or vae is None or text_encoder is None:
+        if high_noise is None or low_noise is None or vae is None or text_encoder is None or clip_vision is None:
             return ""
-        model = _files(high_noise, low_noise, vae, text_encoder)
+        model = _files(high_noise, low_noise, vae, text_encoder, clip_vision)
         return catalogue.fingerprint(Path(part.path) for part in model.all())
 
     @as_declared
@@ -105,17 +115,18 @@ class LoadWanVideoModel:
         text_encoder: str = NONE,
         high_noise_lora: list[dict[str, Any]] | None = None,
         low_noise_lora: list[dict[str, Any]] | None = None,
+        clip_vision: str = NONE,
     ) -> tuple[ModelFiles]:
         from ...distributed.planning.preflight import check_model
 
         loras = {"high_noise_lora": high_noise_lora, "low_noise_lora": low_noise_lora}
         files = {f"{name}s": lora_files(value, name) for name, value in loras.items()}
-        model = _files(high_noise, low_noise, vae, text_encoder, **files)
+        model = _files(high_noise, low_noise, vae, text_encoder, clip_vision, **files)
         check_model(model)
         return (model,)
 
 
-def _files(high_noise: str, low_noise: str, vae: str, text_encoder: str, **loras: Any) -> ModelFiles:
+def _files(high_noise: str, low_noise: str, vae: str, text_encoder: str, clip_vision: str, **loras: Any) -> ModelFiles:
     if high_noise == NONE and low_noise == NONE:
         raise ValueError("high_noise and low_noise are both none; choose a transformer for at least one of them")
     encoder, tokenizer = ((), ()) if text_encoder == NONE else catalogue.text_encoder_files(text_encoder)
@@ -125,6 +136,7 @@ def _files(high_noise: str, low_noise: str, vae: str, text_encoder: str, **loras
         vae=catalogue.identities(catalogue.vae_files(vae)),
         text_encoder=catalogue.identities(encoder),
         tokenizer=catalogue.identities(tokenizer),
+        clip_vision=catalogue.identities(() if clip_vision == NONE else catalogue.clip_vision_files(clip_vision)),
         **loras,
     )
 

@@ -2,13 +2,16 @@
 
 CLIP_VISION_OUTPUT of CLIP Vision Encode, by itself or in CONDITIONING (clip_vision_output), holds
 penultimate_hidden_states [1, 257, 1280]; WanFirstLastFrameToVideo joins those of two pictures to [1, 514, 1280].
-WANVIDIMAGE_EMBEDS of ComfyUI-WanVideoWrapper holds the same as clip_context.
+WANVIDIMAGE_EMBEDS of ComfyUI-WanVideoWrapper holds the same as clip_context. Without any of them the job's own CLIP
+looks at the pictures that the video starts and ends with.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ...distributed.job.job import ModelFiles
+from ...wan.model.config import PICTURE_ROWS
 from ...wan.model.variants import takers
 from ..host.declared import kind_of
 from ..host.status import Status
@@ -26,6 +29,29 @@ FEATURES = "penultimate_hidden_states"
 OWN = ("clip_vision_start_image", "clip_vision_end_image")
 """The node's inputs."""
 FORM = "features [1, n, C] of CLIP Vision Encode"
+
+
+def shown(asked: VideoInputs, model: ModelFiles, config: WanConfig) -> dict[str, Any]:
+    """The pictures for the job's own CLIP, as many as the model has places for: name of the input -> IMAGE."""
+    if not config.image_branch or not model.clip_vision:
+        return {}
+    # Of Fun-Control the reference before the first frame, as in the code of its makers.
+    names = ("start_image", "end_image") if config.pictures > 1 else ("reference_images", "start_image", "end_image")
+    given = {name: getattr(asked, name) for name in names if name in config.variant.takes}
+    return dict([(name, value) for name, value in given.items() if value is not None][: config.pictures])
+
+
+def picture_tensors(shown: dict[str, Any], status: Status) -> dict[str, Tensor]:
+    """`clip_pictures` [n, 3, 224, 224], where some are shown."""
+    import torch
+
+    from ...wan.vision.clip_picture import fit_clip_picture
+
+    if not shown:
+        return {}
+    status.note(f"CLIP looks at {' and '.join(shown)}, inside the job")
+    pictures = [tensor_of(value, name, "an IMAGE [1, H, W, 3]")[0, :, :, :3] for name, value in shown.items()]
+    return {"clip_pictures": torch.stack([fit_clip_picture(picture) for picture in pictures])}
 
 
 def clip_tensors(asked: VideoInputs, config: WanConfig, status: Status) -> dict[str, Tensor]:
@@ -57,7 +83,7 @@ def clip_tensors(asked: VideoInputs, config: WanConfig, status: Status) -> dict[
     if isinstance(asked.image_embeds, dict) and asked.image_embeds.get("clip_context") is not None:
         found["image_embeds"] = _of_embeds(asked.image_embeds)
     if not found:
-        return {}
+        return _of_no_picture(asked, config, status)
     if "clip_features" not in config.variant.takes:
         if own:
             raise ValueError(
@@ -69,6 +95,17 @@ def clip_tensors(asked: VideoInputs, config: WanConfig, status: Status) -> dict[
     if len(found) > 1:
         raise ValueError(f"CLIP vision features come twice: with {' and with '.join(found)}; take one of them out")
     return {"clip_features": next(iter(found.values())).float().contiguous()}
+
+
+def _of_no_picture(asked: VideoInputs, config: WanConfig, status: Status) -> dict[str, Tensor]:
+    """Zeros for a model that follows a control video and is shown nothing else, as in the code of its makers."""
+    import torch
+
+    pictures = (asked.start_image, asked.end_image, asked.reference_images)
+    if not config.image_branch or asked.control_video is None or any(picture is not None for picture in pictures):
+        return {}
+    status.note("there is no picture for CLIP beside control_video: its features are zeros")
+    return {"clip_features": torch.zeros(PICTURE_ROWS, config.clip_dim)}
 
 
 def _of_output(value: Any, name: str) -> Tensor:

@@ -93,7 +93,7 @@ def test_inputs_keep_their_order() -> None:
     ]
     names = ("video_path", "log_output", "status", "video", "samples", "images")
     assert names == WanVideoDistributedInference.RETURN_NAMES
-    loader = ["high_noise", "low_noise", "vae", "text_encoder", "high_noise_lora", "low_noise_lora"]
+    loader = ["high_noise", "low_noise", "vae", "text_encoder", "high_noise_lora", "low_noise_lora", "clip_vision"]
     assert list(inputs_of(NODE_CLASS_MAPPINGS["LoadWanVideoModel"])) == loader
 
 

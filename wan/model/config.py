@@ -104,6 +104,8 @@ TEXT_LEN = 512
 """Rows of text the cross-attention sees; shorter prompts are padded with zero rows, longer ones cut."""
 PICTURE_ROWS = 257
 """CLIP features of a picture: one for all of it, and 16 x 16 patches."""
+CLIP_PICTURE = (3, 224, 224)
+"""Channels, rows and columns of what CLIP looks at."""
 EPS = 1e-6
 """Of every normalisation layer."""
 

@@ -86,6 +86,11 @@ def test_what_a_job_does_not_need_may_be_missing(asked: list[list[str]]):
     assert asked[1:] == [["transformers", "sentencepiece", "ftfy", "imageio_ffmpeg"]]
 
 
+def test_clip_needs_one_package_more(asked: list[list[str]]):
+    check_installation(encodes=False, decodes=False, looks=True)
+    assert asked == [["torch", "safetensors", "diffusers", "transformers"]]
+
+
 def test_a_broken_package_is_named_with_what_breaks_it(monkeypatch: pytest.MonkeyPatch):
     answers(monkeypatch, transformers={"error": "OSError: undefined symbol", "because": "torchaudio does not fit"})
     with pytest.raises(JobError, match=r"^transformers is installed, but cannot be imported: torchaudio does not fit"):

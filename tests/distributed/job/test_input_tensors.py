@@ -72,7 +72,9 @@ def test_an_image_branch_needs_the_features_of_one_or_two_pictures():
     for shape in ((256, 64), (771, 64), (257, 63), (1, 257, 64)):
         with pytest.raises(ValueError, match=r"this model takes \[257, 64\] or \[514, 64\]"):
             check(WITH_CLIP, **PICTURE, clip_features=shape)
-    with pytest.raises(ValueError, match="connect CLIP Vision Encode, with clip_vision_h, to clip_vision_start_image"):
+    with pytest.raises(
+        ValueError, match=r"choose clip_vision_h as clip_vision in Load .* or connect CLIP Vision Encode"
+    ):
         check(WITH_CLIP, **PICTURE)
     with pytest.raises(ValueError, match=r"no image branch, as Wan2\.1 I2V, FLF2V, "):
         check(I2V, **PICTURE, clip_features=(257, 64))
@@ -131,3 +133,22 @@ def test_a_picture_comes_once():
         check(I2V, end_image=(3, 48, 64), image_conditioning=conditioning)
     with pytest.raises(ValueError, match="image conditioning has shape"):
         check(I2V, image_conditioning=(16, 2, 6, 8))
+
+
+def test_pictures_for_the_jobs_own_clip():
+    job = stub_job()
+    looking = dataclasses.replace(job, model=dataclasses.replace(job.model, clip_vision=job.model.vae))
+    assert looking.looks and not job.looks
+    given = {**TEXT, **PICTURE}
+    for count in (1, 2):
+        check_inputs(looking, WITH_CLIP, {**given, "clip_pictures": (count, 3, 224, 224)})
+    for shape in ((3, 3, 224, 224), (1, 3, 224, 225), (3, 224, 224)):
+        with pytest.raises(ValueError, match=r"it must be \[1, 3, 224, 224\] or \[2, 3, 224, 224\]"):
+            check_inputs(looking, WITH_CLIP, {**given, "clip_pictures": shape})
+    pictures = {"clip_pictures": (1, 3, 224, 224)}
+    with pytest.raises(ValueError, match=r"model\.clip_vision is"):
+        check_inputs(job, WITH_CLIP, {**given, **pictures})
+    with pytest.raises(ValueError, match="clip_features and clip_pictures are both given"):
+        check_inputs(looking, WITH_CLIP, {**given, **pictures, "clip_features": (257, 64)})
+    with pytest.raises(ValueError, match="no image branch"):
+        check_inputs(looking, I2V, {**given, **pictures})

@@ -146,6 +146,8 @@ def test_models_of_one_layout_share_processes_where_evaluations_are_asked_for():
     other = dataclasses.replace(FILE, path="/models/low.safetensors")
     assert dataclasses.replace(FORWARDS, model=(other,)).shared == FORWARDS.shared
     assert dataclasses.replace(JOB, model=dataclasses.replace(MODEL, low_noise=(other,))).shared != JOB.shared
+    looking = dataclasses.replace(JOB, model=dataclasses.replace(MODEL, clip_vision=(other,)))
+    assert looking.shared == JOB.shared and other in looking.files
     assert FORWARDS.files == (FILE, FILE)
 
 

@@ -87,7 +87,7 @@ def test_the_plan_is_told_of_what_the_inputs_have_encoded(
     carried = {"vace_context": torch.zeros(1, 96, 21, 6, 8)} if given.get("carried") else {}
     asked = asked_for(decode_video=decode, **{name: value for name, value in given.items() if name != "carried"})
     planning.planned(
-        asked, lambda: Parallel(gpu_count=1), SimpleNamespace(), sampling(num_frames=81),  # type: ignore[arg-type]
+        asked, lambda: Parallel(gpu_count=1), SimpleNamespace(clip_vision=()), sampling(num_frames=81),  # type: ignore[arg-type]
         config=SimpleNamespace(variant=VARIANTS[variant]),  # type: ignore[arg-type]
         control=carried, encodes_text=False, status=Status(),
     )  # fmt: skip

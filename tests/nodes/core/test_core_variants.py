@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from core_sampling import CFG, SEED, STEPS, TEXT_DIM, Modules
 from node_inputs import asked_for, use_model_folders
 from safetensors.torch import load_file, save_file
+from tiny_clip import config, write_clip
 from torch import Tensor
 from wan_pack.demo.tiny_expert import expert
 from wan_pack.demo.tiny_vae import vae as tiny_vae
@@ -77,10 +79,11 @@ class Run:
         samples = self.core["sampled"](model, positive=positive, negative=negative, latent_image=latent)
         return samples[0]
 
-    def ours(self, **inputs: Any) -> tuple[Tensor, int]:
-        """[C, T, h, w] of our node, and the frames of its video."""
+    def ours(self, clip: Path | None = None, **inputs: Any) -> tuple[Tensor, int]:
+        """[C, T, h, w] of our node, and the frames of its video. clip: of a vision model, for the job."""
         files = {name: (FileIdentity.of(self.files[name]),) for name in (self.name, "vae")}
-        model = ModelFiles(high_noise=files[self.name], low_noise=(), vae=files["vae"])
+        looks = () if clip is None else (FileIdentity.of(clip),)
+        model = ModelFiles(high_noise=files[self.name], low_noise=(), vae=files["vae"], clip_vision=looks)
         given = {
             "width": WIDTH, "height": HEIGHT, "num_frames": FRAMES, "sample_steps": STEPS, "seed": SEED, "shift": SHIFT,
             "scheduler": "euler", "guidance_low": CFG, "guidance_high": CFG, "gpu_count": 2, "use_fsdp": True,
@@ -213,3 +216,26 @@ def test_fun_control_of_wan21(core: Modules, run: Callable[[str], Run]):
     same(made.ours(text_embeds=positive, negative_embeds=negative, samples=latent)[0], theirs)
     own = {"control_video": video, "start_image": start, "clip_vision_start_image": seen}
     same(made.ours(text_embeds=text(1), negative_embeds=text(2), **own)[0], theirs)
+
+
+def test_flf2v_whose_pictures_the_job_shows_to_clip(core: Modules, run: Callable[[str], Run], tmp_path: Path):
+    """ComfyUI's CLIP Vision Encode on the same file; of such a size that nobody scales the pictures."""
+    made, (start, end) = run("FLF2V"), (pixels(1, 2, 1, 224, 224, 3) * 255).round() / 255
+    file, side = write_clip(tmp_path / "clip.safetensors", dim=1280), {"width": 224, "height": 224}
+    (tmp_path / "clip.json").write_text(json.dumps(config(1280)))
+    clip = core["comfy.clip_vision"].ClipVisionModel(str(tmp_path / "clip.json"))
+    clip.load_sd(load_file(file))
+    encode = core["nodes"].CLIPVisionEncode().encode
+    seen = {
+        f"clip_vision_{name}_image": encode(clip, one, "center")[0] for name, one in (("start", start), ("end", end))
+    }
+    node = core["comfy_extras.nodes_wan"].WanFirstLastFrameToVideo
+    positive, negative, latent = node.execute(
+        text(1), text(2), made.vae, **{**SIZE, **side}, start_image=start, end_image=end, **seen
+    ).result
+    theirs = made.theirs(positive, negative, latent)
+    shown = {"text_embeds": text(1), "negative_embeds": text(2), "start_image": start, "end_image": end, **side}
+    same(made.ours(clip=file, **shown)[0], theirs)
+    # The pictures count, and their order.
+    other = made.ours(clip=file, **{**shown, "start_image": end, "end_image": start})[0]
+    assert (other - theirs).norm() / theirs.norm() > 10 * LIMIT

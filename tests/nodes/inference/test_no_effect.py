@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,18 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def said(
-    config: WanConfig, model: ModelFiles, *, carried: bool = False, guided: bool = True, **inputs: Any
+    config: WanConfig,
+    model: ModelFiles,
+    *,
+    carried: bool = False,
+    seen: bool = False,
+    guided: bool = True,
+    **inputs: Any,
 ) -> list[str]:
     given = {"guidance_low": 3.0, "guidance_high": 4.0, "boundary": 0.875, **inputs}
     asked = asked_for(model=model, **given)
     sampled = sampling(**{name: given[name] for name in ("guidance_low", "guidance_high", "boundary")})
-    return list(without_effect(asked, model, config, sampled, carried=carried, guided=guided))
+    return list(without_effect(asked, model, config, sampled, carried=carried, seen=seen, guided=guided))
 
 
 @pytest.fixture
@@ -51,6 +58,15 @@ def test_the_strength_of_a_control_that_is_not_followed(both: ModelFiles) -> Non
     assert said(TINY_VACE, both, vace_strength=0.5) == []
     (line,) = said(TINY_VACE, both, vace_strength=0.5, carried=True)
     assert line == "vace_strength is 0.5, which has no effect: each control of text_embeds or image_embeds has its own"
+
+
+def test_clip_that_does_not_look(both: ModelFiles) -> None:
+    clip = replace(both, clip_vision=both.vae)
+    branch = replace(TINY, in_dim=36, parts=frozenset({"img_emb"}))
+    assert said(TINY, clip) == ["clip_vision has no effect: this model (T2V) has no image branch"]
+    assert said(branch, clip) == said(branch, both, seen=True) == []
+    (line,) = said(branch, clip, seen=True)
+    assert line == "clip_vision of Load Wan Video Model has no effect: what CLIP sees is given"
 
 
 def test_what_two_experts_share(one: tuple[ModelFiles, str]) -> None:

@@ -100,6 +100,26 @@ def test_diffusers_folder_gives_transformers_vae_and_text_encoder(folders: Path,
     assert tokenizer == (top / "tokenizer" / "spiece.model",)
 
 
+def test_clip_is_listed_where_it_is(folders: Path) -> None:
+    """Single files, beside an official model, and in a diffusers folder, whose file is no transformer."""
+    make(folders / "clip_vision", "clip_vision_h.safetensors")
+    official = folders / "wan" / "Wan2.1-I2V-14B-480P"
+    make(official, TRANSFORMER, "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+    write_config(official, "WanModel")
+    top = folders / "diffusion_models" / "Wan2.1-I2V-Diffusers"
+    write_diffusers(top)
+    make(top, "image_encoder/model.safetensors")
+    of_official = "Wan2.1-I2V-14B-480P/models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+    of_diffusers = "Wan2.1-I2V-Diffusers/image_encoder"
+    assert catalogue.clip_vision_names() == ["clip_vision_h.safetensors", of_official, of_diffusers]
+    assert catalogue.clip_vision_files(of_official) == (official / Path(of_official).name,)
+    assert catalogue.clip_vision_files(of_diffusers) == (top / "image_encoder" / "model.safetensors",)
+    single = catalogue.clip_vision_files("clip_vision_h.safetensors")
+    assert single == (folders / "clip_vision" / "clip_vision_h.safetensors",)
+    assert not any("image_encoder" in name for name in catalogue.expert_names())
+    assert inputs_of(LoadWanVideoModel)["clip_vision"][0] == [NONE, *catalogue.clip_vision_names()]
+
+
 def test_official_5b_folder_is_one_transformer_with_its_vae(folders: Path) -> None:
     top = folders / "wan" / "Wan2.2-TI2V-5B"
     make(top, TRANSFORMER, "Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/spiece.model")

@@ -11,10 +11,12 @@ import torch
 from node_inputs import rows
 from tiny import TINY
 from torch import Tensor
+from wan_pack.distributed.job.job import FileIdentity, ModelFiles
 from wan_pack.nodes.host.status import Status
-from wan_pack.nodes.sockets.clip_vision import clip_tensors
+from wan_pack.nodes.sockets.clip_vision import clip_tensors, picture_tensors, shown
 from wan_pack.nodes.sockets.video_inputs import VideoInputs
 from wan_pack.wan.model.config import WanConfig
+from wan_pack.wan.vision.clip_picture import fit_clip_picture
 
 I2V = dataclasses.replace(TINY, in_dim=36)
 WITH_CLIP = dataclasses.replace(I2V, parts=frozenset({"img_emb"}), clip_dim=64)
@@ -98,3 +100,49 @@ def test_a_model_without_the_branch_says_that_it_does_not_look():
     assert status.notes == ["text_embeds and image_embeds carry CLIP vision features, which I2V models do not use"]
     with pytest.raises(ValueError, match=r"no image branch, as Wan2\.1 I2V, FLF2V, .* has: disconnect it"):
         features(config=I2V, clip_vision_start_image=output(START))
+
+
+FLF2V = dataclasses.replace(WITH_CLIP, parts=frozenset({"img_emb", "emb_pos"}))
+CONTROL = dataclasses.replace(TINY, in_dim=48, parts=frozenset({"img_emb", "ref_conv"}), clip_dim=64)
+FILE = FileIdentity(path="/models/a.safetensors", size=1, mtime_ns=1)
+PICTURES = dict(zip(("start_image", "end_image", "reference_images"), torch.rand(3, 1, 48, 64, 3), strict=True))
+
+
+def looked_at(config: WanConfig, *names: str, clip: bool = True, **more: Any) -> list[str]:
+    model = ModelFiles(high_noise=(FILE,), low_noise=(), vae=(FILE,), clip_vision=(FILE,) if clip else ())
+    asked = VideoInputs.of({"model": None, **{name: PICTURES[name] for name in names}, **more})
+    status, pictures = Status(), shown(asked, model, config)
+    made = picture_tensors(pictures, status)
+    assert (made != {}) is (pictures != {})
+    if made:
+        expected = [fit_clip_picture(PICTURES[name][0]) for name in pictures]
+        assert torch.equal(made["clip_pictures"], torch.stack(expected)) and made.keys() == {"clip_pictures"}
+        assert status.notes == [f"CLIP looks at {' and '.join(pictures)}, inside the job"]
+    return list(pictures)
+
+
+def test_the_jobs_own_clip_is_shown_as_many_pictures_as_the_model_has_places_for():
+    assert looked_at(WITH_CLIP, "start_image") == ["start_image"]
+    assert looked_at(WITH_CLIP, "start_image", "end_image") == ["start_image"]
+    assert looked_at(WITH_CLIP, "end_image") == ["end_image"]
+    assert looked_at(FLF2V, "start_image", "end_image") == ["start_image", "end_image"]
+    assert looked_at(FLF2V, "end_image") == ["end_image"]
+    assert looked_at(CONTROL, "start_image", "reference_images") == ["reference_images"]
+    assert looked_at(CONTROL, "start_image") == ["start_image"]
+
+
+def test_nothing_is_shown_to_a_model_without_a_branch_or_without_clip():
+    assert looked_at(I2V, "start_image") == looked_at(WITH_CLIP, "start_image", clip=False) == looked_at(FLF2V) == []
+
+
+def test_a_control_video_alone_has_the_features_of_no_picture():
+    """As in the code of the model's makers (VideoX-Fun), who set them to zero."""
+    video, status = {"control_video": torch.rand(5, 48, 64, 3)}, Status()
+    assert torch.equal(features(status, CONTROL, **video), torch.zeros(257, 64))
+    assert status.notes == ["there is no picture for CLIP beside control_video: its features are zeros"]
+    for name, picture in PICTURES.items():
+        assert features(config=CONTROL, **video, **{name: picture}) is None, name
+    without = dataclasses.replace(TINY, in_dim=52, parts=frozenset({"ref_conv"}))
+    assert features(config=without, **video) is None and features(config=CONTROL) is None
+    given = features(config=CONTROL, **video, clip_vision_start_image=output(START))
+    assert torch.equal(given, START[0])

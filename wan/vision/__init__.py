@@ -1,0 +1,1 @@
+"""CLIP's vision model: pictures -> the features that an image branch takes."""
