@@ -33,8 +33,7 @@ def check_needs(parallel: Parallel, capability: Capability | None) -> None:
     check_kernels(capability, parallel.kernels)
     if parallel.torch_compile:
         check_compiling(capability)
-    exchanges = parallel.use_ulysses and parallel.ulysses_size > 1
-    if exchanges and parallel.ulysses_engine == "deepspeed" and not deepspeed_there():
+    if parallel.exchange == "deepspeed" and not deepspeed_there():
         raise ValueError(
             f"ulysses_engine is 'deepspeed', which is not installed; choose 'packed', or run {DEEPSPEED_COMMAND}"
         )

@@ -92,6 +92,17 @@ class Parallel(Switches):
         return self.offload_model or self.stream_blocks
 
     @property
+    def weights_lie(self) -> tuple[object, ...]:
+        """Where a transformer's weights are and in which values: those of another job are not of use as they lie."""
+        sharded = self.use_fsdp and self.gpu_count > 1
+        return self.mixed_precision, self.linear_precision, self.quantised_loras, sharded, self.stream_blocks
+
+    @property
+    def exchange(self) -> str:
+        """`ulysses_engine` where ranks exchange tokens; empty where they do not."""
+        return self.ulysses_engine if self.use_ulysses and self.ulysses_size > 1 else ""
+
+    @property
     def cfg_size(self) -> int:
         """Groups of GPUs that work on different prompts."""
         return 2 if self.cfg_parallel else 1

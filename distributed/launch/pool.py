@@ -94,8 +94,8 @@ class Pool:
         self._wait_for_stopping(kind, cancelled, on_wait)
         with self._lock:
             for member in self._resting():
-                if member.idle and member.kind.serves(kind) and member.group.usable:
-                    member.idle, member.kind = False, member.kind.after(kind)
+                if member.idle and member.kind == kind and member.group.usable:
+                    member.idle = False
                     member.parallel, member.transformer = job.parallel, job.transformer or member.transformer
                     if member.timer is not None:
                         member.timer.cancel()
@@ -133,7 +133,7 @@ class Pool:
                     job.parallel, gpu_count=member.parallel.gpu_count, gpu_ids=member.parallel.gpu_ids
                 )
                 moved = dataclasses.replace(job, parallel=there)
-                if member.kind.serves(GroupKind.of(moved)):
+                if member.kind == GroupKind.of(moved):
                     return moved
         return None
 
@@ -184,7 +184,7 @@ class Pool:
     ) -> None:
         """Until no group that could do such a job is about to stop. Raises JobCancelled."""
         with self._lock:
-            threads = [each.stopping for each in self._members if each.stopping and each.kind.serves(kind)]
+            threads = [each.stopping for each in self._members if each.stopping and each.kind == kind]
         if threads:
             on_wait("waiting for the end of the step that was cancelled")
         for thread in threads:

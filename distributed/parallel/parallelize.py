@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from ...wan.model.attention import Attention
 from ...wan.model.kernels.choice import OPS
 from ...wan.transformer.self_attention import TokenAttention, local_attention
 from ...wan.transformer.transformer import WanModel
-from ..job.job import FFN_CHUNK
+from ..job.job import FFN_CHUNK, Parallel
 from ..job.switches import ULYSSES_ENGINES
 from .mesh import Mesh
 from .sequence import SequenceShard
@@ -46,21 +47,52 @@ def set_shard(model: WanModel, shard: SequenceShard) -> None:
         engine.shard = shard
 
 
-def spread_tokens(
-    model: WanModel, mesh: Mesh | None, *, shard: SequenceShard, attention: Attention, ulysses_engine: str
-) -> None:
-    """Replaces the model's attention by one over the ranks of a group of `mesh`; its weights stay where they are.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Computing:
+    """How a model computes, wherever its weights lie: as `parallelize_wan` is told it."""
 
-    Args:
-        shard, attention, ulysses_engine: as of `parallelize_wan`.
-    """
-    token_attention: TokenAttention = local_attention(attention)
+    attention: Attention
+    gather: str
+    ulysses_engine: str
+    torch_compile: bool
+    memory_optimization: bool
+    ops: str
+
+    @classmethod
+    def of(cls, parallel: Parallel, attention: Attention, ops: str) -> Computing:
+        return cls(
+            attention=attention, gather=parallel.gather, ulysses_engine=parallel.ulysses_engine,
+            torch_compile=parallel.torch_compile, memory_optimization=parallel.memory_optimization, ops=ops,
+        )  # fmt: skip
+
+
+def compute_as(model: WanModel, mesh: Mesh | None, shard: SequenceShard, how: Computing) -> None:
+    """Has a model compute so over a group of `mesh`, also one that has computed otherwise. Its weights stay where they
+    are."""
+    token_attention: TokenAttention = local_attention(how.attention)
     if shard.world > 1:
         assert mesh is not None, "several ranks have a mesh"
-        engine = chosen_engine(ulysses_engine, mesh.world.device_type)
-        token_attention = ENGINES[engine](mesh.ulysses_group, shard, attention)
+        engine = chosen_engine(how.ulysses_engine, mesh.world.device_type)
+        token_attention = ENGINES[engine](mesh.ulysses_group, shard, how.attention)
+    arithmetic = OPS[how.ops]()
     for block in model.running_order:
+        block.ops = arithmetic
         block.self_attn.attention = token_attention
+        block.ffn_chunk = FFN_CHUNK if how.memory_optimization else None
+        # Each takes its method's place in the instance.
+        for module, name in (
+            (block, "attention_inputs"),
+            (block.self_attn, "queries_keys_values"),
+            (block, "attention_outputs"),
+        ):
+            if how.torch_compile and name not in vars(module):
+                setattr(module, name, torch.compile(getattr(module, name)))
+            elif not how.torch_compile and name in vars(module):
+                delattr(module, name)
+    # FSDP's, as in `release_gathered`.
+    reshard_after = getattr(model, "set_reshard_after_forward", None)
+    if reshard_after is not None:
+        reshard_after(how.gather == "block")
 
 
 def parallelize_wan(
@@ -90,23 +122,11 @@ def parallelize_wan(
         ulysses_engine: a name in `ENGINES`.
         ops: a name in `OPS`: the arithmetic around the matrix products.
     """
-    arithmetic = OPS[ops]()
-    for block in model.running_order:
-        block.ops = arithmetic
-    spread_tokens(model, mesh, shard=shard, attention=attention, ulysses_engine=ulysses_engine)
-    if memory_optimization:
-        for block in model.running_order:
-            block.ffn_chunk = FFN_CHUNK
-    if torch_compile:
-        for block in model.running_order:
-            # Each takes its method's place in the instance.
-            segments = (
-                (block, "attention_inputs"),
-                (block.self_attn, "queries_keys_values"),
-                (block, "attention_outputs"),
-            )
-            for module, name in segments:
-                setattr(module, name, torch.compile(getattr(module, name)))
+    how = Computing(
+        attention=attention, gather=gather, ulysses_engine=ulysses_engine, torch_compile=torch_compile,
+        memory_optimization=memory_optimization, ops=ops,
+    )  # fmt: skip
+    compute_as(model, mesh, shard, how)
     if use_fsdp and mesh is not None:
         # Here because it takes seconds to import.
         from torch.distributed.fsdp import fully_shard

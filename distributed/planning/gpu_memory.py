@@ -197,7 +197,7 @@ def activation_bytes(work: Workload, parallel: Parallel) -> int:
     # Before the attention: the residual, its modulated copy, q, and k on its way through norm and rotation.
     inputs = 4 + 6 * b if parallel.torch_compile else 24 + 2 * b
     # Around it: q, k, v three times where an all-to-all sends and receives them.
-    shared = parallel.use_ulysses and parallel.ulysses_size > 1
+    shared = bool(parallel.exchange)
     attention = 4 + (10 if shared else 4) * b
     # Behind it: the residual before and after, q, k, v, the attention's result, then a norm or the feed-forward.
     chunk = min(FFN_CHUNK / tokens, 1) if parallel.memory_optimization else 1
@@ -218,7 +218,7 @@ def peer_bytes(work: Workload, parallel: Parallel) -> int:
 
     With peer access k is written to where it belongs at once.
     """
-    if parallel.ulysses_engine != "symmetric" or not parallel.use_ulysses or parallel.ulysses_size == 1:
+    if parallel.exchange != "symmetric":
         return 0
     # Every rank has room for the heads of the one with most.
     most = -(-work.config.num_heads // parallel.ulysses_size) * parallel.ulysses_size / work.config.num_heads

@@ -234,7 +234,7 @@ def _layout(parallel: Parallel) -> str:
     ids = f" {', '.join(parallel.gpu_ids)}" if parallel.gpu_ids else ""
     what = f"GPUs{ids}" if parallel.gpu_ids else f"{parallel.gpu_count} processes"
     ways = [f"CFG parallel {parallel.cfg_size}"] if parallel.cfg_parallel else []
-    if parallel.use_ulysses and parallel.ulysses_size > 1:
+    if parallel.exchange:
         ways.append(f"Ulysses {parallel.ulysses_size}")
     return f"{what} ({' x '.join(ways) or 'each the whole sequence'})"
 

@@ -25,7 +25,7 @@ from ...wan.transformer.conditions import NONE, NOTHING, Conditions
 from ...wan.transformer.context import Context, pad_text
 from ...wan.transformer.transformer import WanModel
 from ..job.job import Parallel
-from ..job.model_files import LoraSpec
+from ..job.model_files import ExpertFiles, LoraSpec
 from ..parallel.mesh import Mesh
 from ..parallel.parallelize import parallelize_wan, release_gathered
 from ..parallel.passes import Pass, evaluate_passes
@@ -33,6 +33,7 @@ from ..parallel.sequence import SequenceShard
 from ..parallel.shared_reading import ALONE, SharedReading
 from ..planning.workload import keeping_of
 from ..weights.offload import HostParking
+from ..weights.prefetch import OnRead, Prefetch
 from ..weights.streaming import BlockStream
 
 Weights = HostParking | BlockStream
@@ -51,6 +52,16 @@ class UnreadExpert:
     """Reads this rank's part of them; takes the callbacks of `read_weights`."""
     send: Callable[..., None]
     """Afterwards every rank has all parts. Collective."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingExpert:
+    """An expert whose files are read during the steps of the other."""
+
+    made_of: ExpertFiles
+    reading: Prefetch
+    finish: Callable[[OnRead], None]
+    """Afterwards it is loaded."""
 
 
 def build_expert(

@@ -6,7 +6,6 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,13 @@ from ..job.model_files import ExpertFiles
 from ..libraries.library_imports import import_diffusers
 from ..machine.host_memory import available_bytes
 from ..parallel.mesh import Mesh
-from ..parallel.parallelize import release_gathered, set_shard, spread_tokens
+from ..parallel.parallelize import Computing, compute_as, release_gathered, set_shard
 from ..parallel.sequence import SequenceShard, everywhere
 from ..parallel.shared_reading import SharedReading
 from ..planning.plan import HOST_SHARE
 from ..weights.free_memory import free_bytes, free_host_bytes
 from ..weights.prefetch import OnRead, Prefetch, read_ahead
-from .expert import Weights, build_expert, load_expert, relora_expert
+from .expert import PendingExpert, Weights, build_expert, load_expert, relora_expert
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +34,6 @@ OnTensor = Callable[[str, int, int], None]
 
 
 def _nothing() -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _PendingExpert:
-    """An expert whose files are read during the steps of the other."""
-
-    made_of: ExpertFiles
-    reading: Prefetch
-    finish: Callable[[OnRead], None]
-    """Afterwards it is loaded."""
 
 
 class ExpertCache:
@@ -63,10 +52,26 @@ class ExpertCache:
         self.models: dict[str, WanModel] = {}
         self.weights: dict[str, Weights] = {}
         self._made_of: dict[str, ExpertFiles] = {}
-        self._pending: dict[str, _PendingExpert] = {}
+        self._pending: dict[str, PendingExpert] = {}
         self._numbers = itertools.count(2)
         self._mesh: Mesh | None = None
         """That the models' attention talks over."""
+        self._computes: tuple[Mesh | None, bool, Computing] | None = None
+        self._lie: tuple[object, ...] = ()
+
+    def compute_by(self, attention: Attention, ops: str) -> None:
+        """From the next job on."""
+        self._attention, self._ops = attention, ops
+
+    def prepare(self, parallel: Parallel, *, parks: bool) -> None:
+        """Before a job takes any memory: models that are of no use as they lie are let go. parks: of the others all
+        but one leave the device, as it was planned."""
+        if self._lie != parallel.weights_lie:
+            self.drop()
+            self._lie = parallel.weights_lie
+        if parks:
+            for name in [name for name in self._made_of if self.is_on_device(name)][:-1]:
+                self.weights[name].park()
 
     def load(
         self, names: Sequence[str], wanted: Mapping[str, ExpertFiles], parallel: Parallel, mesh: Mesh | None,
@@ -85,18 +90,17 @@ class ExpertCache:
             "parallel": parallel, "mesh": mesh, "shard": shard, "device": self._device,
             "attention": self._attention, "ops": self._ops,
         }  # fmt: skip
-        for name in [
-            name for name, made_of in self._made_of.items() if name in wanted and made_of.files != wanted[name].files
-        ]:
-            self._drop(name)
+        for name, made_of in list(self._made_of.items()):
+            if name in wanted and made_of.files != wanted[name].files:
+                self._drop(name)
         for made_of in wanted.values():
             self._drop_replaced(made_of.files)
-        if mesh is not self._mesh:
+        self._mesh = mesh
+        computes = mesh, shard.world > 1, Computing.of(parallel, self._attention, self._ops)
+        if computes != self._computes:
             for model in self.models.values():
-                spread_tokens(
-                    model, mesh, shard=shard, attention=self._attention, ulysses_engine=parallel.ulysses_engine
-                )
-            self._mesh = mesh
+                compute_as(model, mesh, shard, computes[-1])
+            self._computes = computes
         stale = [name for name in names if self._made_of.get(name) != wanted[name]]
         later = [name for name in stale if name != names[0] and name not in self.models]
         now = [name for name in stale if name not in later]
@@ -119,6 +123,8 @@ class ExpertCache:
                 self._pending[name] = self._read_ahead(name, wanted[name], parallel, settings)
             else:
                 set_shard(self.models[name], shard)
+                if not parallel.parks_experts:
+                    self.weights[name].fetch()
 
     def named(self, files: tuple[FileIdentity, ...]) -> str:
         """The name by which a model of these files is held here, or can be; it counts as used now.
@@ -247,7 +253,7 @@ class ExpertCache:
 
     def _read_ahead(
         self, name: str, wanted: ExpertFiles, parallel: Parallel, settings: dict[str, Any]
-    ) -> _PendingExpert:
+    ) -> PendingExpert:
         if not parallel.parks_experts:
             # Its memory is taken now: a device that is too small is to be noticed before the first step.
             built = build_expert(wanted.paths, wanted.specs, expert=wanted.side, **settings)
@@ -258,7 +264,7 @@ class ExpertCache:
                 reading.wait(on_read)
                 built.send()
 
-            return _PendingExpert(wanted, reading, finish)
+            return PendingExpert(wanted, reading, finish)
         # Its place on the device is taken: only the system can keep it.
         paths, available = wanted.paths, available_bytes()
         if available is not None and available < sum(file.size for file in wanted.files):
@@ -273,7 +279,7 @@ class ExpertCache:
             reading.check()
             self._take_the_place(name, wanted, parallel, settings, on_read)
 
-        return _PendingExpert(wanted, reading, take_the_place)
+        return PendingExpert(wanted, reading, take_the_place)
 
     def _take_the_place(
         self, name: str, wanted: ExpertFiles, parallel: Parallel, settings: dict[str, Any], on_read: OnRead

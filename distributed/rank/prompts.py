@@ -62,7 +62,7 @@ class PromptEncoder:
             if self._parking is not None:
                 self._parking.fetch()
             return self._encoder
-        self._drop()
+        self.drop()
         on_cuda = self._device.type == "cuda"
         self._encoder = load_text_encoder(
             [file.path for file in model.text_encoder],
@@ -83,11 +83,12 @@ class PromptEncoder:
         # Experts that wait in host memory were planned with all of it.
         stays = job.parallel.stays and not job.parallel.parks_experts
         if not stays or not (kept or available is None or available > 2 * size):
-            self._drop()
+            self.drop()
         elif self._parking is not None:
             self._parking.park()
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Frees all memory."""
         if self._parking is not None:
             self._parking.drop()
         self._encoder = self._parking = None

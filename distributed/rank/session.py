@@ -20,7 +20,7 @@ from ...wan.vae.autoencoder import load_vae
 from ...wan.vae.preview import PreviewMap, preview_of_vae
 from ...wan.vision.seen_pictures import SeenPictures
 from ..group.group_folder import GroupDir
-from ..job.job import FileIdentity, GroupJob, Job, JobError, VaeJob
+from ..job.job import GroupJob, Job, JobError, Parallel, VaeJob
 from ..job.job_folder import JobDir
 from ..job.needs import check_needs
 from ..libraries.library_imports import import_diffusers
@@ -60,12 +60,17 @@ class Session:
     experts: ExpertCache = field(init=False)
     prompts: PromptEncoder = field(init=False)
     pictures: SeenPictures = field(init=False)
+    _computes_as: tuple[object, ...] | None = None
+    """What of the last job has decided the kernels."""
+    _exchange: str = ""
+    """Of the last job with a transformer."""
     _joined: bool = False
     _meshes: dict[int, Mesh] = field(default_factory=dict)
     """By `cfg_size`."""
     _vae: RankVae | None = None
-    _vae_files: tuple[FileIdentity, ...] = ()
-    _preview_map: PreviewMap | None = None
+    _vae_made_of: tuple[object, ...] = ()
+    _preview_maps: dict[torch.dtype, PreviewMap] = field(default_factory=dict)
+    """By the VAE's."""
 
     def __post_init__(self) -> None:
         self.experts = ExpertCache(self.rank, self.device, self.kernel.run, self.ops)
@@ -79,22 +84,10 @@ class Session:
         if world != job.parallel.gpu_count:
             raise JobError(f"WORLD_SIZE is {world}; the job was written for {job.parallel.gpu_count}")
         device = _device(job)
-        parallel = job.parallel
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        try:
-            check_needs(parallel, capability)
-            dtype = COMPUTE_DTYPES[parallel.mixed_precision]
-            kernel = choose_kernel(capability, dtype, parallel.attention)
-            if kernel.sparse:
-                kernel = sparse_kernel(kernel, choose_kernel(capability, dtype), parallel.sparse_tau)
-            ops, reason = choose_ops(capability, parallel.kernels, compiled=parallel.torch_compile)
-            vae_ops, _ = choose_ops(capability, parallel.kernels)
-        except ValueError as error:
-            raise JobError(str(error)) from error
-        log.info("attention kernel %s: %s", kernel.name, kernel.reason)
-        log.info("%s kernels between the matrix products: %s", ops, reason)
-        rank = int(os.environ["RANK"])
-        return cls(rank=rank, world=world, device=device, kernel=kernel, ops=ops, vae_ops=vae_ops)
+        kernel, ops, vae_ops = _kernels(job.parallel, device)
+        made = cls(rank=int(os.environ["RANK"]), world=world, device=device, kernel=kernel, ops=ops, vae_ops=vae_ops)
+        made._computes_as = _what_decides(job.parallel)
+        return made
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -125,8 +118,12 @@ class Session:
             torch.cuda.reset_peak_memory_stats(self.device)
         # Behind the launcher's own time-outs: it sees all ranks, and so which of them the others wait for.
         timeout = max(job.parallel.start_timeout, job.parallel.stall_timeout) + 60
+        self._compute_as(job.parallel)
         if self._joined:
-            self._lay_out(job.parallel.cfg_size, timeout)
+            # What has no transformer works with all ranks, however they are laid out.
+            if job.transformer:
+                self._lay_out(job.parallel, timeout)
+                self._prepare(job)
             return
         self._joined = True
         self.mesh = init_mesh(
@@ -140,20 +137,41 @@ class Session:
             timeout=timeout,
         )
         self._remember_mesh()
+        if job.transformer:
+            self._exchange = job.parallel.exchange
+            self._prepare(job)
+
+    def _prepare(self, job: GroupJob) -> None:
+        parks = isinstance(job, Job) and job.parallel.parks_experts
+        if parks:
+            # Experts that wait in host memory were planned with all of it.
+            self.prompts.drop()
+        self.experts.prepare(job.parallel, parks=parks)
+
+    def _compute_as(self, parallel: Parallel) -> None:
+        """Chooses the kernels, where the job before has not decided the same. Raises JobError if one cannot run."""
+        decides = _what_decides(parallel)
+        if decides != self._computes_as:
+            self.kernel, self.ops, self.vae_ops = _kernels(parallel, self.device)
+            self.experts.compute_by(self.kernel.run, self.ops)
+            self._computes_as = decides
 
     def _remember_mesh(self) -> None:
         if self.mesh is not None:
             self._meshes[self.mesh.cfg_size] = self.mesh
 
-    def _lay_out(self, cfg: int, timeout: float) -> None:
-        """For a job that splits its prompts over other ranks than the one before. Groups, once made, stay: making them
-        is collective, and guidance goes to and fro."""
-        if self.mesh is None or self.mesh.cfg_size == cfg:
+    def _lay_out(self, parallel: Parallel, timeout: float) -> None:
+        """For a job that splits its prompts over other ranks than the one before, or exchanges in another way. Groups,
+        once made, stay: making them is collective, and guidance goes to and fro."""
+        if self.mesh is None or (self.mesh.cfg_size, self._exchange) == (parallel.cfg_size, parallel.exchange):
             return
         # The groups' memory does not: one of them would keep it from what the other needs.
         let_go(self.mesh.ulysses_group, self.device)
-        self.mesh = self._meshes.get(cfg) or self.mesh.laid_out(cfg, timedelta(seconds=timeout))
-        self._remember_mesh()
+        self._exchange = parallel.exchange
+        if self.mesh.cfg_size != parallel.cfg_size:
+            known = self._meshes.get(parallel.cfg_size)
+            self.mesh = known or self.mesh.laid_out(parallel.cfg_size, timedelta(seconds=timeout))
+            self._remember_mesh()
 
     def check_stop(self, folder: JobDir, job: GroupJob) -> None:
         """After each step, on every rank. Raises Stopped on all of them if one has seen the request by now."""
@@ -186,17 +204,21 @@ class Session:
 
     def holds_vae(self, job: Job | VaeJob) -> bool:
         """Whether the job's is loaded."""
-        return self._vae is not None and self._vae_files == job.vae
+        return self._vae is not None and self._vae_made_of == self._vae_of(job)
+
+    def _vae_of(self, job: Job | VaeJob) -> tuple[object, ...]:
+        return job.vae, self.vae_dtype(job), self.vae_ops
 
     def vae(self, job: Job | VaeJob) -> RankVae:
         """The VAE, loaded on first use and split over the ranks."""
-        if self._vae is None or not self.holds_vae(job):
+        if not self.holds_vae(job):
             import_diffusers()
             self._vae = None
             dtype = self.vae_dtype(job)
             paths = [file.path for file in job.vae]
             self._vae = RankVae(paths, dtype=dtype, device=self.device, group=self.group, ops=self.vae_ops)
-            self._vae_files = job.vae
+            self._vae_made_of = self._vae_of(job)
+        assert self._vae is not None, "it is held"
         return self._vae
 
     def make_room(self, needed: int, *, but: str, parks: bool) -> None:
@@ -207,17 +229,43 @@ class Session:
 
     def preview_map(self, job: Job) -> PreviewMap:
         """How latents look, fitted on first use. Not collective: for the rank that shows them."""
-        if self._preview_map is None:
+        dtype = self.vae_dtype(job)
+        if dtype not in self._preview_maps:
             import_diffusers()
             # A VAE of its own, dropped at once: the calls of the split one are collective, and it would stay.
             files = [file.path for file in job.vae]
-            self._preview_map = preview_of_vae(load_vae(files, dtype=self.vae_dtype(job), device=self.device))
-        return self._preview_map
+            self._preview_maps[dtype] = preview_of_vae(load_vae(files, dtype=dtype, device=self.device))
+        return self._preview_maps[dtype]
 
     def vae_dtype(self, job: GroupJob) -> torch.dtype:
         """bfloat16 decodes three times as fast on a GPU; fp16 and fp32 jobs, and CPUs, decode as the official code."""
         fast = self.device.type == "cuda" and job.parallel.mixed_precision == "bf16"
         return torch.bfloat16 if fast else torch.float32
+
+
+def _what_decides(parallel: Parallel) -> tuple[object, ...]:
+    """All that `_kernels` looks at."""
+    precision, exchange = (parallel.mixed_precision, parallel.linear_precision), parallel.exchange
+    return parallel.attention, parallel.sparse_tau, parallel.kernels, parallel.torch_compile, *precision, exchange
+
+
+def _kernels(parallel: Parallel, device: torch.device) -> tuple[AttentionKernel, str, str]:
+    """Of the attention, and the names of those between the matrix products and in the VAE. Raises JobError if what is
+    asked for cannot run here."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    try:
+        check_needs(parallel, capability)
+        dtype = COMPUTE_DTYPES[parallel.mixed_precision]
+        kernel = choose_kernel(capability, dtype, parallel.attention)
+        if kernel.sparse:
+            kernel = sparse_kernel(kernel, choose_kernel(capability, dtype), parallel.sparse_tau)
+        ops, reason = choose_ops(capability, parallel.kernels, compiled=parallel.torch_compile)
+        vae_ops, _ = choose_ops(capability, parallel.kernels)
+    except ValueError as error:
+        raise JobError(str(error)) from error
+    log.info("attention kernel %s: %s", kernel.name, kernel.reason)
+    log.info("%s kernels between the matrix products: %s", ops, reason)
+    return kernel, ops, vae_ops
 
 
 def _device(job: GroupJob) -> torch.device:

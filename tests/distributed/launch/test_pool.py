@@ -124,14 +124,14 @@ def swapped(job: Job) -> Job:
 
 
 def test_another_kind_of_job_replaces_the_group(run: Run):
-    """Another checkpoint, the experts swapped, another precision, another number of ranks: the old processes go."""
+    """Another checkpoint, the experts swapped, another number of ranks: the old processes go."""
     first = stub_job(**WARM)
     # Experts of two files, so that they can be swapped.
     high = FileIdentity(path="/models/high.safetensors", size=1, mtime_ns=1)
     first = dataclasses.replace(first, model=dataclasses.replace(first.model, high_noise=(high,)))
-    precise = dataclasses.replace(first, parallel=dataclasses.replace(first.parallel, mixed_precision="fp32"))
+    fewer = dataclasses.replace(first, parallel=dataclasses.replace(first.parallel, gpu_count=1))
     before = run(first)
-    for job in (swapped(first), other_checkpoint(first), precise):
+    for job in (swapped(first), other_checkpoint(first), fewer):
         after = run(job)
         assert alive(after)
         assert not any(process.alive() for process in before)

@@ -84,17 +84,57 @@ def test_a_group_that_cannot_start_leaves_its_gpus_to_others(
     wait_for_gpus(["0", "1"], cancelled=lambda: True, on_wait=print, folder=gpu_locks_folder).release()
 
 
-def test_what_may_differ_from_job_to_job_changes_no_processes(groups: Any):
-    of_one_job = {"start_timeout": 99.0, "stall_timeout": 98.0, "keep_warm_seconds": 97.0, "more_follow": True,
-                  "cfg_parallel": True}  # fmt: skip
-    assert set(of_one_job) == group_kind.OF_ONE_JOB
-    group = groups.give_back(groups.take())
-    for name, value in of_one_job.items():
-        assert groups.give_back(groups.take(**{name: value})) is group, name
-    for name, value in (("use_fsdp", True), ("gpu_count", 4), ("offload_model", True), ("attention", "flash")):
-        other = groups.take(**{name: value})
-        assert other is not group and group.ended and group.removed, name
-        group = groups.give_back(other)
+PROCESSES, WEIGHTS, WORK = "other processes", "weights read again", "other work"
+CHANGES: dict[str, tuple[object, str]] = {
+    "gpu_count": (4, PROCESSES), "gpu_ids": (("0", "1"), PROCESSES), "master_port": (2000, PROCESSES),
+    "mixed_precision": ("fp32", WEIGHTS), "linear_precision": ("int8", WEIGHTS), "quantised_loras": ("merged", WEIGHTS),
+    "use_fsdp": (True, WEIGHTS), "stream_blocks": (True, WEIGHTS),
+    "use_ulysses": (False, WORK), "cfg_parallel": (True, WORK), "ulysses_engine": ("packed", WORK),
+    "gather": ("expert", WORK), "offload_model": (True, WORK), "memory_optimization": (True, WORK),
+    "torch_compile": (True, WORK), "attention": ("flash", WORK), "sparse_tau": (2.0, WORK), "kernels": ("plain", WORK),
+    "start_timeout": (99.0, WORK), "stall_timeout": (98.0, WORK), "keep_warm_seconds": (97.0, WORK),
+    "more_follow": (True, WORK),
+}  # fmt: skip
+"""Each field of `Parallel`: another value, and what a job with it needs that a group waits for."""
+
+
+def test_what_each_change_of_a_plan_needs(groups: Any):
+    """Processes and what they have loaded stay where only work is moved; without the weights where these are others."""
+    fields = {field.name: field for field in dataclasses.fields(Parallel)}
+    # Processes over several machines do not stay.
+    assert CHANGES.keys() == fields.keys() - {"hosts"} and "hosts" in group_kind.OF_PROCESSES
+    for name, (value, needs) in CHANGES.items():
+        # One of them must share the work.
+        before = {"use_fsdp": True} if name == "use_ulysses" else {}
+        first = stub_job(**before).parallel
+        other = dataclasses.replace(first, **{name: value})  # type: ignore[arg-type]
+        assert other != first
+        group = groups.give_back(groups.take(**before))
+        assert (groups.give_back(groups.take(**before, **{name: value})) is group) is (needs != PROCESSES), name
+        assert group.ended is (needs == PROCESSES), name
+        if needs != PROCESSES:
+            assert (other.weights_lie == first.weights_lie) is (needs == WORK), name
+        groups.pool.release()
+    # Of one GPU there is nothing to shard over.
+    alone = stub_job(gpu_count=1).parallel
+    assert dataclasses.replace(alone, use_fsdp=True).weights_lie == alone.weights_lie
+
+
+def test_what_a_video_is_made_of_needs_no_other_processes(groups: Any, tmp_path: Path):
+    """Another size, length, schedule, prompt or seed, a picture while it is made: all on what is loaded."""
+    first, how = stub_job(keep_warm_seconds=600.0), {"cancelled": lambda: True, "on_wait": lambda text: None}
+    group = groups.pool.take(first, tmp_path, **how)
+    groups.pool.give_back(group, first)
+    sampling = [
+        {"width": 96}, {"height": 64}, {"num_frames": 9}, {"steps": 8}, {"seed": 9}, {"solver": "euler"},
+        {"guidance_low": 1.0, "guidance_high": 1.0}, {"reuse_threshold": 0.5}, {"video_format": "ffv1 mp4"},
+    ]  # fmt: skip
+    jobs = [dataclasses.replace(first, sampling=dataclasses.replace(first.sampling, **change)) for change in sampling]
+    jobs += [dataclasses.replace(first, **{name: value}) for name, value in
+             (("preview", True), ("decode", False), ("frames", True), ("verbose", True))]  # fmt: skip
+    for job in jobs:
+        assert groups.pool.take(job, tmp_path, **how) is group
+        groups.pool.give_back(group, job)
 
 
 def forwards(**settings: Any) -> ForwardsJob:
@@ -123,12 +163,10 @@ def test_a_vae_has_the_processes_of_a_model_however_that_lies_and_the_model_has_
     assert taken(sharded) is first and taken(vae()) is first and taken(sharded) is first
     (view,) = pool.view()
     assert view.transformer == (FILE,)
-    assert taken(forwards(keep_warm_seconds=600.0)) is not first and first.ended
+    assert taken(forwards(keep_warm_seconds=600.0)) is first
     for name, value in (("mixed_precision", "fp32"), ("attention", "flash"), ("kernels", "plain")):
-        before = taken(vae())
-        assert taken(vae(**{name: value})) is not before and before.ended, name
-    before = taken(vae())
-    assert taken(stub_job(keep_warm_seconds=600.0)) is not before, "a video has its own"
+        assert taken(vae(**{name: value})) is first, name
+    assert taken(stub_job(keep_warm_seconds=600.0)) is not first, "a video has its own"
 
 
 def test_a_job_moves_to_the_gpus_of_processes_that_could_do_it(groups: Any, tmp_path: Path):
@@ -142,7 +180,7 @@ def test_a_job_moves_to_the_gpus_of_processes_that_could_do_it(groups: Any, tmp_
     assert moved is not None and moved.parallel.gpu_count == 3
     assert pool.take(moved, tmp_path, **how) is group
     pool.give_back(group, moved)
-    assert pool.moved(vae(gpu_count=1, mixed_precision="fp32")) is None
+    assert pool.moved(stub_job(gpu_count=1)) is None, "a video has its own"
 
 
 def test_other_loras_take_the_same_processes_another_model_does_not(groups: Any, tmp_path: Path):

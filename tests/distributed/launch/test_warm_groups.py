@@ -192,6 +192,47 @@ def test_prompts_move_to_other_ranks_on_the_same_processes(warm: Warm, gpu_count
     assert every.reused == [] and (every.latents - both[0].latents).norm() > 1e-3 * every.latents.norm()
 
 
+WORK: list[dict[str, Any]] = [
+    {"memory_optimization": True},
+    {"ulysses_engine": "symmetric"},
+    {"offload_model": True},
+    {"width": 96, "height": 64, "offload_model": True, "memory_optimization": True, "ulysses_engine": "symmetric"},
+    {"attention": "cpu", "kernels": "plain"},
+]
+"""Settings of a plan that a larger or smaller video may change: nothing is read for them."""
+
+
+def test_a_plan_that_moves_only_work_keeps_the_weights(warm: Warm):
+    """And gives what fresh processes do, as does the plan of before, again and again."""
+    plain = warm.run(warm.job())
+    (expected, *others) = warm.fresh((warm.job(), 2), *((warm.job(**settings), 2) for settings in WORK))
+    assert torch.equal(plain.latents, expected)
+    for settings, latents in zip(WORK, others, strict=True):
+        for job, wanted in ((warm.job(**settings), latents), (warm.job(), expected)):
+            made = warm.run(job)
+            assert made.ranks == plain.ranks and made.weights_read == [], settings
+            assert torch.equal(made.latents, wanted), settings
+
+
+def test_a_plan_whose_weights_lie_otherwise_keeps_the_processes(warm: Warm):
+    """What was loaded is let go, and what takes its place is what a fresh start makes; so is what then moves work."""
+    changes: list[dict[str, Any]] = [
+        {"use_fsdp": True}, {"use_fsdp": True, "gather": "expert"}, {"use_fsdp": True, "use_ulysses": False},
+        {"stream_blocks": True}, {"linear_precision": "int8"}, {"mixed_precision": "bf16"}, {},
+    ]  # fmt: skip
+    expected = warm.fresh(*((warm.job(**settings), 2) for settings in changes))
+    assert all(not torch.equal(latents, expected[-1]) for latents in expected[4:6]), "other values of the weights"
+    ranks = warm.run(warm.job()).ranks
+    for settings, latents in zip(changes, expected, strict=True):
+        for _ in range(2):
+            made = warm.run(warm.job(**settings))
+            assert made.ranks == ranks and torch.equal(made.latents, latents), settings
+        assert made.weights_read == []
+    sharded = [warm.run(warm.job(use_fsdp=True, gather=gather)) for gather in ("block", "expert", "block")]
+    assert all(made.weights_read == [] for made in sharded[1:])
+    assert all(torch.equal(made.latents, expected[0]) for made in sharded)
+
+
 def cpu_seconds(process: Process) -> float:
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

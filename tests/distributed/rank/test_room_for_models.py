@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from jobs import stub_job
-from wan_pack.distributed.job.job import FileIdentity
+from wan_pack.distributed.job.job import FileIdentity, Parallel
 from wan_pack.distributed.job.model_files import ExpertFiles
 from wan_pack.distributed.rank import experts
 from wan_pack.distributed.rank.experts import ExpertCache
@@ -132,3 +133,20 @@ def test_whether_lora_files_are_still_there_is_what_all_ranks_saw(
     settings = {"parallel": stub_job().parallel, "mesh": None}
     cache._load("a", ExpertFiles(files("a"), (), None), settings, lambda done, total: None)
     assert asked == [True] and done == (["changed"] if there else ["loaded"])
+
+
+def test_before_a_job_models_that_lie_otherwise_go_and_those_that_take_turns_leave_but_one(cache: ExpertCache):
+    def parallel(**settings: Any) -> Parallel:
+        return Parallel(gpu_count=2, **settings)
+
+    cache._lie = parallel().weights_lie
+    for same in (parallel(), parallel(cfg_parallel=True, ulysses_engine="packed", memory_optimization=True)):
+        cache.prepare(same, parks=False)
+        assert all(cache.is_on_device(name) for name in "abc")
+    assert cache.named(files("b")) == "b"
+    cache.prepare(parallel(offload_model=True), parks=True)
+    assert list(cache.models) == ["a", "b", "c"]
+    assert [name for name in cache.models if cache.is_on_device(name)] == ["b"], "the last one used"
+    held = dict(cache.weights)
+    cache.prepare(parallel(use_fsdp=True), parks=False)
+    assert not cache.models and all(weights.dropped for weights in held.values())  # type: ignore[attr-defined]

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 from jobs import stub_job
+from wan_pack.distributed.job.job import FileIdentity, JobError, Parallel, VaeJob
+from wan_pack.distributed.launch.launcher import new_job_id
 from wan_pack.distributed.rank import session
+from wan_pack.wan.model.attention_kernels import KERNELS
 
 
 def test_groups_stay_but_let_each_other_have_their_memory(monkeypatch: pytest.MonkeyPatch):
@@ -25,12 +28,67 @@ def test_groups_stay_but_let_each_other_have_their_memory(monkeypatch: pytest.Mo
             made[cfg] = FakeMesh(cfg)
             return made[cfg]
 
-    rank = session.Session.__new__(session.Session)
-    rank.device, rank._joined, rank._meshes = torch.device("cpu"), True, {}
-    first: Any = FakeMesh(1)
-    rank.mesh = first
-    rank._remember_mesh()
+    rank = session_of(FakeMesh(1))
+    first = rank.mesh
     for cfg, at_last in ((1, []), (2, [1]), (2, [1]), (1, [1, 2]), (2, [1, 2, 1])):
-        rank.begin(stub_job(gpu_count=2, cfg_parallel=cfg == 2), None)  # type: ignore[arg-type]
+        rank.begin(stub_job(gpu_count=4, cfg_parallel=cfg == 2), None)  # type: ignore[arg-type]
         assert rank.mesh is (made[2] if cfg == 2 else first)
         assert freed == [f"groups of {size}" for size in at_last]
+    # Exchanged in another way, or not at all, it is of no use either; a job without a transformer changes nothing.
+    freed.clear()
+    for changed, settings in ((True, {"ulysses_engine": "packed"}), (False, {}), (True, {"use_ulysses": False})):
+        rank.begin(vae_job(gpu_count=4), None)  # type: ignore[arg-type]
+        before = rank.mesh
+        parallel = {"gpu_count": 4, "cfg_parallel": True, "ulysses_engine": "packed", "use_fsdp": True}
+        rank.begin(stub_job(**parallel | settings), None)  # type: ignore[arg-type]
+        assert rank.mesh is before is made[2]
+        assert freed == ["groups of 2"] * changed
+        freed.clear()
+
+
+def session_of(mesh: Any) -> session.Session:
+    """Of a rank that has met the others."""
+    made = session.Session(
+        rank=0, world=4, device=torch.device("cpu"), kernel=KERNELS["cpu"], ops="plain", vae_ops="plain", mesh=mesh
+    )
+    made._joined, made._exchange = True, "auto"
+    made._remember_mesh()
+    return made
+
+
+def vae_job(**settings: Any) -> VaeJob:
+    file = FileIdentity(path="/models/vae.safetensors", size=1, mtime_ns=1)
+    given, made = (1, 16, 1, 2, 2), (1, 3, 1, 16, 16)
+    return VaeJob(id=new_job_id(), vae=(file,), encode=False, given=given, made=made, parallel=Parallel(**settings))
+
+
+def test_each_job_has_the_kernels_that_it_asks_for(monkeypatch: pytest.MonkeyPatch):
+    """Chosen once for those that ask for the same; what cannot run here is refused, whoever had the processes."""
+    rank = session_of(None)
+    asked: list[str] = []
+    chosen = session.choose_kernel
+    monkeypatch.setattr(session, "choose_kernel", lambda *how: asked.append(how[-1]) or chosen(*how))
+    for attention, needed in (("auto", ["auto"]), ("auto", []), ("cpu", ["cpu"]), ("auto", ["auto"])):
+        rank.begin(stub_job(gpu_count=1, attention=attention), None)  # type: ignore[arg-type]
+        assert asked == needed
+        asked.clear()
+        assert rank.kernel.name == "cpu" and rank.experts._attention is rank.kernel.run
+    with pytest.raises(JobError, match="needs a GPU"):
+        rank.begin(stub_job(gpu_count=1, attention="cudnn"), None)  # type: ignore[arg-type]
+    with pytest.raises(JobError, match="kernels is 'triton', which needs a GPU"):
+        rank.begin(stub_job(gpu_count=1, kernels="triton"), None)  # type: ignore[arg-type]
+
+
+def test_a_vae_is_read_again_where_it_is_to_compute_otherwise(monkeypatch: pytest.MonkeyPatch):
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(session, "import_diffusers", lambda: None)
+    monkeypatch.setattr(session, "RankVae", lambda paths, **how: made.append(how) or object())
+    rank, job = session_of(None), vae_job(gpu_count=1)
+    assert rank.vae(job) is rank.vae(job) and len(made) == 1
+    rank.vae_ops = "triton"
+    rank.vae(job)
+    monkeypatch.setattr(session.Session, "vae_dtype", lambda self, job: torch.bfloat16)
+    rank.vae(job)
+    assert [(how["ops"], how["dtype"]) for how in made] == [
+        ("plain", torch.float32), ("triton", torch.float32), ("triton", torch.bfloat16),
+    ]  # fmt: skip
