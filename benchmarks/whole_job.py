@@ -79,16 +79,17 @@ class Runner:
 
         self.arguments, self.pool = arguments, Pool()
         self.gpus, self.gpu_ids = choose_gpus(gpus)
-        self.last: tuple[Shape, str] | None = None
+        self.last: tuple[Shape, str, str] | None = None
 
-    def run(self, shape: Shape, guidance: str) -> tuple[dict[str, Any], Any]:
-        """The line of a job, and what it has changed of the latents."""
+    def run(self, shape: Shape, guidance: str, change: str = "") -> tuple[dict[str, Any], Any]:
+        """The line of a job, and what it has changed of the latents. change: NAME=VALUE,... of Parallel."""
         from wan_pack.distributed.launch.launcher import run_job
 
         folder = self.arguments.folder
         job = make_job(
             folder, shape, self.gpu_ids, self.gpus,
-            **{"keep_warm_seconds": KEEP_WARM, "cfg_parallel": guidance == "cfg", **settings_of(self.arguments.set)},
+            **{"keep_warm_seconds": KEEP_WARM, "cfg_parallel": guidance == "cfg",
+               **settings_of([*self.arguments.set, *change.split(",")] if change else self.arguments.set)},
         )  # fmt: skip
         inputs = make_inputs(shape)
         waiting = {group.id for group in self.pool.view()}
@@ -108,7 +109,7 @@ class Runner:
             "benchmark": "whole_job", "label": self.arguments.label, "model": shape.model, "gpus": self.gpus,
             "size": "x".join(map(str, shape.pixels)), "steps": shape.steps, "pictures": shape.pictures,
             "guidance": guidance, "text": self.arguments.text, "seed": shape.seed,
-            "start": self.start_of(shape, guidance, kept=warm), "kept_group": warm, "seconds": spans,
+            "start": self.start_of(shape, guidance, change, kept=warm), "kept_group": warm, "seconds": spans,
             "first_step_done": round(phases.seen.get("step 1", 0.0), 3),
             "seconds_per_step": round(min(info["step_seconds"][1:] or info["step_seconds"]), 4),
             "phases": {name: round(seconds, 3) for name, seconds in info["phases"].items()},
@@ -119,22 +120,23 @@ class Runner:
             "settings": info["settings"], "python": platform.python_version(),
             "command": " ".join(["python", "benchmarks/whole_job.py", *sys.argv[1:]]),
         }  # fmt: skip
-        self.last = shape, guidance
+        self.last = shape, guidance, change
         latents = moved(result.folder.latents, shape)
         result.remove()
         return line, latents
 
-    def start_of(self, shape: Shape, guidance: str, *, kept: bool) -> str:
+    def start_of(self, shape: Shape, guidance: str, change: str, *, kept: bool) -> str:
         """cold, warm, or what is other than in the job before."""
         if self.last is None:
             return "cold"
-        before, was = self.last
+        before, was, changed = self.last
         if before.model != shape.model and not kept:
             return "cold"
         names = ("model", "size", "steps", "pictures")
         changes = [f"{getattr(before, name)} -> {getattr(shape, name)}" for name in names
                    if getattr(before, name) != getattr(shape, name)]  # fmt: skip
         changes += [f"guidance {was} -> {guidance}"] if was != guidance else []
+        changes += [change or f"{changed} taken back"] if change != changed else []
         return ", ".join(changes) or "warm"
 
 
@@ -169,6 +171,9 @@ def main() -> None:
     parser.add_argument("--text", default="given", choices=["given", "encoded"], help="rows, or a prompt for umT5")
     parser.add_argument("--repeats", type=int, default=2, help="jobs of each combination in a group")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of Parallel")
+    parser.add_argument(
+        "--changes", nargs="*", default=[], metavar="NAME=VALUE,...", help="one after another, and back"
+    )
     parser.add_argument("--pack", type=Path, default=ROOT, help="another checkout to measure, to compare with")
     parser.add_argument("--label", default="", help="what is measured, for the lines")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -185,14 +190,18 @@ def main() -> None:
     for gpus in arguments.gpus:
         runner = Runner(arguments, gpus)
         try:
-            for shape, guidance in combinations(arguments, gpus):
-                for seed in range(arguments.repeats):
-                    asked = another_seed(shape, seed)
-                    line, latents = runner.run(asked, guidance)
-                    line["plain_read_gb_per_s"] = rates[shape.model]
-                    line["latents_difference"] = difference(seen.setdefault(asked, latents), latents)
-                    append_results(line, arguments.results)
-                    print(summary(line), flush=True)
+            jobs = [
+                (another_seed(shape, seed), guidance, "")
+                for shape, guidance in combinations(arguments, gpus)
+                for seed in range(arguments.repeats)
+            ]
+            jobs += [(*jobs[-1][:2], text) for change in arguments.changes for text in (change, "")]
+            for shape, guidance, change in jobs:
+                line, latents = runner.run(shape, guidance, change)
+                line["plain_read_gb_per_s"] = rates[shape.model]
+                line["latents_difference"] = difference(seen.setdefault(shape, latents), latents)
+                append_results(line, arguments.results)
+                print(summary(line), flush=True)
         finally:
             runner.pool.release()
 

@@ -37,9 +37,9 @@ def remove_abandoned(parent: Path) -> None:
 def keep_failed(folder: JobDir, failed: Path) -> Path:
     """Moves a failed job's folder to where a restart does not wipe it; only the newest stay. Returns its place."""
     try:
-        # Large, and asked for by nobody: they are decoded again.
-        for frames in folder.path.glob(f"*{folder.frames.name}*"):
-            frames.unlink()
+        # Frames are large, and asked for by nobody: they are decoded again. A pipe cannot move to another disk.
+        for left in (*folder.path.glob(f"*{folder.frames.name}*"), *folder.path.glob("*bell*")):
+            left.unlink()
         failed.mkdir(parents=True, exist_ok=True)
         kept = Path(shutil.move(folder.path, failed / f"{time.strftime('%Y%m%d-%H%M%S')}-{folder.path.name}"))
         os.utime(kept)

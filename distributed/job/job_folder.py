@@ -68,6 +68,8 @@ class JobDir(OwnedFolder):
         """`samples` [1, C, T, h, w], float32, un-normalised, as ComfyUI's LATENT."""
         self.frames = self.path / "frames.int16"
         """As wan/video/frames_file.py writes them."""
+        self.done_bell = self.path / "done-bell"
+        """Where the launcher waits for ranks to be done."""
         self.logs = self.path / "logs"
         self.agent_log = self.logs / "agent.log"
 

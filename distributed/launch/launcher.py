@@ -35,6 +35,7 @@ from ..job.errors import counted
 from ..job.job import GroupJob, Job, JobError
 from ..job.job_folder import JobDir
 from ..job.progress import Progress, place, read_progress
+from ..machine.bell import Bell
 from ..machine.cancelling import cancelled_by, check_cancelled
 from ..machine.prerequisites import check_prerequisites, check_space, writing_problem
 from ..machine.usage import Usage, UsageMonitor, all_gpus, gpu_usage, in_words, process_usage
@@ -149,16 +150,17 @@ class _Run:
             self._group.submit(self._folder)
             self._say(self._begins)
             self._usage.start()
-            while self._group.exit_code is None and not self._signs.all_done():
-                if self._cancelled():
-                    raise cancel(self._pool, self._group, self._job, self._folder, self._signs.ranks(), self._shown)
-                self._report()
-                self._report_wait()
-                if lost := self._lost.look(self._ranks(), lambda: self._group.agent_lives):
-                    break
-                if (problem := self._signs.problem()) is not None:
-                    raise self._stuck(problem)
-                time.sleep(POLL)
+            with Bell(self._folder.done_bell) as done:
+                while self._group.exit_code is None and not self._signs.all_done():
+                    if self._cancelled():
+                        raise cancel(self._pool, self._group, self._job, self._folder, self._signs.ranks(), self._shown)
+                    self._report()
+                    self._report_wait()
+                    if lost := self._lost.look(self._ranks(), lambda: self._group.agent_lives):
+                        break
+                    if (problem := self._signs.problem()) is not None:
+                        raise self._stuck(problem)
+                    done.wait(POLL)
             self._report()
             if lost or self._group.exit_code:
                 self._end()
@@ -289,11 +291,9 @@ class _Run:
             command = shlex.join([sys.executable, str(worker_group.AGENT), "run", str(kept)])
             does = "continues from its denoised latents" if JobDir(kept).latents.exists() else "repeats it"
             again += f"; {command} {does}"
-        parts = [text, self._group.notes(), f"\nlast lines of its log:\n{tail}\n" if tail else "", again, hint]
-        return JobFailed(
-            "\n".join(part for part in parts if part),
-            rank=cause.rank if cause else None, out_of_memory=out_of_memory, folder=kept, log=log,
-        )  # fmt: skip
+        parts = text, self._group.notes(), f"\nlast lines of its log:\n{tail}\n" if tail else "", again, hint
+        said, rank = "\n".join(filter(None, parts)), cause.rank if cause else None
+        return JobFailed(said, rank=rank, out_of_memory=out_of_memory, folder=kept, log=log)
 
 
 def new_job_id() -> str:

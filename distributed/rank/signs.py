@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from ..group.last_words import leave_words
 from ..job.job_folder import JobDir
+from ..machine.bell import ring
 from ..machine.processes import Process
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class RankFiles:
             self._folder.write_json(self._folder.progress, progress)
         # Last: when all ranks say there that they are done, the folder goes.
         self._folder.write_json(self._folder.alive(self._rank), alive)
+        if phase == "done":
+            ring(self._folder.done_bell)
 
     def say(self, message: str, done: int = 0, total: int = 0) -> None:
         """What is done within the phase. The log has all of it; who looks at the file misses what is soon over."""

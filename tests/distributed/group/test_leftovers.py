@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -14,6 +15,7 @@ from wan_pack.distributed.group.group_folder import GroupDir
 from wan_pack.distributed.group.leftovers import GRACE_SECONDS, KEPT, claim, keep_failed, remove_abandoned
 from wan_pack.distributed.hosts.hostfile import HostsDir
 from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.machine.bell import Bell
 
 
 def fail(folder: Path) -> Path:
@@ -37,6 +39,22 @@ def test_the_newest_failed_jobs_stay(tmp_path: Path):
     assert [path.exists() for path in kept] == [False] * 4 + [True] * 5
     assert (tmp_path / "failed" / "mine").exists()
     assert (kept[-1] / "log").read_text() == "why"
+
+
+def test_a_kept_job_has_nothing_that_cannot_move_to_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    job = JobDir.create(tmp_path / "jobs")
+    claim(job)
+    (job.path / "log").write_text("why")
+    for bell in (job.done_bell, job.bell(0), job.bell(1)):
+        Bell(bell).close()
+
+    def across(source: str, target: str) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "rename", across)
+    kept = keep_failed(job, tmp_path / "failed")
+    assert kept.parent == tmp_path / "failed" and not job.path.exists()
+    assert sorted(path.name for path in kept.iterdir()) == ["log", "logs", "owner.lock"]
 
 
 def test_a_kept_job_is_as_old_as_its_failure(tmp_path: Path):

@@ -20,6 +20,7 @@ from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.group.leftovers import remove_abandoned
 from wan_pack.distributed.job.job import FileIdentity, Job
 from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.launch import launcher
 from wan_pack.distributed.launch.launcher import JobFailed
 from wan_pack.distributed.launch.pool import Pool
 from wan_pack.distributed.machine.gpu_locks import wait_for_gpus
@@ -77,6 +78,13 @@ def test_a_group_waits_until_it_is_released(run: Run, pool: Pool, tmp_path: Path
     assert not any(process.alive() for process in first)
     assert not list((tmp_path / "jobs").iterdir())
     assert pool.release() == 0
+
+
+def test_a_job_is_over_when_its_ranks_say_so_and_not_when_it_is_looked_at_next(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launcher, "POLL", 3600.0)
+    assert run() == run()
 
 
 def test_a_group_ends_when_nobody_comes(run: Run, tmp_path: Path):

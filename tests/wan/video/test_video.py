@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import re
 import subprocess
 import sys
 import time
@@ -53,6 +54,17 @@ def test_writes_what_it_is_given(tmp_path: Path) -> None:
     # Players can start before the whole file is there.
     data = path.read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
+
+
+def test_x264_begins_while_a_short_video_is_still_decoded(tmp_path: Path) -> None:
+    """By what it says of itself in the file: the frames that it has seen before the first one is encoded."""
+    path = tmp_path / "x.mp4"
+    with VideoWriter(path, width=64, height=48, fps=16) as writer:
+        writer.write(_frames())
+    said = dict(re.findall(rb"(\w+)=(\d+)", path.read_bytes()))
+    assert int(said[b"threads"]) <= video.THREADS and int(said[b"mbtree"]) == 1
+    # One for each of its threads, and those by which it sees B-frames coming.
+    assert int(said[b"rc_lookahead"]) + video.THREADS + int(said[b"bframes"]) < 81 / 2
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
