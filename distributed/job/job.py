@@ -101,7 +101,7 @@ class GroupJob(ABC):
     @property
     @abstractmethod
     def shared(self) -> Hashable:
-        """Jobs in which this is equal can use each other's processes, if these are laid out the same."""
+        """Jobs in which this is equal can use each other's processes, where these are as many on the same GPUs."""
 
     @property
     def encodes(self) -> bool:
@@ -177,8 +177,7 @@ class Job(GroupJob):
 
     @property
     def shared(self) -> Hashable:
-        # Ranks keep nothing that CLIP is made of.
-        return dataclasses.replace(self.model, high_noise_loras=(), low_noise_loras=(), clip_vision=())
+        return self.KIND
 
     @property
     def encodes(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 from ...wan.model.attention import Attention
 from ...wan.transformer.transformer import WanModel
 from ..job.job import FileIdentity, Parallel
-from ..job.model_files import ExpertFiles
+from ..job.model_files import ExpertFiles, ModelFiles
 from ..libraries.library_imports import import_diffusers
 from ..machine.host_memory import available_bytes
 from ..parallel.mesh import Mesh
@@ -63,15 +63,19 @@ class ExpertCache:
         """From the next job on."""
         self._attention, self._ops = attention, ops
 
-    def prepare(self, parallel: Parallel, *, parks: bool) -> None:
-        """Before a job takes any memory: models that are of no use as they lie are let go. parks: of the others all
-        but one leave the device, as it was planned."""
+    def prepare(self, parallel: Parallel) -> None:
+        """Before a job takes any memory: models that are of no use as they lie are let go."""
         if self._lie != parallel.weights_lie:
             self.drop()
             self._lie = parallel.weights_lie
-        if parks:
-            for name in [name for name in self._made_of if self.is_on_device(name)][:-1]:
-                self.weights[name].park()
+
+    def keep_only(self, model: ModelFiles, *, parks: bool) -> None:
+        """Lets go of experts that are not this model's. parks: of the others all but one leave the device."""
+        for name, made_of in list(self._made_of.items()):
+            if made_of.files != model.expert(name).files:
+                self._drop(name)
+        for name in [name for name in self._made_of if self.is_on_device(name)][:-1] if parks else ():
+            self.weights[name].park()
 
     def load(
         self, names: Sequence[str], wanted: Mapping[str, ExpertFiles], parallel: Parallel, mesh: Mesh | None,
@@ -79,8 +83,8 @@ class ExpertCache:
     ) -> None:  # fmt: skip
         """Loads the expert that runs first and begins to read the other's files; what a job before has loaded stays.
 
-        Files that are not wanted by this name are let go first. With other LoRAs or strengths only the weights that
-        they change are read again: adding a difference to rounded weights would not give what a fresh start gives.
+        With other LoRAs or strengths only the weights that they change are read again: adding a difference to rounded
+        weights would not give what a fresh start gives.
 
         Args:
             names: of the experts that the schedule runs, in its order.
@@ -90,9 +94,6 @@ class ExpertCache:
             "parallel": parallel, "mesh": mesh, "shard": shard, "device": self._device,
             "attention": self._attention, "ops": self._ops,
         }  # fmt: skip
-        for name, made_of in list(self._made_of.items()):
-            if name in wanted and made_of.files != wanted[name].files:
-                self._drop(name)
         for made_of in wanted.values():
             self._drop_replaced(made_of.files)
         self._mesh = mesh
@@ -117,8 +118,7 @@ class ExpertCache:
                     self.weights[other].park()
             self._load(name, wanted[name], settings, report, meanwhile, lambda: on_tensor("sharing the weights", 0, 0))
         for name in names:
-            known = "loaded now" if name in now else "read during the steps" if name in later else "kept"
-            log.debug("%s expert: %s", name, known)
+            log.debug("%s expert: %s", name, "loaded now" if name in now else "read later" if name in later else "kept")
             if name in later:
                 self._pending[name] = self._read_ahead(name, wanted[name], parallel, settings)
             else:

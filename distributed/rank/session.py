@@ -69,8 +69,8 @@ class Session:
     """By `cfg_size`."""
     _vae: RankVae | None = None
     _vae_made_of: tuple[object, ...] = ()
-    _preview_maps: dict[torch.dtype, PreviewMap] = field(default_factory=dict)
-    """By the VAE's."""
+    _preview_map: PreviewMap | None = None
+    _preview_of: tuple[object, ...] = ()
 
     def __post_init__(self) -> None:
         self.experts = ExpertCache(self.rank, self.device, self.kernel.run, self.ops)
@@ -142,11 +142,15 @@ class Session:
             self._prepare(job)
 
     def _prepare(self, job: GroupJob) -> None:
-        parks = isinstance(job, Job) and job.parallel.parks_experts
-        if parks:
-            # Experts that wait in host memory were planned with all of it.
-            self.prompts.drop()
-        self.experts.prepare(job.parallel, parks=parks)
+        """What a job before has left, and this one was not planned with, is let go before it takes any memory."""
+        self.experts.prepare(job.parallel)
+        if isinstance(job, Job):
+            if not self.holds_vae(job):
+                self._vae = None
+            if job.parallel.parks_experts:
+                # Experts that wait in host memory were planned with all of it.
+                self.prompts.drop()
+            self.experts.keep_only(job.model, parks=job.parallel.parks_experts)
 
     def _compute_as(self, parallel: Parallel) -> None:
         """Chooses the kernels, where the job before has not decided the same. Raises JobError if one cannot run."""
@@ -229,13 +233,13 @@ class Session:
 
     def preview_map(self, job: Job) -> PreviewMap:
         """How latents look, fitted on first use. Not collective: for the rank that shows them."""
-        dtype = self.vae_dtype(job)
-        if dtype not in self._preview_maps:
+        if self._preview_map is None or self._preview_of != self._vae_of(job):
             import_diffusers()
             # A VAE of its own, dropped at once: the calls of the split one are collective, and it would stay.
             files = [file.path for file in job.vae]
-            self._preview_maps[dtype] = preview_of_vae(load_vae(files, dtype=dtype, device=self.device))
-        return self._preview_maps[dtype]
+            self._preview_map = preview_of_vae(load_vae(files, dtype=self.vae_dtype(job), device=self.device))
+            self._preview_of = self._vae_of(job)
+        return self._preview_map
 
     def vae_dtype(self, job: GroupJob) -> torch.dtype:
         """bfloat16 decodes three times as fast on a GPU; fp16 and fp32 jobs, and CPUs, decode as the official code."""

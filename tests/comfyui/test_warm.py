@@ -20,7 +20,7 @@ def run(comfy: Comfy, prompt: Prompt) -> None:
     assert done.ending[0] == "execution_success", done.ending
 
 
-def test_the_next_video_reuses_the_processes_until_other_settings_or_freed_memory(comfy: Comfy):
+def test_the_next_video_reuses_the_processes_until_other_gpus_or_freed_memory(comfy: Comfy):
     run(comfy, warm_example(comfy, seed=100))
     processes = comfy.job_processes()
     assert len(processes) == 3, "the agent and two ranks wait"
@@ -28,10 +28,14 @@ def test_the_next_video_reuses_the_processes_until_other_settings_or_freed_memor
     run(comfy, warm_example(comfy, seed=101))
     assert comfy.job_processes() == processes
     other = warm_example(comfy, seed=102)
-    node_of(other, "WanVideoDistributedConfig")["inputs"]["memory_optimization"] = True
+    config = node_of(other, "WanVideoDistributedConfig")["inputs"]
+    config["memory_optimization"] = True
+    run(comfy, other)
+    assert comfy.job_processes() == processes
+    config["gpu_count"] = 1
     run(comfy, other)
     others = comfy.job_processes()
-    assert len(others) == 3, "other settings have replaced them"
+    assert len(others) == 2, "another number of ranks has replaced them"
     assert not set(others) & set(processes)
     since = time.monotonic()
     comfy.server.request("/free", {"unload_models": True, "free_memory": True})

@@ -142,10 +142,11 @@ def test_fault_19_evaluations_that_cannot_be_are_refused(change: dict[str, Any],
         dataclasses.replace(FORWARDS, **change)
 
 
-def test_models_of_one_layout_share_processes_where_evaluations_are_asked_for():
+def test_models_share_processes_with_those_of_the_same_kind_of_work():
     other = dataclasses.replace(FILE, path="/models/low.safetensors")
     assert dataclasses.replace(FORWARDS, model=(other,)).shared == FORWARDS.shared
-    assert dataclasses.replace(JOB, model=dataclasses.replace(MODEL, low_noise=(other,))).shared != JOB.shared
+    assert dataclasses.replace(JOB, model=dataclasses.replace(MODEL, low_noise=(other,))).shared == JOB.shared
+    assert JOB.shared != FORWARDS.shared
     looking = dataclasses.replace(JOB, model=dataclasses.replace(MODEL, clip_vision=(other,)))
     assert looking.shared == JOB.shared and other in looking.files
     assert FORWARDS.files == (FILE, FILE)

@@ -183,7 +183,7 @@ def test_a_job_moves_to_the_gpus_of_processes_that_could_do_it(groups: Any, tmp_
     assert pool.moved(stub_job(gpu_count=1)) is None, "a video has its own"
 
 
-def test_other_loras_take_the_same_processes_another_model_does_not(groups: Any, tmp_path: Path):
+def test_another_model_takes_the_same_processes_and_is_what_they_are_known_by(groups: Any, tmp_path: Path):
     job = stub_job(keep_warm_seconds=600.0)
     file = FileIdentity(path="/models/other.safetensors", size=1, mtime_ns=1)
     pool, how = groups.pool, {"cancelled": lambda: True, "on_wait": lambda text: None}
@@ -191,8 +191,11 @@ def test_other_loras_take_the_same_processes_another_model_does_not(groups: Any,
     pool.give_back(first, job)
     assert pool.take(dataclasses.replace(job, preview=True), tmp_path, **how) is first
     pool.give_back(first, job)
-    other = dataclasses.replace(job, model=dataclasses.replace(job.model, vae=(file,)))
-    assert pool.take(other, tmp_path, **how) is not first and first.ended
+    other = dataclasses.replace(job, model=dataclasses.replace(job.model, high_noise=(file,), vae=(file,)))
+    assert pool.take(other, tmp_path, **how) is first
+    pool.give_back(first, other)
+    (view,) = pool.view()
+    assert view.transformer == (file,)
 
 
 def test_an_idle_group_makes_room_where_the_next_job_computes_and_only_there(groups: Any, gpu_locks_folder: Path):

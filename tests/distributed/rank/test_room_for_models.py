@@ -10,7 +10,7 @@ import pytest
 import torch
 from jobs import stub_job
 from wan_pack.distributed.job.job import FileIdentity, Parallel
-from wan_pack.distributed.job.model_files import ExpertFiles
+from wan_pack.distributed.job.model_files import ExpertFiles, ModelFiles
 from wan_pack.distributed.rank import experts
 from wan_pack.distributed.rank.experts import ExpertCache
 from wan_pack.wan.model.attention import attention
@@ -135,18 +135,31 @@ def test_whether_lora_files_are_still_there_is_what_all_ranks_saw(
     assert asked == [True] and done == (["changed"] if there else ["loaded"])
 
 
-def test_before_a_job_models_that_lie_otherwise_go_and_those_that_take_turns_leave_but_one(cache: ExpertCache):
+def test_before_a_job_models_that_lie_otherwise_go(cache: ExpertCache):
     def parallel(**settings: Any) -> Parallel:
         return Parallel(gpu_count=2, **settings)
 
     cache._lie = parallel().weights_lie
-    for same in (parallel(), parallel(cfg_parallel=True, ulysses_engine="packed", memory_optimization=True)):
-        cache.prepare(same, parks=False)
+    for same in (parallel(), parallel(cfg_parallel=True, ulysses_engine="packed", offload_model=True)):
+        cache.prepare(same)
         assert all(cache.is_on_device(name) for name in "abc")
-    assert cache.named(files("b")) == "b"
-    cache.prepare(parallel(offload_model=True), parks=True)
-    assert list(cache.models) == ["a", "b", "c"]
-    assert [name for name in cache.models if cache.is_on_device(name)] == ["b"], "the last one used"
     held = dict(cache.weights)
-    cache.prepare(parallel(use_fsdp=True), parks=False)
+    cache.prepare(parallel(use_fsdp=True))
     assert not cache.models and all(weights.dropped for weights in held.values())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("low", ["l", "x", ""])
+@pytest.mark.parametrize("parks", [True, False])
+def test_before_a_video_another_models_experts_go_and_of_the_others_one_stays_on_the_device(parks: bool, low: str):
+    cache = ExpertCache(0, torch.device("cpu"), attention, "plain")
+    for name, file in (("low_noise", "l"), ("high_noise", "h")):
+        cache.models[name] = torch.nn.Module()  # type: ignore[assignment]
+        cache.weights[name] = Weights()  # type: ignore[assignment]
+        cache._made_of[name] = ExpertFiles(files(file), (), name)
+    held = dict(cache.weights)
+    one = ModelFiles(high_noise=files("h"), low_noise=files(low) if low else (), vae=files("v"))
+    cache.keep_only(one, parks=parks)
+    assert set(cache.models) == ({"high_noise", "low_noise"} if low == "l" else {"high_noise"})
+    assert held["low_noise"].dropped is (low != "l")  # type: ignore[attr-defined]
+    assert cache.is_on_device("high_noise")
+    assert cache.is_on_device("low_noise") is (low == "l" and not parks)
