@@ -218,11 +218,12 @@ def test_identical_jobs_get_identical_plans_beside_a_warm_group(
     assert second.parallel == first.parallel
     assert warm.pool().take(second, tmp_path, **take) is group
     warm.pool().give_back(group, second)
-    # Another job ends it; the driver has not given its memory back yet when the next group starts.
+    # A job with a port ends it; the driver has not given its memory back yet when the next group starts.
     other, _ = make(config=config, plan="as set")
-    replaced = warm.pool().take(stub_job(gpu_ids=("0", "1"), keep_warm_seconds=60.0), tmp_path, **take)
+    with_port = stub_job(gpu_ids=("0", "1"), master_port=2000, keep_warm_seconds=60.0)
+    replaced = warm.pool().take(with_port, tmp_path, **take)
     assert replaced is not group
-    warm.pool().give_back(replaced, stub_job(gpu_ids=("0", "1"), keep_warm_seconds=60.0))
+    warm.pool().give_back(replaced, with_port)
     assert make(config=config)[0].parallel == first.parallel
     assert other.parallel.gpu_count == 2
     assert warm.pool().release() == 1
