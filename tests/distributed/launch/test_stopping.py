@@ -128,7 +128,7 @@ def test_fault_07_who_needs_the_gpus_does_not_wait_for_the_step(
         assert pool.release() == 1
     else:
         pack_with(STUB_WORKER, tmp_path, action="good", seconds=0.0)
-        run_stub(tmp_path, stub_job(use_fsdp=True, **WARM), pool=pool).remove()
+        run_stub(tmp_path, stub_job(gpu_count=1, **WARM), pool=pool).remove()
     assert gone_within(AT_ONCE, *cancelled.processes)
     settled()
     assert pool.release() == (way == "another kind")
