@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +115,29 @@ def test_combinations_leave_out_what_makes_no_job():
     assert whole_job.settings_of(["use_fsdp=true", "attention=sage"]) == {"use_fsdp": True, "attention": "sage"}
     with pytest.raises(ValueError, match="'use_fsdp': it must be NAME=VALUE"):
         whole_job.settings_of(["use_fsdp"])
+
+
+def test_changes_of_a_plan_follow_the_last_combination_each_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import whole_job
+
+    asked: list[tuple[int, str, str]] = []
+
+    def run(self: Any, shape: Any, guidance: str, change: str) -> tuple[dict[str, Any], torch.Tensor]:
+        asked.append((shape.seed, change, self.start_of(shape, guidance, change, kept=True)))
+        self.last = shape, guidance, change
+        return {"gpus": 1, "model": "", "size": "", "pictures": "", "seconds": {}, "start": ""}, torch.ones(1)
+
+    monkeypatch.setattr(whole_job.Runner, "run", run)
+    monkeypatch.setattr(whole_job, "write_model", lambda *_: tmp_path)
+    monkeypatch.setattr(whole_job, "read_rate", lambda *_: 1.0)
+    fast, apart = "ulysses_engine=packed,memory_optimization=true", "use_fsdp=true"
+    arguments = ["--folder", str(tmp_path), "--results", str(tmp_path / "lines"), "--models", "tiny", "--gpus", "1"]
+    monkeypatch.setattr(sys, "argv", ["whole_job.py", *arguments, "--changes", fast, apart])
+    whole_job.main()
+    assert asked == [
+        (0, "", "cold"), (1, "", "warm"), (1, fast, fast), (1, "", f"{fast} taken back"),
+        (1, apart, apart), (1, "", f"{apart} taken back"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("missed", ["encode", "load"])
