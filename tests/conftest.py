@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -22,6 +23,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(FaultReport())
     config.pluginmanager.register(Kinds(config))
+
+
+def pytest_collection_finish() -> None:
+    # Thousands of tests and all of torch stay until the end: no collection of garbage walks through them again.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

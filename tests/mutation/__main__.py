@@ -2,8 +2,9 @@
 
     python tests/mutation [--seed 1] [--count 200] [FILE_OR_FOLDER ...]
 
-A change is run by the tests that run its line and start no process; each in a fork of one process that has imported
-torch. Nothing in the sources is touched. A survivor is a missing test, or changes nothing that anybody could see.
+A change is run by the tests that run its line and start no process but ffmpeg; each in a fork of one process that has
+imported torch. Nothing in the sources is touched. A survivor is a missing test, or changes nothing that anybody could
+see.
 """
 
 from __future__ import annotations
@@ -28,15 +29,18 @@ from changes import Change, changed, changes  # noqa: E402
 from mount import ROOT  # noqa: E402
 
 ROOMS = (
-    "wan/sampling", "wan/files", "wan/checkpoint", "wan/lora", "wan/vae/latents.py", "wan/model/linear.py",
-    "wan/model/config.py", "wan/model/selection.py", "wan/model/sparse.py", "wan/model/variants.py",
-    "wan/transformer/vace.py", "distributed/job", "distributed/planning", "distributed/machine",
-    "distributed/group/environment.py", "distributed/group/evaluation_memory.py",
-    "distributed/group/evaluation_request.py", "distributed/group/leftovers.py", "distributed/group/failures.py",
-    "distributed/parallel/memory_layout.py", "distributed/parallel/sequence.py", "distributed/hosts/hostfile.py",
-    "distributed/launch/changed_file.py", "distributed/launch/group_evaluator.py", "distributed/launch/served_job.py",
-    "nodes/core", "nodes/batch/split.py", "nodes/models/model_paths.py", "nodes/sockets/vace_inputs.py",
-    "nodes/host/request_body.py", "nodes/host/other_pages.py",
+    "wan/sampling", "wan/files", "wan/checkpoint", "wan/lora", "wan/video", "wan/vae/latents.py", "wan/model/linear.py",
+    "wan/model/config.py", "wan/model/eight_bits.py", "wan/model/selection.py", "wan/model/sparse.py",
+    "wan/model/variants.py", "wan/transformer/vace.py", "wan/transformer/conditions.py", "wan/transformer/reference.py",
+    "distributed/job", "distributed/planning", "distributed/machine", "distributed/group/environment.py",
+    "distributed/group/evaluation_memory.py", "distributed/group/evaluation_request.py",
+    "distributed/group/leftovers.py", "distributed/group/failures.py", "distributed/parallel/memory_layout.py",
+    "distributed/parallel/sequence.py", "distributed/hosts/hostfile.py", "distributed/launch/changed_file.py",
+    "distributed/launch/group_evaluator.py", "distributed/launch/group_kind.py", "distributed/launch/served_job.py",
+    "distributed/launch/vae_calls.py", "distributed/rank/kept_conditions.py", "distributed/weights/free_memory.py",
+    "nodes/core", "nodes/batch/split.py", "nodes/models/model_paths.py", "nodes/inference/no_effect.py",
+    "nodes/sockets/clip_vision.py", "nodes/sockets/fun_inputs.py", "nodes/sockets/vace_inputs.py",
+    "nodes/host/request_body.py", "nodes/host/other_pages.py", "nodes/host/own_folder.py",
 )  # fmt: skip
 """What decides results, safety and memory."""
 

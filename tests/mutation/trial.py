@@ -21,7 +21,8 @@ LIBRARIES = (
     "torch", "numpy", "safetensors.torch", "gguf", "PIL.Image", "sentencepiece", "transformers", "imageio_ffmpeg",
     "diffusers.schedulers.scheduling_unipc_multistep", "diffusers.schedulers.scheduling_flow_match_euler_discrete",
 )  # fmt: skip
-QUICK = "not (processes or ranks)"
+QUICK = "not (processes or ranks) or video"
+"""Tests that start nothing, or nothing but ffmpeg for a moment."""
 LONGEST = 300.0
 """Seconds for one change; longer is an endless loop."""
 MOST_MEMORY = 12 << 30

@@ -18,6 +18,7 @@ MARKS = {
     "comfyui": "runs in a real ComfyUI",
     "browser": "needs Chromium",
     "hosts": "needs machines of its own (network namespaces)",
+    "video": "of video files; starts ffmpeg at most",
 }
 RANKS = {"run_ranks", "fork_ranks", "run_fresh", "run_tiny", "golden"}
 """What starts ranks, by its name where it is called."""
@@ -36,7 +37,7 @@ class Kinds:
             config.addinivalue_line("markers", f"{name}: {meaning}")
         self._guards = re.match(r"not \(?.*\bprocesses\b", config.getoption("markexpr") or "") is not None
         self._running = False
-        """A test; not its fixtures, which others may share."""
+        """A test that is to start nothing; not its fixtures, which others may share."""
         if self._guards:
             sys.addaudithook(self._look)
 
@@ -53,7 +54,7 @@ class Kinds:
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
-        self._running = True
+        self._running = item.get_closest_marker("processes") is None
         yield
         self._running = False
 
@@ -70,6 +71,8 @@ def _marks(item: pytest.Item) -> Iterator[str]:
         yield "browser"
     if item.path.stem == "test_hosts_jobs":
         yield "hosts"
+    if folder == "video":
+        yield "video"
     if _names(item) & RANKS:
         yield "ranks"
     if folder == "comfyui" or item.path.stem == "test_hosts_jobs":
