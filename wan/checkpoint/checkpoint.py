@@ -10,11 +10,13 @@ in fp32, bf16, fp16, fp8, int8 and the types of GGUF.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -160,7 +162,8 @@ def _smallest(config: WanConfig) -> WanConfig:
     return replace(config, num_layers=max(len(vace), 1), vace_layers=vace)
 
 
-def _expected_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)
+def _expected_shapes(config: WanConfig) -> Mapping[str, tuple[int, ...]]:
     """Official name -> shape of every tensor of a model."""
     # One block of a kind stands for the others: forty take a third of a second, for each file that is looked at.
     small = meta_model(_smallest(config), torch.float32)
@@ -172,7 +175,7 @@ def _expected_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
         stand_in = next(name for name in (block, f"{kind}.1", f"{kind}.0") if name in known)
         of_block = small.get_submodule(stand_in).named_parameters()
         expected |= {f"{block}.{name}": tuple(parameter.shape) for name, parameter in of_block}
-    return expected
+    return MappingProxyType(expected)
 
 
 def _check_complete(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,9 @@ def core_modules() -> dict[str, ModuleType]:
         importlib.import_module("comfy.cli_args").args.cpu = True
         for name in ("comfy.sample", "comfy.sd", *NODES):
             importlib.import_module(name)
+        # As after the collection (tests/conftest.py): all of this stays.
+        gc.collect()
+        gc.freeze()
         roots = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfy_config", "nodes", "folder_paths"}
         roots |= {"node_helpers", "latent_preview", "protocol", "server", "comfyui_version", "execution", "utils"}
         return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in roots}
