@@ -100,7 +100,8 @@ def _put(path: Path, tree: ast.Module) -> None:
     original = loader.get_code
 
     def get_code(self: Any, name: str) -> Any:
-        return code if Path(self.path) == path else original(self, name)
+        # Also where a test imports it through a link.
+        return code if Path(self.path).resolve() == path else original(self, name)
 
     loader.get_code = get_code
 

@@ -151,6 +151,11 @@ def test_a_folder_that_a_remote_shell_would_take_apart_is_refused(tmp_path: Path
 def test_a_folder_that_is_not_shared_is_named(tmp_path: Path):
     with pytest.raises(JobError, match="it must be on a file system that all machines share"):
         HostsDir(tmp_path / "elsewhere").read_job()
+    # Or something else lies there on this machine.
+    HostsDir(tmp_path).job.touch()
+    os.truncate(HostsDir(tmp_path).job, 1 << 40)
+    with pytest.raises(JobError, match="it must be on a file system that all machines share"):
+        HostsDir(tmp_path).read_job()
 
 
 def test_the_store_listens_on_one_address_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

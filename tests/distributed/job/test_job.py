@@ -202,3 +202,9 @@ def test_fields_that_lack_or_are_unknown_are_named_in_order():
     deep["model"]["vae"][0]["size"] = "10"
     with pytest.raises(JobError, match=r"job\.json\.model\.vae\[0\]\.size is str; it must be int"):
         Job.from_json(json.dumps(deep))
+    deep["model"] = "t2v"
+    with pytest.raises(JobError, match=r"job\.json\.model is str; it must be an object"):
+        Job.from_json(json.dumps(deep))
+    deep["model"] = {**json.loads(JOB.to_json())["model"], "vae": 5}
+    with pytest.raises(JobError, match=r"job\.json\.model\.vae is int; it must be a list"):
+        Job.from_json(json.dumps(deep))

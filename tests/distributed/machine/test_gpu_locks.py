@@ -132,3 +132,15 @@ def test_what_is_not_a_file_is_refused(make: Callable[[Path], None], tmp_path: P
     make(tmp_path / "gpu-0.lock")
     with pytest.raises(JobError, match=r"the GPU's lock .*gpu-0\.lock .*remove it"):
         take(tmp_path, "0")
+
+
+def test_a_lock_that_names_nobody_is_another_programs(tmp_path: Path):
+    """Of a program that was stopped before it wrote its name, or wrote something else."""
+    told: list[str] = []
+    with gpu_locks._place("3", tmp_path).open("w") as file:
+        file.write(" \n")
+        file.flush()
+        assert gpu_locks.try_lock(file)
+        with pytest.raises(JobCancelled):
+            take(tmp_path, "3", told=told)
+    assert told == ["waiting for GPU 3, in use by another program"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,22 @@ def test_neither_this_pack_nor_the_running_script(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "main.py"), raising=False)
     (tmp_path / "link").symlink_to(ROOT)
     assert usable([str(tmp_path), str(ROOT), str(ROOT / "distributed"), str(tmp_path / "link")]) == []
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "main.py").touch()
+    (tmp_path / "scripts" / "main.py").symlink_to(tmp_path / "main.py")
+    # Python puts the folder in front that the script is really in.
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "scripts" / "main.py"), raising=False)
+    assert usable([str(tmp_path), str(tmp_path / "scripts")]) == [str(tmp_path / "scripts")]
+
+
+def test_a_pack_that_is_a_link_is_still_this_pack(tmp_path: Path):
+    """As in most ComfyUIs of people who work on it."""
+    (tmp_path / "link").symlink_to(ROOT)
+    spec = spec_from_file_location("linked", tmp_path / "link" / "distributed" / "machine" / "import_paths.py")
+    assert spec is not None and spec.loader is not None
+    linked = module_from_spec(spec)
+    spec.loader.exec_module(linked)
+    assert linked.usable([str(ROOT), str(tmp_path / "link" / "distributed"), str(tmp_path)]) == [str(tmp_path)]
 
 
 def test_pythonpath_comes_first_and_what_else_was_added_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -20,12 +20,17 @@ class Memory:
     def __init__(self, buffers: list[Tensor], rank: int) -> None:
         self.buffers, self.own, self.rank = buffers, buffers[rank], rank
         self.puts: list[int] = []
+        self.put_at: set[tuple[int, int, int]] = set()
+        """From, to, and where."""
         self.awaited: list[int] = []
+        self.awaited_at: set[tuple[int, int, int]] = set()
 
     def put(self, rank: int, there: Tensor, here: Tensor) -> None:
         assert there.is_contiguous() and here.is_contiguous() and there.shape == here.shape
         there.copy_(here)
         self.puts.append(rank)
+        if here.numel():
+            self.put_at.add((self.rank, rank, there.data_ptr()))
 
     def arrival(self, incoming: list[tuple[int, Tensor]]) -> None:
         start = self.own.data_ptr()
@@ -33,6 +38,8 @@ class Memory:
             inside = here.numel() == 0 or start <= here.data_ptr() <= start + self.own.nbytes
             assert inside, "in this rank's memory"
             self.awaited.append(rank)
+            if here.numel():
+                self.awaited_at.add((rank, self.rank, here.data_ptr()))
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -87,6 +94,8 @@ def test_every_head_of_every_token_arrives_and_comes_back(world: int, num_heads:
         others = [(memory.rank + step) % world for step in range(1, world)]
         assert memory.puts[: world - 1] == memory.awaited[: world - 1] == others
         assert all(memory.puts.count(rank) == memories[rank].awaited.count(memory.rank) for rank in others)
+    # And looks where it was put.
+    assert set.union(*(memory.awaited_at for memory in memories)) == set.union(*(memory.put_at for memory in memories))
 
 
 @pytest.mark.parametrize("most", range(1, 41))

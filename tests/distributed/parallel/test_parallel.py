@@ -156,6 +156,8 @@ def test_a_mean_over_ranks_is_that_of_the_whole(world: int, ranks: int, monkeypa
         found = mean_size(local, shard, SimpleNamespace(size=lambda: ranks))  # type: ignore[arg-type]
         assert found == pytest.approx(whole.abs().mean().item(), rel=1e-6)
     assert mean_size(whole, SequenceShard(length=7), None) == pytest.approx(whole.abs().mean().item(), rel=1e-6)
+    # A long video has more elements than float32 has digits.
+    assert mean_size(torch.tensor([[2.0**24, 1.0]]), SequenceShard(length=1), None) == (2**24 + 1) / 2
 
 
 @pytest.fixture
