@@ -45,7 +45,7 @@ def check_controls(sampling: Sampling, config: WanConfig, shapes: Mapping[str, S
                 "model"
             )
     if {REFERENCE_IMAGES, REFERENCE_LATENT} <= shapes.keys():
-        raise ValueError("reference_images and a reference of text_embeds are both given; take one out")
+        raise ValueError("reference_images and a reference of text_embeds or image_embeds are both given; take one out")
     frame, count = (sampling.height, sampling.width), 1
     if VACE_CONTEXT in shapes:
         if other := [name for name in given if name not in (VACE_CONTEXT, VACE_STRENGTH)]:

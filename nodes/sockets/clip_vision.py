@@ -16,6 +16,7 @@ from ...wan.model.variants import takers
 from ..host.declared import kind_of
 from ..host.status import Status
 from ..host.tensors import tensor_of
+from .control_embeds import has_control
 from .embeds import CLIP_KEY, extras_of
 from .video_inputs import VideoInputs
 
@@ -102,9 +103,10 @@ def _of_no_picture(asked: VideoInputs, config: WanConfig, status: Status) -> dic
     import torch
 
     pictures = (asked.start_image, asked.end_image, asked.reference_images)
-    if not config.image_branch or asked.control_video is None or any(picture is not None for picture in pictures):
+    followed = asked.control_video is not None or has_control(asked.image_embeds)
+    if not config.image_branch or not followed or any(picture is not None for picture in pictures):
         return {}
-    status.note("there is no picture for CLIP beside control_video: its features are zeros")
+    status.note("there is no picture for CLIP beside the control video: its features are zeros")
     return {"clip_features": torch.zeros(PICTURE_ROWS, config.clip_dim)}
 
 

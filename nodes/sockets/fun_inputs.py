@@ -11,6 +11,7 @@ from ...distributed.job.control_inputs import REFERENCE_LATENT
 from ...wan.model.variants import takers
 from ..host.declared import kind_of
 from ..host.tensors import tensor_of
+from .control_embeds import has_reference_embeds
 from .embeds import REFERENCE_KEY, extras_of
 from .video_inputs import VideoInputs
 
@@ -24,7 +25,8 @@ def has_reference(asked: VideoInputs, config: WanConfig) -> bool:
     """Whether the model computes a frame in front of the video, before any picture is looked at."""
     if REFERENCE_LATENT not in config.variant.takes:
         return False
-    return asked.reference_images is not None or bool(extras_of(asked.text_embeds, "text_embeds").get(REFERENCE_KEY))
+    carried = extras_of(asked.text_embeds, "text_embeds").get(REFERENCE_KEY)
+    return asked.reference_images is not None or bool(carried) or has_reference_embeds(asked.image_embeds)
 
 
 def reference_tensors(asked: VideoInputs, config: WanConfig) -> dict[str, Tensor]:
@@ -44,6 +46,10 @@ def reference_tensors(asked: VideoInputs, config: WanConfig) -> dict[str, Tensor
         raise ValueError(
             f"text_embeds carries {REFERENCE_KEY}, which this model ({config.variant.name}) does not take; choose a "
             f"{takers(REFERENCE_LATENT)} model, or take out the node that adds it"
+        )
+    if has_reference_embeds(asked.image_embeds):
+        raise ValueError(
+            "a reference picture comes twice: with image_embeds and with text_embeds; take one of them out"
         )
     one_alone = asked.negative_embeds is not None and not isinstance(asked.negative_embeds, dict)
     if positive is None or (one_alone and (negative is None or not torch.equal(positive, negative))):

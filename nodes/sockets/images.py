@@ -15,6 +15,8 @@ from ...wan.model.variants import MASK, Variant, takers
 from ..host.declared import is_set, kind_of
 from ..host.status import Status
 from ..host.tensors import tensor_of
+from .control_embeds import KEY as CONTROL_EMBEDS
+from .control_embeds import control_conditioning, has_control
 from .embeds import extras_of
 from .latent_input import check_video_size
 from .video_inputs import VideoInputs
@@ -30,7 +32,7 @@ CHANNELS, STRIDE, MASK_CHANNELS = WAN21.channels, WAN21.stride, TEMPORAL_STRIDE
 EMBEDS_KEYS = frozenset(
     {
         *("image_embeds", "mask", "clip_context", "negative_clip_context", "max_seq_len", "num_frames", "lat_h"),
-        *("lat_w", "end_image", "fun_or_fl2v_model", "target_shape", "extra_latents"),
+        *("lat_w", "end_image", "fun_or_fl2v_model", "target_shape", "extra_latents", CONTROL_EMBEDS),
     }
 )
 """What this pack understands of WANVIDIMAGE_EMBEDS; every other key asks for a model that it does not run."""
@@ -154,14 +156,21 @@ def _from_embeds(value: Any, sampling: Sampling, config: WanConfig) -> dict[str,
     """image_conditioning of I2V embeds; samples and noise_mask of empty ones with a first frame; else nothing."""
     if not isinstance(value, dict):
         raise ValueError(f"image_embeds is {kind_of(value)}; it must be WANVIDIMAGE_EMBEDS")
+    if value.get("end_image") is not None and not is_set(value.get("fun_or_fl2v_model")):
+        raise ValueError(
+            "image_embeds were made for an end image outside the video; "
+            "turn on fun_or_fl2v_model in WanVideoImageToVideoEncode"
+        )
     known = EMBEDS_KEYS | (VACE_EMBEDS if is_set(value.get("vace_context")) else frozenset())
     other = [key for key, held in value.items() if key not in known and held is not None and held is not False]
     if other:
         raise ValueError(
             f"image_embeds carries {listed(sorted(other, key=str))}, which this node does not support; "
-            "it takes the embeds of WanVideoImageToVideoEncode, WanVideoVACEEncode and, without controls, "
-            "WanVideoEmptyEmbeds"
+            "it takes the embeds of WanVideoImageToVideoEncode, WanVideoVACEEncode, WanVideoControlEmbeds and, without "
+            "other controls, WanVideoEmptyEmbeds"
         )
+    if has_control(value):
+        return control_conditioning(value, sampling, config)
     if value.get("image_embeds") is not None:
         return {"image_conditioning": _i2v_embeds(value, sampling)}
     shape = value.get("target_shape")
@@ -191,11 +200,6 @@ def _i2v_embeds(value: dict[str, Any], sampling: Sampling) -> Tensor:
     if together.shape[0] != MASK_CHANNELS + CHANNELS:
         raise ValueError(
             f"image_embeds and their mask have {together.shape[0]} channels; they must have {MASK_CHANNELS + CHANNELS}"
-        )
-    if value.get("end_image") is not None and not is_set(value.get("fun_or_fl2v_model")):
-        raise ValueError(
-            "image_embeds were made for an end image outside the video; "
-            "turn on fun_or_fl2v_model in WanVideoImageToVideoEncode"
         )
     check_video_size("image_embeds", together.shape[1:], STRIDE, sampling)
     return together.contiguous()

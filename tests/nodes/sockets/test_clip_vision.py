@@ -139,7 +139,7 @@ def test_a_control_video_alone_has_the_features_of_no_picture():
     """As in the code of the model's makers (VideoX-Fun), who set them to zero."""
     video, status = {"control_video": torch.rand(5, 48, 64, 3)}, Status()
     assert torch.equal(features(status, CONTROL, **video), torch.zeros(257, 64))
-    assert status.notes == ["there is no picture for CLIP beside control_video: its features are zeros"]
+    assert status.notes == ["there is no picture for CLIP beside the control video: its features are zeros"]
     for name, picture in PICTURES.items():
         assert features(config=CONTROL, **video, **{name: picture}) is None, name
     without = dataclasses.replace(TINY, in_dim=52, parts=frozenset({"ref_conv"}))

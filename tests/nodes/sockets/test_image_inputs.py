@@ -239,7 +239,6 @@ def test_known_frames_of_the_5b_model_become_latents_and_a_mask(index: int, fram
         {"audio_embeds": {}},
         {"pose_latents": noise(1), "vae": object()},
         {"has_ref": True},
-        {"control_embeds": {"control_images": noise(1)}},
         {"add_cond_latents": {}},
     ],
     ids=lambda extras: next(iter(extras)),
