@@ -16,7 +16,7 @@ from ..job.errors import SHOWN_AS
 from ..job.job import Parallel
 from ..machine.gpus import Gpu
 from .gpu_memory import GIB, Estimate, Workload, estimate, parked_bytes
-from .policies import LINK_BYTES, Request, intrusion, policies, seconds
+from .policies import LINK_BYTES, Request, intrusion, levels, policies, seconds
 
 MAX_SIDE = 8192
 MAX_FRAMES = 4097
@@ -65,6 +65,8 @@ class Plan:
     """The most at the same size."""
     seconds: float = 0.0
     """Of the denoising, a rough figure that plans are ranked by."""
+    level: int = 0
+    """How far it goes beyond switches that are off (`policies.levels`)."""
 
     def block(self) -> str:
         """A few lines for the log and the status."""
@@ -115,39 +117,39 @@ def make_plan(
             _fits(other, parallel, free[count - 1], host) for count, ways in allowed.items() for parallel in ways
         )
 
-    best: tuple[tuple[object, ...], float, Parallel, tuple[Gpu, ...]] | None = None
+    best: tuple[tuple[object, ...], int, float, Parallel, tuple[Gpu, ...]] | None = None
     for count, ways in allowed.items():
         needs = [(parallel, estimate(work, parallel).total) for parallel in ways if _in_host(work, parallel, host)]
         for chosen in _choices(gpus, count, links):
             least = min(gpu.free_bytes for gpu in chosen)
             link = _slowest(chosen, links)
-            for parallel, need in needs:
-                if need > least:
-                    continue
+            found = []
+            for parallel in (parallel for parallel, need in needs if need <= least):
                 groups = [chosen[i : i + parallel.ulysses_size] for i in range(0, count, parallel.ulysses_size)]
                 ulysses_link = min((_slowest(group, links) for group in groups), key=LINK_BYTES.__getitem__)
-                time = seconds(work, parallel, ulysses_link, link)
+                found.append((parallel, seconds(work, parallel, ulysses_link, link)))
+            for level, (parallel, time) in zip(levels(found, request.base, link), found, strict=True):
                 # Of equally fast ones that which touches least, on the first GPUs.
-                key = (*_rank(parallel, request, time), parallel.memory_optimization, parallel.offload_model,
-                       parallel.use_fsdp, [gpus.index(gpu) for gpu in chosen])  # fmt: skip
+                key = (*_rank(level, parallel, time), parallel.memory_optimization, parallel.offload_model,
+                       parallel.stream_blocks, parallel.use_fsdp, [gpus.index(gpu) for gpu in chosen])  # fmt: skip
                 if best is None or key < best[0]:
-                    best = key, time, parallel, chosen
+                    best = key, level, time, parallel, chosen
     size, frames = _largest_size(work, fits), _most_frames(work, fits)
     if best is None:
         raise _does_not_fit(work, allowed, free, host, size, frames)
-    _, time, parallel, chosen = best
+    _, level, time, parallel, chosen = best
     parallel = dataclasses.replace(parallel, gpu_ids=tuple(gpu.index for gpu in chosen))
-    reasons = tuple(_reasons(work, request, parallel, chosen, gpus, links))
-    return Plan(parallel, reasons, chosen, estimate(work, parallel), size, frames, time)
+    reasons = tuple(_reasons(work, request, parallel, level, chosen, gpus, links))
+    return Plan(parallel, reasons, chosen, estimate(work, parallel), size, frames, time, level)
 
 
-def rank(plan: Plan, request: Request) -> tuple[int, float]:
+def rank(plan: Plan) -> tuple[int, float]:
     """Lower is better: what the planner minimises."""
-    return _rank(plan.parallel, request, plan.seconds)
+    return _rank(plan.level, plan.parallel, plan.seconds)
 
 
-def _rank(parallel: Parallel, request: Request, time: float) -> tuple[int, float]:
-    return intrusion(parallel, request.base), time * parallel.gpu_count**-MORE_GPUS
+def _rank(level: int, parallel: Parallel, time: float) -> tuple[int, float]:
+    return level, time * parallel.gpu_count**-MORE_GPUS
 
 
 def _in_host(work: Workload, parallel: Parallel, host: int | None) -> bool:
@@ -252,8 +254,9 @@ def _weights(parallel: Parallel) -> str:
 
 
 def _reasons(
-    work: Workload, request: Request, parallel: Parallel, chosen: Sequence[Gpu], gpus: Sequence[Gpu], links: Links
-) -> Iterable[str]:
+    work: Workload, request: Request, parallel: Parallel, level: int, chosen: Sequence[Gpu], gpus: Sequence[Gpu],
+    links: Links,
+) -> Iterable[str]:  # fmt: skip
     base, free = request.base, min(gpu.free_bytes for gpu in chosen)
     if not request.gpu_count and len(chosen) < len(gpus):
         few = f"more than {len(chosen)} of {len(gpus)} GPUs"
@@ -272,8 +275,9 @@ def _reasons(
     if parallel == resident:
         return
     yield f"everything on each GPU would take {need:.1f} of {free / GIB:.1f} GiB"
-    if intrusion(parallel, base):
+    if beyond := intrusion(parallel, base):
         name = "stream_blocks" if parallel.stream_blocks else "offload_model"
-        yield f"{name} is off, but nothing else fits, so it is on for this job"
+        why = "nothing else fits" if beyond == level else f"sharding over the {_slowest(chosen, links)} link is slower"
+        yield f"{name} is off, but {why}, so it is on for this job"
     if parallel.memory_optimization and not base.memory_optimization:
         yield "memory_optimization is off, but needed here, so it is on for this job"

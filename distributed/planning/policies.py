@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -18,6 +18,7 @@ COMPUTE = 4e14
 """Floating-point operations per second of one GPU."""
 LINK_BYTES = {"nvlink": 3e11, "pcie": 2e10, "host": 1e10, "unknown": 1e10}
 """Per second and direction between two GPUs."""
+FAST_LINK = "nvlink"
 HOST_BYTES = 2e10
 """Per second between a GPU and host memory."""
 FSDP_SLOWDOWN = 1.06
@@ -94,6 +95,19 @@ def intrusion(parallel: Parallel, base: Parallel) -> int:
     return int(parallel.offload_model and not base.offload_model and not base.stream_blocks)
 
 
+def levels(ways: Sequence[tuple[Parallel, float]], base: Parallel, link: str) -> list[int]:
+    """The `intrusion` of each of the ways to use the same GPUs, given with its seconds.
+
+    Over a slow link, what is faster than sharding goes no further than that: it sends no weights there.
+    """
+    own = [intrusion(parallel, base) for parallel, _ in ways]
+    sharded = [(level, time) for level, (parallel, time) in zip(own, ways, strict=True) if parallel.use_fsdp]
+    if link == FAST_LINK or not sharded:
+        return own
+    least, limit = min(sharded)
+    return [min(level, least) if time < limit else level for level, (_, time) in zip(own, ways, strict=True)]
+
+
 def seconds(work: Workload, parallel: Parallel, ulysses_link: str, link: str) -> float:
     """Denoising time of the whole job.
 
@@ -106,7 +120,7 @@ def seconds(work: Workload, parallel: Parallel, ulysses_link: str, link: str) ->
     matrices = 2 * (6 * dim + 2 * config.ffn_dim) * dim * tokens * layers
     heads = math.ceil(config.num_heads / size) / config.num_heads if parallel.use_ulysses else 1.0
     attention = 4 * work.tokens**2 * dim * layers * heads / COMPUTE
-    forward = matrices / COMPUTE + attention
+    forward, exchange = matrices / COMPUTE + attention, 0.0
     if parallel.use_ulysses and size > 1:
         exchanged = 4 * tokens * dim * compute_bytes(parallel) * (size - 1) / size
         exchange = layers * exchanged / LINK_BYTES[ulysses_link]
@@ -116,13 +130,17 @@ def seconds(work: Workload, parallel: Parallel, ulysses_link: str, link: str) ->
         forward *= CHUNKING_SLOWDOWN
     other_ranks = (gpus - 1) / gpus
     moved = 0.0
+    # What lies between slow links and the GPU is one bus: the exchange has to pass there, too.
+    beside = 0.0 if ulysses_link == FAST_LINK else exchange
     if parallel.stream_blocks:
-        forward = max(forward, work.blocks_bytes / HOST_BYTES)
+        forward = max(forward, work.blocks_bytes / HOST_BYTES + beside)
+        # Each process copies all of it into memory of its own.
+        moved = sum(work.experts) * gpus / HOST_BYTES
     elif parallel.offload_model and len(work.experts) > 1:
         # One goes and one comes, once while loading and once between the experts.
         moved = 4 * max(work.experts) / (gpus if parallel.use_fsdp else 1) / HOST_BYTES
     if parallel.use_fsdp and parallel.gather == "block":
-        forward = max(forward, work.blocks_bytes * other_ranks / LINK_BYTES[link]) * FSDP_SLOWDOWN
+        forward = max(forward, work.blocks_bytes * other_ranks / LINK_BYTES[link] + beside) * FSDP_SLOWDOWN
     elif parallel.use_fsdp:
         moved += sum(work.experts) * other_ranks / LINK_BYTES[link]
     passes = 2 if work.guided and not parallel.cfg_parallel else 1
