@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 import types
 import zlib
@@ -23,6 +24,7 @@ from unsplit_vace import Unsplit, controls_for
 
 TIMESTEP = 700.0
 TEXT_ROWS = 512
+_ENDS = re.compile(r"(steps|blocks)([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,9 @@ class System(ABC):
 
 class Ours(System):
     """This pack. Options, joined by +: compiled, triton, symmetric (exchange), fp8 (linears), and the name of an
-    attention kernel; sol is sparse at tau 1. A VACE model follows one control; unsplit: every GPU computes all of its
-    VACE blocks' tokens.
+    attention kernel; sol is sparse at tau 1. stepsN and blocksN: the first and last N of the steps and of the blocks
+    round nothing to 8 bits. A VACE model follows one control; unsplit: every GPU computes all of its VACE blocks'
+    tokens.
 
     Raises:
         ValueError: an option is unknown, or cannot run here.
@@ -84,20 +87,25 @@ class Ours(System):
         super().__init__(config, place, option)
         from wan_pack.distributed.parallel.parallelize import parallelize_wan
         from wan_pack.distributed.parallel.sequence import SequenceShard
+        from wan_pack.wan.checkpoint.keeping import Keeping
         from wan_pack.wan.model.attention_kernels import KERNELS, choose_kernel
         from wan_pack.wan.model.eight_bits import E4M3, KeptWeight, quantise_rows
         from wan_pack.wan.model.kernels.choice import check_kernels
-        from wan_pack.wan.model.linear import FP8_PRODUCTS
         from wan_pack.wan.model.precisions import check_precision
         from wan_pack.wan.model.sparse import SparseAttention, sparse_kernel
         from wan_pack.wan.transformer.transformer import meta_model
 
         options = set(option.split("+")) - {""}
+        ends = {match[1]: int(match[2]) for match in map(_ENDS.fullmatch, options) if match}
+        options -= {f"{what}{count}" for what, count in ends.items()}
+        self.exact_steps, blocks = ends.get("steps", 0), range(config.num_layers)
+        exact_blocks = tuple(i for i in blocks if min(i, blocks[-1] - i) < ends.get("blocks", 0))
         names = options & set(KERNELS)
         unknown = options - names - {"compiled", "triton", "symmetric", "fp8", "unsplit"}
         if unknown or len(names) > 1:
             raise ValueError(
-                f"option {option!r}: it must join some of compiled, triton, symmetric, fp8, unsplit, {list(KERNELS)}"
+                f"option {option!r}: it must join some of compiled, triton, symmetric, fp8, unsplit, stepsN, blocksN, "
+                f"{list(KERNELS)}"
             )
         capability = torch.cuda.get_device_capability(place.device) if place.device.type == "cuda" else None
         if options & {"symmetric", "unsplit"} and place.world == 1:
@@ -115,16 +123,16 @@ class Ours(System):
         check_precision(capability, self.precision)
         kernels = "triton" if "triton" in options else "plain"
         check_kernels(capability, kernels)
-        fp8 = {}
-        if self.precision == "fp8":
-            layers = (f"{block}.{layer}.weight" for block in config.block_names for layer in FP8_PRODUCTS)
-            fp8 = dict.fromkeys(layers, KeptWeight(E4M3, scaled=True))
-        self.model = meta_model(config, place.dtype, fp8, fp8_products=bool(fp8))
+        layers = Keeping(self.precision, exact_blocks=exact_blocks).fp8_products(config)
+        fp8 = {f"{layer}.weight": KeptWeight(E4M3, scaled=True) for layer in layers}
+        self.model = meta_model(config, place.dtype, fp8, fp8_products=layers)
         parallelize_wan(
             self.model, place.mesh, shard=SequenceShard(length=1, rank=place.rank, world=place.world),
             attention=self.kernel.run, use_fsdp=False,
             ulysses_engine="symmetric" if "symmetric" in options else "packed",
             torch_compile="compiled" in options, memory_optimization=False, ops=kernels,
+            exact_attention=choose_kernel(capability, place.dtype).run if self.kernel.eight_bits else None,
+            exact_blocks=exact_blocks,
         )  # fmt: skip
         self.model.to_empty(device=place.device)
         parameters = dict(self.model.named_parameters())
@@ -165,6 +173,10 @@ class Ours(System):
         if self.unsplit:
             rope = rope_table(self.grid, self.config.head_dim, device=place.device)
             Unsplit(self.model, self.kernel.run, self.shard, whole, controls, rope)
+
+    def enter(self, step: int, of: int) -> None:
+        """What follows belongs to that step, of so many."""
+        self.model.compute_exactly(min(step, of - 1 - step) < self.exact_steps)
 
     def forward(self) -> Tensor:
         with self.kernel.activate():

@@ -18,7 +18,7 @@ from ...wan.video.video_formats import FRAME_PIXEL_BYTES, VideoFormat
 from .errors import JobError, check, check_text
 from .model_files import FileIdentity, LoraFile, ModelFiles, check_files, check_loras
 from .parallel import Parallel
-from .sampling import Sampling
+from .sampling import EVERYWHERE, RoundedTimesteps, Sampling
 from .strict_json import build
 from .switches import MAX_GPUS
 
@@ -218,6 +218,8 @@ class ForwardsJob(GroupJob):
     side: str = ""
     """high_noise or low_noise: which of the changes counts in a LoRA file that has both; empty: such a file is
     refused."""
+    rounded: RoundedTimesteps = EVERYWHERE
+    """Of the sampling: elsewhere nothing is rounded to 8 bits (`exact_steps`)."""
 
     def __post_init__(self) -> None:
         GroupJob.__post_init__(self)

@@ -95,7 +95,9 @@ class Parallel(Switches):
     def weights_lie(self) -> tuple[object, ...]:
         """Where a transformer's weights are and in which values: those of another job are not of use as they lie."""
         sharded = self.use_fsdp and self.gpu_count > 1
-        return self.mixed_precision, self.linear_precision, self.quantised_loras, sharded, self.stream_blocks
+        # Blocks whose weights are not rounded; where none are, they only compute otherwise.
+        exact = self.exact_blocks if self.linear_precision != "full" else ""
+        return self.mixed_precision, self.linear_precision, self.quantised_loras, exact, sharded, self.stream_blocks
 
     @property
     def exchange(self) -> str:

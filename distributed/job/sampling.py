@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...wan.model.latent_space import WAN21
@@ -95,3 +96,60 @@ class Sampling(SamplingSettings):
         if self.strength < 1:
             return range(self.schedule_steps - self.steps, self.schedule_steps)
         return range(self.start_step, self.end_step or self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedTimesteps:
+    """Between which timesteps, neither included, values may be rounded to 8 bits. By default everywhere."""
+
+    above: float = -1.0
+    below: float = 1e6
+
+    def __post_init__(self) -> None:
+        for name in ("above", "below"):
+            value = getattr(self, name)
+            check(-1.0 <= value <= 1e6, name, value, "-1 to 1,000,000")
+
+    def holds(self, timestep: float) -> bool:
+        return self.above < timestep < self.below
+
+
+EVERYWHERE, NOWHERE = RoundedTimesteps(), RoundedTimesteps(above=1e6, below=-1.0)
+BEGINNING = 0.9999
+"""Sigmas above this one are a schedule's first."""
+
+
+def rounded_timesteps(
+    timesteps: Sequence[float], exact_steps: int, *, begins: bool = True, ends: bool = True
+) -> RoundedTimesteps:
+    """All but the first and the last so many steps. Their edges lie half-way between two steps, so that a solver may
+    evaluate within one.
+
+    Args:
+        timesteps: at which the steps begin, descending.
+        begins, ends: the first or the last of them is a schedule's; there are no exact ones at the other end.
+    """
+    first, last, count = exact_steps * begins, exact_steps * ends, len(timesteps)
+    if first + last >= count:
+        return NOWHERE if first + last else EVERYWHERE
+
+    def before(index: int) -> float:
+        return (timesteps[index - 1] + timesteps[index]) / 2
+
+    return RoundedTimesteps(
+        above=before(count - last) if last else EVERYWHERE.above, below=before(first) if first else EVERYWHERE.below
+    )
+
+
+def rounded_of_sigmas(sigmas: Sequence[float], exact_steps: int) -> RoundedTimesteps:
+    """As `rounded_timesteps`, of a sampler that is given a schedule's noise levels [steps + 1], or some that follow one
+    another: which they are is seen from their ends."""
+    return rounded_timesteps(
+        [1000 * sigma for sigma in sigmas[:-1]], exact_steps,
+        begins=len(sigmas) > 0 and sigmas[0] > BEGINNING, ends=len(sigmas) > 0 and sigmas[-1] == 0,
+    )  # fmt: skip
+
+
+def rounded_steps(steps: range, of: int, exact_steps: int) -> int:
+    """How many of `steps`, in a schedule of `of`, `rounded_timesteps` leaves."""
+    return len(range(max(steps.start, exact_steps), min(steps.stop, of - exact_steps)))

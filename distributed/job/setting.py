@@ -4,7 +4,8 @@ nodes show is derived from that."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _KEY = "setting"
+_PART = re.compile(r"\s*([0-9]{1,6})(?:\s*-\s*([0-9]{1,6}))?\s*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,42 @@ class Choice:
         return "one of " + ", ".join(self.names)
 
 
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Some whole numbers, in a text: "0-2, 39"."""
+
+    below: int
+    """All of them."""
+
+    def holds(self, value: Any) -> bool:
+        parts = value.split(",") if value.strip() else []
+        return len(parts) <= self.below and all(
+            match is not None and int(match[1]) <= int(match[2] or match[1]) < self.below
+            for match in map(_PART.fullmatch, parts)
+        )
+
+    @property
+    def allowed(self) -> str:
+        """For messages."""
+        return f"empty, or numbers and ranges of them, such as 0-2, 39, all below {self.below}"
+
+
+def numbers_in(text: str) -> tuple[int, ...]:
+    """Those of a text that `Numbers` holds, in order, each once."""
+    found: set[int] = set()
+    for match in map(_PART.fullmatch, text.split(",") if text.strip() else []):
+        assert match is not None, text
+        found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(found))
+
+
+def text_of(numbers: Sequence[int]) -> str:
+    """The shortest text in which `numbers_in` finds these, which are in order."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
 def number(default: float | None, least: float, most: float, *, required: bool = False, **more: Any) -> Any:
     """A dataclass field for a `Number`.
 
@@ -80,16 +118,25 @@ def choice(default: str, names: Collection[str]) -> Any:
     return dataclasses.field(default=default, metadata={_KEY: Choice(default, tuple(names))})
 
 
-def setting_of(kind: type[DataclassInstance], name: str) -> Number | Choice | None:
+def numbers(below: int) -> Any:
+    """A dataclass field for `Numbers`, at first none."""
+    return dataclasses.field(default="", metadata={_KEY: Numbers(below)})
+
+
+Setting = Number | Choice | Numbers
+
+
+def setting_of(kind: type[DataclassInstance], name: str) -> Setting | None:
     """How a dataclass declares a field; None for a plain one, such as a switch."""
-    setting: Number | Choice | None = kind.__dataclass_fields__[name].metadata.get(_KEY)
+    setting: Setting | None = kind.__dataclass_fields__[name].metadata.get(_KEY)
     return setting
 
 
 def default_of(kind: type[DataclassInstance], name: str) -> Any:
     """What a field's widget begins with."""
     setting = setting_of(kind, name)
-    return kind.__dataclass_fields__[name].default if setting is None else setting.default
+    declared = setting.default if isinstance(setting, Number | Choice) else None
+    return kind.__dataclass_fields__[name].default if declared is None else declared
 
 
 def check_settings(values: Any, *, but: Collection[str] = ()) -> None:

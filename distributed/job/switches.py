@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...wan.model import attention_kernels
+from ...wan.model.config import MAX_LAYERS
 from ...wan.model.kernels.choice import OPS
 from ...wan.model.precisions import TORCH_NAMES
-from .setting import choice, number
+from .setting import choice, number, numbers
 
 MAX_GPUS = 64
 ULYSSES_ENGINES = {
@@ -61,3 +62,15 @@ class Switches:
     quantised_loras: str = choice("beside", ("beside", "merged"))
     """beside: LoRAs of weights that stay in 8 bits are computed beside these, exactly, and a change of strength reads
     no weight. merged: into the weights, rounded to their 8 bits, as all other LoRAs are."""
+    exact_steps: int = number(0, 0, 100)
+    """So many of a schedule's first steps, and of its last ones, round nothing to 8 bits: attention is exact, and what
+    weights in 8 bits are multiplied by is not rounded."""
+    exact_blocks: str = numbers(MAX_LAYERS)
+    """Blocks that round nothing to 8 bits at any step, and whose weights stay as their file has them: their numbers and
+    ranges of them, separated by commas."""
+
+    @property
+    def rounds(self) -> bool:
+        """Something is computed in 8 bits that is not in the files."""
+        known = attention_kernels.KERNELS.get(self.attention)
+        return self.linear_precision != "full" or (known is not None and known.eight_bits)

@@ -15,7 +15,7 @@ change how they compute, and read again what `Parallel.weights_lie` tells apart.
 OF_TRANSFORMER = frozenset(
     {
         "use_ulysses", "use_fsdp", "offload_model", "stream_blocks", "memory_optimization", "linear_precision",
-        "ulysses_engine", "gather", "quantised_loras",
+        "ulysses_engine", "gather", "quantised_loras", "exact_steps", "exact_blocks",
     }
 )  # fmt: skip
 """Fields that say how a transformer lies and is computed: nothing to a job that has none."""

@@ -22,6 +22,9 @@ FIRST, MOST, LAST = 2, 6, 2
 the end of that one's attention; of the last, whose result nothing hides. FlashAttention-3's tiles of two heads of
 32,760 or 75,600 tokens are whole rounds of 132 multiprocessors: the parts take no longer than all heads at once."""
 
+ALIGNMENT = 256
+"""Bytes, of where what arrives begins: kernels read 16 at a time."""
+
 Copies = list[tuple[int, Tensor, Tensor]]
 """(rank, to, from), all contiguous."""
 
@@ -48,7 +51,10 @@ class Sent(Destination):
 
 
 class MemoryLayout:
-    """The memories of the ranks: q, k and v of their heads, then what attention returns for their tokens.
+    """The memories of the ranks: what attention returns for their tokens, then q, k and v of their heads.
+
+    Layouts that differ in the dtypes of q and k only can take turns in one memory: what is returned lies at its
+    beginning in all of them, and when it is there nobody reads the rest any more.
 
     Args:
         dtypes: of q, k and v; attention returns that of v.
@@ -63,11 +69,10 @@ class MemoryLayout:
         self.first_head = sum(heads[: shard.rank])
         self._device = memory.own.device
         self._stream = torch.cuda.Stream(self._device, priority=-1) if self._device.type == "cuda" else None
-        self.sent, start = [], 0
+        self.sent, start = [], self.returned_bytes(shard, heads, channels, dtypes)
         for dtype in dtypes:
             self.sent.append(self._sent(start, dtype))
             start += self.bytes_of(shard, heads, channels, dtype)
-        self._returned = start
 
     @property
     def parts(self) -> range:
@@ -79,11 +84,21 @@ class MemoryLayout:
         """What one of q, k and v takes in a memory."""
         return shard.world * shard.size * max(heads) * channels * dtype.itemsize
 
+    @staticmethod
+    def returned_bytes(shard: SequenceShard, heads: list[int], channels: int, dtypes: list[torch.dtype]) -> int:
+        """What the results of all heads take in a memory, up to where the widest type may begin."""
+        size = shard.size * sum(heads) * channels * dtypes[2].itemsize
+        return -(-size // ALIGNMENT) * ALIGNMENT
+
     @classmethod
     def nbytes(cls, shard: SequenceShard, heads: list[int], channels: int, dtypes: list[torch.dtype]) -> int:
         """What each rank's memory must hold."""
         received = sum(cls.bytes_of(shard, heads, channels, dtype) for dtype in dtypes)
-        return received + shard.size * sum(heads) * channels * dtypes[2].itemsize
+        return received + cls.returned_bytes(shard, heads, channels, dtypes)
+
+    def leaves(self, nbytes: int) -> bool:
+        """Whether the memory it is in has room for a layout of so many."""
+        return self._memory.own.nbytes >= nbytes
 
     def received(self, part: int) -> tuple[Tensor, ...]:
         """q, k and v of a part of this rank's heads, [P * S, w, D]."""
@@ -150,7 +165,7 @@ class MemoryLayout:
     def _piece(self, at: int, of: int, part: int) -> Tensor:
         """In the memory of rank `at`: its tokens in a part of rank `of`'s heads, [S, w, D]."""
         before = sum(map(sum, self._parts[:of])) + sum(self._parts[of][:part])
-        start = self._returned + before * self.shard.size * self._channels * self._dtype.itemsize
+        start = before * self.shard.size * self._channels * self._dtype.itemsize
         return self._view(at, start, self._dtype, self.shard.size, self._parts[of][part], self._channels)
 
     def _sent(self, start: int, dtype: torch.dtype) -> Sent:

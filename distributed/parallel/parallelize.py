@@ -15,6 +15,7 @@ from ...wan.model.kernels.choice import OPS
 from ...wan.transformer.self_attention import TokenAttention, local_attention
 from ...wan.transformer.transformer import WanModel
 from ..job.job import FFN_CHUNK, Parallel
+from ..job.setting import numbers_in
 from ..job.switches import ULYSSES_ENGINES
 from .mesh import Mesh
 from .sequence import SequenceShard
@@ -42,9 +43,10 @@ def chosen_engine(name: str, device_type: str) -> str:
 def set_shard(model: WanModel, shard: SequenceShard) -> None:
     """Tells a parallelized model which tokens it gets from now on: another video has another length."""
     # One engine serves all blocks; a kernel that knows nothing of ranks needs no telling.
-    engine = model.running_order[0].self_attn.attention
-    if isinstance(engine, Exchange):
-        engine.shard = shard
+    layer = model.running_order[0].self_attn
+    for engine in (layer.attention, layer.exact_attention):
+        if isinstance(engine, Exchange):
+            engine.shard = shard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,31 +59,42 @@ class Computing:
     torch_compile: bool
     memory_optimization: bool
     ops: str
+    exact_attention: Attention | None = None
+    exact_blocks: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, parallel: Parallel, attention: Attention, ops: str) -> Computing:
+    def of(
+        cls, parallel: Parallel, attention: Attention, ops: str, exact_attention: Attention | None = None
+    ) -> Computing:
         return cls(
             attention=attention, gather=parallel.gather, ulysses_engine=parallel.ulysses_engine,
             torch_compile=parallel.torch_compile, memory_optimization=parallel.memory_optimization, ops=ops,
+            exact_attention=exact_attention, exact_blocks=numbers_in(parallel.exact_blocks),
         )  # fmt: skip
 
 
 def compute_as(model: WanModel, mesh: Mesh | None, shard: SequenceShard, how: Computing) -> None:
     """Has a model compute so over a group of `mesh`, also one that has computed otherwise. Its weights stay where they
     are."""
-    token_attention: TokenAttention = local_attention(how.attention)
-    if shard.world > 1:
+
+    def spread(kernel: Attention) -> TokenAttention:
+        if shard.world == 1:
+            return local_attention(kernel)
         assert mesh is not None, "several ranks have a mesh"
         engine = chosen_engine(how.ulysses_engine, mesh.world.device_type)
-        token_attention = ENGINES[engine](mesh.ulysses_group, shard, how.attention)
+        return ENGINES[engine](mesh.ulysses_group, shard, kernel)
+
+    rounded, exact = spread(how.attention), None if how.exact_attention is None else spread(how.exact_attention)
     arithmetic = OPS[how.ops]()
+    model.keep_exact(how.exact_blocks)
     for block in model.running_order:
         block.ops = arithmetic
-        block.self_attn.attention = token_attention
+        block.self_attn.attention, block.self_attn.exact_attention = rounded, exact
         block.ffn_chunk = FFN_CHUNK if how.memory_optimization else None
         # Each takes its method's place in the instance.
         for module, name in (
             (block, "attention_inputs"),
+            (block, "summed_inputs"),
             (block.self_attn, "queries_keys_values"),
             (block, "attention_outputs"),
         ):
@@ -107,6 +120,8 @@ def parallelize_wan(
     torch_compile: bool,
     memory_optimization: bool,
     ops: str = "plain",
+    exact_attention: Attention | None = None,
+    exact_blocks: tuple[int, ...] = (),
 ) -> None:
     """Changes `model` (on the meta device or not) in place.
 
@@ -121,10 +136,12 @@ def parallelize_wan(
         gather: block or expert; with "expert" what is gathered stays until `release_gathered`.
         ulysses_engine: a name in `ENGINES`.
         ops: a name in `OPS`: the arithmetic around the matrix products.
+        exact_attention: instead of a kernel that rounds to 8 bits, where a step or a block is to be exact.
+        exact_blocks: numbers of main blocks that always are.
     """
     how = Computing(
         attention=attention, gather=gather, ulysses_engine=ulysses_engine, torch_compile=torch_compile,
-        memory_optimization=memory_optimization, ops=ops,
+        memory_optimization=memory_optimization, ops=ops, exact_attention=exact_attention, exact_blocks=exact_blocks,
     )  # fmt: skip
     compute_as(model, mesh, shard, how)
     if use_fsdp and mesh is not None:

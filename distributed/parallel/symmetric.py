@@ -6,6 +6,8 @@ next one needs arrives, and what the last one results in is sent, while one is a
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,9 +20,19 @@ from .opened_memory import close_memory, peer_memory
 from .sequence import SequenceShard, split_evenly
 from .ulysses import PackedUlysses, write_projections
 
-_layouts: dict[str, tuple[tuple[object, ...], MemoryLayout | None]] = {}
-"""By name of the group: what is laid out, or that nothing can be. Models take turns: none may hold on to memory that
-another one has let go for more."""
+
+@dataclass(slots=True)
+class _Layouts:
+    """What one memory of a group is used for."""
+
+    of: tuple[object, ...]
+    """Whose heads and tokens."""
+    by_dtypes: dict[tuple[torch.dtype, ...], MemoryLayout | None] = field(default_factory=dict)
+    """None: there is no memory for it."""
+
+
+_layouts: dict[str, _Layouts] = {}
+"""By name of the group. Models take turns: none may hold on to memory that another one has let go for more."""
 
 
 def _layout(
@@ -28,14 +40,19 @@ def _layout(
     dtypes: list[torch.dtype],
 ) -> MemoryLayout | None:  # fmt: skip
     """Collective where it is another one than the last of this group, alike on all ranks."""
-    name, what = group.group_name, (shard.length, shard.rank, shard.world, *heads, channels, *dtypes)
-    if name not in _layouts or _layouts[name][0] != what:
-        # The one before lets its memory go first.
+    name, of, kinds = group.group_name, (shard.length, shard.rank, shard.world, *heads, channels), tuple(dtypes)
+    if name not in _layouts or _layouts[name].of != of:
+        # Those before let their memory go first.
         _layouts.pop(name, None)
-        memory = peer_memory(group, MemoryLayout.nbytes(shard, heads, channels, dtypes), device)
-        made = None if memory is None else MemoryLayout(memory, shard, heads, channels, dtypes)
-        _layouts[name] = what, made
-    return _layouts[name][1]
+        _layouts[name] = _Layouts(of)
+    known = _layouts[name].by_dtypes
+    if kinds not in known:
+        needed = MemoryLayout.nbytes(shard, heads, channels, dtypes)
+        if any(layout is not None and not layout.leaves(needed) for layout in known.values()):
+            known.clear()
+        memory = peer_memory(group, needed, device)
+        known[kinds] = None if memory is None else MemoryLayout(memory, shard, heads, channels, dtypes)
+    return known[kinds]
 
 
 def let_go(group: dist.ProcessGroup, device: torch.device) -> None:

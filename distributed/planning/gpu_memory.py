@@ -222,7 +222,9 @@ def peer_bytes(work: Workload, parallel: Parallel) -> int:
         return 0
     # Every rank has room for the heads of the one with most.
     most = -(-work.config.num_heads // parallel.ulysses_size) * parallel.ulysses_size / work.config.num_heads
-    return int((3 * most + 4) * rank_tokens(work, parallel) * work.config.dim * compute_bytes(parallel))
+    # Codes have places of their own on their way, where some blocks or steps send none.
+    own = 2 if parallel.rounds and (parallel.exact_steps or parallel.exact_blocks) else 0
+    return int((3 * most + 4 + own) * rank_tokens(work, parallel) * work.config.dim * compute_bytes(parallel))
 
 
 def vae_decode_bytes(work: Workload, parallel: Parallel) -> int:

@@ -15,6 +15,8 @@ from ...wan.video.video_formats import CRF
 from ...wan.vision.clip_keys import check_clip_files
 from ..job.input_tensors import Shape, check_inputs
 from ..job.job import FileIdentity, Job, LoraFile, ModelFiles, Parallel, Sampling
+from ..job.sampling import rounded_steps
+from ..job.setting import numbers_in
 from ..machine.host_memory import available_bytes
 from ..machine.prerequisites import check_switches
 
@@ -142,7 +144,10 @@ def check_job(
             "(high): there is no second pass for the other GPUs; turn it off"
         )
     warnings += _side_warnings(model, sampling)
-    warnings += _check_layout(parallel, config.num_heads, on_note)
+    warnings += _check_layout(parallel, config, on_note)
+    steps = sampling.step_range
+    if parallel.rounds and not rounded_steps(steps, sampling.schedule_steps, parallel.exact_steps):
+        on_note(f"exact_steps is {parallel.exact_steps}: none of the {len(steps)} steps rounds to 8 bits")
     return tuple(warnings)
 
 
@@ -171,19 +176,33 @@ def check_forwards(
         side: "high_noise" or "low_noise", if that is known.
     """
     checkpoint = Checkpoint([part.path for part in model])
-    return *_of_one_expert(checkpoint, loras, side), *_check_layout(parallel, checkpoint.config.num_heads, on_note)
+    return *_of_one_expert(checkpoint, loras, side), *_check_layout(parallel, checkpoint.config, on_note)
 
 
-def _check_layout(parallel: Parallel, heads: int, on_note: Callable[[str], None]) -> list[str]:
+def _check_layout(parallel: Parallel, config: WanConfig, on_note: Callable[[str], None]) -> list[str]:
+    _check_exact(parallel, config.num_layers, on_note)
     if not parallel.hosts:
         # Other machines look for themselves.
         check_switches(parallel)
     if parallel.gpu_count > 1:
-        return _check_engine(parallel, heads) if parallel.use_ulysses else []
+        return _check_engine(parallel, config.num_heads) if parallel.use_ulysses else []
     for name in ("use_fsdp", "master_port"):
         if getattr(parallel, name):
             on_note(f"{name} has no effect on one GPU")
     return []
+
+
+def _check_exact(parallel: Parallel, blocks: int, on_note: Callable[[str], None]) -> None:
+    numbers = numbers_in(parallel.exact_blocks)
+    if numbers and numbers[-1] >= blocks:
+        raise ValueError(
+            f"exact_blocks is {parallel.exact_blocks!r}, which names block {numbers[-1]}; this model's are 0 to "
+            f"{blocks - 1}"
+        )
+    if not parallel.rounds:
+        for name in ("exact_steps", "exact_blocks"):
+            if getattr(parallel, name):
+                on_note(f"{name} has no effect: nothing is rounded to 8 bits")
 
 
 def _check_engine(parallel: Parallel, heads: int) -> list[str]:

@@ -18,6 +18,7 @@ from ...wan.vision.clip_keys import check_clip_files
 from ..job.job import Parallel
 from ..job.model_files import FileIdentity, LoraFile, ModelFiles
 from ..job.sampling import Sampling
+from ..job.setting import numbers_in
 from .gpu_memory import Workload
 from .preflight import needs_negative
 
@@ -144,12 +145,13 @@ class _ExpertBytes(NamedTuple):
 
 def keeping_of(parallel: Parallel) -> Keeping:
     """How the weights of a job's experts are kept."""
-    return Keeping(parallel.linear_precision, parallel.quantised_loras)
+    return Keeping(parallel.linear_precision, parallel.quantised_loras, numbers_in(parallel.exact_blocks))
 
 
 def _unpacks(checkpoint: Checkpoint, parallel: Parallel) -> bool:
-    """Whether large weights are unpacked for each use, as they are where products are not of codes."""
-    return parallel.linear_precision != "fp8" and bool(keeping_of(parallel).weights(checkpoint))
+    """Whether large weights are unpacked for a use, as they are where products are not of codes."""
+    by_codes = parallel.linear_precision == "fp8" and not (parallel.exact_steps or parallel.exact_blocks)
+    return not by_codes and bool(keeping_of(parallel).weights(checkpoint))
 
 
 # Of the files as they are now, whose identity is the key: the jobs of a batch ask for the same again and again.

@@ -26,6 +26,8 @@ from ...wan.transformer.context import Context, pad_text
 from ...wan.transformer.transformer import WanModel
 from ..job.job import Parallel
 from ..job.model_files import ExpertFiles, LoraSpec
+from ..job.sampling import EVERYWHERE, RoundedTimesteps
+from ..job.setting import numbers_in
 from ..parallel.mesh import Mesh
 from ..parallel.parallelize import parallelize_wan, release_gathered
 from ..parallel.passes import Pass, evaluate_passes
@@ -74,6 +76,7 @@ def build_expert(
     device: torch.device,
     expert: str | None = None,
     attention: Attention = attention,
+    exact_attention: Attention | None = None,
     ops: str = "plain",
 ) -> UnreadExpert:
     """One expert on `device`, parallelized over `mesh` as `parallel` says.
@@ -102,6 +105,8 @@ def build_expert(
         torch_compile=parallel.torch_compile,
         memory_optimization=parallel.memory_optimization,
         ops=ops,
+        exact_attention=exact_attention,
+        exact_blocks=numbers_in(parallel.exact_blocks),
     )
     if parallel.stream_blocks:
         weights: Weights = BlockStream(model, device)
@@ -227,6 +232,7 @@ class VelocityPredictor:
             None: none is given.
         arrive: called with an expert's name before its first evaluation, and whenever it takes over from the other;
             `models` and `weights` must have it afterwards.
+        rounded: of `exact_steps`.
     """
 
     def __init__(
@@ -243,8 +249,10 @@ class VelocityPredictor:
         which_timestep: Tensor | None = None,
         mesh: Mesh | None = None,
         arrive: Callable[[str], None] = lambda expert: None,
+        rounded: RoundedTimesteps = EVERYWHERE,
     ) -> None:
         self._models = models
+        self._rounded = rounded
         self._texts = {conditional: pad_text(text).to(device) for conditional, text in texts.items()}
         self._keep_text = keep_text
         self._weights = weights
@@ -273,6 +281,7 @@ class VelocityPredictor:
             # Channels are fastest within a token: the image's go behind the latent's at each of its positions.
             tokens = torch.cat((tokens.unflatten(1, (self._image.shape[1], -1)), self._image), dim=2).flatten(1)
         asked = [Pass(tokens, t, self._contexts[conditional], which, self._beside) for conditional in passes]
+        self._models[expert].compute_exactly(not self._rounded.holds(timestep))
         return evaluate_passes(self._models[expert], asked, self._rope, self._mesh)
 
     def release(self) -> None:

@@ -47,8 +47,11 @@ class ExpertCache:
         weights: expert name -> its weights, which can be parked in host memory.
     """
 
-    def __init__(self, rank: int, device: torch.device, attention: Attention, ops: str) -> None:
-        self._rank, self._device, self._attention, self._ops = rank, device, attention, ops
+    def __init__(
+        self, rank: int, device: torch.device, attention: Attention, ops: str, exact_attention: Attention | None = None
+    ) -> None:
+        self._rank, self._device = rank, device
+        self.compute_by(attention, ops, exact_attention)
         self.models: dict[str, WanModel] = {}
         self.weights: dict[str, Weights] = {}
         self._made_of: dict[str, ExpertFiles] = {}
@@ -59,9 +62,9 @@ class ExpertCache:
         self._computes: tuple[Mesh | None, bool, Computing] | None = None
         self._lie: tuple[object, ...] = ()
 
-    def compute_by(self, attention: Attention, ops: str) -> None:
+    def compute_by(self, attention: Attention, ops: str, exact_attention: Attention | None = None) -> None:
         """From the next job on."""
-        self._attention, self._ops = attention, ops
+        self._attention, self._ops, self._exact_attention = attention, ops, exact_attention
 
     def prepare(self, parallel: Parallel) -> None:
         """Before a job takes any memory: models that are of no use as they lie are let go."""
@@ -92,12 +95,12 @@ class ExpertCache:
         """
         settings = {
             "parallel": parallel, "mesh": mesh, "shard": shard, "device": self._device,
-            "attention": self._attention, "ops": self._ops,
+            "attention": self._attention, "exact_attention": self._exact_attention, "ops": self._ops,
         }  # fmt: skip
         for made_of in wanted.values():
             self._drop_replaced(made_of.files)
         self._mesh = mesh
-        computes = mesh, shard.world > 1, Computing.of(parallel, self._attention, self._ops)
+        computes = mesh, shard.world > 1, Computing.of(parallel, self._attention, self._ops, self._exact_attention)
         if computes != self._computes:
             for model in self.models.values():
                 compute_as(model, mesh, shard, computes[-1])
@@ -120,7 +123,7 @@ class ExpertCache:
         for name in names:
             log.debug("%s expert: %s", name, "loaded now" if name in now else "read later" if name in later else "kept")
             if name in later:
-                self._pending[name] = self._read_ahead(name, wanted[name], parallel, settings)
+                self._pending[name] = self._read_ahead(name, wanted[name], settings)
             else:
                 set_shard(self.models[name], shard)
                 if not parallel.parks_experts:
@@ -251,9 +254,8 @@ class ExpertCache:
             )  # fmt: skip
         self._made_of[name] = wanted
 
-    def _read_ahead(
-        self, name: str, wanted: ExpertFiles, parallel: Parallel, settings: dict[str, Any]
-    ) -> PendingExpert:
+    def _read_ahead(self, name: str, wanted: ExpertFiles, settings: dict[str, Any]) -> PendingExpert:
+        parallel: Parallel = settings["parallel"]
         if not parallel.parks_experts:
             # Its memory is taken now: a device that is too small is to be noticed before the first step.
             built = build_expert(wanted.paths, wanted.specs, expert=wanted.side, **settings)
@@ -277,16 +279,14 @@ class ExpertCache:
             # What it has not read yet is not read faster by two.
             reading.stop()
             reading.check()
-            self._take_the_place(name, wanted, parallel, settings, on_read)
+            self._take_the_place(name, wanted, settings, on_read)
 
         return PendingExpert(wanted, reading, take_the_place)
 
-    def _take_the_place(
-        self, name: str, wanted: ExpertFiles, parallel: Parallel, settings: dict[str, Any], on_read: OnRead
-    ) -> None:  # fmt: skip
+    def _take_the_place(self, name: str, wanted: ExpertFiles, settings: dict[str, Any], on_read: OnRead) -> None:
         """Loads an expert after the other one has left the device."""
         for other in list(self.weights):
-            if parallel.stays:
+            if settings["parallel"].stays:
                 self.weights[other].park()
             else:
                 # Nobody asks for it again.

@@ -142,6 +142,8 @@ class ForwardsWork(Work[ForwardsJob]):
         ]
         padded = F.pad(latents, (0, 0, 0, 0, in_front, 0))
         passes = [self.asked(padded[i], timesteps[i], texts[i], besides[i], shard) for i in range(len(texts))]
+        # Frames that are given have timestep 0.
+        self.model.compute_exactly(not self.job.rounded.holds(timesteps.max().item()))
         velocities = evaluate_passes(self.model, passes, rope, self.session.mesh)
         group = None if self.session.mesh is None else self.session.mesh.ulysses_group
         velocity = torch.empty(len(passes), self.config.out_dim, *size)

@@ -11,7 +11,10 @@ import torch
 import torch.distributed as dist
 
 from ...wan.model.int8_products import int8_products_there
+from ..job.errors import counted
 from ..job.job import VERSION, ForwardsJob, GroupJob, Job, LoraFile, Parallel, VaeJob
+from ..job.sampling import rounded_steps
+from ..job.setting import numbers_in, text_of
 from ..parallel.opened_memory import way_of
 from ..parallel.parallelize import chosen_engine
 from .session import Session
@@ -96,6 +99,24 @@ def _reused(job: GroupJob, reused: Sequence[int]) -> dict[str, str]:
     return {"reused steps": f"{len(reused)} of {len(steps)} (reuse_threshold {threshold:g})"}
 
 
+def _exact(job: GroupJob) -> dict[str, str]:
+    """What was not rounded to 8 bits though the rest was."""
+    parallel = job.parallel
+    if not parallel.rounds or isinstance(job, VaeJob):
+        return {}
+    parts = []
+    if parallel.exact_steps:
+        first_and_last = f"the first and last {counted(parallel.exact_steps, 'step')}"
+        if isinstance(job, Job):
+            steps = job.sampling.step_range
+            exact = len(steps) - rounded_steps(steps, job.sampling.schedule_steps, parallel.exact_steps)
+            first_and_last += f" ({exact} of {len(steps)})"
+        parts.append(first_and_last)
+    if numbers := numbers_in(parallel.exact_blocks):
+        parts.append(f"{'block' if len(numbers) == 1 else 'blocks'} {text_of(numbers)}")
+    return {"not in 8 bits": "; ".join(parts)} if parts else {}
+
+
 def _linears(parallel: Parallel, device: torch.device) -> str:
     precision = parallel.linear_precision
     if precision != "int8":
@@ -138,6 +159,7 @@ def settings_of(job: GroupJob, session: Session) -> dict[str, str | int | float 
         "precision": f"{parallel.mixed_precision}{_linears(parallel, device)}{vae}",
         "kernels": session.ops,
         "attention": f"{session.kernel.name} ({session.kernel.reason}){sparse}",
+        **_exact(job),
         **(_video_settings(job) if isinstance(job, Job) else own),
         "keep warm": "until the batch is done" if parallel.more_follow else warm,
         "torch": torch.__version__,

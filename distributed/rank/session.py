@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -73,7 +74,7 @@ class Session:
     _preview_of: tuple[object, ...] = ()
 
     def __post_init__(self) -> None:
-        self.experts = ExpertCache(self.rank, self.device, self.kernel.run, self.ops)
+        self.experts = ExpertCache(self.rank, self.device, self.kernel.run, self.ops, self.kernel.exact)
         self.prompts = PromptEncoder(self.device)
         self.pictures = SeenPictures(self.device)
 
@@ -157,7 +158,7 @@ class Session:
         decides = _what_decides(parallel)
         if decides != self._computes_as:
             self.kernel, self.ops, self.vae_ops = _kernels(parallel, self.device)
-            self.experts.compute_by(self.kernel.run, self.ops)
+            self.experts.compute_by(self.kernel.run, self.ops, self.kernel.exact)
             self._computes_as = decides
 
     def _remember_mesh(self) -> None:
@@ -263,6 +264,8 @@ def _kernels(parallel: Parallel, device: torch.device) -> tuple[AttentionKernel,
         kernel = choose_kernel(capability, dtype, parallel.attention)
         if kernel.sparse:
             kernel = sparse_kernel(kernel, choose_kernel(capability, dtype), parallel.sparse_tau)
+        if kernel.eight_bits:
+            kernel = dataclasses.replace(kernel, exact=choose_kernel(capability, dtype).run)
         ops, reason = choose_ops(capability, parallel.kernels, compiled=parallel.torch_compile)
         vae_ops, _ = choose_ops(capability, parallel.kernels)
     except ValueError as error:

@@ -27,6 +27,7 @@ from ..job.input_tensors import CLIP_FEATURES, CLIP_PICTURES, CONTEXT, CONTEXT_N
 from ..job.job import Job, JobError
 from ..job.job_folder import JobDir
 from ..job.progress import steady_seconds
+from ..job.sampling import rounded_timesteps
 from ..parallel.sequence import mean_size
 from ..planning.preflight import needs_negative
 from .expert import VelocityPredictor
@@ -176,7 +177,7 @@ class VideoWork(Work[Job]):
                 weights=session.experts.weights if parallel.parks_experts else {},
                 conditions=conditions.on_rank(shard.split, shard.length, self.device),
                 which_timestep=None if known is None else known.which_timestep, mesh=session.mesh,
-                arrive=self.arrive,
+                arrive=self.arrive, rounded=rounded_timesteps(self.solver.timesteps, parallel.exact_steps),
             )  # fmt: skip
             self.report_steps()
             self._step_start = time.perf_counter()

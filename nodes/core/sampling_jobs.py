@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ...distributed.job.errors import listed
 from ...distributed.job.evaluator import NO_PICTURE, Evaluator, EvaluatorSource
 from ...distributed.job.job import FileIdentity, ForwardsJob, LoraFile, Parallel
+from ...distributed.job.sampling import rounded_of_sigmas
 from ...distributed.launch.launcher import new_job_id
 from ...distributed.machine.prerequisites import require_platform
 from ...wan.files.identify import noise_side
@@ -91,6 +92,7 @@ class SamplingJobs:
             loras=loras,
             side=side,
             parallel=parallel,
+            rounded=rounded_of_sigmas(sampling.sigmas.tolist(), parallel.exact_steps),
             warnings=tuple(status.warnings),
             verbose=host.verbose(),
         )

@@ -53,7 +53,8 @@ OPTIONAL = {
     "room for both experts on each GPU's behalf. Does not go with use_fsdp when plan is 'as set'.",
     "plan": "auto: the fastest layout that fits the GPUs' free memory; the status says which and why. gpu_count 0 "
     "then picks the GPUs, use_fsdp shards only where memory needs it, and offload_model, stream_blocks and "
-    "memory_optimization, when off, are turned on only where nothing else fits. as set: every switch as it is.",
+    "memory_optimization, when off, are turned on only where nothing else fits, or where sharding over slow links "
+    "would take longer. as set: every switch as it is.",
     "attention": "The attention kernel. auto: the fastest exact one for the GPU. fa3 (Hopper) needs "
     "the package fa3-fwd. fa3-fp8 and sage compute in 8 bits: faster, but the video changes. "
     "sol (package comfy-kitchen) leaves out what matters little in the later steps of long videos: "
@@ -75,6 +76,11 @@ OPTIONAL = {
     "before they are rounded. beside: computed beside the weights, exactly; a new strength on a warm group reads no "
     "weight. merged: rounded into the weights, which takes no time per step (beside: 8 %, with fp8 30 %), but loses "
     "most of a weak LoRA.",
+    "exact_steps": "With attention fa3-fp8 or sage, or linear_precision fp8 or int8: so many of the first steps of a "
+    "schedule, and of the last ones, round nothing to 8 bits, at the speed of full precision. Weights stay as they are "
+    "kept. 0: all steps are in 8 bits.",
+    "exact_blocks": "With the same: blocks that round nothing to 8 bits at any step, such as 0-1, 38-39. Their "
+    "weights stay as the file has them, which takes memory where they would be rounded. Empty: none.",
 }
 """Inputs of the config node with their tooltips; those that make videos have some of them, too."""
 COMMON = {

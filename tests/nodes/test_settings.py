@@ -12,7 +12,7 @@ from mount import ROOT
 from node_inputs import inputs_of, use_model_folders
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.job.sampling import Sampling, SamplingSettings
-from wan_pack.distributed.job.setting import Choice, Number, check_settings, choice, number, setting_of
+from wan_pack.distributed.job.setting import Choice, Number, Numbers, check_settings, choice, number, setting_of
 from wan_pack.distributed.job.switches import Switches
 from wan_pack.nodes.inference.inference import WanVideoDistributedInference
 from wan_pack.nodes.settings.spread import DistributedConfig, WanVideoDistributedConfig
@@ -77,7 +77,11 @@ def test_the_config_node_offers_what_the_job_takes(field: Any, tmp_path: Path, m
     use_model_folders(tmp_path, monkeypatch)
     kind, options = inputs_of(WanVideoDistributedConfig)[field.name]
     setting = setting_of(Switches, field.name)
-    ends = kind if isinstance(setting, Choice) else [options["min"], options["max"]] if setting else [False, True]
+    ends = kind if isinstance(setting, Choice) else [False, True]
+    if isinstance(setting, Number):
+        ends = [options["min"], options["max"]]
+    elif isinstance(setting, Numbers):
+        ends = ["0", f"{setting.below - 1}, 3-5"]
     for value in [options["default"], *ends]:
         config = DistributedConfig(gpu_count=1, **{"use_fsdp": False, field.name: value})
         assert getattr(config.parallel(), field.name) == value
@@ -85,6 +89,9 @@ def test_the_config_node_offers_what_the_job_takes(field: Any, tmp_path: Path, m
         for value in (options["min"] - 1, options["max"] + 1):
             with pytest.raises(ValueError, match=f"{field.name} is "):
                 dataclasses.replace(PARALLEL, **{field.name: value})
+    if isinstance(setting, Numbers):
+        with pytest.raises(ValueError, match=f"{field.name} is '{setting.below}'"):
+            dataclasses.replace(PARALLEL, **{field.name: str(setting.below)})
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(SamplingSettings), ids=lambda field: field.name)

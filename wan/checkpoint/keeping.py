@@ -11,6 +11,7 @@ import torch
 from ..lora.beside import lora_rank
 from ..lora.lora import Lora
 from ..lora.merging import changes
+from ..model.config import WanConfig
 from ..model.eight_bits import E4M3, KeptWeight
 from ..model.linear import FP8_PRODUCTS
 from .checkpoint import Checkpoint
@@ -26,6 +27,8 @@ class Keeping:
     layers of other files are rounded to int8, row by row."""
     quantised_loras: str = "merged"
     """beside: products of LoRAs on weights that a file has in 8 bits are computed beside these (`Linear`)."""
+    exact_blocks: tuple[int, ...] = ()
+    """Numbers of blocks whose weights stay as the file has them, whatever `linear_precision` is."""
 
     def weights(self, checkpoint: Checkpoint, loras: Sequence[Lora] = ()) -> dict[str, KeptWeight]:
         """The matrices that are kept in 8 bits; what LoRAs change of them gets a scale for each row."""
@@ -37,8 +40,8 @@ class Keeping:
         rounded_here = set()
         if self.linear_precision != "full":
             wanted = E4M3 if self.linear_precision == "fp8" else torch.int8
-            for block, layer in product(checkpoint.config.block_names, FP8_PRODUCTS):
-                name = f"{block}.{layer}.weight"
+            for layer in self._large_layers(checkpoint.config):
+                name = f"{layer}.weight"
                 if name not in kept or (wanted == E4M3 and kept[name].dtype != E4M3):
                     kept[name] = KeptWeight(wanted, scaled=True)
                     rounded_here.add(name)
@@ -50,6 +53,15 @@ class Keeping:
                 weight, lora_rank=rank, scaled=weight.scaled or changes(loras, name, without_products=rank > 0)
             )
         return kept
+
+    def fp8_products(self, config: WanConfig) -> list[str]:
+        """Names of the layers that multiply fp8 by fp8."""
+        return self._large_layers(config) if self.linear_precision == "fp8" else []
+
+    def _large_layers(self, config: WanConfig) -> list[str]:
+        exact = config.with_vace_blocks(self.exact_blocks)
+        blocks = [block for block in config.block_names if block not in exact]
+        return [f"{block}.{layer}" for block, layer in product(blocks, FP8_PRODUCTS)]
 
 
 MERGED = Keeping()

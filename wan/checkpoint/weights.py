@@ -42,7 +42,7 @@ def empty_model(
     """
     return meta_model(
         checkpoint.config, compute, keeping.weights(checkpoint, loras),
-        fp8_products=keeping.linear_precision == "fp8",
+        fp8_products=keeping.fp8_products(checkpoint.config),
     )  # fmt: skip
 
 

@@ -46,6 +46,10 @@ class AttentionKernel:
     """Its oldest version; empty: any."""
     sparse: bool = False
     """It is `run` in dense steps only; sparse.py has the others."""
+    eight_bits: bool = False
+    """It rounds what it is given to 8 bits."""
+    exact: Attention | None = None
+    """Where a step or a block is not to be rounded to 8 bits: instead of `run`."""
 
     @property
     def run(self) -> Attention:
@@ -100,11 +104,11 @@ _ALL = (
     AttentionKernel(
         "fa3-fp8", "FlashAttention-3 in 8 bits, which changes the video", _CUDNN_FIRST,
         "flash_attention_3_fp8", oldest=_HOPPER, newest=_HOPPER, dtypes=("bfloat16",),
-        module="fa3_fwd_interface", package="fa3-fwd",
+        module="fa3_fwd_interface", package="fa3-fwd", eight_bits=True,
     ),
     AttentionKernel(
         "sage", "SageAttention in 8 bits, which changes the video", _FALLBACKS, "sage_attention",
-        oldest=(8, 0), dtypes=_HALF, module="sageattention", package="sageattention",
+        oldest=(8, 0), dtypes=_HALF, module="sageattention", package="sageattention", eight_bits=True,
     ),
     AttentionKernel(
         "sol", "sparse attention in the later steps, which changes the video", _CUDNN_FIRST,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -66,6 +66,11 @@ class WanConfig:
             names.append(f"blocks.{i}")
             names += [f"vace_blocks.{self.vace_layers.index(i)}"] if i in self.vace_layers else []
         return tuple(names)
+
+    def with_vace_blocks(self, numbers: Collection[int]) -> frozenset[str]:
+        """Names of the main blocks of these numbers, and of the VACE blocks that run behind them."""
+        behind = [f"vace_blocks.{index}" for index, layer in enumerate(self.vace_layers) if layer in numbers]
+        return frozenset([*behind, *(f"blocks.{number}" for number in numbers)])
 
     @property
     def image_branch(self) -> bool:

@@ -54,6 +54,8 @@ class Linear(nn.Linear):
         """Multiply e4m3 codes by e4m3 codes; the weight must be kept as such."""
         self.int8_product: Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor] | None = None
         """Multiplies the int8 codes (int8_products.py)."""
+        self.exact = False
+        """For now codes are unpacked, and what is multiplied by them is not rounded."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -63,13 +65,14 @@ class Linear(nn.Linear):
     @property
     def input_dtype(self) -> torch.dtype:
         """What `forward` multiplies; it takes other float types too. E4M3 stands for `Fp8Tokens`."""
-        return E4M3 if self.fp8_product else self.compute_dtype
+        return E4M3 if self.fp8_product and not self.exact else self.compute_dtype
 
     @property
     def is_plain(self) -> bool:
         """`forward` is nothing but the product with `unpacked_weight` and the bias."""
         turned = self.kept is not None and self.kept.rotated_by > 0
-        return not (self.fp8_product or turned or self.int8_product or self.lora_down is not None)
+        by_codes = (self.fp8_product or self.int8_product) and not self.exact
+        return not (by_codes or turned or self.lora_down is not None)
 
     @property
     def keeps_int8(self) -> bool:
@@ -104,7 +107,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: LinearInput) -> Tensor:
         """x: [n, in], as tensors of any float type or, where products are fp8, as codes -> [n, out]."""
-        if self.fp8_product:
+        if self.input_dtype == E4M3:
             x = fp8_tokens(x)
             product = _multiply if x.codes.is_cuda else _multiply_unpacked
             y = product(x, self.weight, self.weight_scale, self.bias, self.compute_dtype)
@@ -112,7 +115,7 @@ class Linear(nn.Linear):
             assert isinstance(x, Tensor), "codes are made for the layers that multiply them"
             x = x.to(self.compute_dtype)
             group = self.kept.rotated_by if self.kept is not None else 0
-            if self.int8_product is not None:
+            if self.int8_product is not None and not self.exact:
                 y = self.int8_product(x, self.codes, self.weight_scale, self.bias, group)
             else:
                 turned = rotate_inputs(x, group) if group else x

@@ -40,6 +40,16 @@ class Block(nn.Module):
         self.ffn_chunk: int | None = None
         """Tokens per feed-forward call; None: all at once."""
         self.ops: Ops = PLAIN
+        self.always_exact = False
+        """Nothing is ever rounded to 8 bits here."""
+
+    def compute_exactly(self, exact: bool) -> None:
+        """From now on nothing is rounded to 8 bits on its way through, or may be: no product's input, and nothing in
+        self-attention. Weights stay as they are kept."""
+        self.self_attn.exact = exact or self.always_exact
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.exact = exact or self.always_exact
 
     def attention_inputs(self, x: Tensor, e: Tensor, which: Which) -> LinearInput:
         """x: [S, C] and e: [n, 6, C], float32; which: see `WanModel.forward` -> [S, C], what `self_attn` projects."""
@@ -73,7 +83,7 @@ class Block(nn.Module):
 
     def through(self, x: Tensor, e: Tensor, which: Which, rope: Rope, attended: Sequence[Attended]) -> Tensor:
         """x: [S, C] -> [S, C], both float32; attended: the text and the picture, as the model embeds them."""
-        y = self.self_attn.attention(self.self_attn, self.attention_inputs(x, e, which), rope, self.ops)
+        y = self.self_attn.attend(self.attention_inputs(x, e, which), rope, self.ops)
         return self.attention_outputs(x, y, e, which, self.cross_attn.keys_values(attended))
 
 

@@ -42,6 +42,15 @@ class SelfAttention(nn.Module):
         self.norm_k = RMSNorm(config.dim)
         self.attention: TokenAttention = local_attention(attention)
         """Sequence parallelism puts its own here."""
+        self.exact_attention: TokenAttention | None = None
+        """Where `attention` rounds to 8 bits, what does not."""
+        self.exact = False
+        """For now nothing is rounded to 8 bits."""
+
+    def attend(self, x: LinearInput, rope: Rope, ops: Ops) -> Tensor:
+        """x: this rank's [S, C] -> [S, H, D], up to the last projection."""
+        exact = self.exact_attention if self.exact else None
+        return (exact or self.attention)(self, x, rope, ops)
 
     def queries_keys_values(self, x: LinearInput, rope: Rope, rotate: Rotate[H]) -> tuple[H, H, Tensor]:
         """x: [S, C] -> q, k, v, [S, H, D] each, q and k as `rotate` gives them, in the dtype of the matrix products."""

@@ -11,7 +11,7 @@ are float32 (`parameter_dtype`), as in the official code under autocast. The ari
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..model.config import EPS, WanConfig
 from ..model.eight_bits import E4M3, KeptWeight
 from ..model.latent_space import PATCH_SIZE
-from ..model.linear import FP8_PRODUCTS, Linear
+from ..model.linear import Linear
 from ..model.ops import Rope
 from .block import Block, WanBlock, Which, per_token
 from .conditions import NOTHING, Beside
@@ -58,6 +58,7 @@ class WanModel(nn.Module):
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.config = config
+        self._exact: bool | None = None
         dim = config.dim
         self.patch_embedding = PatchEmbedding(config.in_dim, dim)
         self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
@@ -78,6 +79,21 @@ class WanModel(nn.Module):
         """All blocks, in the order in which they run (`WanConfig.block_names`)."""
         blocks = [self.get_submodule(name) for name in self.config.block_names]
         return [block for block in blocks if isinstance(block, Block)]
+
+    def keep_exact(self, numbers: Collection[int]) -> None:
+        """From now on the main blocks of these numbers, and VACE's behind them, round nothing at any step."""
+        names = self.config.with_vace_blocks(numbers)
+        for name, block in zip(self.config.block_names, self.running_order, strict=True):
+            block.always_exact = name in names
+        self._exact = None
+        self.compute_exactly(False)
+
+    def compute_exactly(self, exact: bool) -> None:
+        """From now on, for all blocks: see `Block.compute_exactly`."""
+        if exact != self._exact:
+            for block in self.running_order:
+                block.compute_exactly(exact)
+        self._exact = exact
 
     def forward(
         self,
@@ -136,13 +152,13 @@ def meta_model(
     compute: torch.dtype,
     kept: Mapping[str, KeptWeight] | None = None,
     *,
-    fp8_products: bool = False,
+    fp8_products: Collection[str] = (),
 ) -> WanModel:
     """The model without memory, each parameter in its dtype (`parameter_dtype`), frozen.
 
     Args:
         kept: the weights in 8 bits, by parameter name.
-        fp8_products: the layers of `FP8_PRODUCTS`, whose weights are in `kept` as e4m3, multiply fp8 by fp8.
+        fp8_products: names of layers, whose weights are in `kept` as e4m3: they multiply fp8 by fp8.
     """
     with torch.device("meta"):
         model = WanModel(config)
@@ -153,8 +169,7 @@ def meta_model(
         layer = model.get_submodule(name.removesuffix(".weight"))
         assert isinstance(layer, Linear), name
         layer.keep(stored, parameter_dtype(name, compute))
-    if fp8_products:
-        for layer in (block.get_submodule(name) for block in model.running_order for name in FP8_PRODUCTS):
-            assert isinstance(layer, Linear) and layer.weight.dtype == E4M3, layer
-            layer.fp8_product = True
+    for layer in map(model.get_submodule, fp8_products):
+        assert isinstance(layer, Linear) and layer.weight.dtype == E4M3, layer
+        layer.fp8_product = True
     return model.eval()

@@ -89,6 +89,7 @@ CHANGES: dict[str, tuple[object, str]] = {
     "gpu_count": (4, PROCESSES), "gpu_ids": (("0", "1"), PROCESSES), "master_port": (2000, PROCESSES),
     "mixed_precision": ("fp32", WEIGHTS), "linear_precision": ("int8", WEIGHTS), "quantised_loras": ("merged", WEIGHTS),
     "use_fsdp": (True, WEIGHTS), "stream_blocks": (True, WEIGHTS),
+    "exact_steps": (1, WORK), "exact_blocks": ("0", WORK),
     "use_ulysses": (False, WORK), "cfg_parallel": (True, WORK), "ulysses_engine": ("packed", WORK),
     "gather": ("expert", WORK), "offload_model": (True, WORK), "memory_optimization": (True, WORK),
     "torch_compile": (True, WORK), "attention": ("flash", WORK), "sparse_tau": (2.0, WORK), "kernels": ("plain", WORK),
@@ -115,6 +116,9 @@ def test_what_each_change_of_a_plan_needs(groups: Any):
         if needs != PROCESSES:
             assert (other.weights_lie == first.weights_lie) is (needs == WORK), name
         groups.pool.release()
+    # Blocks that keep the file's weights, where others' are rounded.
+    rounded = stub_job(linear_precision="int8").parallel
+    assert dataclasses.replace(rounded, exact_blocks="0").weights_lie != rounded.weights_lie
     # Of one GPU there is nothing to shard over.
     alone = stub_job(gpu_count=1).parallel
     assert dataclasses.replace(alone, use_fsdp=True).weights_lie == alone.weights_lie

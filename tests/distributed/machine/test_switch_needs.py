@@ -113,7 +113,10 @@ def test_every_value_of_every_switch(name: str, machine: Any):
 
 def test_every_switch_is_asked_with_every_value():
     """But for numbers; a switch of another kind would be left out."""
-    numbers = {"master_port", "keep_warm_seconds", "start_timeout", "stall_timeout", "sparse_tau"}
+    numbers = {
+        "master_port", "keep_warm_seconds", "start_timeout", "stall_timeout", "sparse_tau", "exact_steps",
+        "exact_blocks",
+    }  # fmt: skip
     assert {switch for switch, _ in every_value()} | numbers == set(Switches.__dataclass_fields__)
     assert [value for switch, value in every_value() if switch == "linear_precision"] == ["full", "fp8", "int8"]
 

@@ -36,9 +36,13 @@ class ThreadMemory:
         self.own = torch.empty(0)
 
     def of(self, group: Any, nbytes: int, device: torch.device) -> ThreadMemory:
-        """For `symmetric.peer_memory`: the same for all threads, NaN at first."""
+        """For `symmetric.peer_memory`: the same for all threads, NaN at first; as large as it was at least."""
         if self._barrier.wait() == 0:
-            self.buffers = [torch.full((nbytes,), 255, dtype=torch.uint8) for _ in range(self.world)]
+            if self.own.nbytes < nbytes:
+                self.buffers = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(self.world)]
+                self.own = self.buffers[0]
+            for buffer in self.buffers:
+                buffer.fill_(255)
         self._barrier.wait()
         return self
 
@@ -113,6 +117,42 @@ def test_it_changes_no_bit(monkeypatch: pytest.MonkeyPatch, ops: Ops, kernel: At
         found = exchange(monkeypatch, world, layer, inputs, ops, kernel)
         for x, out in zip(inputs, found, strict=True):
             assert torch.equal(out, expected(world, layer, x, kernel)), (world, heads, len(x))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_codes_and_full_tensors_take_turns_in_one_memory(monkeypatch: pytest.MonkeyPatch, world: int):
+    """From layer to layer, the larger one first or last; none is taken for the other's."""
+    layer = random_layer(heads=5, channels=8)
+    x = torch.randn(45, 40, generator=torch.Generator().manual_seed(0))
+    kernels = {True: attention, False: attention_on_codes}
+    for order in ((True, False, False, True, False), (False, True, True, False, True)):
+        memory = ThreadMemory(world)
+        monkeypatch.setattr(symmetric, "_layouts", {})
+        monkeypatch.setattr(symmetric, "peer_memory", memory.of)
+
+        @torch.no_grad()
+        def run(rank: int, order: tuple[bool, ...] = order) -> tuple[list[Tensor], Any]:
+            group: Any = SimpleNamespace(group_name=f"turns {rank}")
+            shard = SequenceShard(length=45, rank=rank, world=world)
+            engines = {exact: SymmetricUlysses(group, shard, kernel) for exact, kernel in kernels.items()}
+            rope = rope_table((1, 1, 45), 8, start=shard.start, stop=shard.stop)
+            out = [engines[exact](layer, shard.split(x), rope, PLAIN) for exact in order]
+            return out, symmetric._layouts[group.group_name].by_dtypes
+
+        with ThreadPoolExecutor(world) as pool:
+            ranks, layouts = zip(*pool.map(run, range(world)), strict=True)
+        for exact, parts in zip(order, zip(*ranks, strict=True), strict=True):
+            assert torch.equal(torch.cat(parts)[:45], expected(world, layer, x, kernels[exact])), order
+        for rank, by_dtypes in enumerate(layouts):
+            # The larger one found room for both, or it came later and the smaller one began anew. While a rank still
+            # reads what is returned, others send for the next layer: to other places, whatever its dtypes are.
+            ends = []
+            for layout in by_dtypes.values():
+                returned = [layout._piece(rank, of, part) for of in range(world) for part in layout.parts]
+                received = [heads for part in layout.parts for heads in layout.received(part)]
+                ends.append(max(piece.data_ptr() + piece.nbytes for piece in returned))
+                assert all(heads.data_ptr() >= ends[-1] for heads in received if heads.numel())
+            assert len(ends) == 2 and ends[0] == ends[1]
 
 
 def test_ranks_that_cannot_reach_each_other_exchange_as_packed(monkeypatch: pytest.MonkeyPatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jobs import tiny_job
@@ -85,6 +86,30 @@ def test_a_crf_that_has_no_effect_is_said(tiny_models: Path):
         notes: list[str] = []
         check_job(replace(job, sampling=replace(job.sampling, **values)), SHAPES, notes.append)
         assert [note for note in notes if "crf" in note] == said
+
+
+def test_exact_steps_and_blocks_are_looked_at_before_anything_starts(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(preflight, "check_switches", lambda parallel: None)
+
+    def notes(**settings: Any) -> list[str]:
+        told: list[str] = []
+        job = tiny_job(tiny_models, gpu_count=1, **settings)
+        preflight.check_job(job, SHAPES, told.append)
+        for_sampler: list[str] = []
+        preflight.check_forwards(job.model.high_noise, (), None, job.parallel, for_sampler.append)
+        # A sampler's steps are its own.
+        assert for_sampler == [note for note in told if "none of the" not in note]
+        return told
+
+    assert notes(exact_steps=1, exact_blocks="1") == [
+        f"{name} has no effect: nothing is rounded to 8 bits" for name in ("exact_steps", "exact_blocks")
+    ]
+    assert notes(exact_blocks="0-1", linear_precision="int8") == []
+    assert notes(exact_steps=50, attention="fa3-fp8")[0].startswith("exact_steps is 50: none of the ")
+    with pytest.raises(ValueError, match="exact_blocks is '0, 2', which names block 2; this model's are 0 to 1"):
+        notes(exact_blocks="0, 2")
 
 
 @pytest.mark.parametrize(

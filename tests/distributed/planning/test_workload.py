@@ -69,6 +69,24 @@ def test_int8_halves_the_blocks_and_counts_what_is_unpacked(tmp_path: Path):
     assert not counted(model, Parallel(gpu_count=1, linear_precision="fp8")).unpacked
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_exact_blocks_are_counted_as_the_file_has_them(tmp_path: Path, precision: str):
+    """An expert takes what is counted, and one weight is unpacked at a time."""
+    model = write(tmp_path, "bf16")
+    ways = [
+        Parallel(gpu_count=1, linear_precision=precision, exact_blocks=blocks, exact_steps=steps)
+        for blocks, steps in (("", 0), ("0", 0), ("", 1))
+    ]
+    rounded, block, step = (counted(model, way) for way in ways)
+    expert = load_expert(
+        [file.path for file in model.high_noise], [(lora.file.path, 1.0) for lora in model.high_noise_loras],
+        parallel=ways[1], mesh=None, shard=SequenceShard(length=4), device=torch.device("cpu"),
+    )  # fmt: skip
+    assert block.experts == (sum(parameter.nbytes for parameter in expert.parameters()),)
+    assert block.experts[0] > rounded.experts[0] == step.experts[0]
+    assert (rounded.unpacked, step.unpacked) == (precision == "int8", True)
+
+
 def test_loras_beside_are_counted(tmp_path: Path):
     model = write(tmp_path, "fp8")
     beside, merged = (counted(model, Parallel(gpu_count=1, quantised_loras=how)) for how in ("beside", "merged"))

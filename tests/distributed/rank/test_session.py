@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,30 @@ from wan_pack.distributed.job.job import FileIdentity, JobError, Parallel, VaeJo
 from wan_pack.distributed.launch.launcher import new_job_id
 from wan_pack.distributed.rank import session
 from wan_pack.wan.model.attention_kernels import KERNELS
+
+
+@pytest.mark.parametrize(("name", "exact"), [("fa3-fp8", "fa3"), ("sage", "fa3"), ("fa3", None), ("cudnn", None)])
+def test_beside_a_kernel_in_8_bits_there_is_an_exact_one(monkeypatch: pytest.MonkeyPatch, name: str, exact: str | None):
+    monkeypatch.setattr(session, "check_needs", lambda *_: None)
+    monkeypatch.setattr(session, "_device", lambda job: torch.device("cuda", 0))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("wan_pack.wan.model.attention_kernels.AttentionKernel.obstacle", lambda *_: "")
+    monkeypatch.setattr(session, "choose_ops", lambda *_, **__: ("plain", ""))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    made: list[Any] = []
+    later: list[Any] = []
+    kept: Any = SimpleNamespace(compute_by=lambda *given: later.append(given))
+    monkeypatch.setattr(session, "ExpertCache", lambda *given: (made.append(given), kept)[1])
+    monkeypatch.setattr(session, "PromptEncoder", lambda device: None)
+    found = session.Session.of(stub_job(gpu_count=1, attention=name))
+    assert found.kernel.name == name
+    # The models get both, also with a job that asks for another kernel.
+    runs = KERNELS[name].run, exact and KERNELS[exact].run
+    assert (made[0][2], made[0][4]) == runs
+    found._compute_as(Parallel(gpu_count=1, attention="flash"))
+    found._compute_as(Parallel(gpu_count=1, attention=name))
+    assert [(given[0], given[2]) for given in later] == [(KERNELS["flash"].run, None), runs]
 
 
 def test_groups_stay_but_let_each_other_have_their_memory(monkeypatch: pytest.MonkeyPatch):

@@ -16,6 +16,7 @@ from wan_pack.demo.tiny_expert import lora
 from wan_pack.distributed.job.errors import JobError
 from wan_pack.distributed.job.job import FileIdentity, ForwardsJob, LoraFile
 from wan_pack.distributed.job.progress import Progress
+from wan_pack.distributed.job.sampling import EVERYWHERE, RoundedTimesteps
 from wan_pack.distributed.launch.pool import Pool
 from wan_pack.distributed.machine import gpu_locks, nvidia_smi
 from wan_pack.distributed.planning.gpu_memory import Workload
@@ -225,6 +226,14 @@ def test_latents_of_another_model_are_refused(job_of: Callable[..., ForwardsJob]
 def test_several_machines_are_refused(job_of: Callable[..., ForwardsJob]) -> None:
     with pytest.raises(ValueError, match="hostfile is two; a sampler of ComfyUI's needs the GPUs of this machine"):
         job_of(sampling(), hostfile="two")
+
+
+def test_exact_steps_are_those_of_the_samplers_noise_levels(job_of: Callable[..., ForwardsJob]) -> None:
+    """Of the second of two samplers only the last ones."""
+    assert job_of(sampling(), exact_steps=1).rounded == RoundedTimesteps(above=375.0, below=875.0)
+    second = sampling(sigmas=torch.linspace(0.5, 0, 3))
+    assert job_of(second, exact_steps=1).rounded == RoundedTimesteps(above=375.0)
+    assert job_of(sampling()).rounded == EVERYWHERE
 
 
 def test_files_of_patches_are_no_jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -87,13 +87,20 @@ def hidden_exchange_equals_packed(
                 rope = rope_table((1, 1, length), 8, start=shard.start, stop=shard.stop)
                 out = hidden(layer, x, rope, ops)
                 # Nothing of it may be taken for the next. Before the other one, which no rank leaves before all enter.
-                memory = symmetric._layouts[group.group_name][1]._memory
+                memory = memory_of(group)
                 assert isinstance(memory, FileMemory if folder else HostRelay)
                 memory.buffers[rank].fill_(255)
                 expected = packed(layer, x, rope, ops)
                 assert torch.equal(out, expected), f"{size} ranks, {h} heads, {length} tokens"
                 compared += 1
     return {"compared": compared}
+
+
+def memory_of(group: dist.ProcessGroup) -> Any:
+    """What its last video went through."""
+    (layout,) = symmetric._layouts[group.group_name].by_dtypes.values()
+    assert layout is not None
+    return layout._memory
 
 
 def one_that_cannot_share_memory_keeps_nobody_waiting(rank: int, world: int) -> None:
@@ -160,7 +167,7 @@ def models_take_turns(rank: int, world: int) -> None:
         x = shard.split(torch.randn(length, 48, generator=torch.Generator().manual_seed(length)))
         rope = rope_table((1, 1, length), 8, start=shard.start, stop=shard.stop)
         assert torch.equal(engines[which](layer, x, rope, PLAIN), packed(layer, x, rope, PLAIN)), (which, length)
-        used.append(symmetric._layouts[group.group_name][1]._memory)
+        used.append(memory_of(group))
         assert used[-1] is opened_memory._opened[group.group_name]
     # The larger one serves the smaller videos too.
     assert [memory is used[1] for memory in used] == [False, True, True, False, False]

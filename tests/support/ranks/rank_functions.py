@@ -31,6 +31,7 @@ from wan_pack.distributed.rank.expert import load_expert
 from wan_pack.distributed.weights.offload import HostParking
 from wan_pack.wan.checkpoint.weights import local_rows
 from weights_rank_functions import codes_spread as codes_spread
+from weights_rank_functions import exactness_spread as exactness_spread
 from weights_rank_functions import fp8_products_sharded as fp8_products_sharded
 from weights_rank_functions import fp8_under_fsdp as fp8_under_fsdp
 from weights_rank_functions import merged_shards as merged_shards

@@ -9,8 +9,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+from layers import attention_on_codes
 from made_up_video import CPU, spread_over, tokens_of, velocity_by, velocity_of
+from peer_files import reach_as_gpus
 from wan_pack.distributed.job.job import Parallel
+from wan_pack.distributed.parallel import symmetric
 from wan_pack.distributed.parallel.mesh import Mesh
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.parallel.shared_reading import SharedReading
@@ -18,6 +21,8 @@ from wan_pack.distributed.rank.expert import load_expert, relora_expert
 from wan_pack.distributed.weights.offload import HostParking
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.checkpoint.weights import local_rows
+from wan_pack.wan.model.attention import attention
+from wan_pack.wan.model.codes import CodesAttention
 
 
 def fp8_under_fsdp(rank: int, world: int, *, fp8: str, bf16: str, lora: str) -> dict[str, int]:
@@ -171,3 +176,44 @@ def _names_read() -> Iterator[list[str]]:
 
     with mock.patch.object(Checkpoint, "read_into", watched):
         yield read
+
+
+def exactness_spread(rank: int, world: int, *, folder: str, memory: str) -> None:
+    """Exact and rounded steps of a model with an exact block are those of one process, one after another.
+
+    Args:
+        memory: a folder for memory that ranks reach as GPUs with peer access do.
+    """
+    reach_as_gpus(Path(memory))
+    # As a GPU's kernel returns it.
+    in_bf16 = CodesAttention(lambda q, k, v: attention_on_codes(q, k, v).to(torch.bfloat16))
+    mesh, files = Mesh.of("cpu", world), [str(file) for file in Path(folder).glob("*.safetensors")]
+    settings = {"linear_precision": "fp8", "mixed_precision": "bf16", "exact_blocks": "1"}
+
+    def velocities(parallel: Parallel, mesh: Mesh | None) -> list[torch.Tensor]:
+        shard = tokens_of(parallel, rank, parallel.gpu_count)
+        model = load_expert(
+            files, parallel=parallel, mesh=mesh, shard=shard, device=CPU, attention=in_bf16,
+            exact_attention=attention,
+        )  # fmt: skip
+        found = []
+        for exact in (True, False, True, False, False):
+            model.compute_exactly(exact)
+            found.append(velocity_by(model, parallel, mesh, shard, times=1)[0])
+        return found
+
+    plain = velocities(Parallel(gpu_count=1, **settings), None)
+    assert torch.equal(plain[0], plain[2]) and torch.equal(plain[1], plain[3])
+    rounding, packed = ((plain[1] - plain[0]).norm() / plain[0].norm()).item(), []
+    assert rounding > 1e-2
+    for fsdp, engine in ((True, "packed"), (False, "packed"), (False, "symmetric")):
+        out = velocities(spread_over(world, use_fsdp=fsdp, ulysses_engine=engine, **settings), mesh)
+        for index, (mine, theirs) in enumerate(zip(out, plain, strict=True)):
+            # A code may be rounded to its neighbour.
+            error = ((mine - theirs).norm() / theirs.norm()).item()
+            assert error < rounding / 2, f"{engine}, step {index}: {error}"
+        packed = packed or out
+        assert all(map(torch.equal, out, packed)), f"use_fsdp {fsdp}, {engine}"
+    # Both kinds of blocks took turns in one memory.
+    layouts = symmetric._layouts[mesh.ulysses_group.group_name].by_dtypes
+    assert len(layouts) == 2 and len({id(layout._memory) for layout in layouts.values()}) == 1

@@ -143,7 +143,7 @@ def test_a_job_is_sparse_in_its_later_steps_and_says_so(monkeypatch: pytest.Monk
 
 def test_tau_is_one_of_the_nodes_inputs_and_is_checked():
     optional = WanVideoDistributedConfig.INPUT_TYPES()["optional"]
-    assert list(optional)[-2:] == ["sparse_tau", "quantised_loras"]
+    assert list(optional)[-4:] == ["sparse_tau", "quantised_loras", "exact_steps", "exact_blocks"]
     assert optional["sparse_tau"][1]["default"] == Parallel(gpu_count=1).sparse_tau
     with pytest.raises(ValueError, match=r"sparse_tau is 3.5; it must be 0.1 to 3"):
         Parallel(gpu_count=1, sparse_tau=3.5)

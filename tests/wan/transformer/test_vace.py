@@ -170,11 +170,14 @@ def test_quantised_files_compute_as_their_values_do(tmp_path: Path, kind: str):
 
 
 def test_fp8_products_are_those_of_all_blocks():
-    fp8 = {f"{block}.{layer}.weight" for block in SINGLE.block_names for layer in FP8_PRODUCTS}
+    from wan_pack.wan.checkpoint.keeping import Keeping
     from wan_pack.wan.model.eight_bits import E4M3, KeptWeight
 
-    model = meta_model(SINGLE, torch.bfloat16, dict.fromkeys(fp8, KeptWeight(E4M3, True)), fp8_products=True)
-    assert all(model.get_submodule(name.removesuffix(".weight")).fp8_product for name in fp8)
+    layers = Keeping("fp8").fp8_products(SINGLE)
+    assert set(layers) == {f"{block}.{layer}" for block in SINGLE.block_names for layer in FP8_PRODUCTS}
+    kept = {f"{layer}.weight": KeptWeight(E4M3, True) for layer in layers}
+    model = meta_model(SINGLE, torch.bfloat16, kept, fp8_products=layers)
+    assert all(model.get_submodule(layer).fp8_product for layer in layers)
 
 
 @pytest.mark.parametrize(
