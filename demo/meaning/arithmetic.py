@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ...distributed.job.job import Parallel
-from ...wan.model.attention import Attention, attention, quantise_heads
+from ...wan.model.attention import Attention, attention
 from ...wan.model.attention_kernels import KERNELS
+from ...wan.model.codes import CodesAttention, Heads, quantise_heads
 from ...wan.model.linear import E4M3
 
 RANGE = 256.0
@@ -22,6 +23,8 @@ class Arithmetic:
     parallel: Parallel
     """Its precisions."""
     attention: Attention = attention
+    exact_attention: Attention = attention
+    """In steps and blocks that round nothing to 8 bits."""
 
 
 FULL = Arithmetic(parallel=Parallel(gpu_count=1, mixed_precision="fp32"))
@@ -40,15 +43,18 @@ def eight_bits(device: torch.device) -> dict[str, Arithmetic]:
     }
 
 
-def attention_of_codes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+@CodesAttention
+def attention_of_codes(q: Heads, k: Heads, v: Heads) -> Tensor:
     """What the kernel fa3-fp8 computes, in torch's own operations: q, k, v and the probabilities are e4m3 codes.
 
-    Args and result as for `wan.model.attention.attention`.
+    Args as for `wan.model.attention.flash_attention_3_fp8`. Returns [S, H, D], bf16 of codes that came so.
     """
-    (q8, q_scale), (k8, k_scale), (v8, v_scale) = (quantise_heads(x) for x in (q, k, v))
+    dtype = q.dtype if isinstance(q, Tensor) else torch.bfloat16
+    codes = (quantise_heads(x) if isinstance(x, Tensor) else x for x in (q, k, v))
+    (q8, q_scale), (k8, k_scale), (v8, v_scale) = codes
     q_, k_, v_ = (x.float().transpose(0, 1) for x in (q8, k8, v8))
-    logits = q_ @ k_.mT * (q_scale * k_scale / math.sqrt(q.shape[-1])).view(-1, 1, 1)
+    logits = q_ @ k_.mT * (q_scale * k_scale / math.sqrt(q8.shape[-1])).view(-1, 1, 1)
     weights = (logits - logits.amax(-1, keepdim=True)).exp() * RANGE
     # The sum is of the weights before they are rounded.
     out = weights.to(E4M3).float() @ v_ * v_scale.view(-1, 1, 1) / weights.sum(-1, keepdim=True)
-    return out.transpose(0, 1).to(q.dtype)
+    return out.transpose(0, 1).to(dtype)

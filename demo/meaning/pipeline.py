@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...distributed.job.sampling import rounded_timesteps
 from ...distributed.parallel.sequence import SequenceShard
 from ...distributed.rank.expert import VelocityPredictor, load_expert
 from ...wan.model.config import HIGH_NOISE, LOW_NOISE
@@ -69,7 +70,7 @@ class Pipeline:
         device: str = "cpu",
         arithmetic: Arithmetic = FULL,
     ) -> None:
-        self.device = torch.device(device)
+        self.device, self._exact_steps = torch.device(device), arithmetic.parallel.exact_steps
         self.text = load_text_encoder([place(models, NAMES.text_encoder)], dtype=torch.float32, device=device)
         self.vae = load_vae([place(models, NAMES.vae)], device=device)
         self._experts: dict[str, WanModel] = {}
@@ -78,7 +79,8 @@ class Pipeline:
         for i, side in enumerate((HIGH_NOISE, LOW_NOISE)):
             self._experts[side] = load_expert(
                 [str(place(models, experts[i]))], [(str(place(models, loras[i])), 1.0)] if loras else [], expert=side,
-                parallel=arithmetic.parallel, attention=arithmetic.attention, mesh=None,
+                parallel=arithmetic.parallel, attention=arithmetic.attention,
+                exact_attention=arithmetic.exact_attention, mesh=None,
                 # One rank's, whatever the length.
                 shard=SequenceShard(length=1), device=self.device,
             )  # fmt: skip
@@ -97,11 +99,12 @@ class Pipeline:
                 start=picture, num_frames=settings.frames, shape=shape, encode=lambda video: encode(self.vae, video)
             )
             image = patchify(image_channels(variant, given)).to(self.device)
+        solver = make_solver(settings.solver, settings.steps, settings.shift)
         rows = self.text.encode([prompt, negative or DEFAULT_NEGATIVE_PROMPT])
         ask = VelocityPredictor(
             self._experts, dict(zip((True, False), rows, strict=True)), grid=grid,
             shard=SequenceShard(length=math.prod(grid)), device=self.device, keep_text=True, weights={},
-            conditions=Conditions(image=image),
+            conditions=Conditions(image=image), rounded=rounded_timesteps(solver.timesteps, self._exact_steps),
         )  # fmt: skip
         cache = StepCache(
             ask.predict, threshold=settings.reuse_threshold, steps=range(settings.steps), schedule_steps=settings.steps,
@@ -109,8 +112,7 @@ class Pipeline:
         )  # fmt: skip
         tokens = denoise(
             patchify(draw_noise(shape, seed)).to(self.device), guidance=settings.guidance,
-            predict=cache,
-            solver=make_solver(settings.solver, settings.steps, settings.shift),
+            predict=cache, solver=solver,
         )  # fmt: skip
         self.reused = cache.reused
         latents = unpatchify(tokens, grid)[None]

@@ -22,6 +22,7 @@ from wan_pack.demo.train.loop import generator
 from wan_pack.demo.train.trained_files import MAX_ALL, MAX_FILE, trained
 from wan_pack.demo.train.world import render
 from wan_pack.wan.model.attention import attention
+from wan_pack.wan.model.codes import quantise_heads
 
 pytestmark = pytest.mark.processes
 
@@ -90,6 +91,9 @@ def test_attention_of_codes_is_attention_but_for_what_eight_bits_lose() -> None:
     # A scale per head: what one head holds does not cost another its bits.
     louder = torch.cat((v[:, :2], 1000 * v[:, 2:]), dim=1)
     torch.testing.assert_close(attention_of_codes(q, k, louder)[:, :2], rounded[:, :2])
+    # As codes they come with their own scales.
+    by_codes = attention_of_codes(*(quantise_heads(x) for x in (q, k, v)))
+    assert by_codes.dtype == torch.bfloat16 and torch.equal(by_codes, rounded.bfloat16())
 
 
 def test_the_measured_arithmetics_are_a_jobs_own() -> None:
