@@ -16,6 +16,10 @@ GEMM_TFLOPS = {"full": 730.0, "fp8": 1470.0}
 """Measured on one H200 at 32,760 and 75,600 tokens: FlashAttention-3 of fa3-fwd 0.0.3, SageAttention 1.0.6, cuBLAS."""
 
 
+LONGEST_NAME = 80
+"""Of a kernel; templates have thousands of characters."""
+
+
 def work(config: Any, tokens: int) -> tuple[float, float]:
     """FLOPs of one forward in matrix products and in attention; what does not grow with the tokens is left out."""
     linear = 6 * config.dim**2 + 2 * config.dim * config.ffn_dim
@@ -49,8 +53,9 @@ def busy(intervals: Iterable[tuple[float, float]]) -> float:
     return covered
 
 
-def block_times(system: Any, layers: int) -> dict[str, float]:
-    """Milliseconds per block by kind of work, and idle: no kernel ran. Kinds overlap where kernels do.
+def block_times(system: Any, layers: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Milliseconds per block by kind of work, and idle: no kernel ran. Kinds overlap where kernels do. Then of each
+    kernel: its milliseconds and how often it ran, per block, the longest first.
 
     On a CPU they are operators, and none is idle.
     """
@@ -61,6 +66,7 @@ def block_times(system: Any, layers: int) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as trace:
         system.forward()
     totals = dict.fromkeys([*KINDS, "elementwise", "idle"], 0.0)
+    kernels: dict[str, list[float]] = {}
     intervals = []
     for event in trace.events():
         if event.is_user_annotation:
@@ -69,10 +75,20 @@ def block_times(system: Any, layers: int) -> dict[str, float]:
         if cuda and event.device_type == DeviceType.CUDA:
             start, end = event.time_range.start, event.time_range.end
             intervals.append((start, end))
-            totals[kind_of(event.name)] += end - start
+            taken = end - start
         elif not cuda:
-            totals[kind_of(event.name)] += event.self_cpu_time_total
+            taken = event.self_cpu_time_total
+        else:
+            continue
+        totals[kind_of(event.name)] += taken
+        of_kernel = kernels.setdefault(event.name[:LONGEST_NAME], [0.0, 0.0])
+        of_kernel[0] += taken / 1000 / layers
+        of_kernel[1] += 1 / layers
     if intervals:
         span = max(end for _, end in intervals) - min(start for start, _ in intervals)
         totals["idle"] = span - busy(intervals)
-    return {kind: round(microseconds / 1000 / layers, 3) for kind, microseconds in totals.items()}
+    longest = sorted(kernels.items(), key=lambda item: -item[1][0])
+    return (
+        {kind: round(microseconds / 1000 / layers, 3) for kind, microseconds in totals.items()},
+        {name: [round(milliseconds, 3), round(times, 2)] for name, (milliseconds, times) in longest},
+    )

@@ -124,13 +124,15 @@ def measure(name: str, config: Any, place: Any, arguments: argparse.Namespace, r
         floor = floor_seconds(config, tokens, world, attention=kernel, precision=precision)
         whole = system.whole(system.forward())
         reference = references.setdefault(size, whole)
+        times, kernels = block_times(system, len(config.block_names))
         line = {
             "benchmark": "forward", "system": kind if kind == "official" else name, "model": arguments.model,
             "gpus": world, "size": size, "seconds": round(median, 4),
             "spread": round(max(seconds) - min(seconds), 4),
             "tflops_per_gpu": round(sum(work(config, tokens)) / median / world / 1e12, 1),
             "floor_share": round(floor / median, 3),
-            "block_ms": block_times(system, len(config.block_names)),
+            "block_ms": times,
+            **({"kernels": dict(list(kernels.items())[: arguments.kernels])} if arguments.kernels else {}),
             "peak_gib": round(peak / 2**30, 2),
             "difference": relative(whole, reference),
             "attention": kernel, "precision": precision,
@@ -188,6 +190,7 @@ def main() -> None:
     parser.add_argument(
         "--latents", action=argparse.BooleanOptionalAction, default=True, help="compare latents after a few steps"
     )
+    parser.add_argument("--kernels", type=int, default=0, help="tell so many kernels: [ms per block, runs per block]")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where lines are appended")
     arguments = parser.parse_args()
     if arguments.variants:

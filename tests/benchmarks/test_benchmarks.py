@@ -30,27 +30,32 @@ def test_variants_are_compared_with_the_first_and_rendered(tmp_path: Path, capsy
     import table
 
     results = tmp_path / "results.jsonl"
-    systems = ["ours", "ours:fp8", "ours:triton", "ours:symmetric", "ours:fa3", "ours:turbo"]
+    systems = ["ours", "ours:fp8", "ours:fp8+steps4+blocks9", "ours:triton", "ours:symmetric", "ours:fa3", "ours:turbo"]
     forward.run_rank(
-        argparse.Namespace(model="tiny", systems=systems, sizes=["64x48x5"], repeats=1, latents=True, results=results)
+        argparse.Namespace(
+            model="tiny", systems=systems, sizes=["64x48x5"], repeats=1, latents=True, results=results, kernels=3
+        )
     )
     out = capsys.readouterr().out
     assert "ours:triton is left out: kernels is 'triton', which needs a GPU" in out
     assert "ours:symmetric is left out: one GPU has nothing to send" in out
     assert "ours:fa3 is left out: attention is 'fa3', which needs a GPU" in out
     assert "ours:turbo is left out: option 'turbo'" in out
-    plain, fp8 = (json.loads(line) for line in results.read_text().splitlines())
+    plain, fp8, exact = (json.loads(line) for line in results.read_text().splitlines())
     assert [plain["precision"], fp8["precision"]] == ["full", "fp8"]
     assert float(plain["difference"]) == float(plain["latents_difference"]) == 0
     assert 1e-4 < float(fp8["difference"]) < 0.2
     assert 1e-5 < float(fp8["latents_difference"]) < 0.2
+    # All of its steps and blocks are.
+    assert float(exact["difference"]) == float(exact["latents_difference"]) == 0
     assert plain["block_ms"]["gemm"] > 0
+    assert len(fp8["kernels"]) == 3 and all(ms > 0 and times > 0 for ms, times in fp8["kernels"].values())
     lines = table.read_lines(results)
     text = table.table(lines)
-    assert [row.count("|") for row in text.splitlines()[2:]] == [16] * 4
+    assert [row.count("|") for row in text.splitlines()[2:]] == [16] * 5
     assert "ours:fp8" in text
     bars = ElementTree.fromstring(table.plot(lines)).iter("{http://www.w3.org/2000/svg}rect")
-    assert sum(float(bar.get("height", "0").strip("%")) == table.ROW - 6 for bar in bars) == 2 * len(table.COLUMNS)
+    assert sum(float(bar.get("height", "0").strip("%")) == table.ROW - 6 for bar in bars) == 3 * len(table.COLUMNS)
     once = table.replace_marked("# Title\n", text)
     assert table.replace_marked(once, text) == once
     assert once.startswith("# Title\n")
@@ -69,7 +74,13 @@ def test_a_system_that_fails_leaves_the_others_their_turn(
     results = tmp_path / "results.jsonl"
     forward.run_rank(
         argparse.Namespace(
-            model="tiny", systems=["diffusers", "ours"], sizes=["64x48x5"], repeats=1, latents=False, results=results
+            model="tiny",
+            systems=["diffusers", "ours"],
+            sizes=["64x48x5"],
+            repeats=1,
+            latents=False,
+            results=results,
+            kernels=0,
         )
     )
     said = capsys.readouterr()
