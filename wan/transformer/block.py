@@ -6,6 +6,7 @@ Shapes as in transformer.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,26 @@ Which = Tensor | None
 """Which of the timesteps each token is at; None: there is one."""
 
 
+class Stream(NamedTuple):
+    """The float32 residual x + gate * y, whose sum is left to the kernel that norms it next."""
+
+    x: Tensor
+    """[S, C], float32."""
+    y: Tensor | None = None
+    """[S, C], in the dtype of the products; None: x is all of it."""
+    gate: Tensor | None = None
+    """[1, C] or [S, C]."""
+
+    def sum(self, ops: Ops) -> Tensor:
+        """[S, C], float32."""
+        return self.x if self.y is None or self.gate is None else ops.add(self.x, self.y, self.gate)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward around a float32 residual.
 
-    `attention_inputs`, `SelfAttention.queries_keys_values` and `attention_outputs` hold all the arithmetic and no
-    communication: they are what may be compiled. `through` is the glue.
+    `attention_inputs`, `summed_inputs`, `SelfAttention.queries_keys_values` and `attention_outputs` hold all the
+    arithmetic and no communication: they are what may be compiled. `through` is the glue.
     """
 
     def __init__(self, config: WanConfig) -> None:
@@ -56,14 +72,19 @@ class Block(nn.Module):
         shift, scale, *_ = per_token(self.modulation + e, which)
         return self.ops.norm(x, 1 + scale, shift, self.self_attn.q.input_dtype)
 
-    def attention_outputs(self, x: Tensor, y: Tensor, e: Tensor, which: Which, kv: Sequence[KeysValues]) -> Tensor:
-        """The rest of the block. y: self-attention's [S, H, D]; kv: what is attended to. Returns [S, C]."""
+    def summed_inputs(self, x: Tensor, y: Tensor, gate: Tensor, e: Tensor, which: Which) -> tuple[Tensor, LinearInput]:
+        """The sum of a `Stream`, and `attention_inputs` of it."""
+        shift, scale, *_ = per_token(self.modulation + e, which)
+        return self.ops.add_norm(x, y, gate, 1 + scale, shift, self.self_attn.q.input_dtype)
+
+    def attention_outputs(self, x: Tensor, y: Tensor, e: Tensor, which: Which, kv: Sequence[KeysValues]) -> Stream:
+        """The rest of the block. y: self-attention's [S, H, D]; kv: what is attended to."""
         _, _, gate, shift, scale, ffn_gate = per_token(self.modulation + e, which)
         attn, cross, norm3, ops = self.self_attn, self.cross_attn, self.norm3, self.ops
         y = attn.o(ops.cast(y.flatten(-2), attn.o.input_dtype))
         x, normed = ops.add_norm(x, y, gate, norm3.weight, norm3.bias, cross.q.input_dtype)
         x, normed = ops.add_norm(x, cross(normed, kv, ops), None, 1 + scale, shift, self._ffn_layers()[0].input_dtype)
-        return ops.add(x, self._feed_forward(normed), ffn_gate)
+        return Stream(x, self._feed_forward(normed), ffn_gate)
 
     def _ffn_layers(self) -> tuple[Linear, Linear]:
         up, _, down = self.ffn
@@ -81,17 +102,31 @@ class Block(nn.Module):
             parts = x.split(self.ffn_chunk)
         return torch.cat([down(self.ops.gelu_linear(up, part, down.input_dtype)) for part in parts])
 
-    def through(self, x: Tensor, e: Tensor, which: Which, rope: Rope, attended: Sequence[Attended]) -> Tensor:
-        """x: [S, C] -> [S, C], both float32; attended: the text and the picture, as the model embeds them."""
-        y = self.self_attn.attend(self.attention_inputs(x, e, which), rope, self.ops)
+    def through(
+        self, streams: list[Stream], e: Tensor, which: Which, rope: Rope, attended: Sequence[Attended]
+    ) -> Stream:
+        """What becomes of the stream that is taken out of `streams`: nothing else may hold its tensors, they are large.
+
+        Args:
+            attended: the text and the picture, as the model embeds them.
+        """
+        x, y, gate = streams.pop()
+        if y is None or gate is None:
+            inputs = self.attention_inputs(x, e, which)
+        else:
+            x, inputs = self.summed_inputs(x, y, gate, e, which)
+        y = self.self_attn.attend(inputs, rope, self.ops)
+        del inputs
         return self.attention_outputs(x, y, e, which, self.cross_attn.keys_values(attended))
 
 
 class WanBlock(Block):
     """One of the main ones."""
 
-    def forward(self, x: Tensor, e: Tensor, which: Which, rope: Rope, attended: Sequence[Attended]) -> Tensor:
-        return self.through(x, e, which, rope, attended)
+    def forward(
+        self, streams: list[Stream], e: Tensor, which: Which, rope: Rope, attended: Sequence[Attended]
+    ) -> Stream:
+        return self.through(streams, e, which, rope, attended)
 
 
 def per_token(e: Tensor, which: Which) -> tuple[Tensor, ...]:

@@ -22,7 +22,7 @@ from ..model.eight_bits import E4M3, KeptWeight
 from ..model.latent_space import PATCH_SIZE
 from ..model.linear import Linear
 from ..model.ops import Rope
-from .block import Block, WanBlock, Which, per_token
+from .block import Block, Stream, WanBlock, Which, per_token
 from .conditions import NOTHING, Beside
 from .context import Context
 from .image_branch import ImageEmbedding
@@ -128,14 +128,19 @@ class WanModel(nn.Module):
         controls = beside.controls
         streams: list[Tensor] = []
         begin = [x] if controls else []
+        # The only hold on the stream while a block has it.
+        main, ops = [Stream(x)], self.running_order[0].ops
+        del x
         for i, block in enumerate(self.blocks):
-            x = block(x, e6, which, rope, attended)
+            main.append(block(main, e6, which, rope, attended))
             if controls and i in self.config.vace_layers:
                 streams = streams or [self.vace_patch_embedding(control.values).float() for control in controls]
                 strengths = [control.strength for control in controls]
                 vace = self.vace_blocks[self.config.vace_layers.index(i)]
-                x = x + vace(streams, begin, strengths, e6, which, rope, attended)
-        velocity: Tensor = self.head(x, e, which)
+                hint = vace(streams, begin, strengths, e6, which, rope, attended)
+                main.append(Stream(main.pop().sum(ops) + hint))
+                del hint
+        velocity: Tensor = self.head(main.pop().sum(ops), e, which)
         return velocity if beside.reference is None else beside.reference.taken_out(velocity)
 
 

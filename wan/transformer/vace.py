@@ -18,7 +18,7 @@ from torch import Tensor
 from ..model.config import WanConfig
 from ..model.linear import Linear
 from ..model.ops import Rope
-from .block import Block, Which
+from .block import Block, Stream, Which
 from .context import Attended
 
 
@@ -68,6 +68,6 @@ class VaceBlock(Block):
             del x, stream
         hints = []
         for i, strength in enumerate(strengths):
-            streams[i] = self.through(streams[i], e, which, rope, attended)
+            streams[i] = self.through([Stream(streams[i])], e, which, rope, attended).sum(self.ops)
             hints.append(self.after_proj(streams[i]).float() * strength)
         return sum(hints[1:], hints[0])

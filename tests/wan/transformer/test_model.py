@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,10 @@ from tiny import GRID, TINY, random_weights
 from wan_pack.benchmarks.released_sizes import WAN_CONFIGS
 from wan_pack.wan.model.attention import attention
 from wan_pack.wan.model.config import config_from_shapes
+from wan_pack.wan.model.ops import PLAIN
 from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
 from wan_pack.wan.model.rope import apply_rope, rope_table
+from wan_pack.wan.transformer.block import Block, Stream
 from wan_pack.wan.transformer.context import Context, pad_text
 from wan_pack.wan.transformer.transformer import WanModel, meta_model, parameter_dtype, timestep_embedding
 
@@ -68,6 +72,21 @@ def test_output_and_residual_stay_float32_under_bf16():
     assert out.dtype == torch.float32
     error = ((out - exact).norm() / exact.norm()).item()
     assert 1e-6 < error < 2e-2, "bf16 rounds, and no more than it should"
+
+
+def test_a_sum_left_to_the_next_block_has_the_bits_of_one_made_at_once(monkeypatch: pytest.MonkeyPatch):
+    """The norm makes it: the residual is read and written once less."""
+    model, sums = tiny_model(torch.bfloat16), []
+    counting = dataclasses.replace(PLAIN, add=lambda x, y, gate: (sums.append(1), PLAIN.add(x, y, gate))[1])
+    for block in model.running_order:
+        block.ops = counting
+    left = evaluate(model, Context(prompt()))
+    # Behind the last block.
+    assert len(sums) == 1
+    through = Block.through
+    monkeypatch.setattr(Block, "through", lambda self, *given: Stream(through(self, *given).sum(counting)))
+    at_once = evaluate(model, Context(prompt()))
+    assert len(sums) == 1 + TINY.num_layers and torch.equal(left, at_once)
 
 
 def test_kept_text_changes_nothing():

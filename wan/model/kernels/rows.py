@@ -16,7 +16,9 @@ def quantised(x):
     """x: one row, float32, 0 where it is masked -> the row in e4m3's range, and its scale (`linear.quantise_rows`)."""
     scale = tl.max(tl.abs(x), axis=0) / 448.0
     scale = tl.where(scale > 0.0, scale, 1.0)
-    return tl.minimum(tl.maximum(x / scale, -448.0), 448.0), scale
+    # One division for all: each would take as long as three products.
+    x = x * (1.0 / scale)
+    return tl.minimum(tl.maximum(x, -448.0), 448.0), scale
 
 
 @triton.jit
