@@ -121,6 +121,8 @@ class VaeJobs:
             count, ids = choose_gpus(self._config.gpu_count, self._config.gpu_ids, host.visible_gpus())
             job = dataclasses.replace(job, parallel=dataclasses.replace(job.parallel, gpu_count=count, gpu_ids=ids))
         else:
+            for line in ground.kept:
+                host.log(line)
             job = self._placed(job, ground)
         check_switches(job.parallel)
         host.log(described(job))

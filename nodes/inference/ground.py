@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from ...distributed.planning.plan import Plan
     from ...distributed.planning.policies import Request
 
+WORTH_TELLING = 1 << 30
+"""Bytes of a GPU that ComfyUI keeps."""
 USUALLY_FREE = 0.95
 """Of a GPU's memory, when no job is on it: each ComfyUI keeps a little."""
 
@@ -33,6 +36,8 @@ class Ground:
     """Index -> who has the GPU: a job of another ComfyUI, which this one would wait for."""
     host_bytes: int | None
     """Of host memory; None: not known."""
+    kept: tuple[str, ...] = ()
+    """What ComfyUI keeps of them nevertheless, in sentences."""
 
     def plan(self, work: Workload, request: Request) -> Plan:
         """As make_plan; where nothing fits, with the GPUs as they are once the jobs of others on them have ended.
@@ -44,14 +49,15 @@ class Ground:
 
         make = functools.partial(make_plan, work, request, links=_links(), host_bytes=self.host_bytes)
         try:
-            return make(self.gpus)
-        except DoesNotFit:
+            made = make(self.gpus)
+            return dataclasses.replace(made, reasons=(*made.reasons, *self.kept))
+        except DoesNotFit as error:
             if not self.taken:
-                raise
+                raise DoesNotFit(". ".join([str(error), *self.kept]), error.size) from error
         made = make([self._once_free(gpu) for gpu in self.gpus])
         waits = [f"GPU {index} is in use by {self.taken[index]}: the job waits for it"
                  for index in made.parallel.gpu_ids if index in self.taken]  # fmt: skip
-        return dataclasses.replace(made, reasons=(*made.reasons, *waits))
+        return dataclasses.replace(made, reasons=(*made.reasons, *self.kept, *waits))
 
     def _once_free(self, gpu: Gpu) -> Gpu:
         if gpu.index not in self.taken:
@@ -87,7 +93,25 @@ def ground_for(chosen: DistributedConfig, *, side_by_side: int = 1) -> Ground | 
     taken = {gpu.index: who for gpu in gpus if (who := holder(gpu.index))}
     gpus.sort(key=lambda gpu: gpu.index in taken)
     host_bytes = warm.pool().host_bytes()
-    return Ground(tuple(gpus), taken, None if host_bytes is None else host_bytes // side_by_side)
+    return Ground(tuple(gpus), taken, None if host_bytes is None else host_bytes // side_by_side, _kept(gpus))
+
+
+def _kept(gpus: Sequence[Gpu]) -> tuple[str, ...]:
+    """What this process' torch still has of each, as of packs that keep models out of ComfyUI's sight."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return ()
+    sizes = {
+        f"GPU-{torch.cuda.get_device_properties(number).uuid}": torch.cuda.memory_reserved(number)
+        for number in range(torch.cuda.device_count())
+    }
+    return tuple(
+        f"ComfyUI keeps {size / 2**30:.1f} GiB of GPU {gpu.index} although it was asked to let them go: unload what "
+        "another pack has loaded there, or leave that GPU out with gpu_ids"
+        for gpu in gpus
+        if (size := sizes.get(gpu.uuid, 0)) >= WORTH_TELLING
+    )
 
 
 def as_switched(chosen: DistributedConfig, base: Parallel, *, guided: bool) -> Parallel:

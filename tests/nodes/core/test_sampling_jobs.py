@@ -115,6 +115,33 @@ def test_what_comfyui_holds_leaves_the_gpus_planned_or_not(
     assert freed == [1]
 
 
+def test_what_comfyui_keeps_on_a_gpu_is_said(
+    job_of: Callable[..., ForwardsJob], printed: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of models that packs load past ComfyUI; a little of a GPU is always kept."""
+    said: list[str] = []
+    monkeypatch.setattr(host, "log", said.append)
+    kept = comfyui_keeps(monkeypatch, {"0": 3 << 30, "1": 1 << 20})
+    job_of(sampling())
+    (plan,) = [line for line in said if line.startswith("plan: ")]
+    assert "ComfyUI keeps 3.0 GiB of GPU 0 although it was asked" in plan and "GPU 1 although" not in plan
+    with pytest.raises(ValueError, match=r"ComfyUI keeps 3\.0 GiB of GPU 0 .* or leave that GPU out with gpu_ids"):
+        job_of(sampling((1, 16, 1025, 600, 600)), gpu_count=1)
+    kept.clear()
+    said.clear()
+    job_of(sampling())
+    assert "ComfyUI keeps" not in "".join(said)
+
+
+def comfyui_keeps(monkeypatch: pytest.MonkeyPatch, kept: dict[str, int]) -> dict[str, int]:
+    """uuid -> bytes, as this process' torch tells."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid=str(1 - number)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda number: kept.get(str(1 - number), 0))
+    return kept
+
+
 def test_what_a_sampler_waits_for_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(host, "log", said.append)
