@@ -19,10 +19,11 @@ test: $(READY) lint
 	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 --durations-min=5
 
 # Three hundred jobs in one ComfyUI, every tenth with a fault, of every kind in soak_faults.py.
-# Then a hundred samplings of ComfyUI's, every fifth with a fault; and twenty thousand damaged files.
+# Then a hundred samplings, every fifth with a fault; a hundred prompts of ComfyUI's own samplers, a third of them with
+# one; and twenty thousand damaged files.
 soak: $(READY)
-	SOAK_JOBS=300 SOAK_SAMPLINGS=100 SOAK_FILES=1 $(PYTHON_IN_VENV) -m pytest -s tests/comfyui/test_soak.py \
-		tests/distributed/launch/test_evaluation_soak.py tests/wan/files/test_mutations.py
+	SOAK_JOBS=300 SOAK_SAMPLINGS=100 SOAK_PROMPTS=100 SOAK_FILES=1 $(PYTHON_IN_VENV) -m pytest -s tests/comfyui/test_soak.py \
+		tests/distributed/launch/test_evaluation_soak.py tests/comfyui/test_core_sampling.py tests/wan/files/test_mutations.py
 
 # The pack with the oldest and with the newest packages that requirements.txt allows; minutes, and 6 GB each meanwhile.
 oldest newest:

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from core_sampling import write_expert
-from core_workflow import FRAMES, GRAPHS, HEIGHT, LORA, OURS, THEIRS, WIDTH, Workflow, node
+from core_workflow import FRAMES, GRAPHS, HEIGHT, LORA, OURS, THEIRS, WIDTH, Workflow, node, with_lora
 from patience import AT_ONCE
 from safetensors.torch import load_file, save_file
 from serving import Comfy
+from soak import MORE_DESCRIPTORS, MORE_THREADS, Soak
 from wan_pack.demo.client import Run
 from wan_pack.demo.example import Prompt, example, node_id
 from wan_pack.demo.tiny_expert import lora
@@ -33,6 +37,16 @@ LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "4 ranks, both": ({"gpu_count": 4, "cfg_parallel": "on"}, FEW),
 }
 """The config -> which graphs run in it."""
+SEEDED: dict[str, Callable[[Workflow], str]] = {
+    "seed 11": lambda flow: flow.sampled(flow.model("T2V high"), seed=11),
+    "seed 12, the other": lambda flow: flow.sampled(flow.model("T2V low"), seed=12),
+    "seed 13, LoRA": lambda flow: with_lora(flow, seed=13),
+    "seed 14, LoRA": lambda flow: with_lora(flow, strength=-0.4, seed=14),
+}
+ALL = GRAPHS | SEEDED
+SOAKED = (*SEEDED, "two stages", "image to video", "known frame", "VACE", "frames")
+PROMPTS = int(os.environ.get("SOAK_PROMPTS", "6"))
+"""That are queued; `make soak` queues 100."""
 CONFIG = {
     "gpu_count": 1, "use_ulysses": True, "use_fsdp": False, "offload_model": False, "master_port": 0,
     "memory_optimization": False, "torch_compile": False, "mixed_precision": "fp32", "keep_warm_seconds": 120,
@@ -53,7 +67,7 @@ def build(comfy: Comfy) -> Callable[..., Workflow]:
 
 def run(comfy: Comfy, flow: Workflow, graphs: tuple[str, ...]) -> Run:
     for graph in graphs:
-        flow.save(graph, GRAPHS[graph](flow))
+        flow.save(graph, ALL[graph](flow))
     return comfy.run(flow.prompt)
 
 
@@ -66,9 +80,9 @@ def latents(comfy: Comfy, loader: str, graph: str) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def theirs(comfy: Comfy, build: Callable[..., Workflow]) -> dict[str, torch.Tensor]:
     """Graph -> the latents of ComfyUI's own model, or the frames of its own VAE."""
-    ended = run(comfy, build(THEIRS), tuple(GRAPHS))
+    ended = run(comfy, build(THEIRS), tuple(ALL))
     assert ended.ending[0] == "execution_success", ended.ending[1].get("exception_message")
-    return {graph: latents(comfy, THEIRS, graph) for graph in GRAPHS}
+    return {graph: latents(comfy, THEIRS, graph) for graph in ALL}
 
 
 @pytest.fixture(autouse=True)
@@ -108,11 +122,13 @@ def endless(flow: Workflow, seed: int) -> Prompt:
     return flow.prompt
 
 
-def check_another(comfy: Comfy, build: Callable[..., Workflow], theirs: dict[str, torch.Tensor], **config: Any) -> None:
+def check_another(
+    comfy: Comfy, build: Callable[..., Workflow], theirs: dict[str, torch.Tensor], graph: str = "euler", **config: Any
+) -> None:
     """What is sampled afterwards is right."""
-    ended = run(comfy, build(OURS, **config), ("euler",))
+    ended = run(comfy, build(OURS, **config), (graph,))
     assert ended.ending[0] == "execution_success", ended.ending[1].get("exception_message")
-    assert (latents(comfy, OURS, "euler") - theirs["euler"]).abs().max() < LIMIT
+    assert (latents(comfy, OURS, graph) - theirs[graph]).abs().max() < LIMIT, graph
 
 
 TWO = {"gpu_count": 2, "cfg_parallel": "on", "stall_timeout": 60}
@@ -139,11 +155,7 @@ def test_a_cancelled_sampling_leaves_its_processes_for_the_next(
 def test_a_killed_rank_ends_the_sampling_in_its_words(
     comfy: Comfy, build: Callable[..., Workflow], theirs: dict[str, torch.Tensor]
 ) -> None:
-    def kill(_: Run) -> None:
-        (job,) = comfy.job_folders()
-        os.kill(json.loads((job.parent / "rank1.alive").read_text())["pid"], signal.SIGKILL)
-
-    ended = comfy.run(endless(build(OURS, **TWO), seed=101), at_step(kill))
+    ended = comfy.run(endless(build(OURS, **TWO), seed=101), at_step(partial(kill, comfy)))
     assert ended.ending[0] == "execution_error"
     assert ended.ending[1]["exception_message"].startswith("rank 1 was killed by SIGKILL"), ended.ending
     comfy.wait_until_idle()
@@ -158,6 +170,58 @@ def test_free_memory_lets_the_processes_go(
     assert len(comfy.job_processes()) == 3
     comfy.server.request("/free", {"unload_models": True, "free_memory": True})
     comfy.wait_until_idle()
+
+
+def cancel(comfy: Comfy, run: Run) -> None:
+    comfy.server.request("/interrupt", {"prompt_id": run.prompt_id})
+
+
+def kill(comfy: Comfy, _: Run) -> None:
+    (job,) = comfy.job_folders()
+    os.kill(json.loads((job.parent / "rank1.alive").read_text())["pid"], signal.SIGKILL)
+
+
+def test_of_queued_prompts_some_with_faults_every_other_one_is_right(
+    comfy: Comfy, build: Callable[..., Workflow], theirs: dict[str, torch.Tensor]
+) -> None:
+    """Models, LoRAs and seeds change from one to the next; behind each that ends early another one waits already."""
+    rng, soak = random.Random(3), Soak(comfy)
+    check_another(comfy, build, theirs, "seed 11", **{**TWO, "stall_timeout": 99})
+    soak.released()
+    before, queued, todo = soak.state(), 0, list[str]()
+
+    def good() -> None:
+        nonlocal queued
+        queued += 1
+        config = {"gpu_count": 2, "cfg_parallel": rng.choice(["on", "off"]), "stall_timeout": 100 + queued}
+        check_another(comfy, build, theirs, rng.choice(SOAKED), **config)
+
+    with ThreadPoolExecutor(1) as queue:
+        while queued < PROMPTS:
+            good()
+            todo = todo or rng.sample(["cancel", "kill", "kill at rest"], 3)
+            fault, behind = todo.pop(), list[Future[None]]()
+            queued += 1
+            if fault == "kill at rest":
+                os.kill(rng.choice(comfy.job_processes()), signal.SIGKILL)
+                continue
+
+            def act(ended: Run, fault: str = fault, behind: list[Future[None]] = behind) -> None:
+                behind.append(queue.submit(good))
+                (cancel if fault == "cancel" else kill)(comfy, ended)
+
+            config = {"gpu_count": 2, "cfg_parallel": "on", "stall_timeout": 100 + queued}
+            ended = comfy.run(endless(build(OURS, **config), seed=1000 + queued), at_step(act, rng.randint(1, 30)))
+            if fault == "cancel":
+                assert ended.ending[0] == "execution_interrupted", ended.ending
+            else:
+                assert ended.ending[1]["exception_message"].startswith("rank 1 was killed by SIGKILL"), ended.ending
+            behind[0].result()
+    soak.released()
+    after = soak.state()
+    assert after["job folders"] == 0 and after["shared memory"] <= before["shared memory"], (before, after)
+    assert after["descriptors"] <= before["descriptors"] + MORE_DESCRIPTORS, (before, after)
+    assert after["threads"] <= before["threads"] + MORE_THREADS, (before, after)
 
 
 def test_what_needs_the_inside_is_refused_without_a_process(comfy: Comfy, build: Callable[..., Workflow]) -> None:

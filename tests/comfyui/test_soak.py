@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from serving import Comfy
-from soak import Soak, can_mount
+from soak import MORE_DESCRIPTORS, MORE_THREADS, Soak, can_mount
 from soak_faults import FAULTS
 
 JOBS = int(os.environ.get("SOAK_JOBS", "12"))
@@ -21,8 +21,6 @@ ONLY = os.environ.get("SOAK_FAULTS", "")
 """Part of the names of those that are wanted; empty for all."""
 SEEDS = (1, 2, 3)
 """In turns: a prompt that equals the one before would come from ComfyUI's cache."""
-MORE_DESCRIPTORS, MORE_THREADS = 4, 6
-"""What a server may gain by itself: open connections, the threads of its executor."""
 
 
 def faults(folder: Path) -> list[str]:

@@ -133,9 +133,9 @@ def encoded(flow: Workflow) -> str:
     return flow.add("VAEEncode", pixels=[more, 0], vae=["vae", 0])
 
 
-def with_lora(flow: Workflow) -> str:
-    loader = ("LoraLoaderModelOnly", {"lora_name": LORA, "strength_model": 0.8})
-    return flow.sampled(flow.model("T2V high", loader), "res_multistep")
+def with_lora(flow: Workflow, strength: float = 0.8, **inputs: Any) -> str:
+    loader = ("LoraLoaderModelOnly", {"lora_name": LORA, "strength_model": strength})
+    return flow.sampled(flow.model("T2V high", loader), "res_multistep", **inputs)
 
 
 def following(flow: Workflow, *, experts: bool = False) -> str:

@@ -24,6 +24,8 @@ from wan_pack.demo.example import Prompt, node_id, node_of
 LONG = {"sample_steps": 1000}
 """A job that samples until something happens to it."""
 PHASE_TIMEOUT = 120.0
+MORE_DESCRIPTORS, MORE_THREADS = 4, 6
+"""What a server may gain by itself: open connections, the threads of its executor."""
 
 
 @dataclass
