@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from pack import mount_pack
 from random_models import model_config, write_vae
 from real_jobs import Shape
-from real_jobs import moving_picture as plane_waves
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,25 +18,33 @@ if TYPE_CHECKING:
 
 WAYS = ("decode", "encode")
 ALONE = "alone.json"
-"""[model, way, size, GPUs, precision, seconds, error of diffusers' VAE or null] of each."""
+"""[model, way, size, GPUs, precision, seconds, error of diffusers' VAE or null] of the first size."""
 
 
 def write_given(folder: Path, models: Sequence[str], sizes: Sequence[str]) -> None:
-    """A picture that moves, float32: latents [1, C, T, h, w] as ComfyUI has them, or frames [1, 3, F, H, W]."""
-    import torch
-    from moving_picture import moving_picture
+    """What varies over a few pixels and frames, float32: latents [1, C, T, h, w] of ComfyUI; frames [1, 3, F, H, W]."""
     from safetensors.torch import save_file
     from wan_pack.wan.vae.latents import denormalise
 
     for size in sizes:
         width, height, frames = Shape("t2v-A14B", size).pixels
-        picture = moving_picture(frames, height, width, torch.device("cpu"))[None].contiguous()
+        picture = _smooth((3, frames, height, width), 32).tanh_()
         for model in models:
             variant = model_config(model).variant
-            latents = plane_waves(variant.latents.shape(width, height, frames), torch.Generator().manual_seed(0))
-            latents = denormalise(latents, variant.channels[1]).contiguous()[None]
+            latents = denormalise(_smooth(variant.latents.shape(width, height, frames), 4), variant.channels[1])
             for way, given in (("decode", latents), ("encode", picture)):
-                save_file({"given": given}, _given_file(folder, way, model, size))
+                save_file({"given": given[None].contiguous()}, _given_file(folder, way, model, size))
+
+
+def _smooth(shape: tuple[int, ...], step: int) -> Tensor:
+    import torch
+    import torch.nn.functional as F
+
+    channels, *sizes = shape
+    coarse = (max(n // s, 1) for n, s in zip(sizes, (4, step, step), strict=True))
+    noise = torch.randn(1, channels, *coarse, generator=torch.Generator().manual_seed(1))
+    made = F.interpolate(noise, size=sizes, mode="trilinear")[0]
+    return made / made.std()
 
 
 def given_to(folder: Path, way: str, model: str, size: str) -> Tensor:
@@ -68,11 +75,10 @@ def run_rank(rank: int, world: int, arguments: argparse.Namespace, folder: Path)
     bench = VaeRank(rank, world, arguments, folder)
     rows, precision = [], "bf16" if bench.dtype == torch.bfloat16 else "fp32"
     for model in arguments.models:
-        errors = _exact(bench, model) if rank == 0 else {}
+        errors = _exact(bench, model) if rank == 0 and arguments.exact else {}
         bench.barrier()
         for way, size, gpus, seconds in _timed(bench, model):
-            error = errors.get(way) if size == arguments.sizes[0] else None
-            rows.append((model, way, size, gpus, precision, seconds, error))
+            rows.append((model, way, size, gpus, precision, seconds, errors.get(way)))
     if rank == 0:
         (folder / ALONE).write_text(json.dumps(rows))
 
@@ -89,15 +95,15 @@ def _timed(bench: VaeRank, model: str) -> list[tuple[str, str, int, float]]:
         vae = None
         if bench.rank < gpus:
             vae = RankVae(file, dtype=bench.dtype, device=bench.device, group=bench.groups.get(gpus), ops=ops)
-        for size in arguments.sizes:
-            for way in WAYS:
-                given = given_to(bench.folder, way, model, size).to(bench.device)
-                latents = normalise(given, given.shape[1]) if way == "decode" else given
+        size = arguments.sizes[0]
+        for way in WAYS:
+            given = given_to(bench.folder, way, model, size).to(bench.device)
+            latents = normalise(given, given.shape[1]) if way == "decode" else given
 
-                def run(vae: Any = vae, way: str = way, given: Tensor = latents) -> object:
-                    return list(vae.decode(given, clamp=False)) if way == "decode" else vae.encode(given)
+            def run(vae: Any = vae, way: str = way, given: Tensor = latents) -> object:
+                return list(vae.decode(given, clamp=False)) if way == "decode" else vae.encode(given)
 
-                rows.append((way, size, gpus, bench.seconds(gpus, run)[0]))
+            rows.append((way, size, gpus, bench.seconds(gpus, run)[0]))
     return rows
 
 

@@ -2,12 +2,12 @@
 
     python benchmarks/vae_socket.py --folder /scratch/wan --gpus 1 2 --sizes 480p 720p --models t2v-A14B ti2v-5B
 
-First ranks that do nothing else (vae_alone.py) decode and encode: seconds until all lies on the first GPU; and
-diffusers' own VAE makes the first size in float32. Then the way of Load VAE (N GPUs): latents and frames in memory
-that the ranks map, a job for each call, a group that stays. A line has the seconds that a caller waits, first and
-median of --repeats, and how much more that is than on ranks alone; the seconds of the ranks; those of ComfyUI's
-arithmetic on the frames behind a decode; peak memory beside what the plan had counted; how far the result is from
-diffusers' in float32, beside diffusers' in bf16, and from the same call on the first number of GPUs. Lines go to
+First ranks that do nothing else (vae_alone.py) decode and encode the first size: seconds until all lies on the first
+GPU; with --exact diffusers' own VAE makes it in float32, too, which takes minutes. Then the way of Load VAE (N GPUs):
+latents and frames in memory that the ranks map, a job for each call, a group that stays. A line has the seconds that
+a caller waits, first and median of --repeats, and how much more that is than on ranks alone; the seconds of the
+ranks; those of ComfyUI's arithmetic on the frames behind a decode; peak memory beside what the plan had counted; how
+far the result is from that of the first number of GPUs and, with --exact, from diffusers' in float32. Lines go to
 benchmarks/results.jsonl. The first precision has all GPUs and sizes, others the first of each. Without a GPU, with
 `--models tiny --sizes 64x48x9 --precision fp32`, the same runs on CPU processes.
 """
@@ -160,6 +160,7 @@ def main(texts: list[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="+", default=["480p", "720p"], help="480p, 720p or WIDTHxHEIGHTxFRAMES")
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=("bf16", "fp32"))
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--exact", action="store_true", help="compare with diffusers' in float32")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args(texts)
     mount_pack()

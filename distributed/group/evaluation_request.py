@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..job.errors import JobError, check
-from ..job.evaluator import KEPT_AT_LEAST, MAX_CONTROL_BYTES, MAX_CONTROLS
+from ..job.evaluator import ITEM_BYTES, KEPT_AT_LEAST, MAX_CONTROL_BYTES, MAX_CONTROLS
 from ..job.job import FLOAT_BYTES
 from ..job.strict_json import build
 
@@ -30,8 +30,6 @@ MAX_ROWS = 1 << 13
 MAX_ROW_CHANNELS = 1 << 14
 MAX_SENT_BYTES = MAX_SAMPLES * (MAX_CONTROL_BYTES + (1 << 30))
 """Of all that is sent with one evaluation: its controls, and its texts."""
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-"""Of the dtypes that a text may have."""
 _KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 

@@ -18,6 +18,8 @@ NO_PICTURE = (
 )
 
 
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+"""Of the dtypes that tensors between ComfyUI and the ranks have."""
 MAX_CONTROLS = 16
 """Of one sample, from a chain of nodes."""
 MAX_CONTROL_BYTES = 2 << 30

@@ -16,6 +16,7 @@ from typing import ClassVar, TypeVar
 from ...wan.model.config import HIGH_NOISE, LOW_NOISE
 from ...wan.video.video_formats import FRAME_PIXEL_BYTES, VideoFormat
 from .errors import JobError, check, check_text
+from .evaluator import ITEM_BYTES
 from .model_files import FileIdentity, LoraFile, ModelFiles, check_files, check_loras
 from .parallel import Parallel
 from .sampling import EVERYWHERE, RoundedTimesteps, Sampling
@@ -39,12 +40,11 @@ __all__ = [
     "Text",
     "VaeJob",
 ]
-"""A job's parts are imported from here; model_files.py, parallel.py, sampling.py and switches.py hold the larger
-ones."""
+"""A job's parts are imported from here; model_files.py, parallel.py, sampling.py and switches.py hold most."""
 
 MAX_PROMPT = 100_000
 """Characters; the text encoder reads 512 tokens."""
-FLOAT_BYTES = 4
+FLOAT_BYTES = ITEM_BYTES["float32"]
 MAX_BYTES = 64 << 30
 """Of a VAE's latents, or of its frames: 81 of 1280x720 are 0.9 GB."""
 FFN_CHUNK = 4096
@@ -61,8 +61,7 @@ class Text:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
-            value = getattr(self, name)
-            check_text(name, value, MAX_PROMPT)
+            check_text(name, getattr(self, name), MAX_PROMPT)
 
 
 J = TypeVar("J", bound="GroupJob")
@@ -127,8 +126,7 @@ class GroupJob(ABC):
 
     @classmethod
     def from_json(cls: type[J], text: str) -> J:
-        """Reads what `to_json` wrote. Raises JobError naming the field that is missing, unknown or wrong, or the kind
-        if it is another one."""
+        """Reads what `to_json` wrote. Raises JobError naming what is missing, unknown or wrong, or of another kind."""
         try:
             value = json.loads(text)
             kind = value.pop("kind", None) if isinstance(value, dict) else None
@@ -251,7 +249,7 @@ class ForwardsJob(GroupJob):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VaeJob(GroupJob):
-    """Latents decoded, or frames encoded, for ComfyUI: both lie in memory, as float32."""
+    """Latents decoded, or frames encoded, for ComfyUI: both lie in memory, as float32 but for `given_dtype`."""
 
     KIND: ClassVar[str] = "vae"
     STOPS_IN: ClassVar[tuple[str, ...]] = ("encode", "decode")
@@ -276,8 +274,13 @@ class VaeJob(GroupJob):
     @property
     def memory(self) -> tuple[slice, slice]:
         """Bytes of what is given and of what is made."""
-        given, made = (math.prod(shape) * FLOAT_BYTES for shape in (self.given, self.made))
-        return slice(0, given), slice(given, given + made)
+        given, made = math.prod(self.given) * ITEM_BYTES[self.given_dtype], math.prod(self.made) * FLOAT_BYTES
+        return slice(0, given), slice(given + given % FLOAT_BYTES, given + given % FLOAT_BYTES + made)
+
+    @property
+    def given_dtype(self) -> str:
+        """Frames are given as the VAE takes them."""
+        return self.parallel.vae_dtype if self.encode else "float32"
 
     @property
     def files(self) -> tuple[FileIdentity, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..job.job import VaeJob
 from ..job.job_folder import JobDir
 from ..job.progress import Progress
 from ..machine.host_memory import available_bytes
-from ..machine.memory_file import MemoryFile
+from ..machine.memory_file import MemoryFile, Populating
 from .held import HeldGroup
 from .launcher import run_job
 from .pool import Pool
@@ -77,10 +78,14 @@ class VaeCalls:
         assert tuple(given.shape) == job.given and self._held is not None
         before, behind = job.memory
         _check_room(behind.stop)
-        memory, whole = MemoryFile("wan-pictures"), None
+        memory, whole, populating = MemoryFile("wan-pictures"), None, None
+        mapped: mmap.mmap | None = None
         try:
-            whole = _mapped(memory, behind.stop)
-            whole[before].view(torch.float32).view(job.given).copy_(given.detach())
+            mapped = _mapped(memory, behind.stop)
+            whole = torch.frombuffer(mapped, dtype=torch.uint8)
+            whole[before].view(getattr(torch, job.given_dtype)).view(job.given).copy_(given.detach())
+            # While the ranks compute what is written there: new pages take longer than the copy.
+            populating = Populating(mapped, behind)
 
             def write(inputs: Path) -> None:
                 folder = JobDir(inputs.parent)
@@ -93,17 +98,16 @@ class VaeCalls:
             self.result.remove()
             return whole[behind].view(torch.float32).view(job.made)
         finally:
+            if populating is not None:
+                populating.stop()
             # An error that is kept somewhere keeps this function's variables, but not the frames.
-            whole = None
+            whole = mapped = populating = None
             memory.close()
 
 
-def _mapped(memory: MemoryFile, size: int) -> Tensor:
-    """Its bytes. They stay as long as the tensor does."""
-    import torch
-
+def _mapped(memory: MemoryFile, size: int) -> mmap.mmap:
     try:
-        return torch.frombuffer(memory.map(size), dtype=torch.uint8)
+        return memory.map(size)
     except OSError as error:
         raise JobError(f"there is no memory for {_gib(size)} of latents and frames: {error}") from error
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
+import threading
 from pathlib import Path
 
 STORE_VARIABLE = "WAN_STORE"
 """Environment variable with the path of the one through which a group's ranks meet."""
+
+
+POPULATE_WRITE = 23
+"""Linux' MADV_POPULATE_WRITE, of 5.14 and later."""
+AT_A_TIME = 8 << 20
+"""Bytes between two looks at whether it is still wanted, in which others of the process cannot map memory."""
 
 
 class _Descriptor:
@@ -63,3 +71,28 @@ class OpenedMemory(_Descriptor):
         if there < size:
             raise ValueError(f"a file in memory has {there} bytes; it must have {size}")
         return mmap.mmap(self._descriptor, size)
+
+
+class Populating:
+    """Has the system find memory for a part of a mapping, on a thread: before something is written there.
+
+    New pages take a second for some GB. Those that it does not find are found when they are written.
+    """
+
+    def __init__(self, memory: mmap.mmap, part: slice) -> None:
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(memory, part), name="wan-memory", daemon=True)
+        self._thread.start()
+
+    def _run(self, memory: mmap.mmap, part: slice) -> None:
+        first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        advise = ctypes.CDLL(None).madvise
+        advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        for at in range(part.start // mmap.PAGESIZE * mmap.PAGESIZE, part.stop, AT_A_TIME):
+            if self._over.is_set() or advise(first + at, min(AT_A_TIME, part.stop - at), POPULATE_WRITE):
+                return
+
+    def stop(self) -> None:
+        """Waits for the piece that it is at."""
+        self._over.set()
+        self._thread.join()

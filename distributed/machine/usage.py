@@ -15,6 +15,8 @@ from .processes import Process
 TIMEOUT = 5.0
 """Seconds that nvidia-smi gets."""
 INTERVAL = 2.0
+FIRST = 0.5
+"""Seconds before the first reading: what is over sooner, as a part of a picture, does not wait for one."""
 END_TIMEOUT = 0.2
 """Seconds that the last reading gets, once nobody asks for it any more."""
 STALE = 10.0
@@ -110,10 +112,11 @@ class UsageMonitor:
             self._thread.join(END_TIMEOUT)
 
     def _run(self) -> None:
-        while not self._stop.is_set():
+        wait = min(FIRST, self._interval)
+        while not self._stop.wait(wait):
             usages = self._read()
             self._latest = (time.monotonic(), usages)
-            self._stop.wait(self._interval)
+            wait = self._interval
 
     def latest(self) -> list[Usage]:
         """Of the last reading; nothing if that was too long ago."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...wan.vae.latents import denormalise, normalise
+from ...wan.video.arriving import Arriving
 from ..job.errors import listed
 from ..job.job import JobError, VaeJob
 from ..machine.memory_file import OpenedMemory
@@ -46,7 +48,8 @@ class VaeWork(Work[VaeJob]):
         mapped = memory.map(self.job.memory[1].stop)
         memory.close()
         whole = torch.frombuffer(mapped, dtype=torch.uint8)
-        given, made = (whole[part].view(torch.float32) for part in self.job.memory)
+        before, behind = self.job.memory
+        given, made = whole[before].view(getattr(torch, self.job.given_dtype)), whole[behind].view(torch.float32)
         return given.view(self.job.given), made.view(self.job.made)
 
     def encode(self, number: int, frames: Tensor, out: Tensor) -> None:
@@ -66,7 +69,7 @@ class VaeWork(Work[VaeJob]):
         split = vae.splits(latents.shape[-2])
         before, total, done = number * frames, self.job.made[0] * frames, 0
         self.files.progress("decode", before, total)
-        for part in vae.decode(normalise(latents[None], latents.shape[0]), clamp=False):
+        for part in _arrived(vae.decode(normalise(latents[None], latents.shape[0]), clamp=False)):
             if part is not None:
                 place = out[:, done : done + part.shape[1]]
                 self.check_shape(part, place)
@@ -84,3 +87,16 @@ class VaeWork(Work[VaeJob]):
     def check_shape(self, made: Tensor, place: Tensor) -> None:
         if made.shape != place.shape:
             raise JobError(f"the VAE made [{listed(made.shape)}]; ComfyUI expects [{listed(place.shape)}]")
+
+
+def _arrived(parts: Iterable[Tensor | None]) -> Iterator[Tensor | None]:
+    """Each on the CPU, once the next one has begun on the GPU."""
+    waits: list[Arriving | None] = []
+    for part in parts:
+        # In the order of pixels, which the GPU is faster at than one core.
+        waits.append(None if part is None else Arriving(part.contiguous()))
+        if len(waits) > 1:
+            before = waits.pop(0)
+            yield None if before is None else before.there()
+    for last in waits:
+        yield None if last is None else last.there()

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from .arriving import Arriving
 from .video_formats import CRF, FORMATS, H264, VideoFormat
 from .yuv import frames_to_rgb, frames_to_yuv
 
@@ -43,23 +43,6 @@ class VideoInfo(NamedTuple):
     height: int
     frames: int
     fps: float
-
-
-class _Part:
-    """Frames on their way to the CPU, which nobody waits for before `data`."""
-
-    def __init__(self, frames: Tensor, pixels: str) -> None:
-        self._bytes = PIXELS[pixels](frames).to("cpu", non_blocking=True)
-        self._arrived = None
-        if frames.device.type == "cuda":
-            # Behind this copy alone: the next frames are computed meanwhile. A blocking one leaves the core to others.
-            self._arrived = torch.cuda.Event(blocking=True)
-            self._arrived.record(torch.cuda.current_stream(frames.device))
-
-    def data(self) -> memoryview:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._bytes.numpy().data
 
 
 class VideoWriter:
@@ -107,7 +90,7 @@ class VideoWriter:
         self._part = self.path.with_name(f".{self.path.stem}.{os.getpid()}.part{self.path.suffix}")
         self._words: deque[str] = deque(maxlen=STDERR_LINES)
         self._process: subprocess.Popen[bytes] | None = None
-        self._parts: queue.Queue[_Part | None] = queue.Queue(PARTS_AHEAD)
+        self._parts: queue.Queue[Arriving | None] = queue.Queue(PARTS_AHEAD)
         self._error: Exception | None = None
         """Why nothing more is written."""
         self._on_loss = on_loss
@@ -149,7 +132,7 @@ class VideoWriter:
         if tuple(frames.shape[2:]) != (self.height, self.width):
             raise ValueError(f"frames are {list(frames.shape)}; they must be [3, n, {self.height}, {self.width}]")
         self._check()
-        self._parts.put(_Part(frames, self._format.pixels))
+        self._parts.put(Arriving(PIXELS[self._format.pixels](frames)))
 
     def finish(self) -> None:
         """Waits until all is encoded and puts the file in its place. The end of the block does it otherwise."""
@@ -182,7 +165,7 @@ class VideoWriter:
             if self._error is not None:
                 continue
             try:
-                data = part.data()
+                data = part.there().numpy().data
                 self._process.stdin.write(data)
                 self.frames += len(data)
             except Exception as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import mmap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,8 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         memory = OpenedMemory(Path(folder.read_json(folder.pictures)["memory"]))
         whole = memory.map(job.memory[1].stop)
         memory.close()
-        calls.started.append(torch.frombuffer(whole, dtype=torch.uint8)[job.memory[0]].view(torch.float32).clone())
+        given = torch.frombuffer(whole, dtype=torch.uint8)[job.memory[0]].view(getattr(torch, job.given_dtype))
+        calls.started.append(given.clone())
         torch.frombuffer(whole, dtype=torch.uint8)[job.memory[1]].view(torch.float32).fill_(1.5)
         return folder
 
@@ -67,3 +71,34 @@ def test_memory_that_is_not_there_is_said_before_anything_starts(
         else:
             calls.run(JOB, torch.zeros(JOB.given))
     assert len(calls.started) == 1 + more
+
+
+def test_frames_are_given_as_the_vae_of_a_gpu_takes_them(calls: Any):
+    """Which halves what is copied. Sizes that do not fill whole words are apart all the same."""
+    frames = torch.randn(1, 3, 1, 5, 7)
+    for layout, dtype in (
+        ({"gpu_ids": ("0",)}, torch.bfloat16), ({}, torch.float32),
+        ({"gpu_ids": ("0",), "mixed_precision": "fp32"}, torch.float32),
+    ):  # fmt: skip
+        parallel = Parallel(gpu_count=1, **layout)
+        job = dataclasses.replace(JOB, encode=True, given=(1, 3, 1, 5, 7), made=(1, 16, 1, 4, 4), parallel=parallel)
+        with calls.together():
+            assert torch.equal(calls.run(job, frames), torch.full(job.made, 1.5))
+        assert torch.equal(calls.started[-1], frames.view(-1).to(dtype))
+        decode = dataclasses.replace(JOB, parallel=parallel)
+        assert decode.given_dtype == "float32", "latents are small"
+
+
+def test_memory_for_what_is_made_is_found_meanwhile(calls: Any, monkeypatch: pytest.MonkeyPatch):
+    found: list[tuple[int, slice]] = []
+
+    class Stub(vae_calls.Populating):
+        def __init__(self, memory: mmap.mmap, part: slice) -> None:
+            found.append((len(memory), part))
+            super().__init__(memory, part)
+
+    monkeypatch.setattr(vae_calls, "Populating", Stub)
+    with calls.together():
+        calls.run(JOB, torch.zeros(JOB.given))
+    assert found == [(JOB.memory[1].stop, JOB.memory[1])]
+    assert "wan-memory" not in [thread.name for thread in threading.enumerate()]

@@ -92,6 +92,15 @@ def test_a_reading_that_hangs_holds_nothing_up_and_is_forgotten(monkeypatch: pyt
     hung.set()
 
 
+def test_what_is_over_at_once_waits_for_no_reading(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(usage, "FIRST", 60.0)
+    read: list[int] = []
+    monitor = UsageMonitor(lambda: read.append(1) or [], interval=60.0)
+    monitor.start()
+    monitor.stop()
+    assert read == [] and not monitor._thread.is_alive()
+
+
 def test_a_process_that_has_ended_hides_no_other(monkeypatch: pytest.MonkeyPatch):
     """Ranks keep their names. What is being reaped has an empty file, or none."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from wan_pack.distributed.job.job import JobError
+from wan_pack.distributed.machine.memory_file import MemoryFile
 from wan_pack.distributed.planning.vae_plan import held_bytes, working_bytes
 from wan_pack.distributed.rank import vae_work
 from wan_pack.distributed.rank.vae_work import VaeWork
@@ -58,6 +60,27 @@ def test_parts_follow_each_other_and_latents_are_normalised_for_the_vae() -> Non
         torch.testing.assert_close(denormalise(vae.given[number], 16)[0], given[number], rtol=1e-4, atol=1e-4)
 
 
+def test_the_gpu_is_at_the_next_part_while_one_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And ranks without a picture look for a cancel in the same places."""
+    vae, happens = Vae(), []
+
+    def decode(latents: Tensor, *, clamp: bool) -> Iterator[Tensor | None]:
+        for number, frames in enumerate((1, 4, 4)):
+            happens.append(f"begins {number}")
+            # As a decoder on a GPU leaves it, in another order.
+            made = torch.full((frames, 32, 32, 3), float(number)).permute(3, 0, 1, 2)
+            yield made if work.rank == 0 else None
+
+    monkeypatch.setattr(vae, "decode", decode)
+    for rank in (0, 1):
+        work, out = work_with(vae, rank), torch.full(FRAMES, -1.0)
+        work.session.check_stop = lambda folder, job: happens.append("looks")
+        happens.clear()
+        work.decode(0, torch.randn(16, 3, 4, 4), out[0])
+        assert happens == ["begins 0", "begins 1", "looks", "begins 2", "looks", "looks"]
+        assert out[0, 0, :, 0, 0].tolist() == ([0, *[1] * 4, *[2] * 4] if rank == 0 else [-1] * 9)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_is_encoded_is_comfyuis_latents_from_one_rank(rank: int) -> None:
     vae, frames, out = Vae(), torch.rand(FRAMES), torch.zeros(LATENTS)
@@ -66,6 +89,26 @@ def test_what_is_encoded_is_comfyuis_latents_from_one_rank(rank: int) -> None:
     expected = denormalise(torch.full((1, 16, 3, 4, 4), 0.25), 16)[0] if rank == 0 else torch.zeros(16, 3, 4, 4)
     torch.testing.assert_close(out[1], expected)
     assert not out[0].any()
+
+
+@pytest.mark.parametrize("encode", [False, True])
+def test_what_lies_in_comfyuis_memory_is_read_as_it_was_written(encode: bool) -> None:
+    """Frames for a GPU's VAE in bfloat16, with an odd number of them."""
+    from wan_pack.distributed.job.job import FileIdentity, Parallel, VaeJob
+
+    given, made = ((1, 3, 1, 5, 7), LATENTS[1:]) if encode else (LATENTS, FRAMES)
+    work, memory = object.__new__(VaeWork), MemoryFile("test")
+    file = FileIdentity(path="/models/vae.safetensors", size=1, mtime_ns=1)
+    parallel = Parallel(gpu_count=1, gpu_ids=("0",))
+    made = (given[0], *made[-4:])
+    work.job = VaeJob(id="0f", vae=(file,), encode=encode, given=given, made=made, parallel=parallel)
+    work.folder = SimpleNamespace(pictures="", read_json=lambda path: {"memory": str(memory.path)})  # type: ignore
+    before, behind = work.job.memory
+    values = torch.randn(given).to(torch.bfloat16 if encode else torch.float32)
+    memory.map(behind.stop)[before] = values.view(-1).view(torch.uint8).numpy().tobytes()
+    seen, place = work.opened()
+    assert torch.equal(seen, values) and seen.dtype == values.dtype
+    assert place.shape == made and place.dtype == torch.float32 and not place.any()
 
 
 def test_frames_of_another_size_or_too_few_are_an_error() -> None:

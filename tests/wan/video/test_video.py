@@ -211,7 +211,7 @@ def test_frames_that_cannot_leave_the_gpu_end_the_video(tmp_path: Path, monkeypa
     def lost(part: object) -> memoryview:
         raise RuntimeError("CUDA error: device lost")
 
-    monkeypatch.setattr(video._Part, "data", lost)
+    monkeypatch.setattr(video.Arriving, "there", lost)
     with (
         pytest.raises(RuntimeError, match="device lost"),
         VideoWriter(tmp_path / "x.mp4", width=64, height=48, fps=16) as writer,
