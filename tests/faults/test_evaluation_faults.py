@@ -123,6 +123,16 @@ def test_fault_02_a_rank_that_raises_in_an_evaluation_says_why(samplings: Callab
     here.nothing_is_left(*processes)
 
 
+def test_fault_03_full_memory_in_an_evaluation_is_known_as_such(samplings: Callable[..., Samplings]):
+    here = samplings("full", at=2)
+    evaluator = here.open()
+    here.evaluate(evaluator)
+    processes = here.processes
+    error = fails(here, evaluator)
+    assert error.out_of_memory and str(error).startswith("rank 1: OutOfMemoryError: CUDA out of memory"), error
+    here.nothing_is_left(*processes)
+
+
 def test_fault_05_waiting_for_ComfyUI_is_no_hang_and_a_hung_evaluation_is_one(samplings: Callable[..., Samplings]):
     here = samplings("hang", at=2)
     evaluator = here.open(stall_timeout=1.5)

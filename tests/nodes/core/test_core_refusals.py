@@ -13,6 +13,7 @@ import torch
 from core_sampling import Modules, TwoModels, text
 from wan_pack.demo.tiny_expert import lora
 from wan_pack.distributed.job.errors import JobError
+from wan_pack.distributed.launch.launcher import JobFailed
 from wan_pack.nodes.core.group_model import GroupModel
 from wan_pack.nodes.host.core_model import CoreSampling, model_without_weights
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
@@ -152,6 +153,18 @@ def test_an_error_of_the_evaluator_ends_the_sampling(t2v: TwoModels, monkeypatch
     assert [evaluator.closed for evaluator in t2v.evaluators] == [1]
     t2v.core["sampled"](t2v.ours)
     assert [evaluator.closed for evaluator in t2v.evaluators] == [1, 1]
+
+
+def test_full_memory_is_told_as_comfyui_tells_it(t2v: TwoModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which has advice for it, and lets its own models go."""
+
+    def evaluate(*_: Any) -> None:
+        raise JobFailed("rank 1: CUDA out of memory", rank=1, out_of_memory=True, folder=None, log="")
+
+    monkeypatch.setattr("plain_evaluator.PlainEvaluator.evaluate", evaluate)
+    with pytest.raises(t2v.core["comfy.model_management"].OOM_EXCEPTION, match="rank 1: CUDA out of memory"):
+        t2v.core["sampled"](t2v.ours)
+    assert [evaluator.closed for evaluator in t2v.evaluators] == [1]
 
 
 def test_outside_of_a_sampling_nothing_is_computed(t2v: TwoModels) -> None:

@@ -60,4 +60,14 @@ def stuck_in_a_test() -> None:
     time.sleep(600)
 
 
-ACTIONS = {"raise": fail, "hang": stuck_in_a_test}
+def full() -> None:
+    raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch names its own."""
+
+    __module__ = "torch"
+
+
+ACTIONS = {"raise": fail, "hang": stuck_in_a_test, "full": full}
