@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -92,16 +93,22 @@ def _kernel_findings(gpu: bool) -> Iterator[Finding]:
 
 
 def switch_findings(capabilities: Sequence[tuple[int, int]]) -> Iterator[Finding]:
-    """Which values of the switches cannot run, on each kind of GPU.
+    """Which values of the switches cannot run, and why, on each kind of GPU.
 
     Args:
         capabilities: compute capability of each GPU; empty without one.
     """
     kinds: list[tuple[int, int] | None] = [*sorted(set(capabilities))] or [None]
     for capability in kinds:
-        where = "without a GPU" if capability is None else "on compute capability " + ".".join(map(str, capability))
-        names = [name if value is True else f"{name} {value}" for name, value in refused_values(capability)]
-        yield Finding("switches", f"cannot run here, {where}: {', '.join(names) or 'none'}")
+        number = ".".join(map(str, capability or ()))
+        where = f", on compute capability {number}" if len(kinds) > 1 else ""
+        reasons: dict[str, list[str]] = {}
+        for (name, value), message in refused_values(capability).items():
+            # "attention is 'fa3', which needs a GPU; here it may be auto, cpu": what may be chosen instead is left out.
+            reason = re.split(r"; |\. ", message.partition(", which ")[2])[0]
+            reasons.setdefault(reason, []).append(name if value is True else f"{name} {value}")
+        listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+        yield Finding("switches", f"cannot run here{where}: {listed or 'none'}")
 
 
 def _broken(package: str, error: Exception, gpu: bool) -> Finding:

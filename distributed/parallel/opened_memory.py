@@ -70,7 +70,8 @@ def way_of(group: dist.ProcessGroup) -> str:
     """For the status, how `group` exchanges: symmetric, relayed or packed, and why it is not the one before."""
     reasons = _reasons.get(group.group_name, [])
     names = ["symmetric", "relayed through the host's memory", "packed"]
-    return names[len(reasons)] + (f" ({'; '.join(reasons)})" if reasons else "")
+    # Both ways may have failed for one reason.
+    return names[len(reasons)] + (f" ({'; '.join(dict.fromkeys(reasons))})" if reasons else "")
 
 
 def _open(group: dist.ProcessGroup, nbytes: int, device: torch.device) -> PeerMemory | None:
@@ -87,8 +88,10 @@ def _open(group: dist.ProcessGroup, nbytes: int, device: torch.device) -> PeerMe
             memory, reason = _made(kind, group, nbytes, device)
             if memory is not None:
                 return memory
-        reasons.append(reason or "another rank cannot")
-        log.info("not through memory: %s", reasons[-1])
+        reason = reason or "another rank cannot"
+        if reason not in reasons:
+            log.info("not through memory: %s", reason)
+        reasons.append(reason)
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,24 @@ def test_the_doctor_says_the_same(machine: Any):
     for capability, packages, expected in MACHINES.values():
         machine(capability, packages)
         (found,) = switch_findings(sorted(compute_capabilities().values()))
-        listed = found.text.partition(": ")[2].replace("torch_compile", "torch_compile True")
+        groups = re.findall(r"([^();:]+) \((?:needs|is|makes) [^()]+\)", found.text.partition(":")[2])
+        listed = ", ".join(group.strip() for group in groups).replace("torch_compile", "torch_compile True")
         assert set(listed.split(", ")) == expected
+
+
+def test_the_doctor_says_why(machine: Any, monkeypatch: pytest.MonkeyPatch):
+    machine("9.0", packages=True)
     (found,) = switch_findings([(9, 0), (9, 0)])
-    assert found.text == "cannot run here, on compute capability 9.0: attention cpu"
+    assert found.text == "cannot run here: attention cpu (is for machines without a GPU)"
+    by_capability = [found.text for found in switch_findings([(9, 0), (7, 5)])]
+    assert by_capability[0].startswith("cannot run here, on compute capability 7.5: linear_precision fp8 (needs a GPU ")
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda n, *a: None if n == "comfy_kitchen" else find(n, *a))
+    (found,) = switch_findings([(9, 0)])
+    assert found.text == (
+        "cannot run here: attention sol (needs the package comfy-kitchen, which is not installed); "
+        "attention cpu (is for machines without a GPU)"
+    )
 
 
 def test_an_engine_that_exchanges_nothing_may_be_missing(machine: Any):

@@ -198,6 +198,7 @@ def test_what_keeps_ranks_from_each_others_memory(
             {"row": ["no GPU", "the ranks are on several machines"]},
             "packed (no GPU; the ranks are on several machines)",
         ),
+        ({"row": ["the ranks are on several machines"] * 2}, "packed (the ranks are on several machines)"),
     ],
 )
 def test_the_status_says_which_exchange_ran(monkeypatch: pytest.MonkeyPatch, reasons: dict[str, Any], status: str):
@@ -213,6 +214,17 @@ def test_the_status_says_which_exchange_ran(monkeypatch: pytest.MonkeyPatch, rea
         assert report._sequence(job, session) == "Ulysses over 2 GPUs, packed"
     session.device = torch.device("cuda")
     assert report._sequence(job, session) == f"Ulysses over 2 GPUs, {status}"
+
+
+def test_one_reason_against_both_ways_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.setattr(opened_memory, "_places", lambda group, device: [[7, 0], [8, 0]])
+    monkeypatch.setattr(opened_memory, "everywhere", lambda holds, group, device: holds)
+    monkeypatch.setattr(opened_memory, "_reasons", {})
+    group: Any = SimpleNamespace(group_name="row", rank=lambda: 0)
+    with caplog.at_level("INFO"):
+        assert opened_memory._open(group, 1 << 20, torch.device("cpu")) is None
+    assert caplog.messages == ["not through memory: the ranks are on several machines"]
+    assert opened_memory.way_of(group) == "packed (the ranks are on several machines)"
 
 
 @pytest.mark.parametrize(
