@@ -198,6 +198,8 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
         stack.append(tuple(_pop(stack, _TUPLES[name])))
     elif name in ("SETITEM", "SETITEMS"):
         items = _pop(stack, 2) if name == "SETITEM" else _pop_marked(stack)
+        if len(items) % 2:
+            raise KeyError(items[-1])
         if isinstance(stack[-1], dict):
             pairs = zip(items[::2], items[1::2], strict=True)
             # Other keys, of nested lists for example, are none of tensors.

@@ -137,8 +137,11 @@ def test_host_memory_limits_what_waits_there():
     """Streaming on two GPUs, by processes that stay, keeps both experts for each of them: 108 GiB."""
     asked = {"use_fsdp": False, "gpu_count": 2, "keep_warm_seconds": 60.0}
     assert plan(workload(), request(**asked), machine(15.0, 15.0), host_bytes=256 << 30).parallel.stream_blocks
-    with pytest.raises(DoesNotFit, match="this size with 108 GiB of host memory, of which 58 are left"):
+    with pytest.raises(
+        DoesNotFit, match="fits is this size with 108 GiB of host memory, of which 58 are left"
+    ) as error:
         plan(workload(), request(**asked, offload_model=True), machine(15.0, 15.0), host_bytes=64 << 30)
+    assert error.value.size is None, "no smaller one leaves the host more"
     # With the choice it takes one GPU, for which 64 GiB are enough.
     staying = request(use_fsdp=False, keep_warm_seconds=60.0)
     assert plan(workload(), staying, machine(15.0, 15.0), host_bytes=64 << 30).parallel.gpu_count == 1
@@ -243,6 +246,10 @@ def test_of_many_gpus_those_with_most_free_memory_are_looked_at():
     free = [79.0, 30.0] * 6
     made = plan(workload(), request(gpu_count=4), machine(*free))
     assert set(made.parallel.gpu_ids) <= {"0", "2", "4", "6", "8", "10"} and "resident" in words(made)
+    # Of eight every choice is: two with a fast link between them, though others have a little more free.
+    free = [79.5, 79.0, 79.0, 79.5, 79.0, 79.0, 79.0, 79.0]
+    made = plan(workload(), request(gpu_count=2), machine(*free), Wires("host", pairs=True))
+    assert len({int(gpu) // 2 for gpu in made.parallel.gpu_ids}) == 1
 
 
 @pytest.mark.parametrize("how", ["auto", "on", "off"])
@@ -270,7 +277,13 @@ def test_what_takes_all_that_is_free_fits(monkeypatch: pytest.MonkeyPatch):
     need = estimate(work, Parallel(gpu_count=1)).total
     exact, short = (dataclasses.replace(machine(100.0)[0], free_bytes=size) for size in (need, need - 1))
     assert words(plan(work, asked, [exact])) == "0 ulysses1 resident"
+    assert [planning._fits(work, Parallel(gpu_count=1), size, None) for size in (need, need - 1)] == [True, False]
     assert words(plan(work, asked, [short])) != "0 ulysses1 resident"
+    monkeypatch.setattr(planning, "HOST_SHARE", 1)
+    streamed, waits = request(use_fsdp=False, stream_blocks=True), max(work.experts)
+    assert words(plan(work, streamed, machine(100.0), host_bytes=waits)) == "0 ulysses1 stream"
+    with pytest.raises(DoesNotFit):
+        plan(work, streamed, machine(100.0), host_bytes=waits - 1)
 
 
 def test_the_slowest_link_counts_and_links_are_in_this_order():

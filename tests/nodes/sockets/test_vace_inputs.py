@@ -115,6 +115,7 @@ def test_without_a_control_there_is_none():
         ({"image_embeds": wrapper(vace_start_percent=0.2)}, r"vace_start_percent of image_embeds"),
         ({"image_embeds": wrapper(vace_scale=[0.2, 0.3])}, "vace_scale of image_embeds is"),
         ({"image_embeds": wrapper(vace_context=[noise(1)])}, r"it must be \[96, T, h, w\]"),
+        ({"image_embeds": wrapper(vace_context=[noise(96, 0, 6, 8)])}, r"\[96, 0, 6, 8\]; it must be \[96, T, h, w\]"),
         ({"image_embeds": wrapper(vace_context="x")}, "vace_context of image_embeds is str"),
         ({"image_embeds": wrapper(additional_vace_inputs=["x"])}, "additional_vace_inputs of image_embeds is list"),
         (

@@ -121,6 +121,8 @@ def test_bytes_behind_the_last_tensor(tmp_path: Path) -> None:
         (b"PK\x03\x04" + bytes(40), "a zip archive"),
         (b"GGUF" + bytes(40), "a GGUF file"),
         (b"\x80\x02}q\x00." + bytes(10), "a Python pickle"),
+        (b"\x80\x05}\x94." + bytes(10), "a Python pickle"),
+        (b"\x80\x01}q\x00." + bytes(10), "of an unknown format"),
         (b'{"error": "not found"}', "a JSON file"),
         (bytes(1000), "a file of zero bytes"),
         (b"what is this then, I wonder", "of an unknown format"),

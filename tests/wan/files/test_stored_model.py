@@ -78,6 +78,7 @@ def test_what_a_list_of_tensors_does_not_need_is_refused(tmp_path: Path):
         (b"\x80\x02}q\x00", "exhausted before seeing STOP"),
         (b"\x80\x02h\x05.", "is damaged"),
         (b"\x80\x02\x85.", "is damaged"),
+        (b"\x80\x02}(X\x01\x00\x00\x00au.", "is damaged"),
         (b".", "is damaged"),
     ):
         with pytest.raises(ValueError, match=words):

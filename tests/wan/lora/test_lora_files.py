@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -46,6 +47,13 @@ def refusal(path: Path, tensors: dict[str, Tensor], targets: dict[str, tuple[int
 def model_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in WanModel(config).named_parameters()}
+
+
+def test_what_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = matrices(Q) | {f"{Q}.lora_up.weight": torch.zeros(32, 2, dtype=torch.int8)}
+    assert refusal(tmp_path, whole) == f"{Q}.lora_up.weight is torch.int8; it must be of a float dtype"
+    monkeypatch.setattr(Lora, "_plan", Mock(side_effect=OSError(5, "Input/output error")))
+    assert "Input/output error" in refusal(tmp_path, matrices(Q))
 
 
 PEFT = {"r": RANK, "lora_alpha": 6, "use_rslora": False, "alpha_pattern": {}}
