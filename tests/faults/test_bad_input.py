@@ -69,6 +69,8 @@ JOB = Job(id="0f", model=MODEL, parallel=PARALLEL, sampling=SAMPLING, text=Text(
         (PARALLEL, "gpu_ids", ("0", "; x"), "indices of nvidia-smi or UUIDs"),
         (PARALLEL, "sparse_tau", 0.0, "0.1 to 3"),
         (PARALLEL, "sparse_tau", 3.1, "0.1 to 3"),
+        (PARALLEL, "exact_steps", 101, "0 to 100"),
+        (PARALLEL, "exact_blocks", "1-", "empty, or numbers and ranges of them, such as 0-2, 39, all below 1000"),
         (dataclasses.replace(PARALLEL, gpu_count=3), "cfg_parallel", True, "off with an odd number"),
         (JOB, "version", 1, "version is 1"),
     ],
