@@ -142,6 +142,16 @@ def test_changes_that_depend_on_the_weight_see_it_without_the_others(tmp_path: P
         assert_close(rows, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["DoRA", "OFT"])
+def test_a_weight_in_fewer_bits_is_rounded_once(tmp_path: Path, case: str):
+    lora = Lora(write(tmp_path / "l.safetensors", CASES[case]()[0]), STRENGTH, TARGETS)
+    short = random_weights()[WEIGHT].bfloat16()
+    whole = short.float()
+    merge([lora], WEIGHT, short, 0)
+    merge([lora], WEIGHT, whole, 0)
+    assert torch.equal(short, whole.bfloat16())
+
+
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("stored", ["fp32", "fp8"])
 def test_every_family_under_fsdp(tmp_path: Path, world: int, stored: str):

@@ -13,7 +13,18 @@ from wan_pack.benchmarks.released_sizes import WAN_CONFIGS
 from wan_pack.distributed.job.control_inputs import CONTROLS
 from wan_pack.wan.model.config import MAX_LAYERS, WanConfig, config_from_shapes
 from wan_pack.wan.model.latent_space import TEMPORAL_STRIDE
-from wan_pack.wan.model.variants import CONTROL, FRAMES, MASK, REFUSED, VARIANTS, Refused, Variant, check_runs, takers
+from wan_pack.wan.model.variants import (
+    CONTROL,
+    FRAMES,
+    MASK,
+    REFUSED,
+    VARIANTS,
+    Refused,
+    Variant,
+    check_runs,
+    takers,
+    variant_of,
+)
 from wan_pack.wan.sampling.image_channels import CHANNELS
 from wan_pack.wan.transformer.transformer import WanModel
 
@@ -50,6 +61,8 @@ def test_a_variant_without_a_row_is_refused_by_its_channels():
     shapes = shapes_of(replace(TINY, in_dim=17))
     with pytest.raises(ValueError, match=r"17 latent channels in and 16 out, not one of 16 .* and 16 out \(T2V\)"):
         check_runs(shapes)
+    with pytest.raises(ValueError, match="with 16 latent channels in and 16 out and emb_pos, img_emb, ref_conv, not"):
+        variant_of((16, 16), frozenset({"ref_conv", "img_emb", "emb_pos"}))
 
 
 def test_models_have_names_for_people():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from wan_pack.wan.model.patch import patchify
@@ -9,7 +11,7 @@ from wan_pack.wan.model.variants import VARIANTS
 from wan_pack.wan.sampling.conditioning import build_conditioning, start_latents
 from wan_pack.wan.sampling.control import build_controls
 from wan_pack.wan.sampling.denoise import Known, denoise, noised
-from wan_pack.wan.sampling.image_channels import image_frames, image_mask
+from wan_pack.wan.sampling.image_channels import Given, image_frames, image_mask
 from wan_pack.wan.sampling.picture import fit_image, fit_mask
 from wan_pack.wan.sampling.schedule import SOLVERS, make_solver
 from wan_pack.wan.vae.latents import denormalise
@@ -228,3 +230,13 @@ def test_what_is_over_is_cut_off_not_squeezed(wide: bool):
     assert (small.any(1).sum().item(), small.any(0).sum().item()) == (16, 16)
     square = fit_image(large[..., None].expand(-1, -1, 3), 64, 32, TI2V)[0] > 0
     assert (square.any(1).sum().item(), square.any(0).sum().item()) == (16, 16)
+
+
+def test_a_picture_and_a_control_video_have_zeros_behind_them():
+    given = Given(start=torch.full((3, 32, 48), 0.5), num_frames=9, shape=(16, 3, 4, 6), encode=encode)
+    assert torch.equal(given.followed(), torch.zeros(16, 3, 4, 6))
+    picture = given.picture()
+    assert torch.equal(picture[:, :1], torch.full((16, 1, 4, 6), 0.5)) and not picture[:, 1:].any()
+    followed = replace(given, start=None, control=torch.full((3, 5, 32, 48), 0.25))
+    assert torch.equal(followed.followed()[:, :2], torch.full((16, 2, 4, 6), 0.25))
+    assert not followed.followed()[:, 2:].any() and not followed.picture().any()
