@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..job.json_files import read_json
 from ..machine.processes import AGENT_VARIABLE, Process, descendants, kill_all, members, signal_name
+from .early_ranks import EarlyRanks
 from .group_folder import GroupDir
 from .last_words import leave_words
 
@@ -29,27 +30,36 @@ on a rank that is frozen or ignores SIGTERM, and no rank has anything to save.""
 def main(folder: GroupDir) -> int:
     """Runs the ranks of the group in `folder`. Returns the exit code."""
     threading.Thread(target=end_with_stdin, args=(folder.path,), daemon=True).start()
-    from . import rendezvous
-
-    rendezvous.register()
     try:
         ranks = int(read_json(folder.group)["ranks"])
-        return run_ranks(folder.path, _one_machine(folder, ranks, rendezvous.BACKEND), folder.failures)
+        os.environ[AGENT_VARIABLE] = str(os.getpid())
+        early = EarlyRanks(rank_command(folder.path), ranks)
+        # After the ranks: both import torch.
+        from . import rendezvous
+
+        rendezvous.register()
+        return run_ranks(folder.path, _one_machine(folder, ranks, rendezvous.BACKEND), folder.failures, early)
     except Exception as error:
         leave_words(folder.failures, {"message": f"{type(error).__name__}: {error}", "failures": []})
         raise
 
 
-def run_ranks(group_folder: Path, options: Sequence[str], failures: Path) -> int:
+def run_ranks(group_folder: Path, options: Sequence[str], failures: Path, early: EarlyRanks | None = None) -> int:
     """Runs the ranks that torchrun's `options` ask for. Returns the exit code.
 
     Those that fail are its last words, also left in the file `failures`: at once, and again when all have ended.
+
+    Args:
+        early: the ranks, if they run already.
     """
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
     from torch.distributed.run import parse_args, run
 
     os.environ[AGENT_VARIABLE] = str(os.getpid())
+    if early is not None:
+        early.hand_over(SubprocessHandler)
     _say_and_end_soon(SubprocessContext, failures)
     try:
         run(parse_args(_torchrun_arguments(group_folder, options)))
@@ -72,10 +82,14 @@ def _leave_failures(path: Path, failures: Mapping[int, ProcessFailure]) -> None:
     leave_words(path, {"failures": ended})
 
 
+def rank_command(group_folder: Path) -> list[str]:
+    """What Python is to run as a rank."""
+    return [str(Path(__file__).resolve().parent.parent / "__main__.py"), "worker", str(group_folder)]
+
+
 def _torchrun_arguments(group_folder: Path, options: Sequence[str]) -> list[str]:
     # torchrun replaces ${local_rank} in what it passes on, and $$ by $.
-    script = str(Path(__file__).resolve().parent.parent / "__main__.py")
-    passed_on = [argument.replace("$", "$$") for argument in (script, "worker", str(group_folder))]
+    passed_on = [argument.replace("$", "$$") for argument in rank_command(group_folder)]
     return ["--max-restarts=0", "--monitor-interval=0.1", "--rdzv-id=job", *options, *passed_on]
 
 

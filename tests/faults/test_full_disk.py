@@ -63,7 +63,8 @@ def test_fault_16_processes_meet_on_no_disk(tiny_models: Path, tmp_path: Path):
     run_tiny(tiny_job(tiny_models), tmp_path, on_progress=watch).remove()
     assert watch.at
     rest = {name for name in found if not name.startswith(("bell-", "request-"))}
-    assert rest == {"owner.lock", "group.json", "agent.log", "torchrun"}
+    # The agent's own folder may come later than the ranks' first step.
+    assert rest - {"torchrun"} == {"owner.lock", "group.json", "agent.log"}
 
 
 def test_fault_16_the_log_may_be_all_that_names_it():
