@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 POLL = 0.003
@@ -51,6 +51,17 @@ class Phases:
                 continue
             name = value["phase"] if value["phase"] != "denoise" or not value["step"] else f"step {value['step']}"
             self.seen.setdefault(name, written - self._start)
+
+    def start_spans(self, reported: Sequence[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
+        """Name, seconds since the job was asked for, and seconds of what its start consisted of, as it began.
+
+        Args:
+            reported: `spans` of result.json.
+        """
+        return sorted(
+            ((name, round(start - self._start, 3), round(seconds, 3)) for name, start, seconds in reported),
+            key=lambda span: span[1],
+        )
 
     def spans(self, reported: Mapping[str, float]) -> dict[str, float]:
         """Seconds of each part of the job, in order; they add up to its total.

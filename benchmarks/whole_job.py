@@ -4,9 +4,9 @@
 
 For each number of GPUs a fresh group of processes runs each combination of --models, --sizes, --pictures, --guidance
 and --steps twice: the first job of the group is cold (its files are in the system's cache), the first of another
-combination says what it changes, the second of each is warm, with another seed. Appends a JSON line for each job to
-benchmarks/results.jsonl; tables.py makes a table of them. On a machine without a GPU, with `--models tiny
-tiny-i2v`, the same runs on CPU processes.
+combination says what it changes, the second of each is warm, with another seed. Each part of a cold start is printed.
+Appends a JSON line for each job to benchmarks/results.jsonl; tables.py makes a table of them. On a machine without a
+GPU, with `--models tiny tiny-i2v`, the same runs on CPU processes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ GUIDANCE = {"off": False, "cfg": True, "ulysses": True}
 """off: one pass a step. With two: half of the GPUs each (CFG parallel), or all of them one after the other."""
 KEEP_WARM = 900.0
 READ_THREADS = 8
-READ_BYTES = 8 << 30
-"""Of an expert's files, enough to time a plain read."""
 
 
 def combinations(arguments: argparse.Namespace, gpus: int) -> Iterator[tuple[Shape, str]]:
@@ -44,9 +42,9 @@ def combinations(arguments: argparse.Namespace, gpus: int) -> Iterator[tuple[Sha
             yield Shape(model, size, steps, pictures, GUIDANCE[guidance], arguments.text == "encoded"), guidance
 
 
-def read_rate(files: list[Path], threads: int) -> float:
-    """GB per second of reading files that the system has in its cache, which this brings them into."""
-    left, pieces = READ_BYTES, []
+def read_rate(files: list[Path], threads: int, gib: int) -> float:
+    """GB per second of reading so much of files that the system has in its cache, which this brings them into."""
+    left, pieces = gib << 30, []
     for file in files:
         size = file.stat().st_size
         take = min(size, left)
@@ -111,6 +109,7 @@ class Runner:
             "guidance": guidance, "text": self.arguments.text, "seed": shape.seed,
             "start": self.start_of(shape, guidance, change, kept=warm), "kept_group": warm, "seconds": spans,
             "first_step_done": round(phases.seen.get("step 1", 0.0), 3),
+            "start_spans": phases.start_spans(info.get("spans", ())),
             "seconds_per_step": round(min(info["step_seconds"][1:] or info["step_seconds"]), 4),
             "phases": {name: round(seconds, 3) for name, seconds in info["phases"].items()},
             "load_gb_per_s": None if warm or not spans.get("load") else round(bytes_read / spans["load"] / 1e9, 2),
@@ -154,6 +153,12 @@ def settings_of(texts: list[str]) -> dict[str, Any]:
     return values
 
 
+def start_table(line: dict[str, Any]) -> str:
+    """What rank 0 did until the first step: when each part began and ended. Some ran side by side."""
+    rows = [f"  {at:6.2f} {at + seconds:6.2f} {seconds:6.2f} s  {name}" for name, at, seconds in line["start_spans"]]
+    return "\n".join([*rows, f"         {line['first_step_done']:6.2f}           first step done"])
+
+
 def summary(line: dict[str, Any]) -> str:
     parts = " ".join(f"{name} {seconds:.2f}" for name, seconds in line["seconds"].items())
     return f"{line['gpus']} GPU {line['model']} {line['size']} {line['pictures']} ({line['start']}): {parts}"
@@ -170,6 +175,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[4])
     parser.add_argument("--text", default="given", choices=["given", "encoded"], help="rows, or a prompt for umT5")
     parser.add_argument("--repeats", type=int, default=2, help="jobs of each combination in a group")
+    parser.add_argument("--plain-read", type=int, default=8, help="GiB of an expert's files to time plain reads of")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of Parallel")
     parser.add_argument(
         "--changes", nargs="*", default=[], metavar="NAME=VALUE,...", help="one after another, and back"
@@ -184,7 +190,8 @@ def main() -> None:
         start = time.perf_counter()
         files = sorted((write_model(arguments.folder, model) / "high_noise_model").glob("*.safetensors"))
         written = time.perf_counter() - start
-        rates[model] = {str(threads): read_rate(files, threads) for threads in (1, READ_THREADS)}
+        threads = (1, READ_THREADS) if arguments.plain_read else ()
+        rates[model] = {str(count): read_rate(files, count, arguments.plain_read) for count in threads}
         print(f"{model}: written in {written:.1f} s, plain reads in GB/s by threads: {rates[model]}", flush=True)
     seen: dict[Shape, Any] = {}
     for gpus in arguments.gpus:
@@ -202,6 +209,8 @@ def main() -> None:
                 line["latents_difference"] = difference(seen.setdefault(shape, latents), latents)
                 append_results(line, arguments.results)
                 print(summary(line), flush=True)
+                if line["start"] == "cold":
+                    print(start_table(line), flush=True)
         finally:
             runner.pool.release()
 

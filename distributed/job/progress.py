@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from .job import JobError
@@ -19,6 +20,10 @@ WORDS = {
     "write": "writing the video",
     "done": "finishing",
 }
+
+
+Span = Callable[[str], AbstractContextManager[object]]
+"""Measures what is done within, by the name that it is given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

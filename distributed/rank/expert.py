@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...wan.checkpoint.checkpoint import Checkpoint
-from ...wan.checkpoint.weights import COMPUTE_DTYPES, empty_model, kept_weights
+from ...wan.checkpoint.weights import COMPUTE_DTYPES, empty_model, kept_weights, take_memory
 from ...wan.lora.beside import LORA_FACTORS
 from ...wan.lora.lora import Lora
 from ...wan.lora.merging import changes
@@ -37,6 +37,7 @@ from ..planning.workload import keeping_of
 from ..weights.offload import HostParking
 from ..weights.prefetch import OnRead, Prefetch
 from ..weights.streaming import BlockStream
+from ..weights.warm_up import NOTHING_BESIDE, BesideReading
 
 Weights = HostParking | BlockStream
 """What holds an expert's weights, and takes them off the device and back."""
@@ -95,23 +96,15 @@ def build_expert(
     if device.type == "cuda" and use_int8_products(model):
         log.info("products of int8 by comfy-kitchen")
     parallelize_wan(
-        model,
-        mesh,
-        shard=shard,
-        attention=attention,
-        use_fsdp=parallel.use_fsdp,
-        gather=parallel.gather,
-        ulysses_engine=parallel.ulysses_engine,
-        torch_compile=parallel.torch_compile,
-        memory_optimization=parallel.memory_optimization,
-        ops=ops,
-        exact_attention=exact_attention,
+        model, mesh, shard=shard, attention=attention, use_fsdp=parallel.use_fsdp, gather=parallel.gather,
+        ulysses_engine=parallel.ulysses_engine, torch_compile=parallel.torch_compile,
+        memory_optimization=parallel.memory_optimization, ops=ops, exact_attention=exact_attention,
         exact_blocks=numbers_in(parallel.exact_blocks),
-    )
+    )  # fmt: skip
     if parallel.stream_blocks:
         weights: Weights = BlockStream(model, device)
     else:
-        model.to_empty(device=device)
+        take_memory(model, device)
         weights = HostParking(model)
 
     reading = SharedReading.of(parallel, mesh, device)
@@ -128,7 +121,7 @@ def load_expert(
     loras: Sequence[LoraSpec] = (),
     *,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
-    meanwhile: Callable[[], None] = lambda: None,
+    beside: BesideReading = NOTHING_BESIDE,
     on_send: Callable[[], None] = lambda: None,
     on_weights: Callable[[Weights], None] = lambda weights: None,
     **settings: Any,
@@ -136,13 +129,16 @@ def load_expert(
     """What `build_expert` makes with the same `settings`, its weights read.
 
     Args:
-        meanwhile: called on this thread while others read the weights.
+        beside: on this thread, while others read the weights.
         on_send: called when this rank's part is read, where the ranks hand each other theirs.
         on_weights: given what holds the weights.
     """
-    built = build_expert(files, loras, **settings)
-    built.read(on_tensor=on_tensor, meanwhile=meanwhile)
-    built.send(on_send=on_send)
+    with beside.span("model built"):
+        built = build_expert(files, loras, **settings)
+    with beside.span("weights read"):
+        built.read(on_tensor=on_tensor, meanwhile=partial(beside.use, built.model))
+    with beside.span("weights shared"):
+        built.send(on_send=on_send)
     on_weights(built.weights)
     return built.model
 

@@ -6,6 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from ...wan.model.attention import Attention
 from ...wan.transformer.transformer import WanModel
 from ..job.job import FileIdentity, Parallel
 from ..job.model_files import ExpertFiles, ModelFiles
-from ..libraries.library_imports import import_diffusers
 from ..machine.host_memory import available_bytes
 from ..parallel.mesh import Mesh
 from ..parallel.parallelize import Computing, compute_as, release_gathered, set_shard
@@ -25,15 +25,13 @@ from ..parallel.shared_reading import SharedReading
 from ..planning.plan import HOST_SHARE
 from ..weights.free_memory import free_bytes, free_host_bytes
 from ..weights.prefetch import OnRead, Prefetch, read_ahead
+from ..weights.warm_up import NOTHING_BESIDE, BesideReading
 from .expert import PendingExpert, Weights, build_expert, load_expert, relora_expert
 
 log = logging.getLogger(__name__)
 
 OnTensor = Callable[[str, int, int], None]
 """(message, tensors read, tensors in all), called while weights are loaded; 0 of 0 where none are counted."""
-
-
-def _nothing() -> None: ...
 
 
 class ExpertCache:
@@ -82,7 +80,7 @@ class ExpertCache:
 
     def load(
         self, names: Sequence[str], wanted: Mapping[str, ExpertFiles], parallel: Parallel, mesh: Mesh | None,
-        shard: SequenceShard, on_tensor: OnTensor,
+        shard: SequenceShard, on_tensor: OnTensor, beside: BesideReading = NOTHING_BESIDE,
     ) -> None:  # fmt: skip
         """Loads the expert that runs first and begins to read the other's files; what a job before has loaded stays.
 
@@ -92,6 +90,7 @@ class ExpertCache:
         Args:
             names: of the experts that the schedule runs, in its order.
             wanted: name -> what it is made from; one of another name stays as it is.
+            beside: of the first that is made.
         """
         settings = {
             "parallel": parallel, "mesh": mesh, "shard": shard, "device": self._device,
@@ -108,8 +107,6 @@ class ExpertCache:
         stale = [name for name in names if self._made_of.get(name) != wanted[name]]
         later = [name for name in stale if name != names[0] and name not in self.models]
         now = [name for name in stale if name not in later]
-        # With one core per rank both would only wait for each other.
-        meanwhile = import_diffusers if self._device.type == "cuda" else _nothing
         # The one that runs first is read last, so that it is the one on the device.
         for index, name in enumerate(reversed(now)):
 
@@ -119,11 +116,14 @@ class ExpertCache:
             if parallel.parks_experts:
                 for other in set(self.weights) - {name}:
                     self.weights[other].park()
-            self._load(name, wanted[name], settings, report, meanwhile, lambda: on_tensor("sharing the weights", 0, 0))
+            sharing = partial(on_tensor, "sharing the weights", 0, 0)
+            self._load(name, wanted[name], settings, report, beside, sharing)
+            beside = replace(beside, use=NOTHING_BESIDE.use)
         for name in names:
             log.debug("%s expert: %s", name, "loaded now" if name in now else "read later" if name in later else "kept")
             if name in later:
-                self._pending[name] = self._read_ahead(name, wanted[name], settings)
+                with beside.span("second model built"):
+                    self._pending[name] = self._read_ahead(name, wanted[name], settings)
             else:
                 set_shard(self.models[name], shard)
                 if not parallel.parks_experts:
@@ -231,7 +231,7 @@ class ExpertCache:
 
     def _load(
         self, name: str, wanted: ExpertFiles, settings: dict[str, Any], report: OnRead,
-        meanwhile: Callable[[], None] = _nothing, on_send: Callable[[], None] = _nothing,
+        beside: BesideReading = NOTHING_BESIDE, on_send: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         if name in self.models and not self._everywhere(self._made_of[name].loras_are_there):
             # What they changed cannot be known any more; a file may go between two ranks' looks.
@@ -249,7 +249,7 @@ class ExpertCache:
         if name not in self.models:
             self.models[name] = load_expert(
                 wanted.paths, wanted.specs, expert=wanted.side, **settings,
-                on_tensor=report, meanwhile=meanwhile, on_send=on_send,
+                on_tensor=report, beside=beside, on_send=on_send,
                 on_weights=partial(self.weights.__setitem__, name),
             )  # fmt: skip
         self._made_of[name] = wanted

@@ -30,6 +30,7 @@ from ..parallel.passes import Pass, evaluate_passes
 from ..parallel.sequence import SequenceShard, gather_bytes
 from ..planning.gpu_memory import Workload, evaluation_bytes, weights_at_rest
 from ..planning.workload import workload_of_forwards
+from ..weights.warm_up import BesideReading
 from .kept_conditions import KeptConditions
 from .report import gather_peaks, result_of
 from .session import Stopped
@@ -84,7 +85,10 @@ class ForwardsWork(Work[ForwardsJob]):
         if not session.experts.is_on_device(self.name):
             self.make_room(weights_at_rest(work, parallel))
         shard = session.shard(self.job, (1, 1, 1))
-        session.experts.load([self.name], {self.name: wanted}, parallel, session.mesh, shard, self.files.say)
+        session.experts.load(
+            [self.name], {self.name: wanted}, parallel, session.mesh, shard, self.files.say,
+            BesideReading(lambda model: session.get_ready(model, self.job, None, self.files.span), self.files.span),
+        )  # fmt: skip
         session.experts.weights[self.name].fetch()
         self.model = session.experts.models[self.name]
 

@@ -44,12 +44,14 @@ def video_size(job: Job, session: Session) -> dict[str, int]:
 
 def result_of(
     job: GroupJob, session: Session, *, phases: dict[str, float], step_seconds: list[float], peaks: Peaks,
-    notes: Sequence[str] = (), reused: Sequence[int] | None = None, **made: Any,
+    spans: Sequence[tuple[str, float, float]] = (), notes: Sequence[str] = (), reused: Sequence[int] | None = None,
+    **made: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The object for result.json.
 
     Args:
         phases: name -> seconds.
+        spans: of rank 0 (`RankFiles.spans`).
         notes: for the status, of what only the run could know.
         reused: indices of the steps that the model was not asked for; None where the job has no steps.
         made: what only this kind of job has.
@@ -59,6 +61,7 @@ def result_of(
         "version": VERSION,
         **made,
         "phases": phases,
+        "spans": spans,
         "step_seconds": step_seconds,
         **({} if reused is None else {"reused_steps": reused}),
         "peak_gpu_bytes": [gpu for gpu, _ in peaks],

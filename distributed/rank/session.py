@@ -17,6 +17,7 @@ from ...wan.checkpoint.weights import COMPUTE_DTYPES
 from ...wan.model.attention_kernels import AttentionKernel, choose_kernel
 from ...wan.model.kernels.choice import choose_ops
 from ...wan.model.sparse import SparseAttention, block_order, sparse_kernel, sparse_steps
+from ...wan.transformer.transformer import WanModel
 from ...wan.vae.autoencoder import load_vae
 from ...wan.vae.preview import PreviewMap, preview_of_vae
 from ...wan.vision.seen_pictures import SeenPictures
@@ -24,12 +25,14 @@ from ..group.group_folder import GroupDir
 from ..job.job import GroupJob, Job, JobError, Parallel, VaeJob
 from ..job.job_folder import JobDir
 from ..job.needs import check_needs
+from ..job.progress import Span
 from ..libraries.library_imports import import_diffusers
 from ..machine.memory_file import STORE_VARIABLE
 from ..parallel.mesh import Mesh, init_mesh
 from ..parallel.sequence import SequenceShard, gather_bytes
 from ..parallel.split_vae import RankVae
 from ..parallel.symmetric import let_go
+from ..weights.warm_up import get_ready
 from .experts import ExpertCache
 from .prompts import PromptEncoder
 
@@ -177,6 +180,11 @@ class Session:
             known = self._meshes.get(parallel.cfg_size)
             self.mesh = known or self.mesh.laid_out(parallel.cfg_size, timedelta(seconds=timeout))
             self._remember_mesh()
+
+    def get_ready(self, model: WanModel, job: GroupJob, shard: SequenceShard | None, span: Span) -> None:
+        """As `weights.warm_up.get_ready`, which see. Collective."""
+        kernel = None if self.sparse is not None else self.kernel
+        get_ready(model, job.parallel, shard, mesh=self.mesh, device=self.device, kernel=kernel, span=span)
 
     def check_stop(self, folder: JobDir, job: GroupJob) -> None:
         """After each step, on every rank. Raises Stopped on all of them if one has seen the request by now."""

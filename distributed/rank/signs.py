@@ -8,6 +8,8 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from ..group.last_words import leave_words
@@ -34,6 +36,9 @@ class RankFiles:
         self.step = 0
         self._written = 0.0
         self._failed = False
+        self.spans: list[tuple[str, float, float]] = []
+        """Name, when it began in seconds since 1970, and seconds that it took, of what a start consists of. Some run
+        side by side."""
 
     def progress(
         self, phase: str, step: int, total: int, *, seconds_per_step: float | None = None, message: str = ""
@@ -65,6 +70,22 @@ class RankFiles:
         if message and not total:
             log.info(message)
         self.progress(self.phase, done, total, message=message)
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Notes how long what is done within takes, on any thread."""
+        start = time.time()
+        try:
+            yield
+        finally:
+            self.spans.append((name, start, time.time() - start))
+
+    def own_start(self) -> None:
+        """Notes how long this process has been there: until Python ran this."""
+        assert self._process is not None
+        ticks = self._process.started / os.sysconf("SC_CLK_TCK")
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks
+        self.spans.append(("process", time.time() - age, age))
 
     def error(self, error: BaseException) -> None:
         """Keeps the exception, in the rank's own words. The first one: later ones are its consequences."""

@@ -15,26 +15,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...wan.checkpoint.checkpoint import Checkpoint
-from ...wan.model.config import HIGH_NOISE, LOW_NOISE, PICTURE_ROWS, TEXT_LEN
-from ...wan.sampling.conditioning import Conditioning, build_conditioning
+from ...wan.model.config import HIGH_NOISE, LOW_NOISE, TEXT_LEN
 from ...wan.sampling.denoise import Guidance, Known, denoise, draw_noise
 from ...wan.sampling.schedule import make_solver
 from ...wan.sampling.step_cache import StepCache
 from ...wan.transformer.context import pad_text
+from ...wan.transformer.transformer import WanModel
 from ...wan.vae.latents import denormalise, normalise
+from ...wan.vae.preview import PreviewMap
 from ..group.group_folder import GroupDir
-from ..job.input_tensors import CLIP_FEATURES, CLIP_PICTURES, CONTEXT, CONTEXT_NULL, latents_shape
+from ..job.input_tensors import CONTEXT, CONTEXT_NULL, latents_shape
 from ..job.job import Job, JobError
 from ..job.job_folder import JobDir
 from ..job.progress import steady_seconds
 from ..job.sampling import rounded_timesteps
-from ..parallel.sequence import mean_size
+from ..parallel.sequence import SequenceShard, mean_size
 from ..planning.preflight import needs_negative
+from ..weights.warm_up import BesideReading
 from .expert import VelocityPredictor
 from .live_preview import PreviewWriter
 from .report import gather_peaks, result_of, video_of, video_size
 from .session import Session
 from .signs import MIN_INTERVAL, RankFiles
+from .video_start import VideoStart
 from .work import Work
 
 log = logging.getLogger(__name__)
@@ -50,6 +53,7 @@ class VideoWork(Work[Job]):
         """Indices of steps that took their velocity from an earlier one."""
         self.notes: list[str] = []
         """For the status: what only the run could know."""
+        self._preview_map: PreviewMap | None = None
 
     def run(self) -> None:
         with self.phase("start", "connecting the processes" if self.session.world > 1 else ""):
@@ -60,8 +64,10 @@ class VideoWork(Work[Job]):
         if latents is None:
             with self.phase("encode"):
                 texts = self.texts()
-                conditioning = self.conditioning()
-            latents = self.denoised(texts, conditioning)
+                self.start.look()
+                if not self.start.waits_for_reading(len(self.needed())):
+                    self.start.conditioning()
+            latents = self.denoised(texts)
         self.finish(latents)
 
     def kept_latents(self) -> Tensor | None:
@@ -77,12 +83,17 @@ class VideoWork(Work[Job]):
     def prepare(self) -> None:
         """The schedule, and the noise that it starts from."""
         sampling, model = self.job.sampling, self.job.model
-        self.config = Checkpoint([file.path for file in model.transformer]).config
+        checkpoint = Checkpoint([file.path for file in model.transformer])
+        self.config = checkpoint.config
         self.inputs = load_file(self.folder.inputs) if self.folder.inputs.exists() else {}
         shapes = {name: tuple(tensor.shape) for name, tensor in self.inputs.items()}
         self.noise = draw_noise(latents_shape(self.job, self.config, shapes), sampling.seed)
         self.steps = sampling.step_range
         self.solver = make_solver(sampling.solver, sampling.schedule_steps, sampling.shift, self.steps.start)
+        first = self.steps.start
+        # At its very start a schedule is pure noise, also where a solver's grid begins a hair below 1.
+        sigma = self.solver.sigmas[first] if first else 1.0
+        self.start = VideoStart(self.job, self.session, self.files, checkpoint, self.inputs, self.noise, sigma)
         present = [name for name in (HIGH_NOISE, LOW_NOISE) if getattr(model, name)]
         self.guidance = Guidance(
             low=sampling.guidance_low, high=sampling.guidance_high, boundary=sampling.boundary,
@@ -112,58 +123,48 @@ class VideoWork(Work[Job]):
             dist.broadcast(texts, src=0)
         return dict(zip((True, False), texts, strict=False))
 
-    def conditioning(self) -> Conditioning:
-        """What the video starts from; pictures are encoded by all ranks together."""
-        first, sampling = self.steps.start, self.job.sampling
-        return build_conditioning(
-            self.inputs | self.seen(), self.noise, variant=self.config.variant, num_frames=sampling.num_frames,
-            # At its very start a schedule is pure noise, also where a solver's grid begins a hair below 1.
-            sigma=self.solver.sigmas[first] if first else 1.0,
-            add_noise=sampling.add_noise,
-            encode=self.encode_pictures,
-        )  # fmt: skip
+    def needed(self) -> list[str]:
+        """The experts that the schedule runs."""
+        runs = {self.guidance.expert(self.solver.timesteps[index]) for index in self.steps}
+        return [name for name in (HIGH_NOISE, LOW_NOISE) if name in runs]
 
-    def seen(self) -> dict[str, Tensor]:
-        """What CLIP sees in the pictures that came for it. Collective."""
-        if CLIP_PICTURES not in self.inputs:
-            return {}
-        pictures = self.inputs[CLIP_PICTURES]
-        # One rank looks: reading the model takes longer than running it.
-        features = torch.zeros(len(pictures) * PICTURE_ROWS, self.config.clip_dim, device=self.device)
-        if self.rank == 0:
-            files = self.job.model.clip_vision
-            paths = [file.path for file in files]
-            features.copy_(self.session.pictures.features(paths, pictures, version=files, say=self.files.say))
-        if self.session.mesh is not None:
-            dist.broadcast(features, src=0)
-        return {CLIP_FEATURES: features.cpu()}
+    def while_reading(self, model: WanModel, shard: SequenceShard) -> None:
+        """What else is to be done before the first step. Collective."""
+        self.session.get_ready(model, self.job, shard, self.files.span)
+        self.start.conditioning()
+        self.preview_map()
+        # What all of it left in torch's hands would be cut up by the weights that come next.
+        self.session.rest()
 
-    def encode_pictures(self, video: Tensor) -> Tensor:
-        """[1, 3, n, H, W] in -1 to 1 -> [1, C, T, h, w] on the CPU. Collective."""
-        named = ("start_image", "end_image", "control_video", "reference_images")
-        given = [name.replace("_", " ") for name in named if name in self.inputs]
-        self.files.say(f"encoding the {' and the '.join(given) or 'control'}")
-        return self.session.vae(self.job).encode(video).cpu()
+    def preview_map(self) -> PreviewMap | None:
+        """On the rank that shows the video to come, if one does."""
+        if self._preview_map is None and self.job.preview and self.rank == 0:
+            self.files.say("preparing the live picture")
+            with self.files.span("live picture prepared"):
+                self._preview_map = self.session.preview_map(self.job)
+        return self._preview_map
 
-    def denoised(self, texts: dict[bool, Tensor], conditioning: Conditioning) -> Tensor:
+    def denoised(self, texts: dict[bool, Tensor]) -> Tensor:
         """Loads the experts and runs the loop. Returns the normalised latents [C, T, h, w], on every rank."""
         session, parallel = self.session, self.job.parallel
-        conditions = conditioning.conditions
-        grid = conditions.grid(tuple(self.noise.shape))
+        grid = self.start.grid()
         shard = session.shard(self.job, grid)
 
         def tokens_of(latents: Tensor) -> Tensor:
             return shard.split(conditions.tokens(latents)).to(self.device)
 
         with self.phase("load"):
-            runs = {self.guidance.expert(self.solver.timesteps[index]) for index in self.steps}
-            needed = [name for name in (HIGH_NOISE, LOW_NOISE) if name in runs]
             wanted = {name: self.job.model.expert(name) for name in (HIGH_NOISE, LOW_NOISE)}
-            session.experts.load(needed, wanted, parallel, session.mesh, shard, self.files.say)
-            self.files.say("preparing the live picture" if self.job.preview else "")
+            session.experts.load(
+                self.needed(), wanted, parallel, session.mesh, shard, self.files.say,
+                BesideReading(partial(self.while_reading, shard=shard), self.files.span),
+            )  # fmt: skip
+            conditioning, preview_map = self.start.conditioning(), self.preview_map()
+            conditions = conditioning.conditions
+            self.files.say("")
             group = None if session.mesh is None else session.mesh.ulysses_group
             preview = PreviewWriter(
-                self.folder.preview, preview_map=session.preview_map(self.job) if self.rank == 0 else None,
+                self.folder.preview, preview_map=preview_map,
                 grid=grid, shard=shard, group=group, steps=len(self.steps),
             ) if self.job.preview else None  # fmt: skip
         with self.phase("denoise"), session.kernel.activate():
@@ -253,7 +254,7 @@ class VideoWork(Work[Job]):
         if self.rank == 0:
             result = result_of(
                 self.job, self.session, phases=self.phase_seconds, step_seconds=self.step_seconds, peaks=peaks,
-                reused=self.reused, notes=self.notes,
+                spans=self.files.spans, reused=self.reused, notes=self.notes,
                 **video_of(self.job, self.session, frames=frames, latents_shape=shape),
             )  # fmt: skip
             self.folder.write_json(self.folder.result, result)

@@ -37,7 +37,8 @@ class Work(ABC, Generic[J]):
         """Before all else: the files are those that the job was written for, and the ranks have met."""
         for file in self.job.files:
             file.check_unchanged()
-        self.session.begin(self.job, self.group)
+        with self.files.span("ranks meet"):
+            self.session.begin(self.job, self.group)
 
     def check_same_job(self) -> None:
         """Raises JobError naming the first rank that has read another job than rank 0. Collective."""

@@ -36,7 +36,9 @@ def main(group: GroupDir, folder: JobDir, files: RankFiles, session: Session | N
         session: what this rank keeps of the group's job before; None for the first.
     """
     job = folder.read_job()
-    session = Session.of(job) if session is None else session
+    if session is None:
+        with files.span("device and kernels chosen"):
+            session = Session.of(job)
     try:
         with torch.no_grad():
             try:

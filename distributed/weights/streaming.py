@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...wan.checkpoint.weights import take_memory
 from ...wan.transformer.transformer import WanModel
 from ..parallel.page_locks import unlock_pages
 from .offload import HostParking, lock_or_say
@@ -40,7 +41,7 @@ class BlockStream:
         within = {module for block in self._blocks for module in block.modules()}
         for module in model.modules():
             if module not in within:
-                module.to_empty(device=device, recurse=False)
+                take_memory(module, device, recurse=False)
         self._rest = HostParking(model, without=self._blocks)
         self._slabs = [torch.empty(layout.size, dtype=torch.uint8) for layout in self._layouts]
         self._cuda = device.type == "cuda"

@@ -166,6 +166,25 @@ def test_phases_are_timed_by_the_files_and_add_up(tmp_path: Path, missed: str):
     assert sum(spans.values()) == pytest.approx(2 * spans["total"], abs=0.01)
 
 
+def test_the_parts_of_a_start_stand_in_its_order(tmp_path: Path):
+    """With when each began and ended, counted from when the job was asked for."""
+    import whole_job
+    from phases import Phases
+
+    before = time.time()
+    with Phases(tmp_path) as phases:
+        pass
+    spans = phases.start_spans([("weights read", before + 2, 3.5), ("process", before - 60, 61.25)])
+    assert [(name, seconds) for name, _, seconds in spans] == [("process", 61.25), ("weights read", 3.5)]
+    assert spans[1][1] - spans[0][1] == pytest.approx(62, abs=0.01) and spans[1][1] <= 2
+    line = {"start_spans": [("process", 0.5, 0.25), ("weights read", 2, 3.5)], "first_step_done": 7}
+    assert [row.split() for row in whole_job.start_table(line).splitlines()] == [
+        ["0.50", "0.75", "0.25", "s", "process"],
+        ["2.00", "5.50", "3.50", "s", "weights", "read"],
+        ["7.00", "first", "step", "done"],
+    ]
+
+
 def test_cases_side_by_side_never_share_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     import side_by_side
     from wan_pack.distributed.machine import gpus

@@ -46,6 +46,18 @@ def empty_model(
     )  # fmt: skip
 
 
+def take_memory(module: nn.Module, device: torch.device, *, recurse: bool = True) -> None:
+    """Gives what lies on the meta device memory on `device`, whatever is in it. As `nn.Module.to_empty`."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        if getattr(tensor, "placements", None) is not None:
+            return torch.empty_like(tensor, device=device)
+        # Asked for something like a tensor without memory, torch imports sympy: a second at the start of every rank.
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    module._apply(empty, recurse=recurse)
+
+
 def read_weights(
     model: nn.Module,
     checkpoint: Checkpoint,

@@ -40,8 +40,18 @@ def test_the_result_says_what_was_cut_and_how_large_the_video_is(job: Job, tmp_p
     assert note.endswith(" tokens; it was cut to 512, which is what the model takes")
     assert int(note.split()[2]) > 512
     check_frames(job, result)
+    check_spans(result)
     result.remove()
     assert not result.folder.path.exists()
+
+
+def check_spans(result: Result) -> None:
+    """Of what the start consisted of: each part once, in this order. One expert runs both steps."""
+    names = [name for name, _, _ in result.info["spans"]]
+    before = ["process", "import of torch", "device and kernels chosen", "ranks meet"]
+    assert names == [*before, "model built", "weights read", "weights shared"]
+    begun = [start for _, start, _ in result.info["spans"]]
+    assert begun == sorted(begun) and all(seconds >= 0 for _, _, seconds in result.info["spans"])
 
 
 def check_frames(job: Job, result: Result) -> None:

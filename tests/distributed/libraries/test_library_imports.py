@@ -11,12 +11,20 @@ import pytest
 SCRIPT = """
 import sys
 import torch
-loaded = "torch._dynamo" in sys.modules
+loaded, solver = "torch._dynamo" in sys.modules, "sympy" in sys.modules
 from mount import mount_pack
 mount_pack()
 import wan_pack.distributed.rank.worker
 assert ("torch._dynamo" in sys.modules) == loaded, "the compiler takes half a second, and most ranks compile nothing"
 assert "torch.distributed.fsdp" not in sys.modules
+from wan_pack.wan.checkpoint.weights import take_memory
+
+with torch.device("meta"):
+    layer = torch.nn.Linear(3, 2)
+take_memory(layer, torch.device("cpu"))
+assert layer.weight.shape == (2, 3) and not layer.weight.is_meta and layer.bias.device.type == "cpu"
+assert ("sympy" in sys.modules) == solver, "a second, for the memory of a model"
+
 from wan_pack.distributed.libraries.library_imports import MODULES, OPTIONAL, import_diffusers
 
 import_diffusers()
@@ -39,11 +47,18 @@ from mount import mount_pack
 mount_pack()
 from wan_pack.distributed.libraries import library_imports
 
-hides = []
+import gc
+import importlib
+from types import SimpleNamespace
+
+hides, collects = [], []
 hidden = library_imports.hidden
 library_imports.hidden = lambda names: hides.append(bool(names)) or hidden(names)
 {first}
+load = lambda name: collects.append(gc.isenabled()) or importlib.import_module(name)
+library_imports.importlib = SimpleNamespace(import_module=load)
 library_imports.import_diffusers()
+assert collects and not any(collects) and gc.isenabled()
 print(*hides)
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from patience import AT_ONCE
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.rank.signs import RankFiles
 
@@ -15,3 +16,15 @@ def test_that_it_is_done_is_the_last_that_a_rank_writes(tmp_path: Path, monkeypa
     monkeypatch.setattr(JobDir, "write_json", lambda folder, path, value: written.append(path))
     RankFiles(folder, 0).progress("done", 0, 0)
     assert written == [folder.progress, folder.alive(0)]
+
+
+def test_what_a_start_consists_of_is_noted_with_its_times(tmp_path: Path):
+    files = RankFiles(JobDir(tmp_path), 0)
+    files.own_start()
+    with pytest.raises(ValueError, match="in the midst of it"), files.span("outer"), files.span("inner"):
+        raise ValueError("in the midst of it")
+    (process, inner, outer) = files.spans
+    assert [name for name, *_ in files.spans] == ["process", "inner", "outer"]
+    assert outer[1] <= inner[1] and inner[2] <= outer[2]
+    # As old as the system says, give or take its clock's ticks.
+    assert abs(process[1] + process[2] - outer[1]) < AT_ONCE and process[2] > 0

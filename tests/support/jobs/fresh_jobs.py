@@ -33,7 +33,7 @@ def run_fresh(job: Job, parent: Path, write_inputs: Callable[[Path], Any] = writ
 def _run(path: Path, group: Path, world: int, rank: int) -> None:
     from wan_pack.distributed.group.group_folder import GroupDir
     from wan_pack.distributed.machine.memory_file import STORE_VARIABLE
-    from wan_pack.distributed.rank.rank_log import redirect_to, set_up_logging
+    from wan_pack.distributed.rank.shell import redirect_to, set_up_logging
     from wan_pack.distributed.rank.signs import RankFiles
     from wan_pack.distributed.rank.worker import main
 

@@ -29,6 +29,7 @@ from wan_pack.distributed.parallel.parallelize import release_gathered
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank.expert import load_expert
 from wan_pack.distributed.weights.offload import HostParking
+from wan_pack.distributed.weights.warm_up import first_evaluation
 from wan_pack.wan.checkpoint.weights import local_rows
 from weights_rank_functions import codes_spread as codes_spread
 from weights_rank_functions import exactness_spread as exactness_spread
@@ -62,6 +63,19 @@ def options_equal_plain(
         "graphs": counters["stats"]["unique_graphs"],
         "breaks": sum(counters["graph_break"].values()),
     }
+
+
+def warmed_up_equals_fresh(rank: int, world: int, *, folder: str, engine: str) -> None:
+    """Also on the halves of the ranks, which compute a pass each."""
+    for cfg in (1, 2):
+        mesh = Mesh.of("cpu", world, cfg=cfg)
+        parallel = spread_over(world, use_fsdp=False, ulysses_engine=engine, cfg_parallel=cfg == 2)
+        shard = SequenceShard(length=45, rank=mesh.ulysses_rank, world=mesh.ulysses_size)
+        plain, _ = velocity_by(load_folder(folder, parallel, mesh, shard), parallel, mesh, shard)
+        model = load_folder(folder, parallel, mesh, shard)
+        first_evaluation(model, shard, mesh, CPU)
+        warmed, _ = velocity_by(model, parallel, mesh, shard)
+        assert torch.equal(warmed, plain), (engine, cfg)
 
 
 def fsdp_keeps_only_its_rows(rank: int, world: int, *, folder: str) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""When pictures are encoded: while weights are read, where both have room."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from jobs import stub_job
+from tiny import TINY
+from torch import Tensor
+from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.rank import video_start
+from wan_pack.distributed.rank.signs import RankFiles
+from wan_pack.distributed.rank.video_start import VideoStart
+from wan_pack.wan.model.config import WanConfig
+
+I2V = replace(TINY, in_dim=36)
+PICTURE = {"start_image": torch.zeros(3, 48, 64)}
+SHAPES = {"blocks.0.ffn.0.weight": (1 << 10, 1 << 10), "head.head.bias": (64,)}
+WEIGHTS = int(((1 << 20) + 64) * 2 * 1.05)
+"""Bytes of an expert in bf16."""
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    encoded: list[tuple[int, ...]] = []
+
+    class Vae:
+        def encode(self, video: Tensor) -> Tensor:
+            encoded.append(tuple(video.shape))
+            return torch.ones(1, 16, 2, 6, 8)
+
+    def made(
+        free: int, *, config: WanConfig = I2V, inputs: Any = PICTURE, held: Any = (), **settings: Any
+    ) -> VideoStart:
+        monkeypatch.setattr(video_start, "free_bytes", lambda device, ranks: free)
+        session = SimpleNamespace(
+            experts=SimpleNamespace(models=dict.fromkeys(held)), group=None, device=torch.device("cpu"),
+            vae=lambda job: Vae(),
+        )  # fmt: skip
+        checkpoint: Any = SimpleNamespace(config=config, shapes=SHAPES)
+        job = stub_job(gpu_count=1, mixed_precision="bf16", **settings)
+        found = VideoStart(
+            job, session, RankFiles(JobDir(tmp_path), 0), checkpoint, inputs, torch.zeros(16, 2, 6, 8), 1.0
+        )
+        found.encoded = encoded  # type: ignore[attr-defined]
+        return found
+
+    return made
+
+
+ROOM = 1 << 40
+
+
+def test_pictures_wait_for_the_reading_that_is_to_come(start: Any):
+    assert start(ROOM).waits_for_reading(2)
+
+
+def test_without_room_for_all_at_once_they_come_first(start: Any):
+    """Frames and weights: of both experts, unless one of them waits elsewhere."""
+    fits = next(size for size in range(0, ROOM, 1 << 20) if start(size).waits_for_reading(0))
+    assert fits >= 5 * 64 * 48 * 3 * 4
+    assert not start(fits + WEIGHTS - (1 << 20)).waits_for_reading(1)
+    assert start(fits + WEIGHTS).waits_for_reading(1)
+    assert not start(fits + WEIGHTS).waits_for_reading(2)
+    assert start(fits + 2 * WEIGHTS).waits_for_reading(2)
+    assert start(fits + WEIGHTS, offload_model=True).waits_for_reading(2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"inputs": {}},
+        {"held": ("high_noise",)},
+        {"config": replace(I2V, parts=frozenset({"ref_conv"}))},
+    ],
+    ids=["no pictures", "nothing to read", "a picture in front"],
+)
+def test_nothing_waits_in_vain(start: Any, case: dict[str, Any]):
+    assert not start(ROOM, **case).waits_for_reading(1)
+
+
+def test_they_are_encoded_once(start: Any):
+    video = start(ROOM)
+    grid = video.grid()
+    first = video.conditioning()
+    assert video.conditioning() is first and video.encoded == [(1, 3, 5, 48, 64)]
+    assert video.grid() == grid == (2, 3, 4)
+    assert first.conditions.image is not None and first.conditions.image[4:].mean() == 1
