@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_formats import write_gguf
 from safetensors.torch import save_file
 from tiny import random_weights
 from torch import Tensor
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
-from wan_pack.wan.files import stored_model
+from wan_pack.wan.files import stored_model, stored_tensor
 from wan_pack.wan.files.module_weights import fill
 from wan_pack.wan.files.pth_files import _Global, _made, _storage, interpret, read_pth
 from wan_pack.wan.files.stored_model import open_model
@@ -221,3 +222,14 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path, what: str)
             module.register_parameter("p", torch.nn.Parameter(torch.empty(1000, device="meta")))
             weights = model.weights({"b": "b"})
             fill(module, weights, {"p": "b"}, str(path), dtype=torch.float32, device="cpu")
+
+
+def test_a_gguf_tensor_is_unpacked_piece_by_piece_from_any_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, name = tmp_path / "m.gguf", "blocks.0.self_attn.q.weight"
+    whole = write_gguf(path, random_weights(), "Q8_0")[name].flatten()
+    tensor = open_model([path], "a model").weights({name: name})[name]
+    assert tensor.dtype == torch.float32
+    monkeypatch.setattr(stored_tensor, "FLOAT_PIECE", 50)
+    out = torch.empty(333)
+    tensor.read_into(out, start=77)
+    torch.testing.assert_close(out, whole[77 : 77 + 333])

@@ -9,7 +9,7 @@ import torch
 from lora_families import TARGETS
 from safetensors.torch import save_file
 from torch import Tensor
-from wan_pack.wan.lora.lora import Lora
+from wan_pack.wan.lora.lora import Lora, lora_modules
 from wan_pack.wan.lora.updates import LowRank
 
 Q = "blocks.0.self_attn.q"
@@ -55,3 +55,19 @@ def test_rarer_spellings(tmp_path: Path, case: str):
 def test_a_scale_is_not_taken_for_a_factor(tmp_path: Path):
     lora = opened(tmp_path, factors(Q) | {f"{Q}.lora_A.bias": torch.ones(2)})
     assert lora.skipped == {"tensors that are no part of a LoRA": [f"{Q}.lora_A.bias"]}
+
+
+def test_a_rank_that_is_stabilised_counts_without_an_alpha_too(tmp_path: Path):
+    """As PEFT, whose alpha is the rank then: alpha / sqrt(rank)."""
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "use_rslora": true}')
+    save_file(factors(Q), tmp_path / "adapter_model.safetensors")
+    (update,) = Lora(tmp_path / "adapter_model.safetensors", 1, TARGETS).updates[f"{Q}.weight"]
+    assert isinstance(update, LowRank) and update.scale == pytest.approx(2**0.5)
+
+
+def test_where_alphas_come_from_is_told_in_one_order(tmp_path: Path):
+    lora = opened(tmp_path, factors(Q))
+    lora._alpha_sources |= {"metadata", "adapter_config.json"}
+    lora._notes.clear()
+    lora._plan(lora_modules(list(lora._file.tensors))[0])
+    assert lora.report().endswith("alpha from adapter_config.json; alpha from metadata")

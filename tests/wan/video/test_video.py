@@ -7,8 +7,10 @@ import queue
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import imageio_ffmpeg
 import pytest
@@ -220,6 +222,22 @@ def test_frames_that_cannot_leave_the_gpu_end_the_video(tmp_path: Path, monkeypa
         for _ in range(PARTS_AHEAD + 3):
             writer.write(_frames())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_waits_for_what_no_longer_takes_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the error comes between a look for it and the next part."""
+    monkeypatch.setattr(video._Part, "data", Mock(side_effect=RuntimeError("CUDA error: device lost")))
+    with (
+        pytest.raises(RuntimeError, match="device lost"),
+        VideoWriter(tmp_path / "x.mp4", width=64, height=48, fps=16) as writer,
+        monkeypatch.context() as unseen,
+    ):
+        unseen.setattr(writer, "_check", lambda: None)
+        writes = threading.Thread(target=lambda: [writer.write(_frames()) for _ in range(9)], daemon=True)
+        writes.start()
+        writes.join(COMES_UP)
+        assert not writes.is_alive()
+    assert PARTS_AHEAD < 8 and list(tmp_path.iterdir()) == []
 
 
 def test_odd_sizes_and_no_video(tmp_path: Path) -> None:
