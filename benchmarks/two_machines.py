@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 KEPT = ("NCCL_", "TORCH_", "CUDA_", "NVIDIA_", "LD_LIBRARY_PATH")
 """Of this environment, by prefix: a session that ssh opens has none of it."""
 OWN = """set -e
-hostname node{number}
 mkdir -p /tmp/wan-distributed-gpus
 mount -t tmpfs -o mode=1777 tmpfs /tmp/wan-distributed-gpus
 """
