@@ -74,12 +74,12 @@ def dora(shape: tuple[int, ...] = (OUT, 1), name: str = "dora_scale") -> Made:
     return tensors, made
 
 
-def dora_of_lokr() -> Made:
-    tensors, lokr = lokr_factored()
+def dora_of(change: Made) -> Made:
+    tensors, changing = change
     lengths = rand(OUT).abs() + 1
 
     def made(w: Tensor) -> Tensor:
-        changed = w + (lokr(w) - w) / STRENGTH
+        changed = w + (changing(w) - w) / STRENGTH
         return w + STRENGTH * (lengths[:, None] * changed / changed.norm(dim=1, keepdim=True) - w)
 
     return tensors | {"dora_scale": lengths[:, None]}, made
@@ -103,7 +103,8 @@ CASES: dict[str, Callable[[], Made]] = {
     "LoHa": loha, "LoKr, whole": lokr_whole, "LoKr, factored": lokr_factored, "LoKr, all factored": lokr_all_factored,
     "DoRA": dora, "DoRA as PEFT has it": lambda: dora((OUT,), "lora_magnitude_vector.weight"),
     "DoRA with an adapter's name": lambda: dora((OUT,), "lora_magnitude_vector.default.weight"),
-    "DoRA of LoKr": dora_of_lokr, "OFT": oft, "OFT, bounded": lambda: oft(0.01), "OFT, loosely": lambda: oft(9.0),
+    "DoRA of LoKr": lambda: dora_of(lokr_factored()), "DoRA of bounded OFT": lambda: dora_of(oft(0.01)),
+    "OFT": oft, "OFT, bounded": lambda: oft(0.01), "OFT, loosely": lambda: oft(9.0),
     "OFT, rescaled": lambda: oft(rescaled=True),
 }  # fmt: skip
 
