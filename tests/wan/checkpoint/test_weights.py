@@ -15,6 +15,7 @@ from tiny import random_weights
 from torch import Tensor, nn
 from wan_pack.wan.checkpoint import weights
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
+from wan_pack.wan.checkpoint.keeping import Keeping
 from wan_pack.wan.checkpoint.weights import empty_model, local_rows, read_weights
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.config import WanConfig
@@ -105,6 +106,22 @@ def test_the_rows_of_all_ranks_are_the_whole(
                 assert error <= 0.01 * there.float().norm(), name
             else:
                 assert torch.equal(shard.rows.float(), there.float()), name
+
+
+def test_a_rank_may_have_no_row_of_a_loras_factor(tmp_path: Path):
+    """Beside its weight: of rank 2, over seven ranks."""
+    checkpoint, world = Checkpoint([write(tmp_path / "m.safetensors", "fp8 by row")]), 7
+    loras = [Lora(write_lora(tmp_path / "l.safetensors"), 0.5, checkpoint.shapes)]
+    whole = empty_model(checkpoint, torch.bfloat16, loras, Keeping(quantised_loras="beside")).to_empty(device=CPU)
+    read_weights(whole, checkpoint, device=CPU, loras=loras)
+    expected = dict(whole.named_parameters())
+    assert any(parameter.shape[0] == 2 for name, parameter in expected.items() if "lora" in name)
+    for rank in range(world):
+        shards = {name: Shard(parameter, rank, world) for name, parameter in expected.items()}
+        read_weights(Model(whole, shards), checkpoint, device=CPU, loras=loras)
+        for name, shard in shards.items():
+            count = -(-shard.shape[0] // world)
+            assert torch.equal(shard.rows.float(), expected[name][rank * count : (rank + 1) * count].float()), name
 
 
 def test_a_ranks_part_begins_where_the_one_before_ends():
