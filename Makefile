@@ -20,10 +20,11 @@ test: $(READY) lint
 
 # Three hundred jobs in one ComfyUI, every tenth with a fault, of every kind in soak_faults.py.
 # Then a hundred samplings, every fifth with a fault; a hundred prompts of ComfyUI's own samplers, a third of them with
-# one; and twenty thousand damaged files.
+# one; twenty thousand damaged files; and every recorded case in every layout.
 soak: $(READY)
-	SOAK_JOBS=300 SOAK_SAMPLINGS=100 SOAK_PROMPTS=100 SOAK_FILES=1 $(PYTHON_IN_VENV) -m pytest -s tests/comfyui/test_soak.py \
-		tests/distributed/launch/test_evaluation_soak.py tests/comfyui/test_core_sampling.py tests/wan/files/test_mutations.py
+	SOAK_JOBS=300 SOAK_SAMPLINGS=100 SOAK_PROMPTS=100 SOAK_FILES=1 SOAK_GOLDEN=1 $(PYTHON_IN_VENV) -m pytest -s \
+		tests/comfyui/test_soak.py tests/distributed/launch/test_evaluation_soak.py tests/comfyui/test_core_sampling.py \
+		tests/wan/files/test_mutations.py tests/test_golden.py
 
 # The pack with the oldest and with the newest packages that requirements.txt allows; minutes, and 6 GB each meanwhile.
 oldest newest:

@@ -203,8 +203,6 @@ CASES: dict[str, Callable[[GoldenRun, Path], float]] = {
     "t5_encoder": GoldenRun.text_encoder,
 }
 """Start of a case's folder name -> how it runs."""
-WITHOUT_LAYOUT = ("vae_", "t5_encoder")
-"""Cases without a transformer: one layout is all."""
 
 
 def cases(folder: Path) -> Iterator[tuple[Path, Callable[[GoldenRun, Path], float]]]:
@@ -228,17 +226,17 @@ def relative_error(out: Any, expected: Any) -> float:
 
 
 def run_rank(folder: Path, ranks: Ranks) -> int:
-    """Runs every case as one rank; rank 0 prints. Returns the exit code."""
+    """Runs the cases as one rank; rank 0 prints. Returns the exit code."""
     import torch
     import torch.distributed as dist
 
     torch.set_grad_enabled(False)
     golden = GoldenRun(ranks)
     failed = False
-    for layout in ranks.layouts:
+    for which, layout in enumerate(ranks.layouts):
         golden.use(layout)
-        for case, run in cases(folder):
-            if layout is not ranks.layouts[0] and case.name.startswith(WITHOUT_LAYOUT):
+        for number, (case, run) in enumerate(cases(folder)):
+            if not ranks.wants(case.name, number, which):
                 continue
             try:
                 error, reason = run(golden, case), ""
@@ -254,15 +252,18 @@ def run_rank(folder: Path, ranks: Ranks) -> int:
     return int(failed)
 
 
-def run(folder: Path, *, world: int, layouts: Sequence[Layout], log: Path | None = None) -> int:
-    """Runs every case in every layout on `world` processes, which print into `log`. Returns 0 if all of them passed."""
+def run(folder: Path, *, world: int, layouts: Sequence[Layout], log: Path | None = None, thin: bool = False) -> int:
+    """Runs every case in every layout, or as `thin` of `Ranks` says, on `world` processes, which print into `log`.
+
+    Returns 0 if all of them passed.
+    """
     with tempfile.TemporaryDirectory() as temp:
-        main = functools.partial(_rank_main, folder, world, Path(temp, "store"), tuple(layouts))
-        return int(any(fork_ranks(main, world, log=log)))
+        ranks = Ranks(rank=0, world=world, store=Path(temp, "store"), layouts=tuple(layouts), thin=thin)
+        return int(any(fork_ranks(functools.partial(_rank_main, folder, ranks), world, log=log)))
 
 
-def _rank_main(folder: Path, world: int, store: Path, layouts: tuple[Layout, ...], rank: int) -> int:
-    return run_rank(folder, Ranks(rank=rank, world=world, store=store, layouts=layouts))
+def _rank_main(folder: Path, ranks: Ranks, rank: int) -> int:
+    return run_rank(folder, replace(ranks, rank=rank))
 
 
 def main() -> int:

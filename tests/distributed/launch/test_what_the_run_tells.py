@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh_jobs import run_fresh
 from jobs import run_tiny, tiny_job
 from safetensors.torch import load_file, save_file
 from wan_pack.distributed.job.job import FileIdentity, Job
-from wan_pack.distributed.launch.result import Result
+from wan_pack.distributed.launch.result import Result, checked_result
 from wan_pack.distributed.planning.preflight import check_job
 from wan_pack.wan.vae.autoencoder import decode_frames, load_vae
 from wan_pack.wan.vae.latents import normalise
@@ -69,11 +70,11 @@ def test_frames_are_kept_only_where_they_are_asked_for(tiny_models: Path, tmp_pa
     """And the video has the format that it is asked for."""
     job = tiny_job(tiny_models)
     job = dataclasses.replace(job, sampling=dataclasses.replace(job.sampling, video_format="ffv1 mp4"))
-    result = run_tiny(job, tmp_path)
-    assert not result.folder.frames.exists()
-    assert [path.name for path in result.folder.path.glob("video*")] == ["video.mp4"]
-    assert result.info["video"]["format"] == "ffv1 mp4" and probe(result.folder.video(".mp4")).frames == 5
-    result.remove()
+    folder = run_fresh(job, tmp_path)
+    assert not folder.frames.exists()
+    assert [path.name for path in folder.path.glob("video*")] == ["video.mp4"]
+    assert checked_result(folder, job)["video"]["format"] == "ffv1 mp4" and probe(folder.video(".mp4")).frames == 5
+    folder.remove()
 
 
 def test_the_preflight_says_that_the_vae_makes_twice_the_size(job: Job):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from core_sampling import CFG, SEED, STEPS, TEXT_DIM, Modules
+from fresh_jobs import run_fresh
 from node_inputs import asked_for, use_model_folders
 from safetensors.torch import load_file, save_file
 from tiny_clip import config, write_clip
@@ -17,13 +18,13 @@ from torch import Tensor
 from wan_pack.demo.tiny_expert import expert
 from wan_pack.demo.tiny_vae import vae as tiny_vae
 from wan_pack.distributed.job.job import FileIdentity, ModelFiles
-from wan_pack.distributed.launch.launcher import run_job
+from wan_pack.distributed.launch.result import checked_result
 from wan_pack.nodes.host import host
 from wan_pack.nodes.host.status import Status
 from wan_pack.nodes.inference import inference as inference_module
 from wan_pack.nodes.inference.outcome import inputs_writer
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.ranks]
 
 LIMIT = 1e-4
 WIDTH, HEIGHT, FRAMES, SHIFT = 64, 48, 9, 8.0
@@ -94,10 +95,10 @@ class Run:
         from dataclasses import replace
 
         job = replace(job, parallel=replace(job.parallel, mixed_precision="fp32"))
-        result = run_job(job, inputs_writer(tensors), parent=self.folder / "jobs", failed=self.folder / "failed")
-        samples = load_file(result.folder.latents)["samples"][0]
-        result.remove()
-        return samples, result.info["video"]["frames"]
+        folder = run_fresh(job, self.folder / "jobs", inputs_writer(tensors))
+        samples, frames = load_file(folder.latents)["samples"][0], checked_result(folder, job)["video"]["frames"]
+        folder.remove()
+        return samples, frames
 
 
 @pytest.fixture

@@ -6,6 +6,9 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+WITHOUT_LAYOUT = ("vae_", "t5_encoder")
+"""Cases without a transformer: one layout is all."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
@@ -15,6 +18,16 @@ class Ranks:
     world: int
     store: Path
     layouts: tuple[Layout, ...]
+    thin: bool = False
+    """A whole loop runs in the first layout and in one other, each in its turn, instead of in all."""
+
+    def wants(self, case: str, number: int, layout: int) -> bool:
+        """Whether a case, `number` in its folder, runs in one of the layouts."""
+        if layout == 0:
+            return True
+        if case.startswith(WITHOUT_LAYOUT):
+            return False
+        return not self.thin or not case.startswith("gen_") or number % (len(self.layouts) - 1) == layout - 1
 
 
 @dataclass(frozen=True, slots=True)
