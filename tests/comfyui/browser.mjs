@@ -9,7 +9,7 @@
 // is moved into a subgraph, which is open during the run), offer (whether the page may ask about files that are missing).
 import fs from 'fs';
 import path from 'path';
-import { closeBanner, openPage, startBrowser } from './page.mjs';
+import { closeBanner, openPage, settled, startBrowser } from './page.mjs';
 
 const plan = JSON.parse(fs.readFileSync(process.argv[2], 'utf8'));
 const FRONTEND_ONLY = ['Note', 'MarkdownNote', 'Reroute', 'PrimitiveNode'];
@@ -18,7 +18,8 @@ const browser = await startBrowser(plan);
 const result = { pageErrors: [] };
 try {
   const page = await openPage(browser, plan.url, { vue: plan.vue, errors: result.pageErrors, offer: plan.offer });
-  Object.assign(result, await page.evaluate(load, [plan.workflow, FRONTEND_ONLY]));
+  Object.assign(result, await load(page, plan.workflow));
+  if (plan.offer) await page.locator('.p-dialog:visible').first().waitFor({ timeout: 15000 });
   result.dialogs = await page.locator('.p-dialog:visible, .comfy-modal:visible').allInnerTexts();
   await closeBanner(page);
   await picture(page, 'loaded');
@@ -35,10 +36,14 @@ async function picture(page, name, workflow = plan.name, vue = plan.vue) {
   await page.screenshot({ path: path.join(plan.screenshots, file) });
 }
 
+async function load(page, workflow) {
+  await page.evaluate(workflow => window.app.loadGraphData(workflow, true, true, 'example'), workflow);
+  await settled(page);
+  return page.evaluate(loaded, [workflow, FRONTEND_ONLY]);
+}
+
 // Runs in the page.
-async function load([workflow, frontendOnly]) {
-  await window.app.loadGraphData(workflow, true, true, 'example');
-  await new Promise(resolve => setTimeout(resolve, 1500));
+async function loaded([workflow, frontendOnly]) {
   const info = await (await fetch('/object_info')).json();
   const nodes = window.app.graph._nodes;
   // What the node would save: a picture that it shows is a widget as well.
@@ -74,7 +79,7 @@ async function draw(page) {
   for (const vue of [false, true]) {
     await page.evaluate(on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on), vue);
     for (const [name, workflow] of Object.entries(plan.draw)) {
-      const shown = await page.evaluate(load, [workflow, FRONTEND_ONLY]);
+      const shown = await load(page, workflow);
       const dialogs = await page.locator('.p-dialog:visible, .comfy-modal:visible').allInnerTexts();
       drawn.push({ name, vue, dialogs, ...shown, ...await page.evaluate(look, vue) });
       await picture(page, 'drawn', name, vue);

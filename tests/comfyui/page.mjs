@@ -38,3 +38,24 @@ export async function openPage(browser, url, { vue, errors, offer = false }) {
 export async function closeBanner(page) {
   await page.locator('.p-message-close-button, button[aria-label="Close"]').first().click({ timeout: 1000 }).catch(() => {});
 }
+
+// Waits until what the page shows stands still: its nodes, their places and sizes, and its dialogs.
+export async function settled(page) {
+  await page.evaluate(async () => {
+    const shown = () => JSON.stringify([
+      window.app.graph._nodes.map(node => [node.id, ...node.pos, ...node.size, node.widgets?.length]),
+      [...document.querySelectorAll('[data-node-id], .p-dialog, .comfy-modal, .comfy-markdown')].map(element => {
+        const { left, top, width, height } = element.getBoundingClientRect();
+        return [left, top, width, height, element.scrollHeight];
+      }),
+    ]);
+    let last = '', same = 0;
+    for (let tries = 0; tries < 100 && same < 5; tries++) {
+      // Frames, as timers alone may all pass while a busy machine draws nothing.
+      await new Promise(resolve => setTimeout(() => requestAnimationFrame(resolve), 80));
+      const now = shown();
+      same = now === last ? same + 1 : 0;
+      last = now;
+    }
+  });
+}

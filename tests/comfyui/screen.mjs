@@ -5,7 +5,7 @@
 // many a run makes), runs (how many), title (for the pictures), screenshots (folder).
 import fs from 'fs';
 import path from 'path';
-import { closeBanner, openPage, startBrowser } from './page.mjs';
+import { closeBanner, openPage, settled, startBrowser } from './page.mjs';
 
 const plan = JSON.parse(fs.readFileSync(process.argv[2], 'utf8'));
 const browser = await startBrowser(plan);
@@ -20,7 +20,9 @@ console.log(JSON.stringify(result));
 
 async function visit(vue) {
   const page = await openPage(browser, plan.url, { vue, errors: result.pageErrors });
-  await page.evaluate(load, [plan.workflow, plan.values, Number(plan.node)]);
+  await page.evaluate(workflow => window.app.loadGraphData(workflow, true, true, 'example'), plan.workflow);
+  await settled(page);
+  await page.evaluate(prepare, [plan.values, Number(plan.node)]);
   await closeBanner(page);
   const shoot = name => page.screenshot({ path: path.join(plan.screenshots, `${plan.title}_${vue ? 'nodes2' : 'canvas'}_${name}.png`) });
   const seen = { before: await page.evaluate(look), runs: [] };
@@ -46,10 +48,8 @@ async function visit(vue) {
   await page.waitForTimeout(300);
   seen.cancelled = await page.evaluate(look);
   // As when another tab is opened and this one again: the page makes the nodes anew.
-  await page.evaluate(async () => {
-    await window.app.loadGraphData(window.app.graph.serialize());
-    await new Promise(resolve => setTimeout(resolve, 1000));
-  });
+  await page.evaluate(() => window.app.loadGraphData(window.app.graph.serialize()));
+  await settled(page);
   seen.reopened = await page.evaluate(look);
   seen.saved = await page.evaluate(() => window.app.graph.serialize().nodes.map(node => ({
     type: node.type, values: node.widgets_values ?? [] })));
@@ -100,9 +100,7 @@ async function overruled(id) {
 }
 
 // Runs in the page.
-async function load([workflow, values, id]) {
-  await window.app.loadGraphData(workflow, true, true, 'example');
-  await new Promise(resolve => setTimeout(resolve, 1500));
+function prepare([values, id]) {
   for (const node of window.app.graph._nodes)
     for (const [name, value] of Object.entries(values[node.id] ?? {})) {
       const widget = node.widgets.find(widget => widget.name === name);

@@ -31,16 +31,14 @@ BYPASSED = 4
 @pytest.mark.parametrize(
     ("name", "vue", "inference"),
     [
-        # Another seed per renderer, or the second run would come from ComfyUI's cache.
-        # And steps enough to be watched.
-        (TEXT_TO_VIDEO, False, {"seed": 100, "sample_steps": 30}),
-        (TEXT_TO_VIDEO, True, {"seed": 101, "sample_steps": 30}),
+        # Steps enough to be watched. In Nodes 2.0 test_screen.py runs it.
+        (TEXT_TO_VIDEO, False, {"sample_steps": 30}),
         # Presets of 40 and 50 steps take minutes on two cores.
         (IMAGE_TO_VIDEO, False, {"preset": "custom", "sample_steps": 6}),
         (TI2V_5B, True, {"preset": "custom", "sample_steps": 6}),
         (LIGHTNING, False, {}),
     ],
-    ids=["t2v-canvas", "t2v-nodes2", "i2v-canvas", "ti2v-nodes2", "lightning-canvas"],
+    ids=["t2v-canvas", "i2v-canvas", "ti2v-nodes2", "lightning-canvas"],
 )
 def test_example_loads_runs_and_plays(
     browser: Browser, comfy: Comfy, tmp_path: Path, name: str, vue: bool, inference: dict[str, Any]
