@@ -117,15 +117,17 @@ class Measurement:
         from wan_pack.distributed.launch.launcher import JobFailed
 
         at: list[float] = []
+        timers: list[threading.Timer] = []
 
         def cut() -> None:
-            machines.cut()
             at.append(time.monotonic())
+            machines.cut()
 
         def on_progress(progress: Any) -> None:
-            if progress.phase == "denoise" and progress.step >= 2 and not at:
+            if progress.phase == "denoise" and progress.step >= 2 and not timers:
                 # Not where the step ends.
-                threading.Timer(self.arguments.cut_after, cut).start()
+                timers.append(threading.Timer(self.arguments.cut_after, cut))
+                timers[0].start()
 
         try:
             self.run("cut", guided=False, steps=1000, hosts=machines.hosts, stall_timeout=STALL_TIMEOUT,
