@@ -108,9 +108,9 @@ def _reference(value: Any, config: WanConfig) -> Tensor:
             f"{KEY} of image_embeds carries {REFERENCE}, which this model ({config.variant.name}) does not take; "
             f"choose a {takers(REFERENCE_LATENT)} model, or disconnect it"
         )
-    allowed = f"a tensor [1, {config.out_dim}, h, w]"
+    allowed, first = f"a tensor [1, {config.out_dim}, h, w]", (1, config.out_dim)
     name = f"{REFERENCE} of {KEY}"
     latent = tensor_of(value, name, allowed).float()
-    if latent.ndim != 4 or tuple(latent.shape[:2]) != (1, config.out_dim) or 0 in latent.shape:
+    if latent.ndim != 4 or tuple(latent.shape[:2]) != first or 0 in latent.shape:
         raise ValueError(f"{name} has shape {list(latent.shape)}; it must be {allowed}")
     return latent[0].contiguous()

@@ -144,7 +144,7 @@ def test_an_output_folder_that_cannot_be_made_is_no_matter_of_the_prefix(monkeyp
 
 
 def test_a_job_starts_nothing_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    job = types.SimpleNamespace(encodes=False, file_format=None, made_bytes=lambda: 0, parallel=PARALLEL)
+    job = types.SimpleNamespace(encodes=False, looks=False, file_format=None, made_bytes=lambda: 0, parallel=PARALLEL)
 
     def run() -> None:
         launcher.run_job(job, lambda path: None, parent=tmp_path / "jobs", failed=tmp_path / "failed")  # type: ignore[arg-type]
