@@ -27,7 +27,8 @@ class Preset:
     guidance_high: float
 
 
-# From the official configuration files and generate.py; Lightning from its own repository.
+# From the official configuration files and generate.py; Fun's from their makers' examples (VideoX-Fun, wan2.2_fun),
+# Lightning from its own repository.
 PRESETS: dict[str, Preset] = {
     "official T2V-A14B": Preset(
         variant="T2V", solver="unipc", steps=40, shift=12.0, guidance_low=3.0, guidance_high=4.0
@@ -47,6 +48,10 @@ PRESETS: dict[str, Preset] = {
     "official Wan2.1 VACE": Preset(
         variant="VACE", solver="unipc", steps=50, shift=16.0, guidance_low=5.0, guidance_high=5.0
     ),
+    "Fun-Control A14B": Preset(
+        variant="Fun-Control", solver="euler", steps=50, shift=5.0, guidance_low=6.0, guidance_high=6.0
+    ),
+    "Fun InP A14B": Preset(variant="I2V", solver="euler", steps=50, shift=5.0, guidance_low=6.0, guidance_high=6.0),
     "Lightning 4 steps": Preset(variant=None, solver="euler", steps=4, shift=5.0, guidance_low=1.0, guidance_high=1.0),
 }
 
