@@ -51,10 +51,11 @@ def whole_jobs(lines: list[Line]) -> str:
         job = [line["size"], f"{line['steps']} steps"]
         job += [WORDS[line[name]] for name in ("pictures", "guidance", "text") if WORDS[line[name]]]
         reads, rate = line["plain_read_gb_per_s"], line["load_gb_per_s"]
+        beside = f" of {max(reads.values())}" if reads else ""
         rows.append([
             *[line["label"] for _ in labels], line["model"], ", ".join(job), line["gpus"], line["start"],
             *(f"{line['seconds'][name]:.2f}" if name in line["seconds"] else "" for name in SPANS),
-            f"{line['seconds_per_step']:.3f}", f"{rate} of {max(reads.values())} GB/s" if rate else "",
+            f"{line['seconds_per_step']:.3f}", f"{rate}{beside} GB/s" if rate else "",
             line["mp4_mb"], max(line["peak_gpu_gib"]), f"{line['latents_difference']:.1e}",
         ])  # fmt: skip
     devices = sorted({(line["device"], line["settings"]["torch"], line["python"]) for line in lines})

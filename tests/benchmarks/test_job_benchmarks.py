@@ -272,5 +272,6 @@ def test_tables_show_the_last_of_each_kind(tmp_path: Path):
     row = next(line for line in text.splitlines() if "| cold |" in line)
     assert "832x480x81, 4 steps, guided, CFG parallel" in row and "2.0 of 20.0 GB/s" in row and "| 61.5 |" in row
     assert len({line.count("|") for line in text.splitlines()[2:]}) == 1
+    assert "| 2.0 GB/s |" in tables.whole_jobs([{**first, "plain_read_gb_per_s": {}}]), "nothing was read beside it"
     assert "streamed; failed: OutOfMemory" in memory.table(tables.read_lines(path, "memory", tables.MEMORY))
     assert "| preview |" in every_switch.table(tables.read_lines(path, "switches", tables.SWITCHES))
