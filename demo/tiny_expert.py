@@ -21,6 +21,8 @@ TEXT_DIM = 64
 FREQ_DIM = 256
 CLIP_DIM = 1280
 CONTROL_DIM = 96
+CAMERA_CHANNELS = 24
+"""Of a pixel's rays in four frames."""
 SHARPNESS = 1.7
 """Of the blur: higher is narrower."""
 GROWTH = 2.0
@@ -41,7 +43,7 @@ def expert(
         in_dim: channels of the latents, and of the conditioning behind them: 16 for T2V, 36 for I2V, 48 for TI2V.
         out_dim: channels of the latents.
         text_dim: channels of the text; ComfyUI's own loader takes umT5-xxl's 4096 only.
-        parts: what only some variants have: img_emb, emb_pos, ref_conv, vace_blocks.
+        parts: what only some variants have: img_emb, emb_pos, ref_conv, control_adapter, vace_blocks.
     """
     make = _Weights(seed)
     for name, rows, columns in (
@@ -62,6 +64,10 @@ def expert(
         _add_image_branch(make, places="emb_pos" in parts)
     if "ref_conv" in parts:
         make.linear("ref_conv", DIM, out_dim, 2, 2)
+    if "control_adapter" in parts:
+        make.linear("control_adapter.conv", DIM, CAMERA_CHANNELS * (64 if out_dim == 16 else 256), 2, 2)
+        for part in ("conv1", "conv2"):
+            make.linear(f"control_adapter.residual_blocks.0.{part}", DIM, DIM, 3, 3)
     if "vace_blocks" in parts:
         _add_vace_blocks(make)
     return make.tensors

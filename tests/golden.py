@@ -86,6 +86,7 @@ class GoldenRun:
         """One evaluation of a transformer."""
         import torch
         from wan_pack.wan.model.rope import rope_table
+        from wan_pack.wan.transformer.camera import Camera
         from wan_pack.wan.transformer.conditions import Conditions
         from wan_pack.wan.transformer.context import Context, pad_text
         from wan_pack.wan.transformer.reference import Reference
@@ -93,9 +94,11 @@ class GoldenRun:
 
         io = read(folder / "io.safetensors")
         reference = Reference(io["reference_latent"][:, None]) if "reference_latent" in io else None
+        stride = io["camera"].shape[-1] // io["x"].shape[-1] if "camera" in io else 0
         conditions = Conditions(
-            image=io.get("y"), picture=io["clip_fea"].flatten(0, 1) if "clip_fea" in io else None, reference=reference
-        )
+            image=io.get("y"), picture=io["clip_fea"].flatten(0, 1) if "clip_fea" in io else None, reference=reference,
+            camera=Camera(io["camera"], stride) if stride else None,
+        )  # fmt: skip
         grid = conditions.grid(tuple(io["x"].shape))
         shard = self.shard(grid)
         model = self.expert(folder / "model", shard)

@@ -67,6 +67,12 @@ class SentTensor:
         fits = len(self.shape) == 4 and self.shape[0] <= MAX_CHANNELS and self.shape[1:] == size
         check(fits, "shape of a control", list(self.shape), f"1 to {MAX_CHANNELS} channels of {list(size)}")
 
+    def check_pixels(self, size: tuple[int, ...]) -> None:
+        """As rays of the pixels of latents of this size: frames, rows and columns."""
+        frames, rows, columns = size
+        scale = self.shape[-1] // columns if len(self.shape) == 4 else 0
+        self.check_volume((frames, scale * rows, scale * columns))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
@@ -86,6 +92,8 @@ class Evaluation:
     """Of `controls`."""
     references: tuple[str, ...] = ()
     """For each sample the key of the picture in front of its video; none where there is none."""
+    cameras: tuple[str, ...] = ()
+    """For each sample the key of the rays of its pixels; none where the model is told of no camera."""
     sent: tuple[SentTensor, ...] = ()
     """Of all that the samples are told, what is new, in the order of its bytes."""
 
@@ -105,6 +113,7 @@ class Evaluation:
         check(len(self.texts) == batch, "texts", len(self.texts), f"one for each of {batch} samples")
         for name, values in (
             ("pictures", self.pictures), ("controls", self.controls), ("references", self.references),
+            ("cameras", self.cameras),
         ):  # fmt: skip
             check(len(values) in (0, batch), name, len(values), f"one for each of {batch} samples, or none")
         for keys in self.controls:
@@ -124,6 +133,8 @@ class Evaluation:
         for one in self.sent:
             if one.key in self.rows:
                 one.check_rows()
+            elif one.key in self.cameras:
+                one.check_pixels(self.shape[2:])
             else:
                 # A picture is of one frame.
                 one.check_volume((1, *self.shape[3:]) if one.key in self.references else self.shape[2:])
@@ -137,8 +148,8 @@ class Evaluation:
 
     @property
     def volumes(self) -> tuple[str, ...]:
-        """Keys of what has the latents' rows and columns."""
-        return (*(key for keys in self.controls for key in keys), *self.references)
+        """Keys of what has the latents' rows and columns, or their pixels'."""
+        return (*(key for keys in self.controls for key in keys), *self.references, *self.cameras)
 
     @property
     def latent_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The tensors of a job that a VACE or Fun-Control model reads beside the noise: names, shapes, what they add."""
+"""The tensors of a job that a VACE or Fun model reads beside the noise: names, shapes, what they add."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ VACE_CONTEXT = "vace_context"
 """In their place, n controls as the model takes them: [n, 96, references + T, h, w], normalised latents and mask."""
 VACE_STRENGTH = "vace_strength"
 """[n], of each control."""
-CONTROLS = (CONTROL_VIDEO, CONTROL_MASK, REFERENCE_IMAGES, VACE_CONTEXT, VACE_STRENGTH, REFERENCE_LATENT)
+CAMERA = "camera_conditions"
+"""[24, T, height, width]: the rays of each pixel, Plücker coordinates of the four frames of a latent one behind each
+other, for Fun-Camera."""
+CONTROLS = (CONTROL_VIDEO, CONTROL_MASK, REFERENCE_IMAGES, VACE_CONTEXT, VACE_STRENGTH, REFERENCE_LATENT, CAMERA)
 
 
 def reference_frames(variant: Variant, shapes: Mapping[str, Shape], frames: int) -> int:
@@ -60,6 +63,7 @@ def check_controls(sampling: Sampling, config: WanConfig, shapes: Mapping[str, S
         (REFERENCE_LATENT, (config.reference_dim, *latents[2:])),
         (VACE_CONTEXT, (max(count, 1), config.control_dim, *latents[1:])),
         (VACE_STRENGTH, (max(count, 1),)),
+        (CAMERA, (config.camera_dim // variant.latents.stride**2, latents[1], *frame)),
     ):
         if name in shapes and tuple(shapes[name]) != expected:
             raise ValueError(

@@ -57,6 +57,9 @@ class SampleConditioning:
     reference: Tensor | None = None
     """[C, 1, h, w], float32, on the CPU: normalised latents of a picture in front of the video, for a model that has a
     place for it. Its frame is none of what is evaluated."""
+    camera: Tensor | None = None
+    """[24, T, height, width] in pixels, float32, on the CPU: the rays of each pixel, for a model that is told where the
+    camera is."""
 
 
 class Evaluator(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ...wan.model.config import CLIP_PICTURE, PICTURE_ROWS, TEXT_LEN, WanConfig
 from ...wan.model.variants import takers
-from .control_inputs import CONTROL_VIDEO, check_controls, reference_frames
+from .control_inputs import CAMERA, CONTROL_VIDEO, check_controls, reference_frames
 from .errors import check
 from .job import Job
 
@@ -32,7 +32,7 @@ SAMPLES = "samples"
 MAX_PICTURES = 2
 """That CLIP features are of: the first frame and the last."""
 NOISE_MASK = "noise_mask"
-"""[T, h, w]: 1 where latents are made, 0 where `samples` stays; TI2V-5B only."""
+"""[T, h, w]: 1 where latents are made, 0 where `samples` stays; the 5B models only."""
 
 
 def check_inputs(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> None:
@@ -65,10 +65,11 @@ def _check_images(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> N
     pictures = [name for name in given if name != IMAGE_CONDITIONING]
     variant = config.variant
     followed = CONTROL_VIDEO in shapes and CONTROL_VIDEO in variant.takes
-    if variant.image_channels and not given and not followed:
+    if variant.image_channels and not given and not followed and CAMERA not in shapes:
+        begins = [name for name in (START_IMAGE, CONTROL_VIDEO, END_IMAGE) if name in variant.takes]
         raise ValueError(
-            f"the model makes videos from an image ({variant.name}): connect start_image, "
-            f"{'control_video' if CONTROL_VIDEO in variant.takes else 'end_image'}, or conditioning that holds one"
+            f"the model makes videos from an image ({variant.name}): connect {', '.join(begins)}, or conditioning "
+            "that holds one"
         )
     for name in given:
         if not variant.takes:
@@ -145,7 +146,7 @@ def _check_samples(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> 
     if NOISE_MASK in shapes:
         if NOISE_MASK not in config.variant.takes:
             raise ValueError(
-                f"samples have a noise mask, which only the {takers(NOISE_MASK)} model follows; remove the mask"
+                f"samples have a noise mask, which only {takers(NOISE_MASK)} models follow; remove the mask"
             )
         if START_IMAGE in shapes:
             raise ValueError("samples with a noise mask and start_image are both given; connect one of them")

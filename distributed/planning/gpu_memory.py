@@ -209,6 +209,9 @@ def activation_bytes(work: Workload, parallel: Parallel) -> int:
     unpacked = config.ffn_dim * config.dim * b if work.unpacked else 0
     # Of VACE: the controls' streams beside the main one, and what they were embedded from.
     beside = work.controls * (4 + 4 * config.control_dim * math.prod(PATCH_SIZE) / config.dim)
+    if config.camera and not parallel.memory_optimization:
+        # What is kept of it for every token.
+        beside += b
     rotary = tokens * config.head_dim * 4
     return int((max(inputs, attention, outputs) + beside) * tokens * config.dim) + rotary + unpacked
 

@@ -135,14 +135,15 @@ class ForwardsWork(Work[ForwardsJob]):
         frames, *sides = size
         grid = token_grid((channels, frames + in_front, *sides))
         shard, rope = self.places(grid)
-        self.conditions.take(evaluation, views[2], lambda volume: shard.split(patchify(volume)))
+        self.conditions.take(evaluation, views[2], shard)
         self.make_room_for(evaluation)
         set_shard(self.model, shard)
         texts, pictures = self.conditions.texts(evaluation), self.conditions.pictures(evaluation)
         controls, references = self.conditions.controls(evaluation), self.conditions.references(evaluation, shard)
+        cameras = self.conditions.cameras(evaluation)
         besides = [
-            Beside(picture=picture, controls=followed, reference=reference)
-            for picture, followed, reference in zip(pictures, controls, references, strict=True)
+            Beside(picture=picture, controls=followed, reference=reference, camera=camera)
+            for picture, followed, reference, camera in zip(pictures, controls, references, cameras, strict=True)
         ]
         padded = F.pad(latents, (0, 0, 0, 0, in_front, 0))
         passes = [self.asked(padded[i], timesteps[i], texts[i], besides[i], shard) for i in range(len(texts))]

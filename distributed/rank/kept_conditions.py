@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ...wan.model.config import WanConfig
+from ...wan.model.patch import patchify
+from ...wan.transformer.camera import Camera
 from ...wan.transformer.context import Context
 from ...wan.transformer.reference import Reference
 from ...wan.transformer.vace import Control
@@ -16,9 +19,6 @@ from ..job.errors import JobError
 from ..job.evaluator import KEPT_ROW_BYTES, KEPT_VOLUME_BYTES, NO_CONTROL, NO_PICTURE
 from ..parallel.sequence import SequenceShard
 from ..planning.gpu_memory import GUIDED_PROMPTS
-
-TokensOf = Callable[[Tensor], Tensor]
-"""[C, T, h, w] -> the rank's [S, 4 * C]."""
 
 
 class KeptConditions:
@@ -41,6 +41,10 @@ class KeptConditions:
         """Both of the last evaluation."""
         self._references: dict[str, Tensor] = {}
         """Whole, in the host's memory: they are small."""
+        self._cameras: dict[str, tuple[tuple[int, ...], Camera]] = {}
+        """As `_volumes`: what the rank needs of it."""
+        self._embedded_cameras: dict[str, Camera] = {}
+        """Those of the last evaluation."""
 
     def check(self, evaluation: Evaluation) -> None:
         """Raises JobError if the model is given what it does not look at, or lacks what it does."""
@@ -52,21 +56,23 @@ class KeptConditions:
             raise JobError("the sampler gives a control video, and this model has no VACE blocks")
         if self._config.vace_layers and not evaluation.controls:
             raise JobError(NO_CONTROL)
-
+        if evaluation.cameras and not self._config.camera:
+            raise JobError("the sampler tells where the camera is, and this model has no place for that")
         if evaluation.references and not self._config.reference_frame:
             raise JobError("the sampler gives a reference picture, and this model has no place for one")
         if evaluation.references and evaluation.by_frame:
             raise JobError("the sampler gives a reference picture and timesteps by frame; no model takes both")
 
-    def take(self, evaluation: Evaluation, views: Sequence[memoryview], tokens_of: TokensOf) -> None:
+    def take(self, evaluation: Evaluation, views: Sequence[memoryview], shard: SequenceShard) -> None:
         """Keeps what comes with an evaluation.
 
         Args:
             views: of what it sends, in order.
-            tokens_of: of tensors on the CPU.
+            shard: the rank's tokens.
         Raises:
             JobError: it is of another model.
         """
+        stride = self._config.variant.latents.stride
         for sent, view in zip(evaluation.sent, views, strict=True):
             values = torch.frombuffer(view, dtype=getattr(torch, sent.dtype)).view(sent.shape)
             what, taken, given = "the text has rows", self._config.text_dim, sent.shape[-1]
@@ -74,15 +80,22 @@ class KeptConditions:
                 what, taken = "what CLIP sees has rows", self._config.clip_dim
             elif sent.key in evaluation.references:
                 what, taken, given = "the reference picture is", self._config.reference_dim, sent.shape[0]
+            elif sent.key in evaluation.cameras:
+                what, taken = "the camera's rays are", self._config.camera_dim // stride**2
+                given = sent.shape[0]
             elif sent.key in evaluation.volumes:
                 what, taken, given = "the control is", self._config.control_dim, sent.shape[0]
             if given != taken:
                 raise JobError(f"{what} of {given} channels; this model takes {taken}")
             if sent.key in evaluation.references:
                 self._references[sent.key] = values.clone()
+            elif sent.key in evaluation.cameras:
+                frames, height, width = sent.shape[1:]
+                camera = Camera(values, stride, keep=self._keeps).on_rank(shard.split, shard.length, self._device)
+                self._cameras[sent.key] = (frames, height // stride, width // stride), camera
             elif sent.key in evaluation.volumes:
                 # A copy: what it is cut from is the other end's memory, or the whole video's.
-                self._volumes[sent.key] = sent.shape[1:], tokens_of(values).clone()
+                self._volumes[sent.key] = sent.shape[1:], shard.split(patchify(values)).clone()
             else:
                 self._rows[sent.key] = values.clone()
         for key in self._keys.use(evaluation.rows, evaluation.sent):
@@ -90,15 +103,21 @@ class KeptConditions:
         for key in self._volume_keys.use(evaluation.volumes, evaluation.sent):
             self._volumes.pop(key, None)
             self._references.pop(key, None)
+            self._cameras.pop(key, None)
         for keys, there in (
             (evaluation.rows, self._rows),
-            (evaluation.volumes, self._volumes.keys() | self._references.keys()),
+            (evaluation.volumes, self._volumes.keys() | self._references.keys() | self._cameras.keys()),
         ):
             if missing := [key for key in keys if key not in there]:
                 raise JobError(f"{missing[0]} is asked for, but was never sent")
         sizes = {self._volumes[key][0] for keys in evaluation.controls for key in keys}
         if sizes - {evaluation.shape[2:]}:
             raise JobError(f"a control is of {sizes} frames, rows and columns; the latents are {evaluation.shape[2:]}")
+        sizes = {self._cameras[key][0] for key in evaluation.cameras}
+        if sizes - {evaluation.shape[2:]}:
+            raise JobError(
+                f"a camera's rays are of {sizes} frames, rows and columns; the latents are {evaluation.shape[2:]}"
+            )
 
     def texts(self, evaluation: Evaluation) -> list[Context]:
         """For each sample that of its text. What is derived of a text is kept for as many as a plan counts."""
@@ -133,6 +152,13 @@ class KeptConditions:
             for key in evaluation.references
         ]
         return [*found] or [None] * evaluation.shape[0]
+
+    def cameras(self, evaluation: Evaluation) -> list[Camera | None]:
+        """For each sample. What is derived of one is kept while it is the same."""
+        known, self._embedded_cameras = self._embedded_cameras, {}
+        for key in evaluation.cameras:
+            self._embedded_cameras[key] = known.get(key) or replace(self._cameras[key][1])
+        return [self._embedded_cameras[key] for key in evaluation.cameras] or [None] * evaluation.shape[0]
 
     def _context(self, key: str) -> Context:
         return Context(self._rows[key].to(self._device), keep=self._keeps)

@@ -18,6 +18,7 @@ from ...distributed.job.evaluator import (
     SampleControl,
 )
 from ...distributed.job.job import FLOAT_BYTES
+from ...wan.model.latent_space import WAN21
 from ..host.exceptions import told_to_comfyui
 from .unsupported import check_conds, check_options
 
@@ -79,6 +80,7 @@ class Evaluation:
         each = count // len(prompts)
         pictures, videos = conds.get("clip_fea"), conds.get("vace_context")
         strengths, references = conds.get("vace_strength"), conds.get("reference_latent")
+        cameras = conds.get("camera_conditions")
         return [
             SampleConditioning(
                 text=self._rows.same(_of_sample(context, i)),
@@ -86,6 +88,7 @@ class Evaluation:
                 controls=() if videos is None else self._controls(_of_sample(videos, i), strengths, shape[2:]),
                 reference=None if references is None else self._reference(_of_sample(references, i), shape[3:]),
                 conditional=prompts[i // each] == 0,
+                camera=None if cameras is None else self._camera(_of_sample(cameras, i), shape[2:]),
             )
             for i in range(count)
         ]
@@ -122,6 +125,18 @@ class Evaluation:
                 f"sampled of [{listed(sides)}]: take the latents of the node that gives it. It is not cut to areas"
             )
         return self._volumes.same(picture[:, None])
+
+    def _camera(self, rays: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Of one sample's, [24, T, height, width]."""
+        frames, rows, columns = size
+        expected = frames, rows * WAN21.stride, columns * WAN21.stride
+        if tuple(rays.shape[1:]) != expected:
+            raise ValueError(
+                f"the camera is of [{listed(rays.shape[1:])}] latent frames, height and width, and what is sampled of "
+                f"[{listed(expected)}]: give WanCameraEmbedding and WanCameraImageToVideo the same. A camera is not "
+                "cut to areas or context windows"
+            )
+        return self._volumes.same(rays)
 
 
 class _Known:

@@ -17,7 +17,7 @@ from ..settings.hostfiles import parallel_over
 from ..settings.presets import with_preset
 from ..sockets import embeds, wrapper_model
 from ..sockets.clip_vision import clip_tensors, picture_tensors, shown
-from ..sockets.fun_inputs import reference_tensors
+from ..sockets.fun_inputs import camera_tensors, reference_tensors
 from ..sockets.images import image_tensors
 from ..sockets.latent_input import latent_tensors
 from ..sockets.vace_inputs import carried_control, check_length, control_size, own_control
@@ -145,6 +145,7 @@ def build_job(asked: VideoInputs, status: Status) -> tuple[Job, dict[str, Any]]:
     )
     images = image_tensors(asked, sampling, config, status)
     images |= reference_tensors(asked, config)
+    images |= camera_tensors(asked)
     images |= control or own_control(asked, sampling, config, status)
     images |= features or picture_tensors(pictures, status)
     _, references = control_size(asked, control, sampling, config)

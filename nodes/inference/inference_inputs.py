@@ -30,6 +30,7 @@ SOCKETS = {
     "control_video": "IMAGE",
     "control_mask": "MASK",
     "reference_images": "IMAGE",
+    "camera_conditions": "WAN_CAMERA_EMBEDDING",
 }
 """Inputs without a widget."""
 _SETTINGS = {INPUT_NAMES.get(name, name): name for name in SamplingSettings.__dataclass_fields__}
@@ -105,6 +106,8 @@ OPTIONAL = {
     "video_format": "h264 mp4 plays everywhere. h265 mp4: ten bits, smaller; many browsers do not play it. prores mov: "
     "for editors; Save Video needs codec h264 for it. ffv1 mp4: the frames in 8 bits without any loss. No browser "
     "plays these two. Only an mp4 that is dropped on the page brings its workflow back.",
+    "camera_conditions": "How the camera moves, for Fun-Camera: from WanCameraEmbedding, of this node's width, height "
+    "and num_frames.",
 }
 
 

@@ -53,7 +53,8 @@ def planned(
         return shown(as_set(literal(), ground), status), sampling
     request = _request(asked, model, sampling)
     image = asked.start_image is not None
-    sized = asked.samples is not None or asked.image_embeds is not None or bool(control)
+    given = (asked.samples, asked.image_embeds, asked.camera_conditions)
+    sized = bool(control) or any(one is not None for one in given)
     controls, references = control_size(asked, control, sampling, config)
     work = workload_of(
         model,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...distributed.job.control_inputs import REFERENCE_LATENT
 from ...distributed.job.errors import check, listed
-from ...wan.model.latent_space import TEMPORAL_STRIDE, WAN21
+from ...wan.model.latent_space import TEMPORAL_STRIDE
 from ...wan.model.variants import CONTROL, MASK, PICTURE, takers
 from ..host.declared import is_set, kind_of
 from ..host.tensors import tensor_of
@@ -71,9 +71,11 @@ def control_conditioning(embeds: dict[str, Any], sampling: Sampling, config: Wan
         check(share == neutral, f"{key} of {KEY} of image_embeds", share, allowed)
     shape = variant.latents.shape(sampling.width, sampling.height, sampling.num_frames)
     parts = {
-        CONTROL: _volume(held.get(IMAGES), f"{IMAGES} of {KEY}", channels, sampling),
-        PICTURE: _volume(embeds.get("image_embeds"), "image_embeds of image_embeds", channels, sampling),
-        MASK: _volume(embeds.get("mask"), "mask of image_embeds", TEMPORAL_STRIDE, sampling),
+        CONTROL: _volume(held.get(IMAGES), f"{IMAGES} of {KEY}", channels, sampling, variant.latents.stride),
+        PICTURE: _volume(
+            embeds.get("image_embeds"), "image_embeds of image_embeds", channels, sampling, variant.latents.stride
+        ),
+        MASK: _volume(embeds.get("mask"), "mask of image_embeds", TEMPORAL_STRIDE, sampling, variant.latents.stride),
     }
     if parts[MASK] is not None and MASK not in variant.image:
         raise ValueError(
@@ -91,14 +93,14 @@ def control_conditioning(embeds: dict[str, Any], sampling: Sampling, config: Wan
     return found
 
 
-def _volume(value: Any, name: str, channels: int, sampling: Sampling) -> Tensor | None:
+def _volume(value: Any, name: str, channels: int, sampling: Sampling, stride: int) -> Tensor | None:
     if value is None:
         return None
     allowed = f"a tensor [{channels}, T, h, w]"
     tensor = tensor_of(value, name, allowed).float()
     if tensor.ndim != 4 or tensor.shape[0] != channels or 0 in tensor.shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {allowed}")
-    check_video_size(name, tensor.shape[1:], WAN21.stride, sampling)
+    check_video_size(name, tensor.shape[1:], stride, sampling)
     return tensor
 
 

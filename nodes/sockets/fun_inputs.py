@@ -1,24 +1,29 @@
-"""The reference picture that a Fun-Control model has in front of the video, as core CONDITIONING carries it.
+"""What Fun models are told beside pictures and a control video, as core CONDITIONING carries it.
 
-Wan22FunControlToVideo adds reference_latents, a list of [1, C, 1, h, w], un-normalised, of which the last counts.
+Wan22FunControlToVideo adds reference_latents, a list of [1, C, 1, h, w], un-normalised, of which the last counts: the
+picture that a Fun-Control model has in front of the video. WanCameraImageToVideo adds camera_conditions
+[1, 24, T, height, width], what WanCameraEmbedding gives.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...distributed.job.control_inputs import REFERENCE_LATENT
+from ...distributed.job.control_inputs import CAMERA, REFERENCE_LATENT
 from ...wan.model.variants import takers
 from ..host.declared import kind_of
 from ..host.tensors import tensor_of
 from .control_embeds import has_reference_embeds
-from .embeds import REFERENCE_KEY, extras_of
+from .embeds import CAMERA_KEY, REFERENCE_KEY, extras_of
 from .video_inputs import VideoInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ...wan.model.config import WanConfig
+
+
+TEXTS = ("text_embeds", "negative_embeds")
 
 
 def has_reference(asked: VideoInputs, config: WanConfig) -> bool:
@@ -39,7 +44,7 @@ def reference_tensors(asked: VideoInputs, config: WanConfig) -> dict[str, Tensor
 
     from ...wan.vae.latents import normalise
 
-    positive, negative = (_last(getattr(asked, name), name, config) for name in ("text_embeds", "negative_embeds"))
+    positive, negative = (_last(getattr(asked, name), name, config) for name in TEXTS)
     if positive is None and negative is None:
         return {}
     if REFERENCE_LATENT not in config.variant.takes:
@@ -58,6 +63,40 @@ def reference_tensors(asked: VideoInputs, config: WanConfig) -> dict[str, Tensor
             "Wan22FunControlToVideo"
         )
     return {REFERENCE_LATENT: normalise(positive, config.out_dim)[:, 0].contiguous()}
+
+
+def camera_tensors(asked: VideoInputs) -> dict[str, Tensor]:
+    """`camera_conditions` [24, T, height, width], of the node's own input or of the conditioning.
+
+    Raises:
+        ValueError: in the user's words, if they cannot be used or come twice.
+    """
+    import torch
+
+    positive, negative = (extras_of(getattr(asked, name), name).get(CAMERA_KEY) for name in TEXTS)
+    given, name = asked.camera_conditions, CAMERA_KEY
+    if given is not None and positive is not None:
+        raise ValueError("camera_conditions come twice: with this node and with text_embeds; take one of them out")
+    if given is None:
+        given, name = positive, f"{CAMERA_KEY} of text_embeds"
+        one_alone = asked.negative_embeds is not None and not isinstance(asked.negative_embeds, dict)
+        same = negative is positive or (
+            isinstance(positive, torch.Tensor)
+            and isinstance(negative, torch.Tensor)
+            and torch.equal(positive, negative)
+        )
+        if not same and (one_alone or positive is None):
+            raise ValueError(
+                "negative_embeds carries other camera_conditions than text_embeds; connect both outputs of "
+                "WanCameraImageToVideo"
+            )
+    if given is None:
+        return {}
+    allowed = "what WanCameraEmbedding gives, a tensor [1, 24, T, height, width]"
+    rays = tensor_of(given, name, allowed)
+    if rays.ndim != 5 or rays.shape[0] != 1 or 0 in rays.shape:
+        raise ValueError(f"{name} has shape {list(rays.shape)}; it must be {allowed}")
+    return {CAMERA: rays[0].float().contiguous()}
 
 
 def _last(value: Any, name: str, config: WanConfig) -> Tensor | None:

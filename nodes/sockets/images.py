@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ...distributed.job.control_inputs import CAMERA
 from ...distributed.job.errors import check, listed
 from ...wan.model.latent_space import TEMPORAL_STRIDE, WAN21
 from ...wan.model.variants import MASK, Variant, takers
@@ -119,7 +120,9 @@ def _from_core(latents: Any, mask: Any, index: Any, sampling: Sampling, variant:
             f"text_embeds carries {here} without {missing}; both are needed, as {_maker(variant)} adds them"
         )
     name = "concat_latent_image of text_embeds"
-    channels = CHANNELS * max(variant.image_latents, 1)
+    # One without a place for it is refused later, with what it takes.
+    space = variant.latents if variant.image else WAN21
+    channels = space.channels * max(variant.image_latents, 1)
     latents = tensor_of(latents, name, f"a tensor [1, {channels}, T, h, w]")
     if latents.ndim != 5 or tuple(latents.shape[:2]) != (1, channels):
         raise ValueError(
@@ -128,8 +131,8 @@ def _from_core(latents: Any, mask: Any, index: Any, sampling: Sampling, variant:
             else f"{name} has shape {list(latents.shape)}; Wan I2V takes [1, {channels}, T, h, w]"
         )
     size = tuple(latents.shape[2:])
-    check_video_size(name, size, STRIDE, sampling)
-    parts = [normalise(part, CHANNELS) for part in latents[0].split(CHANNELS)]
+    check_video_size(name, size, space.stride, sampling)
+    parts = [normalise(part, space.channels) for part in latents[0].split(space.channels)]
     if not masked:
         return torch.cat(parts).contiguous()
     check(
@@ -143,12 +146,14 @@ def _from_core(latents: Any, mask: Any, index: Any, sampling: Sampling, variant:
             f"it must be {[1, 1, *size]} or {[1, MASK_CHANNELS, *size]}"
         )
     known = 1 - mask[0].float().expand(MASK_CHANNELS, *size)
-    parts.insert(variant.mask_index // CHANNELS, known)
+    parts.insert(variant.mask_index // space.channels, known)
     return torch.cat(parts).contiguous()
 
 
 def _maker(variant: Variant) -> str:
     """The node of ComfyUI's that makes such conditioning."""
+    if CAMERA in variant.takes:
+        return "WanCameraImageToVideo"
     return "Wan22FunControlToVideo" if variant.image_latents > 1 else "WanImageToVideo"
 
 
@@ -212,7 +217,7 @@ def _known_frames(extra_latents: Any, sampling: Sampling, config: WanConfig) -> 
     from ...wan.vae.latents import denormalise
 
     if "noise_mask" not in config.variant.takes:
-        raise ValueError(f"image_embeds carries extra_latents, which only the {takers('noise_mask')} model follows")
+        raise ValueError(f"image_embeds carries extra_latents, which only {takers('noise_mask')} models follow")
     shape = config.variant.latents.shape(sampling.width, sampling.height, sampling.num_frames)
     if not isinstance(extra_latents, list) or len(extra_latents) > shape[1]:
         found = f"{len(extra_latents)} entries" if isinstance(extra_latents, list) else kind_of(extra_latents)

@@ -52,6 +52,7 @@ class VideoInputs:
     control_mask: Any = None
     reference_images: Any = None
     vace_strength: float = number(1.0, 0.0, 1000.0, step=0.01)
+    camera_conditions: Any = None
     frames: bool = False
     """Somebody takes the frames; no input, as the next two."""
     side_by_side: int = 1

@@ -42,6 +42,8 @@ class WanConfig:
     """Channels of VACE's control."""
     reference_dim: int = 16
     """Channels of a reference picture's latents."""
+    camera_dim: int = 24 * 8**2
+    """Channels of the camera's rays: of a latent pixel's pixels and frames, six each."""
     vace_layers: tuple[int, ...] = ()
     """The main blocks behind which the VACE blocks run."""
 
@@ -83,6 +85,11 @@ class WanConfig:
         return "ref_conv" in self.parts
 
     @property
+    def camera(self) -> bool:
+        """Where the camera is may be told."""
+        return "control_adapter" in self.parts
+
+    @property
     def pictures(self) -> int:
         """How many the image branch knows the places of."""
         return 2 if "emb_pos" in self.parts else 1
@@ -118,6 +125,7 @@ _OPTIONAL_SIZES = {
     "clip_dim": ("img_emb.proj.0.weight", 0),
     "control_dim": ("vace_patch_embedding.weight", 1),
     "reference_dim": ("ref_conv.weight", 1),
+    "camera_dim": ("control_adapter.conv.weight", 1),
 }
 """Field of `WanConfig` -> the tensor and the dimension that tell it, where a model has that part."""
 

@@ -130,10 +130,56 @@ _ROWS = (
         image=(CONTROL, PICTURE),
     ),
     Variant(
+        name="Fun-Camera",
+        channels=(36, 16),
+        parts=frozenset({"control_adapter"}),
+        releases={5120: "Wan2.2 Fun Camera A14B"},
+        takes=("start_image", "image_conditioning", "camera_conditions"),
+        image=(MASK, PICTURE),
+        boundary=0.9,
+    ),
+    Variant(
+        name="Wan2.1 Fun-Camera",
+        channels=(32, 16),
+        parts=frozenset({"img_emb", "control_adapter"}),
+        releases={5120: "Wan2.1 Fun V1.1 Camera 14B", 1536: "Wan2.1 Fun V1.1 Camera 1.3B"},
+        takes=("start_image", "image_conditioning", "camera_conditions", "clip_features"),
+        image=(PICTURE,),
+    ),
+    Variant(
         name="TI2V-5B",
         channels=(48, 48),
         releases={3072: "Wan2.2 TI2V 5B"},
         takes=("start_image", "noise_mask"),
+        known_frames=True,
+    ),
+    Variant(
+        name="Fun-InP 5B",
+        channels=(100, 48),
+        releases={3072: "Wan2.2 Fun InP 5B"},
+        takes=("start_image", "end_image", "image_conditioning", "noise_mask"),
+        image=(MASK, FRAMES),
+        known_frames=True,
+    ),
+    Variant(
+        name="Fun-Control 5B",
+        channels=(148, 48),
+        parts=frozenset({"ref_conv"}),
+        releases={3072: "Wan2.2 Fun Control 5B"},
+        takes=(
+            *("control_video", "start_image", "reference_images", "image_conditioning", "reference_latent"),
+            "noise_mask",
+        ),
+        image=(CONTROL, MASK, PICTURE),
+        known_frames=True,
+    ),
+    Variant(
+        name="Fun-Camera 5B",
+        channels=(100, 48),
+        parts=frozenset({"control_adapter"}),
+        releases={3072: "Wan2.2 Fun Camera 5B"},
+        takes=("start_image", "image_conditioning", "camera_conditions", "noise_mask"),
+        image=(MASK, PICTURE),
         known_frames=True,
     ),
 )
@@ -154,7 +200,6 @@ class Refused:
 
 # In order: the first that fits decides.
 REFUSED = (
-    Refused(name="a Wan Fun-Camera transformer", parts=frozenset({"control_adapter"})),
     Refused(
         name="a Wan S2V transformer",
         parts=frozenset({"casual_audio_encoder", "audio_injector", "trainable_cond_mask"}),
@@ -185,8 +230,6 @@ REFUSED = (
     Refused(name="a ReCamMaster transformer", parts=frozenset({"cam_encoder"})),
     Refused(name="a UniAnimate transformer", parts=frozenset({"dwpose_embedding", "randomref_embedding_pose"})),
     Refused(name="a FlashVSR transformer", parts=frozenset({"LQ_proj_in"})),
-    Refused(name="a Wan Fun-Camera transformer", channels=((32, 16),)),
-    Refused(name="a Wan2.2 Fun-Control or Fun InP 5B transformer", channels=((100, 48), (148, 48))),
 )
 _OPTIONAL = frozenset().union(*(variant.parts for variant in _ROWS))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model.variants import Variant
+from ..transformer.camera import Camera
 from ..transformer.conditions import NONE, Conditions
 from ..transformer.reference import Reference
 from ..vae.latents import normalise
@@ -65,8 +66,9 @@ def build_conditioning(
     Args:
         inputs: start_image and end_image [3, H, W] in -1 to 1; image_conditioning, the channels behind the latents,
             [n, T, h, w]; clip_features [257 or 514, clip_dim]; control_video [3, F, H, W] and reference_images
-            [1, 3, H, W] in -1 to 1, or reference_latent [C, h, w]; those of VACE (control.py); samples [C, T, h, w],
-            un-normalised; noise_mask [T, h, w], 1 where latents are made. All may be absent.
+            [1, 3, H, W] in -1 to 1, or reference_latent [C, h, w]; camera_conditions [24, T, H, W]; those of VACE
+            (control.py);
+            samples [C, T, h, w], un-normalised; noise_mask [T, h, w], 1 where latents are made. All may be absent.
         noise: [C, T, h, w].
         variant: of the model.
         sigma: noise level of the first step.
@@ -75,6 +77,12 @@ def build_conditioning(
     if samples is not None:
         samples = normalise(samples, samples.shape[0])
     latents = start_latents(noise, samples, sigma=sigma, add_noise=add_noise)
+    known: tuple[Tensor, ...] = ()
+    if variant.known_frames and start is not None:
+        known = first_frame_known(latents, start, encode)
+    elif samples is not None and "noise_mask" in inputs:
+        known = samples, inputs["noise_mask"] < 0.5
+    conditions = NONE
     if variant.image_channels:
         image = inputs.get("image_conditioning")
         if image is None:
@@ -84,16 +92,15 @@ def build_conditioning(
                 shape=(channels, frames, height, width), encode=encode,
             )  # fmt: skip
             image = image_channels(variant, given)
-        reference = _reference(inputs, encode)
-        return Conditioning(latents, Conditions(image=image, picture=inputs.get("clip_features"), reference=reference))
-    if variant.controlled:
+        rays = inputs.get("camera_conditions")
+        camera = None if rays is None else Camera(rays, variant.latents.stride)
+        conditions = Conditions(
+            image=image, picture=inputs.get("clip_features"), reference=_reference(inputs, encode), camera=camera
+        )
+    elif variant.controlled:
         frames, height, width = num_frames, *(side * variant.latents.stride for side in noise.shape[2:])
-        return Conditioning(latents, Conditions(controls=build_controls(inputs, (frames, height, width), encode)))
-    if start is not None:
-        return Conditioning(latents, NONE, *first_frame_known(latents, start, encode))
-    if "noise_mask" in inputs:
-        return Conditioning(latents, NONE, samples, inputs["noise_mask"] < 0.5)
-    return Conditioning(latents)
+        conditions = Conditions(controls=build_controls(inputs, (frames, height, width), encode))
+    return Conditioning(latents, conditions, *known)
 
 
 def _reference(inputs: dict[str, Tensor], encode: Encode) -> Reference | None:

@@ -38,6 +38,8 @@ class Given:
         return image_mask(self.shape[1:], start=self.start is not None, end=self.end is not None)
 
     def frames(self) -> Tensor:
+        if self.start is None and self.end is None:
+            return torch.zeros(self.shape)
         return self.encode(image_frames(self.start, self.end, self.num_frames))[0].float().cpu()
 
     def picture(self) -> Tensor:

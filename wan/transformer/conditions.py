@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.patch import patchify, token_grid, unpatchify
+from .camera import Camera
 from .context import Context
 from .reference import Reference
 from .vace import Control
@@ -24,6 +25,7 @@ class Beside:
     controls: Sequence[Control] = ()
     """The same tokens of VACE's control videos, [S, 4 * control_dim] each."""
     reference: Reference | None = None
+    camera: Camera | None = None
 
 
 NOTHING = Beside()
@@ -41,6 +43,7 @@ class Conditions:
     """Of VACE."""
     reference: Reference | None = None
     """In front of the video."""
+    camera: Camera | None = None
 
     @property
     def frames_in_front(self) -> int:
@@ -72,12 +75,14 @@ class Conditions:
             picture=None if self.picture is None else self.picture.to(device),
             controls=tuple(Control(tokens_of(control.values), control.strength) for control in self.controls),
             reference=None if self.reference is None else self.reference.on_rank(split, length, device),
+            camera=None if self.camera is None else self.camera.on_rank(split, length, device),
         )
 
     def beside(self, *, keep: bool) -> Beside:
         """For one expert, on a rank. keep: what is derived of pictures stays between steps."""
         picture = None if self.picture is None else Context(self.picture, keep=keep)
-        return Beside(picture=picture, controls=self.controls, reference=self.reference)
+        camera = None if self.camera is None else replace(self.camera, keep=keep)
+        return Beside(picture=picture, controls=self.controls, reference=self.reference, camera=camera)
 
 
 NONE = Conditions()

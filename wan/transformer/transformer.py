@@ -23,6 +23,7 @@ from ..model.latent_space import PATCH_SIZE
 from ..model.linear import Linear
 from ..model.ops import Rope
 from .block import Block, Stream, WanBlock, Which, per_token
+from .camera import CameraAdapter
 from .conditions import NOTHING, Beside
 from .context import Context
 from .image_branch import ImageEmbedding
@@ -69,6 +70,8 @@ class WanModel(nn.Module):
         self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.num_layers))
         if config.reference_frame:
             self.ref_conv = PatchEmbedding(config.reference_dim, dim, PATCH_SIZE[1:])
+        if config.camera:
+            self.control_adapter = CameraAdapter(config)
         if config.vace_layers:
             self.vace_patch_embedding = PatchEmbedding(config.control_dim, dim)
             self.vace_blocks = nn.ModuleList(VaceBlock(config, first=i == 0) for i in config.vace_layers)
@@ -123,6 +126,8 @@ class WanModel(nn.Module):
         if beside.picture is not None:
             attended.append((beside.picture, beside.picture.embedded(self.img_emb)))
         x = self.patch_embedding(tokens).float()
+        if beside.camera is not None:
+            x = beside.camera.added_to(x, self.control_adapter)
         if beside.reference is not None:
             x = beside.reference.put_into(x, self.ref_conv)
         controls = beside.controls

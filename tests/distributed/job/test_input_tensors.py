@@ -120,7 +120,7 @@ def test_a_noise_mask_is_for_the_model_that_knows_frames():
         check(TI2V, settings, samples=samples, noise_mask=(2, 4, 2))
     with pytest.raises(ValueError, match="a noise mask and start_image are both given"):
         check(TI2V, settings, samples=samples, noise_mask=mask, start_image=(3, 32, 64))
-    with pytest.raises(ValueError, match="which only the TI2V-5B model follows; remove the mask"):
+    with pytest.raises(ValueError, match=r"which only TI2V-5B, .* models follow; remove the mask"):
         check(TINY, samples=LATENTS, noise_mask=LATENTS[1:])
     with pytest.raises(ValueError, match="noise_mask is given, but no latents to start from"):
         check(TI2V, settings, noise_mask=mask)
@@ -152,3 +152,20 @@ def test_pictures_for_the_jobs_own_clip():
         check_inputs(looking, WITH_CLIP, {**given, **pictures, "clip_features": (257, 64)})
     with pytest.raises(ValueError, match="no image branch"):
         check_inputs(looking, I2V, {**given, **pictures})
+
+
+CAMERA = dataclasses.replace(TINY, in_dim=36, parts=frozenset({"control_adapter"}), camera_dim=24 * 64)
+CAMERA_5B = dataclasses.replace(CAMERA, in_dim=100, out_dim=48, camera_dim=24 * 256)
+
+
+def test_a_camera_is_of_the_videos_pixels_and_latent_frames():
+    check(CAMERA, camera_conditions=(24, 2, 48, 64))
+    check(CAMERA, camera_conditions=(24, 2, 48, 64), start_image=(3, 48, 64))
+    check(CAMERA_5B, {"width": 64, "height": 32}, camera_conditions=(24, 2, 32, 64))
+    for shape in ((24, 5, 48, 64), (24, 2, 6, 8), (6, 2, 48, 64), (24, 2, 48)):
+        with pytest.raises(ValueError, match=r"camera_conditions has shape .*call for \[24, 2, 48, 64\]"):
+            check(CAMERA, camera_conditions=shape)
+    with pytest.raises(ValueError, match=r"follows no such control; choose a Fun-Camera, Wan2\.1 Fun-Camera, Fun-"):
+        check(I2V, camera_conditions=(24, 2, 48, 64), start_image=(3, 48, 64))
+    with pytest.raises(ValueError, match=r"from an image \(Fun-Camera\): connect start_image, or conditioning"):
+        check(CAMERA)

@@ -26,11 +26,13 @@ from wan_pack.distributed.rank.session import Session
 from wan_pack.distributed.rank.signs import RankFiles
 from wan_pack.distributed.rank.worker import main as run_rank
 
+VARIANTS = ("I2V", "TI2V-5B", "FLF2V", "VACE", "Fun", "Camera")
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Known]:
     folder = tmp_path_factory.mktemp("models")
-    return {name: Known.make(folder / name, name) for name in ("T2V", "I2V", "TI2V-5B", "FLF2V", "VACE", "Fun")}
+    return {name: Known.make(folder / name, name) for name in ("T2V", *VARIANTS)}
 
 
 def on_forked_ranks(job: ForwardsJob, folder: Path) -> ServedJob:
@@ -52,11 +54,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 CASES = (
     [("T2V", layout) for layout in LAYOUTS]
-    + [
-        (variant, layout)
-        for variant in ("I2V", "TI2V-5B", "FLF2V", "VACE", "Fun")
-        for layout in ("1", "3", "4 by prompt, sharded")
-    ]
+    + [(variant, layout) for variant in VARIANTS for layout in ("1", "3", "4 by prompt, sharded")]
     + [("VACE", "2 by prompt")]
 )
 

@@ -19,10 +19,13 @@ from wan_pack.distributed.rank import kept_conditions
 from wan_pack.distributed.rank.kept_conditions import KeptConditions
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.patch import patchify
+from wan_pack.wan.transformer.camera import Camera
 
 FLF2V = dataclasses.replace(TINY, in_dim=36, parts=frozenset({"img_emb", "emb_pos"}), clip_dim=64)
 FUN = dataclasses.replace(TINY, in_dim=52, parts=frozenset({"ref_conv"}))
+CAMERA = dataclasses.replace(TINY, in_dim=36, parts=frozenset({"control_adapter"}), camera_dim=128)
 SIZE = (3, 4, 6)
+SHARD = SequenceShard(length=18)
 
 
 class Kept(KeptConditions):
@@ -57,7 +60,7 @@ class Kept(KeptConditions):
             sent=tuple(sent),
         )  # fmt: skip
         self.check(evaluation)
-        self.take(evaluation, [tensor.view(-1).view(torch.uint8).numpy().data for tensor in tensors], patchify)
+        self.take(evaluation, [tensor.view(-1).view(torch.uint8).numpy().data for tensor in tensors], SHARD)
         return evaluation
 
     def volume(self, name: str) -> Tensor:
@@ -142,10 +145,10 @@ def test_a_picture_in_front_is_sent_once_and_is_one_frame() -> None:
     )
     kept.check(evaluation)
     views = [tensor.view(-1).view(torch.uint8).numpy().data for tensor in (torch.zeros(1, FUN.text_dim), picture)]
-    kept.take(evaluation, views, patchify)
+    kept.take(evaluation, views, SHARD)
     shard = SequenceShard(length=4 * 6, rank=1, world=5)
     again = dataclasses.replace(evaluation, sent=())
-    kept.take(again, [], patchify)
+    kept.take(again, [], SHARD)
     (reference,) = kept.references(again, shard)
     # Of six tokens in front rank 1 of five has the last one, first of its five.
     assert reference is not None and reference.rows is not None and reference.rows.tolist() == [0]
@@ -155,6 +158,51 @@ def test_a_picture_in_front_is_sent_once_and_is_one_frame() -> None:
             KeptConditions(config, torch.device("cpu"), keeps=True).check(again)
     with pytest.raises(JobError, match="timesteps by frame; no model takes both"):
         kept.check(dataclasses.replace(again, by_frame=True))
+
+
+def of_camera(rays: torch.Tensor, config: WanConfig = CAMERA) -> tuple[Evaluation, list[memoryview]]:
+    text = torch.zeros(1, config.text_dim)
+    sent = tuple(
+        SentTensor(key=key(name), shape=tuple(tensor.shape), dtype="float32")
+        for name, tensor in (("a", text), ("x", rays))
+    )
+    evaluation = Evaluation(
+        shape=(1, config.in_dim, *SIZE), by_frame=False, texts=(key("a"),), cameras=(key("x"),), sent=sent
+    )
+    return evaluation, [tensor.view(-1).view(torch.uint8).numpy().data for tensor in (text, rays)]
+
+
+def test_of_a_camera_a_rank_keeps_the_frames_of_its_tokens() -> None:
+    rays = torch.randn(2, 3, 32, 48)
+    evaluation, views = of_camera(rays)
+    shard = SequenceShard(length=18, rank=1, world=4)
+    kept = KeptConditions(CAMERA, torch.device("cpu"), keeps=True)
+    kept.check(evaluation)
+    kept.take(evaluation, views, shard)
+    (camera,) = kept.cameras(evaluation)
+    assert camera is not None and camera.keep and camera.rows is not None
+    # Tokens 5 to 9 of three frames of six.
+    assert camera.values.shape == (2, 2, 3, 4 * 128) and camera.rows.tolist() == [5, 6, 7, 8, 9]
+    whole = Camera(rays, 8).on_rank(lambda tokens: tokens, 18, torch.device("cpu"))
+    assert torch.equal(camera.values, whole.values[:2])
+    # The memory that it came in is overwritten.
+    rays.zero_()
+    assert camera.values.any()
+    again = dataclasses.replace(evaluation, sent=())
+    kept.take(again, [], shard)
+    assert kept.cameras(again)[0] is camera
+    with pytest.raises(JobError, match=r"a camera's rays are of .*3, 4, 6.*; the latents are .*3, 4, 8"):
+        kept.take(dataclasses.replace(again, shape=(1, 36, 3, 4, 8)), [], shard)
+    with pytest.raises(JobError, match="tells where the camera is, and this model has no place for that"):
+        KeptConditions(TINY, torch.device("cpu"), keeps=True).check(again)
+    other = KeptConditions(dataclasses.replace(CAMERA, camera_dim=24 * 64), torch.device("cpu"), keeps=True)
+    with pytest.raises(JobError, match="the camera's rays are of 2 channels; this model takes 24"):
+        other.take(evaluation, views, shard)
+
+
+def test_rays_are_of_the_latents_pixels() -> None:
+    with pytest.raises(ValueError, match=r"shape of a control is \[2, 3, 32, 40\]; it must be .* of \[3, 24, 36\]"):
+        of_camera(torch.zeros(2, 3, 32, 40))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +234,7 @@ def test_what_is_of_another_model_is_refused(other: WanConfig, told: Any, words:
 
 
 def test_what_is_kept_is_no_part_of_the_memory_that_it_came_in():
-    """The next request overwrites that."""
+    """The next request overwrites that. Nor is it a part of the whole video's."""
     config, memory = TINY_VACE, torch.full((TINY_VACE.control_dim, *SIZE), 7.0)
     kept = KeptConditions(config, torch.device("cpu"), keeps=True)
     row = torch.full((2, config.text_dim), 3.0)
@@ -199,9 +247,10 @@ def test_what_is_kept_is_no_part_of_the_memory_that_it_came_in():
         strengths=((1.0,),), sent=sent,
     )  # fmt: skip
     views = [tensor.view(-1).view(torch.uint8).numpy().data for tensor in (row, memory)]
-    kept.take(evaluation, views, lambda whole: whole.flatten(1).t())
+    kept.take(evaluation, views, SequenceShard(length=18, rank=0, world=2))
     memory.zero_()
     row.zero_()
     ((control,),) = kept.controls(evaluation)
     assert control.values.unique().tolist() == [7.0]
+    assert control.values.untyped_storage().nbytes() == control.values.nbytes
     assert kept.texts(evaluation)[0].tokens.unique().tolist() == [3.0]

@@ -15,7 +15,8 @@ from core_sampling import KINDS, Modules, TwoModels, ksampler, write_expert
 from wan_pack.demo.comfyui import comfyui_folder
 
 NODES = ("nodes", *(f"comfy_extras.nodes_{name}" for name in ("custom_sampler", "easycache", "context_windows",
-         "model_advanced", "wan", "slg", "cfg", "torch_compile", "hooks")))  # fmt: skip
+         "model_advanced", "wan", "slg", "cfg", "torch_compile", "hooks",
+         "camera_trajectory")))  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_sampling import CFG, SEED, STEPS, TEXT_DIM, Modules
+from core_sampling import CFG, SEED, STEPS, TEXT_DIM, Modules, Vae22
 from fresh_jobs import run_fresh
 from node_inputs import asked_for, use_model_folders
 from safetensors.torch import load_file, save_file
@@ -23,6 +23,7 @@ from wan_pack.nodes.host import host
 from wan_pack.nodes.host.status import Status
 from wan_pack.nodes.inference import inference as inference_module
 from wan_pack.nodes.inference.outcome import inputs_writer
+from wan_pack.wan.model.latent_space import WAN21, WAN22
 
 pytestmark = [pytest.mark.processes, pytest.mark.ranks]
 
@@ -33,19 +34,23 @@ SIZE = {"width": WIDTH, "height": HEIGHT, "length": FRAMES, "batch_size": 1}
 PARTS = {
     "I2V": (36, ("img_emb",)), "FLF2V": (36, ("img_emb", "emb_pos")), "VACE": (16, ("vace_blocks",)),
     "InP": (36, ()), "Control": (52, ("ref_conv",)), "Control 2.1": (48, ("img_emb",)),
-    "Control V1.1": (48, ("img_emb", "ref_conv")),
+    "Control V1.1": (48, ("img_emb", "ref_conv")), "Camera": (36, ("control_adapter",)),
+    "Camera V1.1": (32, ("img_emb", "control_adapter")), "Control 5B": (148, ("ref_conv",)),
 }  # fmt: skip
 """Model -> channels in and parts."""
+OF_WAN22 = {"Control 5B"}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One of each, and a VAE, as single files."""
     folder = tmp_path_factory.mktemp("variants")
-    files = {name: folder / f"{name}.safetensors" for name in (*PARTS, "vae")}
+    files = {name: folder / f"{name}.safetensors" for name in (*PARTS, "vae", "vae 5B")}
     for name, (channels, parts) in PARTS.items():
-        save_file(expert(3, channels, text_dim=TEXT_DIM, parts=parts), files[name])
+        space = WAN22 if name in OF_WAN22 else WAN21
+        save_file(expert(3, channels, space.channels, text_dim=TEXT_DIM, parts=parts), files[name])
     save_file(tiny_vae(2), files["vae"])
+    save_file(tiny_vae(2, WAN22), files["vae 5B"])
     return files
 
 
@@ -82,9 +87,10 @@ class Run:
 
     def ours(self, clip: Path | None = None, **inputs: Any) -> tuple[Tensor, int]:
         """[C, T, h, w] of our node, and the frames of its video. clip: of a vision model, for the job."""
-        files = {name: (FileIdentity.of(self.files[name]),) for name in (self.name, "vae")}
+        vae = "vae 5B" if self.name in OF_WAN22 else "vae"
+        files = {name: (FileIdentity.of(self.files[name]),) for name in (self.name, vae)}
         looks = () if clip is None else (FileIdentity.of(clip),)
-        model = ModelFiles(high_noise=files[self.name], low_noise=(), vae=files["vae"], clip_vision=looks)
+        model = ModelFiles(high_noise=files[self.name], low_noise=(), vae=files[vae], clip_vision=looks)
         given = {
             "width": WIDTH, "height": HEIGHT, "num_frames": FRAMES, "sample_steps": STEPS, "seed": SEED, "shift": SHIFT,
             "scheduler": "euler", "guidance_low": CFG, "guidance_high": CFG, "gpu_count": 2, "use_fsdp": True,
@@ -240,3 +246,40 @@ def test_flf2v_whose_pictures_the_job_shows_to_clip(core: Modules, run: Callable
     # The pictures count, and their order.
     other = made.ours(clip=file, **{**shown, "start_image": end, "end_image": start})[0]
     assert (other - theirs).norm() / theirs.norm() > 10 * LIMIT
+
+
+@pytest.mark.parametrize("name", ["Camera", "Camera V1.1"])
+def test_fun_camera(core: Modules, run: Callable[[str], Run], name: str):
+    made, start = run(name), pixels(3, 1, HEIGHT, WIDTH, 3)
+    embedding = core["comfy_extras.nodes_camera_trajectory"].WanCameraEmbedding
+    (moves, *_) = embedding.execute("Zoom In", WIDTH, HEIGHT, FRAMES).result
+    seen = {"clip_vision_output": clip_vision(core, 2)} if "img_emb" in PARTS[name][1] else {}
+    positive, negative, latent = (
+        core["comfy_extras.nodes_wan"]
+        .WanCameraImageToVideo.execute(
+            text(1), text(2), made.vae, **SIZE, start_image=start, camera_conditions=moves, **seen
+        )
+        .result
+    )
+    theirs = made.theirs(positive, negative, latent)
+    ours, frames = made.ours(text_embeds=positive, negative_embeds=negative, samples=latent)
+    same(ours, theirs)
+    assert frames == FRAMES
+    own = {"camera_conditions": moves, "start_image": start, "clip_vision_start_image": seen.get("clip_vision_output")}
+    same(made.ours(text_embeds=text(1), negative_embeds=text(2), **own)[0], theirs)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_fun_control_5b(core: Modules, run: Callable[[str], Run], kept: bool):
+    """What other nodes have encoded. kept: the first frame stays, as with TI2V-5B; else a picture is in front."""
+    made, video, size = run("Control 5B"), pixels(1, FRAMES, 96, WIDTH, 3), (WIDTH, 96, FRAMES)
+    nodes, given = core["comfy_extras.nodes_wan"], {"start_image": video[:1].flip(1), "control_video": video}
+    given |= {} if kept else {"ref_image": video[4:5].flip(2)}
+    node = nodes.Wan22FunControlToVideo
+    positive, negative, latent = node.execute(text(1), text(2), Vae22(), *size, 1, **given).result
+    if kept:
+        latent = nodes.Wan22ImageToVideoLatent.execute(Vae22(), *size, 1, given["start_image"]).result[0]
+    theirs = made.theirs(positive, negative, latent)
+    ours, frames = made.ours(text_embeds=positive, negative_embeds=negative, samples=latent, height=96)
+    same(ours, theirs)
+    assert frames == FRAMES

@@ -1,4 +1,4 @@
-"""What Fun-Control's conditioning holds: a control video, a first frame, a reference picture."""
+"""What Fun models' conditioning holds: a control video, a first frame, a reference picture, a camera."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from tiny import TINY
 from wan_pack.distributed.job.job import Sampling
 from wan_pack.nodes.host.status import Status
-from wan_pack.nodes.sockets.fun_inputs import has_reference, reference_tensors
+from wan_pack.nodes.sockets.fun_inputs import camera_tensors, has_reference, reference_tensors
 from wan_pack.nodes.sockets.images import image_tensors
 from wan_pack.nodes.sockets.vace_inputs import own_control
 from wan_pack.nodes.sockets.video_inputs import VideoInputs
@@ -85,3 +85,49 @@ def test_a_short_control_video_stays_short_and_one_reference_is_all():
     assert found["control_video"].shape == (3, 5, 48, 64) and set(found) == {"control_video"}
     with pytest.raises(ValueError, match=r"reference_images holds 2 images; this model \(Fun-Control\) takes one"):
         own_control(asked(reference_images=torch.rand(2, 48, 64, 3)), SAMPLING, CONTROL, Status())
+
+
+def test_a_camera_comes_with_the_conditioning_or_with_the_node():
+    rays = noise(1, 1, 24, 3, 48, 64)
+    both = {"text_embeds": text(camera_conditions=rays), "negative_embeds": text(camera_conditions=rays.clone())}
+    for given in (both, {"text_embeds": text(camera_conditions=rays)}, {"camera_conditions": rays}):
+        assert torch.equal(camera_tensors(asked(**given))["camera_conditions"], rays[0])
+    assert camera_tensors(asked()) == {}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"camera_conditions": 3}, "camera_conditions is int; it must be what WanCameraEmbedding gives"),
+        ({"camera_conditions": noise(1, 24, 3, 48, 64)}, r"camera_conditions has shape \[24, 3, 48, 64\]; it must be"),
+        ({"text_embeds": text(camera_conditions=noise(1, 24))}, "camera_conditions of text_embeds has shape"),
+        (
+            {"text_embeds": text(camera_conditions=noise(1, 1, 24, 3, 48, 64)), "camera_conditions": noise(2, 1)},
+            "camera_conditions come twice",
+        ),
+        ({"negative_embeds": text(camera_conditions=noise(1, 1, 24, 3, 48, 64))}, "negative_embeds carries other"),
+        (
+            {
+                "text_embeds": text(camera_conditions=noise(1, 1, 24, 3, 48, 64)),
+                "negative_embeds": text(camera_conditions=noise(2, 1, 24, 3, 48, 64)),
+            },
+            "connect both outputs of WanCameraImageToVideo",
+        ),
+        (
+            {"text_embeds": text(camera_conditions=noise(1, 1, 24, 3, 48, 64)), "negative_embeds": text()},
+            "connect both",
+        ),
+    ],
+)
+def test_what_is_no_camera_is_refused(inputs: dict[str, Any], words: str):
+    with pytest.raises(ValueError, match=words):
+        camera_tensors(asked(**inputs))
+
+
+def test_a_5b_models_latents_are_its_own():
+    latents, mask = noise(1, 1, 96, 3, 3, 4), torch.ones(1, 4, 3, 3, 4)
+    config = replace(TINY, in_dim=148, out_dim=48, parts=frozenset({"ref_conv"}))
+    carried = {"concat_latent_image": latents, "concat_mask": mask, "concat_mask_index": 48}
+    found = image_tensors(asked(text_embeds=text(**carried)), SAMPLING, config, Status())["image_conditioning"]
+    control, picture = (normalise(part, 48) for part in latents[0].split(48))
+    assert torch.equal(found, torch.cat((control, 1 - mask[0], picture)))

@@ -145,7 +145,6 @@ def test_conditioning_that_does_not_fit_is_refused(extras: dict[str, Any], messa
         {"time_dim_concat": noise(1)},
         {"face_video_pixels": noise(1)},
         {"pose_video_latent": noise(1)},
-        {"camera_conditions": noise(1)},
         {"hooks": object()},
         {"mask": noise(1)},
         {"start_percent": 0.5},
@@ -260,7 +259,7 @@ def test_embeds_of_other_models_are_refused_by_name(extras: dict[str, Any]) -> N
         (i2v_embeds(end_image=noise(3, 48, 64)), "turn on fun_or_fl2v_model"),
         (
             empty_embeds(extra_latents=[{"samples": noise(1, 16, 1, 6, 8), "index": 0}]),
-            "extra_latents, which only the TI2V-5B model follows",
+            "extra_latents, which only TI2V-5B, Fun-InP 5B, ",
         ),
     ],
 )

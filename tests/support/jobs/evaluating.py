@@ -20,6 +20,7 @@ from wan_pack.distributed.launch.pool import Pool
 from wan_pack.distributed.machine.processes import Process
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.rope import rope_table
+from wan_pack.wan.transformer.camera import Camera
 from wan_pack.wan.transformer.conditions import Conditions
 from wan_pack.wan.transformer.context import Context
 from wan_pack.wan.transformer.reference import Reference
@@ -32,6 +33,7 @@ CONFIGS = {
     "TI2V-5B": dataclasses.replace(TINY, in_dim=48, out_dim=48),
     "VACE": TINY_VACE,
     "Fun": dataclasses.replace(TINY, in_dim=52, parts=frozenset({"ref_conv"})),
+    "Camera": dataclasses.replace(TINY, in_dim=36, parts=frozenset({"control_adapter"}), camera_dim=2 * 64),
     "FLF2V": dataclasses.replace(TINY, in_dim=36, parts=frozenset({"img_emb", "emb_pos"}), clip_dim=64),
 }
 """Variant -> a tiny one."""
@@ -79,6 +81,7 @@ class Known:
                 picture=sample.picture,
                 controls=tuple(Control(control.values, control.strength) for control in sample.controls),
                 reference=None if sample.reference is None else Reference(sample.reference),
+                camera=None if sample.camera is None else Camera(sample.camera, 8),
             )
             grid = conditions.grid(tuple(latents.shape))
             rope = rope_table(grid, self.config.head_dim)
@@ -132,6 +135,7 @@ def inputs(
             sample,
             controls=controls(config, shape, number // 2) if config.vace_layers else (),
             reference=reference(config, shape, seed) if config.reference_frame and seed % 2 else None,
+            camera=camera(config, shape, number // 2) if config.camera else None,
         )
         for number, sample in enumerate(texts(config, batch))
     ]
@@ -142,6 +146,14 @@ def inputs(
 def reference(config: WanConfig, shape: tuple[int, int, int], seed: int) -> Tensor:
     """Of a picture in front, for odd seeds; the same for all samples and each call."""
     return torch.randn(config.reference_dim, 1, *shape[1:], generator=torch.Generator().manual_seed(400 + seed))
+
+
+@functools.cache
+def camera(config: WanConfig, shape: tuple[int, int, int], seed: int) -> Tensor:
+    """The rays of each pixel; the same for each call."""
+    frames, rows, columns = shape
+    size = config.camera_dim // 64, frames, 8 * rows, 8 * columns
+    return torch.randn(size, generator=torch.Generator().manual_seed(500 + seed))
 
 
 @functools.cache

@@ -12,7 +12,9 @@ from wan_pack.distributed.job.model_files import LoraFile
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.checkpoint.weights import empty_model, read_weights
 from wan_pack.wan.lora.lora import Lora
+from wan_pack.wan.model.latent_space import WAN21
 from wan_pack.wan.model.rope import rope_table
+from wan_pack.wan.transformer.camera import Camera
 from wan_pack.wan.transformer.conditions import Conditions
 from wan_pack.wan.transformer.context import Context
 from wan_pack.wan.transformer.reference import Reference
@@ -54,6 +56,7 @@ class PlainEvaluator:
             picture=sample.picture,
             controls=tuple(Control(control.values, control.strength) for control in sample.controls),
             reference=None if sample.reference is None else Reference(sample.reference),
+            camera=None if sample.camera is None else Camera(sample.camera, WAN21.stride),
         )
         grid = conditions.grid(tuple(latents.shape))
         different, which = timestep.reshape(-1), None

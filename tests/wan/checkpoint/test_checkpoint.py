@@ -157,14 +157,14 @@ def test_heads_come_from_config_json(tmp_path: Path):
     [
         ({"vace_blocks.0.norm3.weight": (4,)}, r"not a whole VACE transformer: \d+ tensors are missing"),
         ({"vace_blocks.x.norm3.weight": (4,)}, r"unknown \(vace_blocks\.x\.norm3"),
-        ({"control_adapter.conv.weight": (4,)}, "Fun-Camera"),
+        ({"control_adapter.conv.bias": (4,)}, r"and control_adapter, not one of .*36 .* and control_adapter \(Fun-Cam"),
         ({"ref_conv.weight": (4,)}, r"16 out and ref_conv, not one of .*52 .* and ref_conv \(Fun-Control\)"),
         ({"audio_injector.x": (4,)}, "S2V"),
         ({"blocks.0.audio_cross_attn.q.weight": (4,)}, "audio branch"),
         ({"face_adapter.x": (4,)}, "Animate"),
         ({"img_emb.proj.0.bias": (4,)}, r"and img_emb, not one of .*36 .* and 16 out and img_emb \(Wan2\.1 I2V\)"),
         ({"blocks.0.cross_attn.k_img.weight": (4,)}, r"unknown \(blocks\.0\.cross_attn\.k_img"),
-        ({"patch_embedding.weight": (128, 32, 1, 2, 2)}, r"Fun-Camera .*\(32 latent channels in and 16 out"),
+        ({"patch_embedding.weight": (128, 32, 1, 2, 2)}, r"32 latent channels in and 16 out, not one of .*32 lat"),
         ({"patch_embedding.weight": (128, 100, 1, 2, 2)}, r"100 latent channels in and 16 out, not one of .*36 lat"),
         ({"patch_embedding.weight": (128, 16, 1, 2, 2), "head.modulation": (1, 2, 2**21)}, "sizes must be 1 to"),
         (

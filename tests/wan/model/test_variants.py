@@ -73,7 +73,7 @@ def test_models_have_names_for_people():
     deeper = replace(WAN_CONFIGS["t2v-A14B"], num_layers=41)
     assert WAN_CONFIGS["t2v-A14B"].differences(deeper) == " (num_layers 40 and 41)"
     assert deeper.differences(TINY) == ""
-    assert takers("noise_mask") == "TI2V-5B"
+    assert takers("noise_mask") == "TI2V-5B, Fun-InP 5B, Fun-Control 5B, Fun-Camera 5B"
 
 
 def test_no_other_file_asks_for_a_variant():
@@ -96,7 +96,8 @@ def test_what_a_variant_is_given_follows_from_what_it_is(variant: Variant):
     expected |= {"control_video"} if CONTROL in variant.image else set()
     expected |= {"reference_images", "reference_latent"} if "ref_conv" in variant.parts else set()
     expected |= {"clip_features"} if "img_emb" in variant.parts else set()
-    expected |= set(CONTROLS) - {"reference_latent"} if variant.controlled else set()
+    expected |= {"camera_conditions"} if "control_adapter" in variant.parts else set()
+    expected |= set(CONTROLS) - {"reference_latent", "camera_conditions"} if variant.controlled else set()
     expected |= {"start_image", "noise_mask"} if variant.known_frames else set()
     assert set(variant.takes) == expected
     inputs, out = variant.channels

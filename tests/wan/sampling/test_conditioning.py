@@ -240,3 +240,36 @@ def test_a_picture_and_a_control_video_have_zeros_behind_them():
     followed = replace(given, start=None, control=torch.full((3, 5, 32, 48), 0.25))
     assert torch.equal(followed.followed()[:, :2], torch.full((16, 2, 4, 6), 0.25))
     assert not followed.followed()[:, 2:].any() and not followed.picture().any()
+
+
+def test_fun_models_of_5b_keep_the_first_frame_and_are_told_of_it():
+    """As their makers' own code does; behind it a camera or nothing to follow."""
+    picture, noise = torch.full((3, 64, 96), 0.9), torch.randn(48, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+
+    def encode_22(video: torch.Tensor) -> torch.Tensor:
+        return video.mean() * torch.ones(1, 48, (video.shape[2] - 1) // 4 + 1, 4, 6)
+
+    for name, first, told in (("Fun-InP 5B", 4, 0.1), ("Fun-Control 5B", 52, 0.9), ("Fun-Camera 5B", 4, 0.9)):
+        made = build({"start_image": picture}, variant=VARIANTS[name], noise=noise, encode=encode_22)
+        image = made.conditions.image
+        assert image is not None and len(image) == VARIANTS[name].channels[0] - 48
+        torch.testing.assert_close(image[first:, 0], torch.full((48, 4, 6), told))
+        assert torch.equal(image[first - 4 : first], image_mask((3, 4, 6), start=True, end=False))
+        assert made.known is not None and made.known_mask is not None
+        assert made.known_mask[0].all() and not made.known_mask[1:].any()
+        torch.testing.assert_close(made.known[:, 0], torch.full((48, 4, 6), 0.9))
+    # Frames that come as latents, with channels that other nodes have made.
+    samples, mask = torch.ones(48, 3, 4, 6), torch.ones(3, 4, 6)
+    mask[0] = 0
+    given = {"samples": samples, "noise_mask": mask, "image_conditioning": torch.zeros(52, 3, 4, 6)}
+    made = build(given, variant=VARIANTS["Fun-InP 5B"], noise=noise, encode=encode_22)
+    assert made.known_mask is not None and torch.equal(made.known_mask, mask < 0.5)
+    assert made.conditions.image is given["image_conditioning"]
+
+
+def test_a_camera_alone_has_no_picture_to_begin_with():
+    rays = torch.randn(24, 3, 32, 48)
+    for name in ("Fun-Camera", "Wan2.1 Fun-Camera"):
+        made = build({"camera_conditions": rays}, variant=VARIANTS[name]).conditions
+        assert made.image is not None and not made.image.any() and made.camera is not None
+        assert made.camera.values is rays and made.camera.stride == 8
