@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ...wan.model.attention import Attention
+from ...wan.model.config import HIGH_NOISE, LOW_NOISE
 from ...wan.transformer.transformer import WanModel
 from ..job.job import FileIdentity, Parallel
 from ..job.model_files import ExpertFiles, ModelFiles
@@ -56,7 +57,6 @@ class ExpertCache:
         self._pending: dict[str, PendingExpert] = {}
         self._numbers = itertools.count(2)
         self._mesh: Mesh | None = None
-        """That the models' attention talks over."""
         self._computes: tuple[Mesh | None, bool, Computing] | None = None
         self._lie: tuple[object, ...] = ()
 
@@ -71,11 +71,11 @@ class ExpertCache:
             self._lie = parallel.weights_lie
 
     def keep_only(self, model: ModelFiles, *, parks: bool) -> None:
-        """Lets go of experts that are not this model's. parks: of the others all but one leave the device."""
+        """Lets go of experts that are not this model's. parks: of two on the device that which runs first stays."""
         for name, made_of in list(self._made_of.items()):
             if made_of.files != model.expert(name).files:
                 self._drop(name)
-        for name in [name for name in self._made_of if self.is_on_device(name)][:-1] if parks else ():
+        for name in [name for name in (LOW_NOISE, HIGH_NOISE) if self.is_on_device(name)][:-1] if parks else ():
             self.weights[name].park()
 
     def load(

@@ -150,9 +150,12 @@ def test_before_a_job_models_that_lie_otherwise_go(cache: ExpertCache):
 
 @pytest.mark.parametrize("low", ["l", "x", ""])
 @pytest.mark.parametrize("parks", [True, False])
-def test_before_a_video_another_models_experts_go_and_of_the_others_one_stays_on_the_device(parks: bool, low: str):
+@pytest.mark.parametrize("order", [("low_noise", "high_noise"), ("high_noise", "low_noise")])
+def test_before_a_video_another_models_experts_go_and_of_the_others_the_first_to_run_stays_on_the_device(
+    order: tuple[str, str], parks: bool, low: str
+):
     cache = ExpertCache(0, torch.device("cpu"), attention, "plain")
-    for name, file in (("low_noise", "l"), ("high_noise", "h")):
+    for name, file in [(name, name[0]) for name in order]:
         cache.models[name] = torch.nn.Module()  # type: ignore[assignment]
         cache.weights[name] = Weights()  # type: ignore[assignment]
         cache._made_of[name] = ExpertFiles(files(file), (), name)
