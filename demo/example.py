@@ -13,6 +13,7 @@ TEXT_TO_VIDEO = "distributed_inference_workflow"
 IMAGE_TO_VIDEO = "image_to_video_workflow"
 TI2V_5B = "text_or_image_to_video_5B_workflow"
 VACE = "vace_workflow"
+FUN_CONTROL = "fun_control_workflow"
 LIGHTNING = "lightning_4_steps_workflow"
 BATCH = "batch_workflow"
 
@@ -32,6 +33,7 @@ class TinyModel:
     ti2v: str = "tiny_wan2.2_ti2v.safetensors"
     ti2v_vae: str = "tiny_wan2.2_vae.safetensors"
     vace: str = "tiny_wan2.1_vace.safetensors"
+    fun_control: str = "tiny_wan2.2_fun_control.safetensors"
     high_noise_lora: str = "tiny_wan2.2_t2v_lightx2v_4steps_lora_high_noise.safetensors"
     low_noise_lora: str = "tiny_wan2.2_t2v_lightx2v_4steps_lora_low_noise.safetensors"
 
@@ -44,6 +46,10 @@ class TinyModel:
             "wan2.2_i2v_low_noise_14B_fp16.safetensors": self.i2v_low_noise,
             "wan2.2_ti2v_5B_fp16.safetensors": self.ti2v,
             "wan2.1_vace_14B_fp16.safetensors": self.vace,
+            "wan2.2_fun_inpaint_high_noise_14B_fp8_scaled.safetensors": self.i2v_high_noise,
+            "wan2.2_fun_inpaint_low_noise_14B_fp8_scaled.safetensors": self.i2v_low_noise,
+            "wan2.2_fun_control_high_noise_14B_fp8_scaled.safetensors": self.fun_control,
+            "wan2.2_fun_control_low_noise_14B_fp8_scaled.safetensors": self.fun_control,
             "wan_2.1_vae.safetensors": self.vae,
             "wan2.2_vae.safetensors": self.ti2v_vae,
             "umt5_xxl_fp16.safetensors": self.text_encoder,

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from serving import INFERENCE, Comfy
 from wan_pack.demo.client import Run
-from wan_pack.demo.example import VACE, Prompt, node_id
+from wan_pack.demo.example import FUN_CONTROL, VACE, Prompt, node_id
 
 WIDTH, HEIGHT, FRAMES, STEPS = 96, 64, 9, 4
 SIZE = {"width": WIDTH, "height": HEIGHT}
@@ -172,6 +172,17 @@ def test_the_vace_example_shows_its_video_without_the_reference(comfy: Comfy) ->
     (entry,) = comfy.outputs(run)[video]["video"]
     path = comfy.server.base / "output" / entry["subfolder"] / entry["filename"]
     assert imageio_ffmpeg.count_frames_and_secs(str(path))[0] == FRAMES
+
+
+def test_the_fun_control_example_follows_the_edges_of_its_picture(comfy: Comfy) -> None:
+    """The reference picture is a frame for the model only."""
+    prompt = comfy.example(FUN_CONTROL, preset="custom", sample_steps=2, num_frames=FRAMES)
+    video = node_id(prompt, INFERENCE)
+    prompt["latents"] = node("SaveLatent", samples=[video, 4], filename_prefix="core/fun")
+    run = comfy.run(prompt)
+    assert Finished(comfy, run).latents("fun").shape[1] == (FRAMES - 1) // 4 + 1
+    (status,) = comfy.outputs(run)[node_id(prompt, "PreviewAny")]["text"]
+    assert f"control_video has 81 frames; the first {FRAMES} are used" in status
 
 
 def test_images_arrive_when_they_are_linked_later(comfy: Comfy) -> None:
