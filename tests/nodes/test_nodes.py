@@ -89,7 +89,7 @@ def test_inputs_keep_their_order() -> None:
         *("decode_video", "preset", "low_noise_model", "vae", "preview", "plan", "dynamic_resolution"),
         "reuse_threshold",
         *("clip_vision_start_image", "clip_vision_end_image", "control_video", "control_mask", "reference_images"),
-        *("vace_strength", "crf", "video_format"),
+        *("vace_strength", "crf", "video_format", "camera_conditions"),
     ]
     names = ("video_path", "log_output", "status", "video", "samples", "images")
     assert names == WanVideoDistributedInference.RETURN_NAMES
