@@ -202,11 +202,14 @@ def take_turn(weights: dict[str, Weights], expert: str) -> None:
     Args:
         weights: of each that takes part; empty where all stay.
     """
+    coming = weights.get(expert)
     for name, others in weights.items():
-        if name != expert:
+        if name == expert:
+            continue
+        if not (isinstance(coming, HostParking) and isinstance(others, HostParking) and coming.trade(others)):
             others.park()
-    if expert in weights:
-        weights[expert].fetch()
+    if coming is not None:
+        coming.fetch()
     if weights:
         resident = sum(each.resident_bytes for each in weights.values())
         other = ", the other in host memory" if len(weights) > 1 else ""

@@ -72,6 +72,31 @@ class HostParking:
         if not self._keep:
             self._free_host()
 
+    def trade(self, leaving: HostParking) -> bool:
+        """Host -> device while `leaving` goes the other way, tensor by tensor, into the host memory that becomes free.
+
+        Nothing is taken and page-locked anew, which for 28 GB takes 13 seconds, and the host holds one copy, not two.
+
+        Returns:
+            whether it was done: only this one is parked, neither keeps a copy, and their tensors are of equal sizes.
+        """
+        if not self._parked or leaving._host is not None or self._keep or leaving._keep:
+            return False
+        if self._sizes != [storage.nbytes() for storage in leaving._storages]:
+            return False
+        assert self._host is not None, "where it was parked to"
+        for mine, other, copy in zip(self._storages, leaving._storages, self._host.split(self._sizes), strict=True):
+            mine.resize_(copy.numel())
+            # One stream: it has been read when it is written to.
+            _bytes_of(mine).copy_(copy, non_blocking=True)
+            copy.copy_(_bytes_of(other), non_blocking=True)
+            other.resize_(0)
+        if self._on_cuda:
+            torch.cuda.current_stream().synchronize()
+        leaving._host, leaving._sizes, leaving._parked = self._host, self._sizes, True
+        self._host, self._parked = None, False
+        return True
+
     @property
     def has_copy(self) -> bool:
         """The host holds the parameters, whether the device does or not."""
