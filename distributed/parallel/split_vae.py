@@ -1,4 +1,4 @@
-"""The VAE split over ranks by image rows, exactly.
+"""The VAE split over ranks by image rows: the same arithmetic, whose rounding may differ with the height in bf16.
 
 Every rank runs the encoder or decoder on its rows. What looks at other rows gets them first: a convolution one row from
 each neighbour (halo exchange: Dryden et al., 2019, arXiv 1903.06681), the attention in the middle all ranks' keys and
