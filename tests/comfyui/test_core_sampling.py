@@ -204,6 +204,8 @@ def test_of_queued_prompts_some_with_faults_every_other_one_is_right(
             queued += 1
             if fault == "kill at rest":
                 os.kill(rng.choice(comfy.job_processes()), signal.SIGKILL)
+                # A job that begins on processes that are dying fails, and says so.
+                comfy.wait_until_ended()
                 continue
 
             def act(ended: Run, fault: str = fault, behind: list[Future[None]] = behind) -> None:
