@@ -19,7 +19,7 @@ SECONDS_FOR_STACKS = 0.5
 SECONDS_FOR_STACKS_ELSEWHERE = 2.0
 MAX_STACK_BYTES = 16 << 10
 STACK_LINES = 12
-_WAITING = ("distributed_c10d.py", "_functional_collectives.py", "warm_up.py")
+_WAITING = ("distributed_c10d.py", "_functional_collectives.py", "wait_for_first_use")
 """In the stack of a rank that only waits for the others."""
 
 

@@ -153,4 +153,9 @@ def use_beside(
         return
     using = Prefetch(lambda _: used())
     imports()
+    wait_for_first_use(using)
+
+
+def wait_for_first_use(using: Prefetch) -> None:
+    """Which may wait for other ranks: so it is named in the stack of one that only does that."""
     using.wait(lambda done, total: None)

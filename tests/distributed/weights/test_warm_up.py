@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import logging
+import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +19,9 @@ import torch
 from patience import COMES_UP
 from ranks import run_ranks
 from tiny import TINY, TINY_VACE, random_weights, write_official
+from wan_pack.distributed.group.signs_of_life import Seen, find_suspect
 from wan_pack.distributed.job.job import Parallel
+from wan_pack.distributed.machine.processes import Process
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.weights import warm_up
 from wan_pack.distributed.weights.warm_up import first_evaluation, use_beside
@@ -169,3 +174,36 @@ def test_while_weights_are_read_a_gpu_uses_what_steps_use(
     assert seen == ["imports"], "tokens that are not known yet"
     get_ready("cuda", shard, None)
     assert seen == ["imports"] * 2, "a kernel that looks at what it computes"
+
+
+@pytest.mark.parametrize("stands_in", ["imports", "use"])
+def test_a_rank_counts_as_waiting_only_where_its_imports_are_over(tmp_path, stands_in):
+    """A rank that hangs in an import is the one to be named, not the first of those that wait for it."""
+    go, reached = threading.Event(), threading.Event()
+
+    def stand() -> None:
+        reached.set()
+        go.wait()
+
+    imports, use = (stand, lambda: None) if stands_in == "imports" else (lambda: None, stand)
+    rank = threading.Thread(
+        target=lambda: use_beside(imports, use, device=torch.device("cpu"), alone=False, compiles=False), daemon=True
+    )
+    rank.start()
+    try:
+        assert reached.wait(COMES_UP)
+        at_load = Seen(process=Process.of(os.getpid()), phase="load", step=0)
+        waits = False
+        deadline = time.monotonic() + (0.3 if stands_in == "imports" else COMES_UP)
+        while not waits and time.monotonic() < deadline:
+            with (tmp_path / "stacks").open("w+") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+                file.seek(0)
+                threads = file.read().split("\n\n")
+            [stack] = [text for text in threads if "in use_beside" in text]
+            waits = find_suspect({0: at_load, 1: at_load}, {0: stack}, 2) == 1
+            time.sleep(0.01)
+        assert waits == (stands_in == "use")
+    finally:
+        go.set()
+        rank.join()
