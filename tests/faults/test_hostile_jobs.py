@@ -103,6 +103,7 @@ def test_fault_23_24_a_string_of_a_job_is_refused_or_stays_text(
         assert Path(group_folder).parent == tmp_path / "jobs"
         assert {entry.name for entry in result.folder.path.iterdir()} == {
             "job.json", "inputs.safetensors", "owner.lock", "latents.safetensors", "video.mp4", "result.json", "logs",
+            "done-bell",
         }  # fmt: skip
         result.remove()
     assert {entry.name for entry in tmp_path.iterdir()} <= {"locks", "jobs"}

@@ -239,7 +239,7 @@ def test_wrong_sizes_name_both_models(tmp_path: Path):
     message = refusal(tmp_path, matrices(f"diffusion_model.{Q}", 3072, 3072), t2v)
     assert message == (
         f"diffusion_model.{Q} changes a parameter of 3072 x 3072; the model's is 5120 x 5120. "
-        "It looks made for Wan2.2 TI2V 5B; this model is Wan2.2 T2V A14B or Wan2.1 T2V 14B"
+        "It looks made for a Wan 5B model (TI2V-5B or Fun-InP 5B); this model is Wan2.2 T2V A14B or Wan2.1 T2V 14B"
     )
     small = refusal(tmp_path, matrices("lora_unet_blocks_0_ffn_0", 8960, 1536), model_shapes(TI2V_5B))
     assert small.endswith("It looks made for a Wan 1.3B model (T2V or I2V); this model is Wan2.2 TI2V 5B")
@@ -261,7 +261,7 @@ SOME_14B = "a Wan 14B model (T2V or I2V)"
         ("Wan2.1 I2V 14B", {f"{Q}.diff": (5120, 5120), "img_emb.proj.0.diff": (1280,)}),
         ("a Wan 1.3B model (T2V or I2V)", {"transformer.blocks.0.attn1.to_q.lora_A.weight": (16, 1536)}),
         ("Wan2.1 Fun InP 1.3B", {"patch_embedding.diff": (1536, 36, 1, 2, 2)}),
-        ("Wan2.2 TI2V 5B", {"blocks.0.diff_m": (1, 6, 3072)}),
+        ("a Wan 5B model (TI2V-5B or Fun-InP 5B)", {"blocks.0.diff_m": (1, 6, 3072)}),
         ("a Wan VACE model", {f"{Q}.diff": (5120, 5120), "vace_blocks.3.after_proj.diff": (5120, 5120)}),
     ],
 )

@@ -226,7 +226,7 @@ def test_frames_that_cannot_leave_the_gpu_end_the_video(tmp_path: Path, monkeypa
 
 def test_nobody_waits_for_what_no_longer_takes_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the error comes between a look for it and the next part."""
-    monkeypatch.setattr(video._Part, "data", Mock(side_effect=RuntimeError("CUDA error: device lost")))
+    monkeypatch.setattr(video.Arriving, "there", Mock(side_effect=RuntimeError("CUDA error: device lost")))
     with (
         pytest.raises(RuntimeError, match="device lost"),
         VideoWriter(tmp_path / "x.mp4", width=64, height=48, fps=16) as writer,
