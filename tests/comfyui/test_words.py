@@ -53,6 +53,8 @@ SEEN = {"checking the inputs", "looking for the packages that the processes impo
 """Whatever the models. Of what a rank says, one who looks ten times a second misses what is over sooner."""
 LOGGED = ["loading the text encoder", "encoding the prompt", "encoding the start image", "sharing the weights",
           "preparing the live picture"]  # fmt: skip
+BESIDE = {"encoding the start image", "loading", "sharing the weights", "preparing the live picture"}
+"""Done side by side while weights are read, in no order of their own."""
 BARE = {"starting", "encoding", "loading"}
 """A phase that has just begun: no words for a wait."""
 
@@ -97,11 +99,17 @@ def followed(comfy: Comfy, prompt: Prompt) -> tuple[list[tuple[float, str]], str
     return told, comfy.outputs(run)["log"]["text"][0]
 
 
+def in_order(words: list[str]) -> list[str]:
+    """One for each change, those of what is done side by side as one."""
+    placed = ["beside the reading" if word in BESIDE else word for word in words]
+    return [word for index, word in enumerate(placed) if index == 0 or word != placed[index - 1]]
+
+
 def check(start: str, words: list[str], told: list[tuple[float, str]]) -> None:
     """Nothing is said but `words`, in their order, and those that nobody can miss are; no wait has none."""
     said = [next((word for word in words if text.startswith(word)), text) for _, text in told if text not in BARE]
-    new = [word for index, word in enumerate(said) if index == 0 or word != said[index - 1]]
-    assert new == [word for word in words if word in new]
+    new = in_order(said)
+    assert new == [word for word in in_order(words) if word in new], said
     assert set(new) >= SEEN.intersection(words), told
     first, last = told[0][0], told[-1][0]
     ending = re.match(r"done in (\d+) s", told[-1][1])
