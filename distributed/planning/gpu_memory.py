@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from ...wan.model.config import PICTURE_ROWS, TEXT_LEN, WanConfig
-from ...wan.model.latent_space import PATCH_SIZE, LatentSpace
+from ...wan.model.latent_space import PATCH_SIZE, WAN21, WAN22, LatentSpace
 from ..job.job import FFN_CHUNK, Parallel
 
 GIB = 2**30
@@ -21,6 +21,10 @@ VAE_PIXEL_BYTES = 15_100
 """Per pixel of a frame, decoding in bf16: 5.6 GiB were measured at 832x480."""
 FRAME_BYTES = 3 * 2
 """Of a pixel of a decoded frame in bf16."""
+ENCODER_PIXEL_BYTES = {WAN21.channels: (7_100, 14), WAN22.channels: (3_300, 17)}
+"""Per pixel, encoding in bf16, by the latents' channels: what works on a few frames, and for each of all frames, those
+that are given and what the first stages make of them. What is alive at once, counted by the tests, and one of the
+convolutions' results more: that much two GPUs took beyond it (3.6 GiB at 1280x720), one did not (6.2)."""
 DECODED_FRAMES = 16
 """That exist at once where a VAE makes more pixels than it computes on: the last layer's four, put in order, gathered,
 and on their way to the file."""
@@ -237,15 +241,15 @@ def vae_decode_bytes(work: Workload, parallel: Parallel) -> int:
 
 
 def vae_encode_bytes(work: Workload, parallel: Parallel) -> int:
-    """Bytes of the VAE, of one chunk of frames in it, and of all frames that it is given."""
+    """Bytes of the VAE, and of frames in it."""
     working = encoding_bytes(work.latents, work.width, work.height, work.encode_frames, parallel)
     return work.vae_bytes * vae_width(parallel) // 2 + working
 
 
 def encoding_bytes(latents: LatentSpace, width: int, height: int, frames: int, parallel: Parallel) -> int:
-    """Bytes of one chunk of frames in the VAE, and of all of them on each rank: as they came, and as it takes them."""
-    given = 2 * frames * FRAME_BYTES * rank_pixels(latents, width, height, parallel)
-    return picture_bytes(latents, width, height, 1, parallel) + given * vae_width(parallel) // 2
+    """Bytes of some frames in the VAE, and of all of them on each rank."""
+    some, each = ENCODER_PIXEL_BYTES[latents.channels]
+    return rank_pixels(latents, width, height, parallel) * (some + each * frames) * vae_width(parallel) // 2
 
 
 def vae_width(parallel: Parallel) -> int:

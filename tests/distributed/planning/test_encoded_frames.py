@@ -12,7 +12,7 @@ from plan_inputs import A14B, workload
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.planning import gpu_memory as memory
 from wan_pack.distributed.planning import workload as workload_module
-from wan_pack.distributed.planning.gpu_memory import FRAME_BYTES, estimate
+from wan_pack.distributed.planning.gpu_memory import estimate
 from wan_pack.distributed.planning.plan import as_set
 from wan_pack.nodes.host.status import Status
 from wan_pack.nodes.inference import planning
@@ -26,25 +26,23 @@ def streamed(**more: Any) -> Parallel:
     return Parallel(gpu_count=1, stream_blocks=True, offload_model=True, **more)
 
 
-@pytest.mark.parametrize("decode", [True, False])
-def test_frames_to_encode_lie_beside_the_vae(decode: bool):
-    size = {"width": 1280, "height": 720, "decode": decode}
-    plain, encoding = (estimate(workload(encode_frames=frames, **size), streamed()) for frames in (0, 81))
-    assert encoding.vae == memory.vae_encode_bytes(workload(encode_frames=81, **size), streamed()) > plain.vae
-    if decode:
-        # What is decoded needs no frames at once.
-        assert encoding.vae - plain.vae == 2 * 81 * FRAME_BYTES * 1280 * 720
-    one = estimate(workload(encode_frames=1, **size), streamed())
-    assert encoding.vae - one.vae == 2 * 80 * FRAME_BYTES * 1280 * 720
+def test_the_fuller_of_encoding_and_decoding_counts():
+    """What is decoded needs no frames at once, but works on more of them; a thousand frames to encode pass that."""
+    size = {"width": 1280, "height": 720}
+    few, many = (workload(encode_frames=frames, **size) for frames in (81, 1001))
+    decoding = estimate(workload(encode_frames=0, **size), streamed()).vae
+    assert estimate(few, streamed()).vae == decoding > memory.vae_encode_bytes(few, streamed())
+    assert estimate(many, streamed()).vae == memory.vae_encode_bytes(many, streamed()) > decoding
+    alone = workload(encode_frames=1001, decode=False, **size)
+    assert estimate(alone, streamed()).vae == memory.vae_encode_bytes(many, streamed())
 
 
-def test_each_rank_has_its_rows_of_them_and_numbers_as_wide_as_the_vaes():
-    work = workload(encode_frames=81)
+def test_each_rank_has_its_rows_of_frames_and_numbers_as_wide_as_the_vaes():
+    one, more = workload(encode_frames=1), workload(encode_frames=81)
     for gpus, precision, width in ((1, "bf16", 1), (4, "bf16", 1), (4, "fp32", 2)):
         parallel = Parallel(gpu_count=gpus, mixed_precision=precision)
-        none = workload(encode_frames=0)
-        more = memory.vae_encode_bytes(work, parallel) - memory.vae_encode_bytes(none, parallel)
-        assert more == 2 * 81 * FRAME_BYTES * 832 * 480 // gpus * width
+        found = memory.vae_encode_bytes(more, parallel) - memory.vae_encode_bytes(one, parallel)
+        assert found == 80 * memory.ENCODER_PIXEL_BYTES[16][1] * 832 * 480 // gpus * width
 
 
 def test_a_group_that_stays_encodes_beside_its_weights():
