@@ -23,6 +23,8 @@ VACE_CONTEXT = "vace_context"
 """In their place, n controls as the model takes them: [n, 96, references + T, h, w], normalised latents and mask."""
 VACE_STRENGTH = "vace_strength"
 """[n], of each control."""
+MAX_CONTROL_STRENGTH = 1000.0
+"""Either way, as in ComfyUI's node."""
 CAMERA = "camera_conditions"
 """[24, T, height, width]: the rays of each pixel, Plücker coordinates of the four frames of a latent one behind each
 other, for Fun-Camera."""

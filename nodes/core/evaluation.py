@@ -20,6 +20,7 @@ from ...distributed.job.evaluator import (
 from ...distributed.job.job import FLOAT_BYTES
 from ...wan.model.latent_space import WAN21
 from ..host.exceptions import told_to_comfyui
+from ..host.tensors import check_finite
 from .unsupported import check_conds, check_options
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class Evaluation:
         # As ComfyUI's model takes one for all.
         timestep = timestep.expand(x.shape[0], *timestep.shape[1:])
         given = self._samples(context, conds, tuple(whole.shape), options)
+        if self._evaluator is None:
+            check_finite("what the sampler starts from (latents and pictures)", whole)
         with told_to_comfyui():
             if self._evaluator is None:
                 self._evaluator = self._start()

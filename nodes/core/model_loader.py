@@ -75,5 +75,5 @@ class LoadDiffusionModelDistributed:
         config = config_or_default(config)
         files = catalogue.identities(catalogue.expert_files(unet_name))
         checkpoint = Checkpoint([file.path for file in files])
-        forwards = SamplingJobs(files, lora_files(lora, "lora"), config, checkpoint.config.variant, warm.evaluators())
+        forwards = SamplingJobs(files, lora_files(lora, "lora"), config, checkpoint.config, warm.evaluators())
         return (model_without_weights(checkpoint.shapes, GroupModel(forwards.prepare)),)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...distributed.job.errors import listed
-from ...distributed.job.evaluator import NO_PICTURE, Evaluator, EvaluatorSource
+from ...distributed.job.evaluator import Evaluator, EvaluatorSource
 from ...distributed.job.job import FileIdentity, ForwardsJob, LoraFile, Parallel
 from ...distributed.job.sampling import rounded_of_sigmas
 from ...distributed.launch.launcher import new_job_id
@@ -22,9 +22,10 @@ from ..models.loras import lora_as_it_is
 from ..settings.spread import DistributedConfig
 from .door_config import check_one_machine
 from .patch_files import PatchFiles
+from .prompt_entries import check_conditioning
 
 if TYPE_CHECKING:
-    from ...wan.model.variants import Variant
+    from ...wan.model.config import WanConfig
 
 
 @functools.cache
@@ -40,41 +41,34 @@ class SamplingJobs:
     files: tuple[FileIdentity, ...]
     loras: tuple[LoraFile, ...]
     config: DistributedConfig
-    variant: Variant
+    model: WanConfig
     source: EvaluatorSource
 
     def prepare(self, sampling: CoreSampling) -> Callable[[], Evaluator]:
         """Checks and plans a sampling; returns what gets its evaluator, for the first evaluation.
 
         Raises:
-            ValueError: the latents or the LoRAs do not fit the model, or the video does not fit the GPUs.
+            ValueError: the latents, the conditioning or the LoRAs do not fit the model, or the video does not fit the
+                GPUs.
         """
         require_platform()
         self._check_latents(sampling.shape)
-        self._check_conds(sampling)
+        check_conditioning(sampling, self.model)
         job = self._job(sampling)
         return lambda: self.source.open(job)
 
     def _evaluated(self, sampling: CoreSampling) -> tuple[int, ...]:
         """Shape of what is computed at once, with the picture in front."""
         *batch, frames, rows, columns = sampling.window
-        return (*batch, frames + (sampling.references and "ref_conv" in self.variant.parts), rows, columns)
+        return (*batch, frames + (sampling.references and "ref_conv" in self.model.parts), rows, columns)
 
     def _check_latents(self, shape: tuple[int, ...]) -> None:
-        channels = self.variant.channels[1]
+        channels = self.model.out_dim
         if len(shape) != 5 or shape[1] != channels:
             raise ValueError(
-                f"the latents are [{listed(shape)}]; a {self.variant.name} model's are videos of {channels} channels "
-                "[batch, channels, frames, rows, columns]"
+                f"the latents are [{listed(shape)}]; a {self.model.variant.name} model's are videos of {channels} "
+                "channels [batch, channels, frames, rows, columns]"
             )
-
-    def _check_conds(self, sampling: CoreSampling) -> None:
-        """What a rank would find out with its weights loaded."""
-        for entry in (entry for entries in sampling.conds.values() for entry in entries):
-            if entry.get("cross_attn") is None:
-                raise ValueError("a conditioning has no text; connect CLIP Text Encode with a CLIP of type wan")
-            if "img_emb" in self.variant.parts and entry.get("clip_vision_output") is None:
-                raise ValueError(NO_PICTURE)
 
     def _job(self, sampling: CoreSampling) -> ForwardsJob:
         from ...distributed.planning.preflight import check_forwards
@@ -125,6 +119,6 @@ class SamplingJobs:
             guided=sampling.guided,
             loras=loras,
             expert=side,
-            controls=sampling.controls if self.variant.controlled else 0,
+            controls=sampling.controls if self.model.variant.controlled else 0,
         )
         return shown(ground.plan(work, request), status)

@@ -97,7 +97,7 @@ def _volume(value: Any, name: str, channels: int, sampling: Sampling, stride: in
     if value is None:
         return None
     allowed = f"a tensor [{channels}, T, h, w]"
-    tensor = tensor_of(value, name, allowed).float()
+    tensor = tensor_of(value, name, allowed, mask=channels == TEMPORAL_STRIDE).float()
     if tensor.ndim != 4 or tensor.shape[0] != channels or 0 in tensor.shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {allowed}")
     check_video_size(name, tensor.shape[1:], stride, sampling)

@@ -15,11 +15,13 @@ from ..host.declared import kind_of
 from ..host.tensors import tensor_of
 from .control_embeds import has_reference_embeds
 from .embeds import CAMERA_KEY, REFERENCE_KEY, extras_of
+from .latent_input import check_video_size
 from .video_inputs import VideoInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...distributed.job.job import Sampling
     from ...wan.model.config import WanConfig
 
 
@@ -65,7 +67,7 @@ def reference_tensors(asked: VideoInputs, config: WanConfig) -> dict[str, Tensor
     return {REFERENCE_LATENT: normalise(positive, config.out_dim)[:, 0].contiguous()}
 
 
-def camera_tensors(asked: VideoInputs) -> dict[str, Tensor]:
+def camera_tensors(asked: VideoInputs, sampling: Sampling) -> dict[str, Tensor]:
     """`camera_conditions` [24, T, height, width], of the node's own input or of the conditioning.
 
     Raises:
@@ -96,6 +98,7 @@ def camera_tensors(asked: VideoInputs) -> dict[str, Tensor]:
     rays = tensor_of(given, name, allowed)
     if rays.ndim != 5 or rays.shape[0] != 1 or 0 in rays.shape:
         raise ValueError(f"{name} has shape {list(rays.shape)}; it must be {allowed}")
+    check_video_size(name, rays.shape[2:], 1, sampling)
     return {CAMERA: rays[0].float().contiguous()}
 
 

@@ -139,7 +139,7 @@ def _from_core(latents: Any, mask: Any, index: Any, sampling: Sampling, variant:
         index == variant.mask_index, "concat_mask_index of text_embeds", index,
         f"{variant.mask_index} for {variant.name}, as {_maker(variant)} has it",
     )  # fmt: skip
-    mask = tensor_of(mask, "concat_mask of text_embeds", f"a tensor {[1, MASK_CHANNELS, *size]}")
+    mask = tensor_of(mask, "concat_mask of text_embeds", f"a tensor {[1, MASK_CHANNELS, *size]}", mask=True)
     if mask.ndim != 5 or mask.shape[0] != 1 or mask.shape[1] not in (1, MASK_CHANNELS) or tuple(mask.shape[2:]) != size:
         raise ValueError(
             f"concat_mask of text_embeds has shape {list(mask.shape)}; "
@@ -194,7 +194,7 @@ def _i2v_embeds(value: dict[str, Any], sampling: Sampling) -> Tensor:
     import torch
 
     parts = [
-        tensor_of(value[key], f"{key} of image_embeds", "a tensor [C, T, h, w]").float()
+        tensor_of(value[key], f"{key} of image_embeds", "a tensor [C, T, h, w]", mask=key == "mask").float()
         for key in ("mask", "image_embeds")
         if value.get(key) is not None
     ]

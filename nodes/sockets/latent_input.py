@@ -95,7 +95,7 @@ def _noise_mask(value: dict[str, Any], size: Sequence[int]) -> Tensor | None:
     """[T, h, w] float32; None if everything is to be made."""
     if value.get("noise_mask") is None:
         return None
-    mask = tensor_of(value["noise_mask"], "noise_mask of samples", f"a tensor {[1, 1, *size]}")
+    mask = tensor_of(value["noise_mask"], "noise_mask of samples", f"a tensor {[1, 1, *size]}", mask=True)
     if bool(mask.eq(1).all()):
         return None
     if tuple(mask.shape) != (1, 1, *size):

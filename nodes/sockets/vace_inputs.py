@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ...distributed.job.control_inputs import reference_frames
+from ...distributed.job.control_inputs import MAX_CONTROL_STRENGTH, reference_frames
 from ...distributed.job.errors import check
 from ...wan.model.latent_space import TEMPORAL_STRIDE, WAN21
 from ..host.declared import is_set, kind_of, number
 from ..host.status import Status
 from ..host.tensors import tensor_of
 from .embeds import VACE_KEYS, extras_of
+from .latent_input import check_video_size
 from .video_inputs import VideoInputs
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ FRAMES, MASKS, STRENGTHS = VACE_KEYS
 OWN = ("control_video", "control_mask", "reference_images")
 CONTEXT, SCALE, MORE = "vace_context", "vace_scale", "additional_vace_inputs"
 """Of WANVIDIMAGE_EMBEDS."""
-MAX_STRENGTH = 1000.0
 NO_PICTURE = 1e-3
 """Normalised latents below are zeros that were converted to and fro."""
 
@@ -64,12 +64,15 @@ def carried_control(asked: VideoInputs) -> dict[str, Tensor]:
 
 
 def check_length(control: dict[str, Tensor], sampling: Sampling, config: WanConfig) -> None:
-    """Raises ValueError if a carried control is of a longer video: what is more would be taken for references."""
+    """Raises ValueError if a carried control is of another video. What is more would be taken for references."""
     if not control:
         return
-    frames = config.variant.latents.shape(sampling.width, sampling.height, sampling.num_frames)[1]
+    latents = config.variant.latents
+    frames = latents.shape(sampling.width, sampling.height, sampling.num_frames)[1]
     context = control["vace_context"]
     more = context.shape[2] - frames
+    size = min(context.shape[2], frames), *context.shape[3:]
+    check_video_size("the VACE control of text_embeds or image_embeds", size, latents.stride, sampling)
     if more <= 0:
         return
     # A reference has no mask, and zeros as latents of what is made anew; a frame has at least grey there.
@@ -143,7 +146,7 @@ def control_size(
 
 
 def _images(value: Any, name: str, dimensions: int, allowed: str) -> Tensor:
-    value = tensor_of(value, name, allowed)
+    value = tensor_of(value, name, allowed, mask=dimensions == 3)
     if value.ndim != dimensions or 0 in value.shape or (dimensions == 4 and value.shape[-1] not in (3, 4)):
         raise ValueError(f"{name} is {list(value.shape)}; it must be {allowed}")
     return value.float()
@@ -194,7 +197,7 @@ def _core(value: Any, name: str) -> list[tuple[Tensor, float]]:
     found = []
     for frames, mask, strength in zip(lists[FRAMES], lists[MASKS], lists[STRENGTHS], strict=True):
         latents = _latents(frames, f"{FRAMES} of {name}", 2 * WAN21.channels)
-        masks = _latents(mask, f"{MASKS} of {name}", WAN21.stride**2)
+        masks = _latents(mask, f"{MASKS} of {name}", WAN21.stride**2, mask=True)
         if latents.shape[1:] != masks.shape[1:]:
             raise ValueError(
                 f"{FRAMES} and {MASKS} of {name} are of {list(latents.shape[1:])} and {list(masks.shape[1:])}; they "
@@ -202,14 +205,17 @@ def _core(value: Any, name: str) -> list[tuple[Tensor, float]]:
             )
         parts = [normalise(part, WAN21.channels) for part in latents.split(WAN21.channels)]
         found.append(
-            (torch.cat([*parts, masks]), number(f"{STRENGTHS} of {name}", strength, -MAX_STRENGTH, MAX_STRENGTH))
+            (
+                torch.cat([*parts, masks]),
+                number(f"{STRENGTHS} of {name}", strength, -MAX_CONTROL_STRENGTH, MAX_CONTROL_STRENGTH),
+            )
         )
     return found
 
 
-def _latents(value: Any, name: str, channels: int) -> Tensor:
+def _latents(value: Any, name: str, channels: int, *, mask: bool = False) -> Tensor:
     """[channels, T, h, w] of [1, channels, T, h, w]."""
-    tensor = tensor_of(value, name, f"a tensor [1, {channels}, T, h, w]")
+    tensor = tensor_of(value, name, f"a tensor [1, {channels}, T, h, w]", mask=mask)
     if tensor.ndim != 5 or tuple(tensor.shape[:2]) != (1, channels) or 0 in tensor.shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be [1, {channels}, T, h, w]")
     return tensor[0].float()
@@ -232,7 +238,7 @@ def _from_embeds(embeds: dict[str, Any]) -> Iterator[tuple[Tensor, float]]:
     strength = embeds.get(SCALE, 1.0)
     if isinstance(strength, list) and strength and all(value == strength[0] for value in strength):
         strength = strength[0]
-    yield context, number(f"{SCALE} of image_embeds", strength, -MAX_STRENGTH, MAX_STRENGTH)
+    yield context, number(f"{SCALE} of image_embeds", strength, -MAX_CONTROL_STRENGTH, MAX_CONTROL_STRENGTH)
     more = embeds.get(MORE)
     if is_set(more):
         if not isinstance(more, list) or not all(isinstance(one, dict) and CONTEXT in one for one in more):

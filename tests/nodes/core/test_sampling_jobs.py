@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from wan_pack.nodes.host import host, warm
 from wan_pack.nodes.host.core_model import KEY, AddedPatches, CoreSampling
 from wan_pack.nodes.inference import ground
 from wan_pack.nodes.settings.spread import DistributedConfig
+from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.model.variants import VARIANTS
 
 LATENTS = (1, 16, 2, 6, 8)
@@ -84,7 +86,9 @@ def job_of(
         file = FileIdentity.of(tiny_models / "diffusion_models" / name)
         opened: list[ForwardsJob] = []
         source = SimpleNamespace(open=opened.append)
-        start = SamplingJobs((file,), loras, DistributedConfig(**config), VARIANTS[variant], source).prepare(asked)
+        row = VARIANTS[variant]
+        model = replace(Checkpoint([file.path]).config, in_dim=row.channels[0], parts=row.parts)
+        start = SamplingJobs((file,), loras, DistributedConfig(**config), model, source).prepare(asked)
         assert opened == [], "not before the first evaluation"
         start()
         return opened[0]

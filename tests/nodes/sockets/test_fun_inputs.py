@@ -91,8 +91,8 @@ def test_a_camera_comes_with_the_conditioning_or_with_the_node():
     rays = noise(1, 1, 24, 3, 48, 64)
     both = {"text_embeds": text(camera_conditions=rays), "negative_embeds": text(camera_conditions=rays.clone())}
     for given in (both, {"text_embeds": text(camera_conditions=rays)}, {"camera_conditions": rays}):
-        assert torch.equal(camera_tensors(asked(**given))["camera_conditions"], rays[0])
-    assert camera_tensors(asked()) == {}
+        assert torch.equal(camera_tensors(asked(**given), SAMPLING)["camera_conditions"], rays[0])
+    assert camera_tensors(asked(), SAMPLING) == {}
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_camera_comes_with_the_conditioning_or_with_the_node():
 )
 def test_what_is_no_camera_is_refused(inputs: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
-        camera_tensors(asked(**inputs))
+        camera_tensors(asked(**inputs), SAMPLING)
 
 
 def test_a_5b_models_latents_are_its_own():

@@ -1,0 +1,165 @@
+"""What a sampling's prompts hold, against what its model takes: said before anything is planned or started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...distributed.job.control_inputs import MAX_CONTROL_STRENGTH
+from ...distributed.job.errors import listed
+from ...distributed.job.evaluator import NO_PICTURE
+from ...distributed.job.input_tensors import MAX_PICTURES
+from ...wan.model.config import PICTURE_ROWS
+from ...wan.model.latent_space import WAN21
+from ..host.core_model import CoreSampling
+from ..host.declared import kind_of, number
+from ..host.tensors import tensor_of
+
+if TYPE_CHECKING:
+    from ...wan.model.config import WanConfig
+
+TEXT, SEEN, PICTURE, MASK = "cross_attn", "clip_vision_output", "concat_latent_image", "concat_mask"
+FRAMES, MASKS, STRENGTHS = "vace_frames", "vace_mask", "vace_strength"
+REFERENCES, CAMERA = "reference_latents", "camera_conditions"
+"""Keys of an entry, as ComfyUI's nodes set them."""
+HIDDEN_STATES = "penultimate_hidden_states"
+"""Of what CLIP Vision Encode gives."""
+
+
+def check_conditioning(sampling: CoreSampling, config: WanConfig) -> None:
+    """Raises ValueError, in the user's words, for what the model or ComfyUI's own code of it would stumble over.
+
+    What a model has no part for is passed over, as there. What has another size than the latents is refused with the
+    first evaluation, which may be of an area.
+    """
+    for _, entry in _entries(sampling):
+        if entry.get(TEXT) is None:
+            raise ValueError("a conditioning has no text; connect CLIP Text Encode with a CLIP of type wan")
+        if config.image_branch and entry.get(SEEN) is None:
+            raise ValueError(NO_PICTURE)
+    for name, entry in _entries(sampling):
+        told = _Told(config, entry, f"of the {name} conditioning", sampling.shape[2])
+        told.check_text()
+        if config.image_branch:
+            told.check_seen()
+        if config.variant.image:
+            told.check_picture()
+        if config.vace_layers:
+            told.check_controls()
+        told.check_references()
+        if config.camera:
+            told.check_camera()
+
+
+def _entries(sampling: CoreSampling) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for name, entries in sampling.conds.items():
+        for entry in entries:
+            yield name, entry
+
+
+class _Told:
+    """One entry.
+
+    Args:
+        where: whose it is, for messages.
+        frames: latent ones that are sampled.
+    """
+
+    def __init__(self, config: WanConfig, entry: Mapping[str, Any], where: str, frames: int) -> None:
+        self._config, self._entry, self._where, self._frames = config, entry, where, frames
+        self._vae = config.variant.latents.vae
+
+    def check_text(self) -> None:
+        channels = self._config.text_dim
+        self._shape(
+            TEXT, self._entry[TEXT], ("B", "n", channels), "load umt5_xxl with Load CLIP, whose type is then wan"
+        )
+
+    def check_seen(self) -> None:
+        """257 rows for each of one or two pictures."""
+        seen, advice = self._entry[SEEN], "load clip_vision_h with Load CLIP Vision"
+        states = getattr(seen, HIDDEN_STATES, None)
+        if states is None:
+            raise ValueError(f"{SEEN} {self._where} is {kind_of(seen)}; connect CLIP Vision Encode")
+        shape = self._shape(SEEN, states, ("B", "n", self._config.clip_dim), advice)
+        allowed = [PICTURE_ROWS * count for count in range(1, MAX_PICTURES + 1)]
+        if shape[1] not in allowed:
+            raise ValueError(
+                f"{SEEN} {self._where} has {shape[1]} rows; this model ({self._config.variant.name}) takes "
+                f"{' or '.join(map(str, allowed))}: {advice}"
+            )
+
+    def check_picture(self) -> None:
+        """The latents behind what is sampled; ComfyUI scales rows and columns, and cuts off channels that are over."""
+        channels, encode = self._config.variant.image_latents * self._config.out_dim, f"encode it with the {self._vae}"
+        if (picture := self._entry.get(PICTURE)) is not None:
+            self._frames_fit(PICTURE, self._shape(PICTURE, picture, ("B", channels, "T", "h", "w"), encode)[2])
+        if (mask := self._entry.get(MASK)) is not None:
+            frames = self._shape(MASK, mask, ("B", "1 or 4", "T", "h", "w"), "take the node's that gives the picture")
+            # What is missing of it ComfyUI adds.
+            self._frames_fit(MASK, max(frames[2], self._frames))
+
+    def check_controls(self) -> None:
+        control, encode = self._config.control_dim, f"encode it with the {self._vae}"
+        frames, masks = (self._listed(key) for key in (FRAMES, MASKS))
+        for strength in self._listed(STRENGTHS):
+            number(f"{STRENGTHS} {self._where}", strength, -MAX_CONTROL_STRENGTH, MAX_CONTROL_STRENGTH)
+        of_mask = WAN21.stride**2
+        sizes = {
+            f"{key} {self._where}": self._shape(key, one, ("B", channels, "T", "h", "w"), encode)[2:]
+            for key, ones, channels in ((FRAMES, frames, control - of_mask), (MASKS, masks, of_mask))
+            for one in ones
+        }
+        if len(set(sizes.values())) > 1 or (frames and masks and len(frames) != len(masks)):
+            raise ValueError(
+                f"{FRAMES} {self._where} are of {self._sizes(frames)} latent frames, rows and columns, and {MASKS} of "
+                f"{self._sizes(masks)}; all must be of one size: give every WanVaceToVideo the same width, height, "
+                "length and as many reference images"
+            )
+
+    def check_references(self) -> None:
+        """The last one counts, and of it the first frame; ComfyUI scales it for any model."""
+        if held := self._listed(REFERENCES):
+            shape = ("B", self._config.out_dim, "T", "h", "w")
+            self._shape(REFERENCES, held[-1], shape, f"encode it with the {self._vae}")
+
+    def check_camera(self) -> None:
+        if (rays := self._entry.get(CAMERA)) is not None:
+            channels = self._config.camera_dim // self._config.variant.latents.stride**2
+            self._shape(CAMERA, rays, ("B", channels, "T", "height", "width"), "connect WanCameraEmbedding")
+
+    def _listed(self, key: str) -> list[Any]:
+        held = self._entry.get(key)
+        if held is None:
+            return []
+        if not isinstance(held, list | tuple) or not held:
+            raise ValueError(f"{key} {self._where} is {kind_of(held)}; it must be a list of latents")
+        return list(held)
+
+    def _shape(self, key: str, value: Any, expected: tuple[int | str, ...], advice: str) -> tuple[int, ...]:
+        """Of a tensor of finite numbers.
+
+        Args:
+            expected: a size, or what stands for any.
+        """
+        name = f"{key} {self._where}"
+        shown = f"[{listed(expected)}]"
+        shape = tuple(tensor_of(value, name, f"a tensor {shown}", mask=key in (MASK, MASKS)).shape)
+        fits = len(shape) == len(expected) and 0 not in shape
+        if not fits or any(
+            isinstance(size, int) and size != given for size, given in zip(expected, shape, strict=True)
+        ):
+            raise ValueError(
+                f"{name} is [{listed(shape)}]; this model ({self._config.variant.name}) takes {shown}: {advice}"
+            )
+        return shape
+
+    def _frames_fit(self, key: str, frames: int) -> None:
+        if frames != self._frames:
+            raise ValueError(
+                f"{key} {self._where} is of {frames} latent frames, and what is sampled of {self._frames}: take the "
+                "latents of the node that gives it"
+            )
+
+    def _sizes(self, tensors: list[Any]) -> str:
+        return listed(list(tensor.shape[2:]) for tensor in tensors)

@@ -1,0 +1,184 @@
+"""Conditioning that the model behind ComfyUI's MODEL socket does not take: refused before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from core_sampling import Modules, empty_latents, text
+from torch import Tensor
+from wan_pack.distributed.job.job import FileIdentity
+from wan_pack.nodes.core.group_model import GroupModel
+from wan_pack.nodes.core.sampling_jobs import SamplingJobs
+from wan_pack.nodes.host.core_model import model_without_weights
+from wan_pack.nodes.settings.spread import DistributedConfig
+from wan_pack.wan.checkpoint.checkpoint import Checkpoint
+
+NAN = float("nan")
+SIZE = (3, 6, 8)
+"""Latent frames, rows and columns of what is sampled; 48 x 64 pixels."""
+
+
+class Asked(Exception):
+    """The processes would have been started."""
+
+
+class Door:
+    """ComfyUI's MODEL of a variant, whose evaluators end the sampling."""
+
+    def __init__(self, core: Modules, file: Path) -> None:
+        checkpoint = Checkpoint([file])
+        source = SimpleNamespace(open=self._open)
+        jobs = SamplingJobs((FileIdentity.of(file),), (), DistributedConfig(), checkpoint.config, source)
+        self._core, self._model = core, model_without_weights(checkpoint.shapes, GroupModel(jobs.prepare))
+
+    def sample(self, told: dict[str, Any], rows: Tensor | None = None, **inputs: Any) -> None:
+        prompt = text(1)[0][0] if rows is None else rows
+        self._core["sampled"](self._model, positive=[[prompt, told]], negative=[[text(2)[0][0], told]], **inputs)
+
+    def _open(self, job: Any) -> Any:
+        raise Asked
+
+
+@pytest.fixture
+def door(core: Modules, expert_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Door]:
+    # What follows the checks.
+    monkeypatch.setattr(SamplingJobs, "_job", lambda self, sampling: None)
+    return lambda kind: Door(core, expert_files[kind])
+
+
+def seen(rows: int = 257, channels: int = 1280, value: float = 0.5) -> Any:
+    return SimpleNamespace(penultimate_hidden_states=torch.full((1, rows, channels), value))
+
+
+def volume(channels: int, *size: int, value: float = 0.5) -> Tensor:
+    return torch.full((1, channels, *(size or SIZE)), value)
+
+
+def picture(channels: int = 16, *size: int, value: float = 0.5) -> dict[str, Any]:
+    return {"concat_latent_image": volume(channels, *size, value=value), "concat_mask": volume(1)}
+
+
+def vace(**changed: Any) -> dict[str, Any]:
+    return {"vace_frames": [volume(32)], "vace_mask": [volume(64)], "vace_strength": [1.0]} | changed
+
+
+GOOD: dict[str, dict[str, Any]] = {
+    "T2V": {},
+    "I2V": picture(),
+    "FLF2V": {**picture(), "clip_vision_output": seen(514)},
+    "VACE": vace(),
+    "Fun": {**picture(32), "reference_latents": [volume(16, 1, 6, 8)]},
+    "Camera": {**picture(), "camera_conditions": volume(24, 3, 48, 64)},
+    "InP 5B": picture(48),
+}
+"""Variant -> what ComfyUI's nodes add to a prompt."""
+OTHER_VAE = "encode it with the Wan2.1 VAE"
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("I2V", picture(16, 2, 6, 8), r"concat_latent_image of the positive .* 2 latent frames, and what is sampled of 3"),
+    (
+        "I2V",
+        picture(48),
+        rf"concat_latent_image .* is \[1, 48, 3, 6, 8\]; .*I2V\) takes \[B, 16, T, h, w\]: {OTHER_VAE}",
+    ),
+    ("I2V", picture(value=NAN), r"concat_latent_image .* holds 2304 values of 2304 that are NaN or infinite"),
+    ("I2V", {**picture(), "concat_mask": volume(1, 4, 6, 8)}, "concat_mask .* is of 4 latent frames, and .* of 3"),
+    ("I2V", {**picture(), "concat_mask": volume(1, value=NAN)}, "concat_mask .* NaN or infinite"),
+    ("I2V", {"concat_latent_image": "a picture"}, "concat_latent_image .* is str; it must be a tensor"),
+    (
+        "InP 5B",
+        picture(16),
+        r"is \[1, 16, 3, 6, 8\]; .*InP 5B\) takes \[B, 48, T, h, w\]: encode it with the Wan2.2 VAE",
+    ),
+    ("FLF2V", {"clip_vision_output": seen(514, 1024)}, r"is \[1, 514, 1024\]; .*B, n, 1280\]: load clip_vision_h"),
+    ("FLF2V", {"clip_vision_output": seen(577)}, "has 577 rows; .*takes 257 or 514: load clip_vision_h"),
+    ("FLF2V", {"clip_vision_output": seen(value=NAN)}, "clip_vision_output of the positive .* NaN or infinite"),
+    ("FLF2V", {"clip_vision_output": "seen"}, "clip_vision_output .* is str; connect CLIP Vision Encode"),
+    ("VACE", vace(vace_frames=[volume(96)]), rf"vace_frames .* is \[1, 96, .* takes \[B, 32, T, h, w\]: {OTHER_VAE}"),
+    ("VACE", vace(vace_mask=[volume(64, 2, 6, 8)]), r"vace_frames .* of \[3, 6, 8\] .* and vace_mask of \[2, 6, 8\]"),
+    ("VACE", vace(vace_frames=[volume(32), volume(32, 3, 8, 8)]), r"of \[3, 6, 8\], \[3, 8, 8\] .*all must be of one"),
+    ("VACE", vace(vace_frames=[volume(32)] * 2), r"of \[3, 6, 8\], \[3, 6, 8\] .* and vace_mask of \[3, 6, 8\]"),
+    ("VACE", vace(vace_frames=volume(32)), "vace_frames .* is Tensor of shape .*; it must be a list of latents"),
+    ("VACE", vace(vace_frames=[volume(32, value=NAN)]), "vace_frames .* NaN or infinite"),
+    ("VACE", vace(vace_mask=[volume(64, value=-NAN)]), "vace_mask .* NaN or infinite"),
+    ("VACE", vace(vace_strength=[NAN]), "vace_strength of the positive conditioning is nan; it must be -1000"),
+    ("VACE", vace(vace_strength=[1.0, 1.0]), r"vace_strength is \[1.0, 1.0\]; it must be a list of one for each of 1"),
+    (
+        "VACE",
+        vace(vace_frames=[volume(32, 3, 8, 8)], vace_mask=[volume(64, 3, 8, 8)]),
+        r"the VACE control is of \[3, 8, 8\] .*and what is sampled of \[3, 6, 8\]",
+    ),
+    ("Fun", {"reference_latents": [volume(48, 1, 6, 8)]}, rf"reference_latents .* \[B, 16, T, h, w\]: {OTHER_VAE}"),
+    (
+        "Fun",
+        {"reference_latents": [volume(16, 1, 6, 8)[0]]},
+        r"reference_latents .* is \[16, 1, 6, 8\]; .* takes \[B, 16",
+    ),
+    ("Fun", {"reference_latents": [volume(16, 1, 6, 8, value=NAN)]}, "reference_latents .* NaN or infinite"),
+    ("Fun", {"reference_latents": [volume(16, 1, 8, 8)]}, r"picture is of \[8, 8\] .*and what is sampled of \[6, 8\]"),
+    ("Fun", {**picture(16)}, r"concat_latent_image .* is \[1, 16, .* takes \[B, 32, "),
+    (
+        "Camera",
+        {"camera_conditions": volume(6, 3, 48, 64)},
+        r"is \[1, 6, 3, 48, 64\]; .* takes \[B, 24, T, height, width\]: .*WanCamera",
+    ),
+    ("Camera", {"camera_conditions": volume(24, 3, 48, 64, value=NAN)}, "camera_conditions .* NaN or infinite"),
+    ("Camera", {"camera_conditions": volume(24, 2, 48, 64)}, r"is of \[2, 48, 64\] .*is sampled of \[3, 48, 64\]"),
+    ("Camera", {"camera_conditions": volume(24, 3, 56, 64)}, r"is of \[3, 56, 64\] .*is sampled of \[3, 48, 64\]"),
+]
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_what_is_right_starts(door: Callable[[str], Door], kind: str) -> None:
+    channels = 48 if kind == "InP 5B" else 16
+    told = {**GOOD[kind], "pooled_output": None}
+    with pytest.raises(Asked):
+        door(kind).sample(told, latent_image=empty_latents(channels))
+    # A batch of each, and half as wide.
+    wide = {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in told.items() if name in picture()}
+    with pytest.raises(Asked):
+        door(kind).sample({**told, **wide}, text(1)[0][0].half(), latent_image=empty_latents(channels, batch=2))
+
+
+@pytest.mark.parametrize(("kind", "changed", "words"), WRONG)
+def test_what_is_wrong_starts_nothing(
+    door: Callable[[str], Door], kind: str, changed: dict[str, Any], words: str
+) -> None:
+    channels = 48 if kind == "InP 5B" else 16
+    with pytest.raises(ValueError, match=words):
+        door(kind).sample({**GOOD[kind], **changed}, latent_image=empty_latents(channels))
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (
+            torch.zeros(1, 77, 768),
+            r"cross_attn of the positive conditioning is \[1, 77, 768\]; .*B, n, 4096\]: load umt5",
+        ),
+        (torch.full((1, 9, 4096), NAN), "cross_attn of the positive conditioning holds 36864 values .* NaN"),
+        (torch.zeros(9, 4096), r"cross_attn of the positive conditioning is \[9, 4096\]"),
+    ],
+)
+def test_a_text_of_another_encoder(door: Callable[[str], Door], rows: Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        door("T2V").sample({}, rows)
+
+
+def test_latents_that_are_no_numbers(door: Callable[[str], Door]) -> None:
+    latents = empty_latents()
+    latents["samples"][0, 0, 0, 0, 0] = NAN
+    with pytest.raises(
+        ValueError, match=r"what the sampler starts from \(latents and pictures\) holds 2 values of 4608"
+    ):
+        door("T2V").sample({}, latent_image=latents)
+
+
+def test_what_the_model_has_no_part_for_is_passed_over(door: Callable[[str], Door]) -> None:
+    told = {key: value for good in GOOD.values() for key, value in good.items()}
+    with pytest.raises(Asked):
+        door("T2V").sample({**told, "clip_vision_output": seen(5)})
