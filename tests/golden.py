@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 import tempfile
@@ -236,10 +237,10 @@ def run_rank(folder: Path, ranks: Ranks) -> int:
     torch.set_grad_enabled(False)
     golden = GoldenRun(ranks)
     failed = False
-    for which, layout in enumerate(ranks.layouts):
+    for layout in itertools.chain(*ranks.layouts):
         golden.use(layout)
         for number, (case, run) in enumerate(cases(folder)):
-            if not ranks.wants(case.name, number, which):
+            if layout not in ranks.of(case.name, number):
                 continue
             try:
                 error, reason = run(golden, case), ""
@@ -255,13 +256,13 @@ def run_rank(folder: Path, ranks: Ranks) -> int:
     return int(failed)
 
 
-def run(folder: Path, *, world: int, layouts: Sequence[Layout], log: Path | None = None, thin: bool = False) -> int:
-    """Runs every case in every layout, or as `thin` of `Ranks` says, on `world` processes, which print into `log`.
+def run(folder: Path, *, world: int, layouts: Sequence[Sequence[Layout]], log: Path | None = None) -> int:
+    """Runs every case, in one of each of `layouts`, on `world` processes, which print into `log`.
 
     Returns 0 if all of them passed.
     """
     with tempfile.TemporaryDirectory() as temp:
-        ranks = Ranks(rank=0, world=world, store=Path(temp, "store"), layouts=tuple(layouts), thin=thin)
+        ranks = Ranks(rank=0, world=world, store=Path(temp, "store"), layouts=tuple(map(tuple, layouts)))
         return int(any(fork_ranks(functools.partial(_rank_main, folder, ranks), world, log=log)))
 
 
@@ -269,7 +270,7 @@ def _rank_main(folder: Path, ranks: Ranks, rank: int) -> int:
     return run_rank(folder, replace(ranks, rank=rank))
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
@@ -277,11 +278,11 @@ def main() -> int:
     parser.add_argument("--cfg", action="store_true", help="half of the ranks for each prompt of a guided step")
     parser.add_argument("--engine", default="packed", choices=["packed", "symmetric", "deepspeed"])
     parser.add_argument("--layouts", type=Layout.of, nargs="+", help="such as packed deepspeed+fsdp, in one go")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if not any(cases(arguments.folder)):
         parser.error(f"{arguments.folder} holds no golden case; expected folders such as {', '.join(CASES)}")
     layouts = arguments.layouts or [Layout(arguments.engine, arguments.fsdp, arguments.cfg)]
-    codes = [run(arguments.folder, world=world, layouts=layouts) for world in arguments.ranks]
+    codes = [run(arguments.folder, world=world, layouts=[[layout] for layout in layouts]) for world in arguments.ranks]
     return int(any(codes))
 
 

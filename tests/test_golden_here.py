@@ -17,7 +17,7 @@ def test_agrees_with_the_official_code(tmp_path: Path, monkeypatch: pytest.Monke
     for replaced in ("SymmetricMemory", "obstacle"):
         monkeypatch.setattr(opened_memory, replaced, getattr(opened_memory, replaced))
     layout = Layout("packed")
-    rank = GoldenRun(Ranks(rank=0, world=1, store=tmp_path / "store", layouts=(layout,)))
+    rank = GoldenRun(Ranks(rank=0, world=1, store=tmp_path / "store", layouts=((layout,),)))
     rank.use(layout)
     case, run = CASES[name]
     assert run(rank, case) <= LIMIT

@@ -17,17 +17,14 @@ class Ranks:
     rank: int
     world: int
     store: Path
-    layouts: tuple[Layout, ...]
-    thin: bool = False
-    """A whole loop runs in the first layout and in one other, each in its turn, instead of in all."""
+    layouts: tuple[tuple[Layout, ...], ...]
+    """Of each tuple a case runs in one, every case in its turn."""
 
-    def wants(self, case: str, number: int, layout: int) -> bool:
-        """Whether a case, `number` in its folder, runs in one of the layouts."""
-        if layout == 0:
-            return True
+    def of(self, case: str, number: int) -> list[Layout]:
+        """The layouts that a case, `number` in its folder, runs in."""
         if case.startswith(WITHOUT_LAYOUT):
-            return False
-        return not self.thin or not case.startswith("gen_") or number % (len(self.layouts) - 1) == layout - 1
+            return [self.layouts[0][0]]
+        return [turns[number % len(turns)] for turns in self.layouts]
 
 
 @dataclass(frozen=True, slots=True)
