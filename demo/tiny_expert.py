@@ -11,7 +11,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from ..wan.model.config import PICTURE_ROWS
+from ..wan.model.config import HEAD_DIM, PICTURE_ROWS, WanConfig
+from ..wan.transformer.motion_encoder import BLUR, HALVINGS, MotionEncoder
 
 DIM = 256
 """Two heads of 128: without a config.json a head has 128 channels."""
@@ -21,6 +22,9 @@ TEXT_DIM = 64
 FREQ_DIM = 256
 CLIP_DIM = 1280
 CONTROL_DIM = 96
+MOTION_DIM, FACE_DIM = 512, 1024
+ANIMATE_LAYERS = 5
+"""As many as one block of the face adapter is for."""
 CAMERA_CHANNELS = 24
 """Of a pixel's rays in four frames."""
 SHARPNESS = 1.7
@@ -43,7 +47,8 @@ def expert(
         in_dim: channels of the latents, and of the conditioning behind them: 16 for T2V, 36 for I2V, 48 for TI2V.
         out_dim: channels of the latents.
         text_dim: channels of the text; ComfyUI's own loader takes umT5-xxl's 4096 only.
-        parts: what only some variants have: img_emb, emb_pos, ref_conv, control_adapter, vace_blocks.
+        parts: what only some variants have: img_emb, emb_pos, ref_conv, control_adapter, vace_blocks, face_adapter (all
+            of Animate's).
     """
     make = _Weights(seed)
     for name, rows, columns in (
@@ -55,13 +60,14 @@ def expert(
     ):
         make.linear(name, rows, columns)
     make.linear("patch_embedding", DIM, in_dim, 1, 2, 2)
-    for layer in range(LAYERS):
+    layers = ANIMATE_LAYERS if "face_adapter" in parts else LAYERS
+    for layer in range(layers):
         make.block(f"blocks.{layer}")
     make.normal("head.modulation", (1, 2, DIM), DIM**-0.5)
     make.linear("head.head", 4 * out_dim, DIM)
     _keep_what_neighbours_share(make.tensors, out_dim)
     if "img_emb" in parts:
-        _add_image_branch(make, places="emb_pos" in parts)
+        _add_image_branch(make, layers, places="emb_pos" in parts)
     if "ref_conv" in parts:
         make.linear("ref_conv", DIM, out_dim, 2, 2)
     if "control_adapter" in parts:
@@ -70,10 +76,12 @@ def expert(
             make.linear(f"control_adapter.residual_blocks.0.{part}", DIM, DIM, 3, 3)
     if "vace_blocks" in parts:
         _add_vace_blocks(make)
+    if "face_adapter" in parts:
+        _add_animate(make, out_dim)
     return make.tensors
 
 
-def _add_image_branch(make: _Weights, *, places: bool) -> None:
+def _add_image_branch(make: _Weights, layers: int, *, places: bool) -> None:
     """places: of two pictures (FLF2V)."""
     for part, dim in (("0", CLIP_DIM), ("4", DIM)):
         make.ones(f"img_emb.proj.{part}.weight", dim)
@@ -82,7 +90,7 @@ def _add_image_branch(make: _Weights, *, places: bool) -> None:
     make.linear("img_emb.proj.3", DIM, CLIP_DIM)
     if places:
         make.normal("img_emb.emb_pos", (1, 2 * PICTURE_ROWS, CLIP_DIM), 0.5)
-    for layer in range(LAYERS):
+    for layer in range(layers):
         for part in ("k_img", "v_img"):
             make.linear(f"blocks.{layer}.cross_attn.{part}", DIM, DIM)
         make.ones(f"blocks.{layer}.cross_attn.norm_k_img.weight", DIM)
@@ -95,6 +103,36 @@ def _add_vace_blocks(make: _Weights) -> None:
         make.block(f"vace_blocks.{layer}")
         make.linear(f"vace_blocks.{layer}.after_proj", DIM, DIM)
     make.linear("vace_blocks.0.before_proj", DIM, DIM)
+
+
+def _add_animate(make: _Weights, out_dim: int) -> None:
+    """The motion encoder is as large as in the release: ComfyUI builds no other."""
+    make.linear("pose_patch_embedding", DIM, out_dim, 1, 2, 2)
+    for name, shape in _motion_encoder_shapes().items():
+        make.normal(f"motion_encoder.{name}", shape, 0.1 if name.endswith("bias") else 1.0)
+    for layer in range(1, HALVINGS + 1):
+        for part in ("conv2", "skip"):
+            # No weight, but released files have it.
+            taps = torch.tensor(BLUR)
+            make.tensors[f"motion_encoder.enc.net_app.convs.{layer}.{part}.0.kernel"] = torch.outer(taps, taps) / 64
+    for name, rows, columns in (("conv1_local", 4 * FACE_DIM, MOTION_DIM), ("conv2", FACE_DIM, FACE_DIM)):
+        make.linear(f"face_encoder.{name}.conv", rows, columns, 3)
+    make.linear("face_encoder.conv3.conv", FACE_DIM, FACE_DIM, 3)
+    make.linear("face_encoder.out_proj", DIM, FACE_DIM)
+    make.normal("face_encoder.padding_tokens", (1, 1, 1, DIM), 1.0)
+    for name, rows in (("linear1_kv", 2 * DIM), ("linear1_q", DIM), ("linear2", DIM)):
+        make.linear(f"face_adapter.fuser_blocks.0.{name}", rows, DIM)
+    for name in ("q_norm", "k_norm"):
+        make.ones(f"face_adapter.fuser_blocks.0.{name}.weight", HEAD_DIM)
+
+
+def _motion_encoder_shapes() -> dict[str, tuple[int, ...]]:
+    config = WanConfig(
+        dim=DIM, ffn_dim=FFN_DIM, num_heads=DIM // HEAD_DIM, num_layers=ANIMATE_LAYERS, in_dim=36, out_dim=16,
+        text_dim=TEXT_DIM, freq_dim=FREQ_DIM, motion_dim=MOTION_DIM,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in MotionEncoder(config).named_parameters()}
 
 
 def lora(seed: int) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ...wan.model.config import FACE_SIDE
+from ...wan.model.latent_space import TEMPORAL_STRIDE
 from ..job.errors import JobError, check
 from ..job.evaluator import ITEM_BYTES, KEPT_AT_LEAST, MAX_CONTROL_BYTES, MAX_CONTROLS
 from ..job.job import FLOAT_BYTES
@@ -67,6 +69,15 @@ class SentTensor:
         fits = len(self.shape) == 4 and self.shape[0] <= MAX_CHANNELS and self.shape[1:] == size
         check(fits, "shape of a control", list(self.shape), f"1 to {MAX_CHANNELS} channels of {list(size)}")
 
+    def check_poses(self, size: tuple[int, ...]) -> None:
+        """As poses for latents of this size: of as many frames, or fewer."""
+        frames = min(self.shape[1], size[0]) if len(self.shape) == 4 else 0
+        self.check_volume((frames, *size[1:]))
+
+    def check_faces(self) -> None:
+        frames = min(self.shape[1], MAX_FRAMES * TEMPORAL_STRIDE) if len(self.shape) == 4 else 0
+        self.check_volume((frames, FACE_SIDE, FACE_SIDE))
+
     def check_pixels(self, size: tuple[int, ...]) -> None:
         """As rays of the pixels of latents of this size: frames, rows and columns."""
         frames, rows, columns = size
@@ -94,6 +105,10 @@ class Evaluation:
     """For each sample the key of the picture in front of its video; none where there is none."""
     cameras: tuple[str, ...] = ()
     """For each sample the key of the rays of its pixels; none where the model is told of no camera."""
+    poses: tuple[str, ...] = ()
+    """For each sample the key of the poses that it takes over, or none."""
+    faces: tuple[str, ...] = ()
+    """The same of pictures of a face."""
     sent: tuple[SentTensor, ...] = ()
     """Of all that the samples are told, what is new, in the order of its bytes."""
 
@@ -113,7 +128,7 @@ class Evaluation:
         check(len(self.texts) == batch, "texts", len(self.texts), f"one for each of {batch} samples")
         for name, values in (
             ("pictures", self.pictures), ("controls", self.controls), ("references", self.references),
-            ("cameras", self.cameras),
+            ("cameras", self.cameras), ("poses", self.poses), ("faces", self.faces),
         ):  # fmt: skip
             check(len(values) in (0, batch), name, len(values), f"one for each of {batch} samples, or none")
         for keys in self.controls:
@@ -135,6 +150,10 @@ class Evaluation:
                 one.check_rows()
             elif one.key in self.cameras:
                 one.check_pixels(self.shape[2:])
+            elif one.key in self.poses:
+                one.check_poses(self.shape[2:])
+            elif one.key in self.faces:
+                one.check_faces()
             else:
                 # A picture is of one frame.
                 one.check_volume((1, *self.shape[3:]) if one.key in self.references else self.shape[2:])
@@ -148,8 +167,9 @@ class Evaluation:
 
     @property
     def volumes(self) -> tuple[str, ...]:
-        """Keys of what has the latents' rows and columns, or their pixels'."""
-        return (*(key for keys in self.controls for key in keys), *self.references, *self.cameras)
+        """Keys of what has frames, rows and columns."""
+        controls = (key for keys in self.controls for key in keys)
+        return (*controls, *self.references, *self.cameras, *self.poses, *self.faces)
 
     @property
     def latent_bytes(self) -> int:

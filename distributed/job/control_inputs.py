@@ -1,10 +1,10 @@
-"""The tensors of a job that a VACE or Fun model reads beside the noise: names, shapes, what they add."""
+"""The tensors of a job that a VACE, Fun or Animate model reads beside the noise: names, shapes, what they add."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...wan.model.config import WanConfig
+from ...wan.model.config import FACE_SIDE, WanConfig
 from ...wan.model.latent_space import TEMPORAL_STRIDE
 from ...wan.model.variants import Variant, takers
 from .job import Sampling
@@ -28,13 +28,22 @@ MAX_CONTROL_STRENGTH = 1000.0
 CAMERA = "camera_conditions"
 """[24, T, height, width]: the rays of each pixel, Plücker coordinates of the four frames of a latent one behind each
 other, for Fun-Camera."""
-CONTROLS = (CONTROL_VIDEO, CONTROL_MASK, REFERENCE_IMAGES, VACE_CONTEXT, VACE_STRENGTH, REFERENCE_LATENT, CAMERA)
+POSE = "pose_video_latent"
+"""Normalised latents [C, P, h, w] of the poses to take, from the second latent frame on, for Animate."""
+FACE = "face_video_pixels"
+"""[3, F, 512, 512] in -1 to 1: the face to take over, from the video's first frame on, for Animate."""
+FACE_NULL = "face_video_pixels_null"
+"""In its place with the negative prompt."""
+CONTROLS = (
+    *(CONTROL_VIDEO, CONTROL_MASK, REFERENCE_IMAGES, VACE_CONTEXT, VACE_STRENGTH, REFERENCE_LATENT, CAMERA),
+    *(POSE, FACE, FACE_NULL),
+)
 
 
 def reference_frames(variant: Variant, shapes: Mapping[str, Shape], frames: int) -> int:
     """Latent frames that are sampled in front of the video's `frames`; they are cut off before it is decoded."""
     if not variant.controlled:
-        return 0
+        return variant.frames_in_front
     if len(context := shapes.get(VACE_CONTEXT, ())) == 5:
         return max(context[2] - frames, 0)
     return shapes.get(REFERENCE_IMAGES, (0,))[0]
@@ -46,8 +55,8 @@ def check_controls(sampling: Sampling, config: WanConfig, shapes: Mapping[str, S
     for name in given:
         if name not in variant.takes:
             raise ValueError(
-                f"{name} is given, but this model ({variant.name}) follows no such control; choose a {takers(name)} "
-                "model"
+                f"{name} is given, but this model ({variant.name}) follows no such control; choose one of these: "
+                f"{takers(name)}"
             )
     if {REFERENCE_IMAGES, REFERENCE_LATENT} <= shapes.keys():
         raise ValueError("reference_images and a reference of text_embeds or image_embeds are both given; take one out")
@@ -66,12 +75,20 @@ def check_controls(sampling: Sampling, config: WanConfig, shapes: Mapping[str, S
         (VACE_CONTEXT, (max(count, 1), config.control_dim, *latents[1:])),
         (VACE_STRENGTH, (max(count, 1),)),
         (CAMERA, (config.camera_dim // variant.latents.stride**2, latents[1], *frame)),
+        (POSE, (config.out_dim, _at_most(latents[1] - 1, POSE, shapes), *latents[2:])),
+        *((name, (3, _at_most(sampling.num_frames, name, shapes), FACE_SIDE, FACE_SIDE)) for name in (FACE, FACE_NULL)),
     ):
         if name in shapes and tuple(shapes[name]) != expected:
             raise ValueError(
                 f"{name} has shape {list(shapes[name])}; width, height, num_frames and the model call for "
                 f"{list(expected)}"
             )
+
+
+def _at_most(frames: int, name: str, shapes: Mapping[str, Shape]) -> int:
+    """That a tensor may have: as many as it has, up to `frames`."""
+    given = shapes.get(name, ())
+    return given[1] if len(given) > 1 and 1 <= given[1] < frames else frames
 
 
 def _control_frames(sampling: Sampling, variant: Variant, shapes: Mapping[str, Shape]) -> int:

@@ -60,6 +60,11 @@ class SampleConditioning:
     camera: Tensor | None = None
     """[24, T, height, width] in pixels, float32, on the CPU: the rays of each pixel, for a model that is told where the
     camera is."""
+    pose: Tensor | None = None
+    """[C, P, h, w], float32, on the CPU: normalised latents of poses, from the second latent frame on, for a model that
+    takes over a pose. At most as many as there are frames for."""
+    face: Tensor | None = None
+    """[3, F, 512, 512] in -1 to 1, float32, on the CPU: pictures of a face, for a model that takes over a face."""
 
 
 class Evaluator(Protocol):

@@ -68,8 +68,8 @@ def _check_images(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) -> N
     if variant.image_channels and not given and not followed and CAMERA not in shapes:
         begins = [name for name in (START_IMAGE, CONTROL_VIDEO, END_IMAGE) if name in variant.takes]
         raise ValueError(
-            f"the model makes videos from an image ({variant.name}): connect {', '.join(begins)}, or conditioning "
-            "that holds one"
+            f"the model makes videos from an image ({variant.name}): connect "
+            f"{', or '.join([', '.join(begins)] * bool(begins) + ['conditioning that holds one'])}"
         )
     for name in given:
         if not variant.takes:
@@ -94,9 +94,11 @@ def _check_features(job: Job, config: WanConfig, shapes: Mapping[str, Shape]) ->
     variant, given = config.variant, [name for name in (CLIP_FEATURES, CLIP_PICTURES) if name in shapes]
     if not given:
         if config.image_branch:
+            # The job's own CLIP sees what comes as pixels.
+            chosen = "choose clip_vision_h as clip_vision in Load Wan Video Model, or "
             raise ValueError(
-                f"the model looks at its pictures through CLIP ({variant.name}): choose clip_vision_h as clip_vision "
-                "in Load Wan Video Model, or connect CLIP Vision Encode to clip_vision_start_image"
+                f"the model looks at its pictures through CLIP ({variant.name}): "
+                f"{chosen if START_IMAGE in variant.takes else ''}connect CLIP Vision Encode to clip_vision_start_image"
             )
         return
     if CLIP_FEATURES not in variant.takes:

@@ -74,11 +74,13 @@ class ServedJob:
             "controls": [control.values for sample in samples for control in sample.controls],
             "references": [sample.reference for sample in samples if sample.reference is not None],
             "cameras": [sample.camera for sample in samples if sample.camera is not None],
+            "poses": [sample.pose for sample in samples if sample.pose is not None],
+            "faces": [sample.face for sample in samples if sample.face is not None],
         }
         keys = {kind: [self._key(one) for one in tensors] for kind, tensors in told.items()}
         tensors = {key: one for kind in told for key, one in zip(keys[kind], told[kind], strict=True)}
         rows = keys["texts"] + keys["pictures"]
-        volumes = keys["controls"] + keys["references"] + keys["cameras"]
+        volumes = [key for kind in told if kind not in ("texts", "pictures") for key in keys[kind]]
         missing = self._rows.missing(rows) + self._volumes.missing(volumes)
         of_sample = iter(keys["controls"])
         followed = [sample for sample in samples if sample.controls]
@@ -88,6 +90,7 @@ class ServedJob:
             controls=tuple(tuple(itertools.islice(of_sample, len(sample.controls))) for sample in followed),
             strengths=tuple(tuple(control.strength for control in sample.controls) for sample in followed),
             references=tuple(keys["references"]), cameras=tuple(keys["cameras"]),
+            poses=tuple(keys["poses"]), faces=tuple(keys["faces"]),
             sent=tuple(_sent(key, tensors[key]) for key in missing),
         )  # fmt: skip
         self._ask(evaluation, [_bytes(part) for part in (x, timesteps, *(tensors[key] for key in missing))])

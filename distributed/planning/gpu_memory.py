@@ -34,6 +34,8 @@ NCCL_BYTES = int(0.7 * GIB)
 """Of a process that talks to others."""
 GUIDED_PROMPTS = 2
 """The prompt and the negative prompt."""
+FACE_BYTES = 6 * 4 * 32 * 512**2 * 4
+"""In the motion encoder at its fullest, the first halving of four pictures: six tensors of 32 channels in float32."""
 FRAGMENTATION = 0.06
 """Of what is allocated and freed at every step: the allocator's blocks are larger than what they hold."""
 
@@ -217,7 +219,10 @@ def activation_bytes(work: Workload, parallel: Parallel) -> int:
         # What is kept of it for every token.
         beside += b
     rotary = tokens * config.head_dim * 4
-    return int((max(inputs, attention, outputs) + beside) * tokens * config.dim) + rotary + unpacked
+    fullest = max(inputs, attention, outputs)
+    blocks = int((fullest + beside) * tokens * config.dim) + rotary + unpacked
+    # Faces are encoded before the first block, beside the tokens as embedded.
+    return max(blocks, FACE_BYTES + 4 * tokens * config.dim) if config.animates else blocks
 
 
 def peer_bytes(work: Workload, parallel: Parallel) -> int:

@@ -21,7 +21,7 @@ from ...wan.model.int8_products import use_int8_products
 from ...wan.model.latent_space import PATCH_SIZE
 from ...wan.model.rope import rope_table
 from ...wan.model.selection import EVERYTHING
-from ...wan.transformer.conditions import NONE, NOTHING, Conditions
+from ...wan.transformer.conditions import NONE, Beside, Conditions
 from ...wan.transformer.context import Context, pad_text
 from ...wan.transformer.transformer import WanModel
 from ..job.job import Parallel
@@ -264,7 +264,7 @@ class VelocityPredictor:
         self._arrive = arrive
         self._active: str | None = None
         self._contexts: dict[bool, Context] = {}
-        self._beside = NOTHING
+        self._besides: dict[bool, Beside] = {}
         config = next(iter(models.values())).config
         self._rope = rope_table(
             grid, config.head_dim, start=shard.start, stop=shard.stop, device=device, order=shard.order
@@ -279,8 +279,8 @@ class VelocityPredictor:
         if self._image is not None:
             # Channels are fastest within a token: the image's go behind the latent's at each of its positions.
             tokens = torch.cat((tokens.unflatten(1, (self._image.shape[1], -1)), self._image), dim=2).flatten(1)
-        asked = [Pass(tokens, t, self._contexts[conditional], which, self._beside) for conditional in passes]
         self._models[expert].compute_exactly(not self._rounded.holds(timestep))
+        asked = [Pass(tokens, t, self._contexts[one], which, self._besides[one]) for one in passes]
         return evaluate_passes(self._models[expert], asked, self._rope, self._mesh)
 
     def release(self) -> None:
@@ -293,6 +293,5 @@ class VelocityPredictor:
         self._arrive(expert)
         take_turn(self._weights, expert)
         self._contexts = {c: Context(text, keep=self._keep_text) for c, text in self._texts.items()}
-        # One for both prompts.
-        self._beside = self._conditions.beside(keep=self._keep_text)
+        self._besides = self._conditions.besides(keep=self._keep_text)
         self._active = expert

@@ -141,9 +141,12 @@ class ForwardsWork(Work[ForwardsJob]):
         texts, pictures = self.conditions.texts(evaluation), self.conditions.pictures(evaluation)
         controls, references = self.conditions.controls(evaluation), self.conditions.references(evaluation, shard)
         cameras = self.conditions.cameras(evaluation)
+        poses, faces = self.conditions.poses(evaluation, shard), self.conditions.faces(evaluation, shard)
         besides = [
-            Beside(picture=picture, controls=followed, reference=reference, camera=camera)
-            for picture, followed, reference, camera in zip(pictures, controls, references, cameras, strict=True)
+            Beside(picture=picture, controls=followed, reference=reference, camera=camera, pose=pose, face=face)
+            for picture, followed, reference, camera, pose, face in zip(
+                pictures, controls, references, cameras, poses, faces, strict=True
+            )
         ]
         padded = F.pad(latents, (0, 0, 0, 0, in_front, 0))
         passes = [self.asked(padded[i], timesteps[i], texts[i], besides[i], shard) for i in range(len(texts))]

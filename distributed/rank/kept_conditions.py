@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...wan.model.config import WanConfig
 from ...wan.model.patch import patchify
+from ...wan.transformer.animate import Face, Pose
 from ...wan.transformer.camera import Camera
 from ...wan.transformer.context import Context
 from ...wan.transformer.reference import Reference
@@ -19,6 +20,8 @@ from ..job.errors import JobError
 from ..job.evaluator import KEPT_ROW_BYTES, KEPT_VOLUME_BYTES, NO_CONTROL, NO_PICTURE
 from ..parallel.sequence import SequenceShard
 from ..planning.gpu_memory import GUIDED_PROMPTS
+
+FACE_CHANNELS = 3
 
 
 class KeptConditions:
@@ -39,10 +42,12 @@ class KeptConditions:
         self._pictures: dict[str, Context] = {}
         self._controls: dict[str, Tensor] = {}
         """Both of the last evaluation."""
-        self._references: dict[str, Tensor] = {}
-        """Whole, in the host's memory: they are small."""
+        self._whole: dict[str, Tensor] = {}
+        """References, poses and faces, in the host's memory."""
         self._cameras: dict[str, tuple[tuple[int, ...], Camera]] = {}
         """As `_volumes`: what the rank needs of it."""
+        self._faces: dict[tuple[str, tuple[int, ...]], Face] = {}
+        """Those of the last evaluation, with what is derived of them, by the size of its latents."""
         self._embedded_cameras: dict[str, Camera] = {}
         """Those of the last evaluation."""
 
@@ -58,6 +63,8 @@ class KeptConditions:
             raise JobError(NO_CONTROL)
         if evaluation.cameras and not self._config.camera:
             raise JobError("the sampler tells where the camera is, and this model has no place for that")
+        if (evaluation.poses or evaluation.faces) and not self._config.animates:
+            raise JobError("the sampler gives a pose or a face, and this model takes over neither")
         if evaluation.references and not self._config.reference_frame:
             raise JobError("the sampler gives a reference picture, and this model has no place for one")
         if evaluation.references and evaluation.by_frame:
@@ -72,41 +79,43 @@ class KeptConditions:
         Raises:
             JobError: it is of another model.
         """
-        stride = self._config.variant.latents.stride
+        config, stride = self._config, self._config.variant.latents.stride
+        followed = [key for keys in evaluation.controls for key in keys]
+        kinds = (
+            (evaluation.texts, "the text has rows", config.text_dim),
+            (evaluation.pictures, "what CLIP sees has rows", config.clip_dim),
+            (followed, "the control is", config.control_dim),
+            (evaluation.references, "the reference picture is", config.reference_dim),
+            (evaluation.cameras, "the camera's rays are", config.camera_dim // stride**2),
+            (evaluation.poses, "the pose is", config.out_dim),
+            (evaluation.faces, "the face is", FACE_CHANNELS),
+        )
         for sent, view in zip(evaluation.sent, views, strict=True):
             values = torch.frombuffer(view, dtype=getattr(torch, sent.dtype)).view(sent.shape)
-            what, taken, given = "the text has rows", self._config.text_dim, sent.shape[-1]
-            if sent.key in evaluation.pictures:
-                what, taken = "what CLIP sees has rows", self._config.clip_dim
-            elif sent.key in evaluation.references:
-                what, taken, given = "the reference picture is", self._config.reference_dim, sent.shape[0]
-            elif sent.key in evaluation.cameras:
-                what, taken = "the camera's rays are", self._config.camera_dim // stride**2
-                given = sent.shape[0]
-            elif sent.key in evaluation.volumes:
-                what, taken, given = "the control is", self._config.control_dim, sent.shape[0]
+            what, taken = next((what, taken) for keys, what, taken in kinds if sent.key in keys)
+            given = sent.shape[-1] if sent.key in evaluation.rows else sent.shape[0]
             if given != taken:
                 raise JobError(f"{what} of {given} channels; this model takes {taken}")
-            if sent.key in evaluation.references:
-                self._references[sent.key] = values.clone()
+            if sent.key in evaluation.rows:
+                self._rows[sent.key] = values.clone()
             elif sent.key in evaluation.cameras:
                 frames, height, width = sent.shape[1:]
                 camera = Camera(values, stride, keep=self._keeps).on_rank(shard.split, shard.length, self._device)
                 self._cameras[sent.key] = (frames, height // stride, width // stride), camera
-            elif sent.key in evaluation.volumes:
+            elif sent.key in followed:
                 # A copy: what it is cut from is the other end's memory, or the whole video's.
                 self._volumes[sent.key] = sent.shape[1:], shard.split(patchify(values)).clone()
             else:
-                self._rows[sent.key] = values.clone()
+                self._whole[sent.key] = values.clone()
         for key in self._keys.use(evaluation.rows, evaluation.sent):
             self._rows.pop(key, None)
         for key in self._volume_keys.use(evaluation.volumes, evaluation.sent):
             self._volumes.pop(key, None)
-            self._references.pop(key, None)
+            self._whole.pop(key, None)
             self._cameras.pop(key, None)
         for keys, there in (
             (evaluation.rows, self._rows),
-            (evaluation.volumes, self._volumes.keys() | self._references.keys() | self._cameras.keys()),
+            (evaluation.volumes, self._volumes.keys() | self._whole.keys() | self._cameras.keys()),
         ):
             if missing := [key for key in keys if key not in there]:
                 raise JobError(f"{missing[0]} is asked for, but was never sent")
@@ -148,7 +157,7 @@ class KeptConditions:
     def references(self, evaluation: Evaluation, shard: SequenceShard) -> list[Reference | None]:
         """For each sample, of the rank's tokens, where a picture is in front."""
         found = [
-            Reference(self._references[key]).on_rank(shard.split, shard.length, self._device)
+            Reference(self._whole[key]).on_rank(shard.split, shard.length, self._device)
             for key in evaluation.references
         ]
         return [*found] or [None] * evaluation.shape[0]
@@ -159,6 +168,20 @@ class KeptConditions:
         for key in evaluation.cameras:
             self._embedded_cameras[key] = known.get(key) or replace(self._cameras[key][1])
         return [self._embedded_cameras[key] for key in evaluation.cameras] or [None] * evaluation.shape[0]
+
+    def poses(self, evaluation: Evaluation, shard: SequenceShard) -> list[Pose | None]:
+        """For each sample, of the rank's tokens."""
+        found = [Pose(self._whole[key]).on_rank(shard.split, shard.length, self._device) for key in evaluation.poses]
+        return [*found] or [None] * evaluation.shape[0]
+
+    def faces(self, evaluation: Evaluation, shard: SequenceShard) -> list[Face | None]:
+        """For each sample, of the rank's tokens. What is derived of one is kept while it is the same."""
+        known, self._faces = self._faces, {}
+        size = evaluation.shape[2:]
+        for key in evaluation.faces:
+            face = known.get((key, size)) or Face(self._whole[key], size[0])
+            self._faces[key, size] = face if face.runs else face.on_rank(shard.split, shard.length, self._device)
+        return [self._faces[key, size] for key in evaluation.faces] or [None] * evaluation.shape[0]
 
     def _context(self, key: str) -> Context:
         return Context(self._rows[key].to(self._device), keep=self._keeps)

@@ -18,7 +18,7 @@ from ...distributed.job.evaluator import (
     SampleControl,
 )
 from ...distributed.job.job import FLOAT_BYTES
-from ...wan.model.latent_space import WAN21
+from ...wan.model.latent_space import TEMPORAL_STRIDE, WAN21
 from ..host.exceptions import told_to_comfyui
 from ..host.tensors import check_finite
 from .unsupported import check_conds, check_options
@@ -84,6 +84,7 @@ class Evaluation:
         pictures, videos = conds.get("clip_fea"), conds.get("vace_context")
         strengths, references = conds.get("vace_strength"), conds.get("reference_latent")
         cameras = conds.get("camera_conditions")
+        poses, faces = conds.get("pose_latents"), conds.get("face_pixel_values")
         return [
             SampleConditioning(
                 text=self._rows.same(_of_sample(context, i)),
@@ -92,6 +93,8 @@ class Evaluation:
                 reference=None if references is None else self._reference(_of_sample(references, i), shape[3:]),
                 conditional=prompts[i // each] == 0,
                 camera=None if cameras is None else self._camera(_of_sample(cameras, i), shape[2:]),
+                pose=None if poses is None else self._pose(_of_sample(poses, i), shape[2:]),
+                face=None if faces is None else self._face(_of_sample(faces, i), shape[2]),
             )
             for i in range(count)
         ]
@@ -140,6 +143,26 @@ class Evaluation:
                 "cut to areas or context windows"
             )
         return self._volumes.same(rays)
+
+    def _pose(self, latents: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Of one sample's, [C, P, h, w]."""
+        frames, *sides = size
+        if latents.shape[1] > frames - 1 or list(latents.shape[2:]) != sides:
+            raise ValueError(
+                f"the pose is of [{listed(latents.shape[1:])}] latent frames, rows and columns, and what is sampled of "
+                f"[{listed((frames - 1, *sides))}] behind its first frame: take the latents of the same "
+                "WanAnimateToVideo. A pose is not cut to areas or context windows"
+            )
+        return self._volumes.same(latents)
+
+    def _face(self, pictures: Tensor, frames: int) -> Tensor:
+        """Of one sample's, [3, F, 512, 512]."""
+        if (pictures.shape[1] - 1) // TEMPORAL_STRIDE + 2 > frames:
+            raise ValueError(
+                f"the face is of {pictures.shape[1]} frames, and what is sampled of {frames} latent ones with the one "
+                "in front: take the latents of the same WanAnimateToVideo. A face is not cut to context windows"
+            )
+        return self._volumes.same(pictures)
 
 
 class _Known:

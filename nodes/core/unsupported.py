@@ -21,7 +21,12 @@ _CONDS = {
     "time_dim_concat": "further frames beside the video's (Phantom's subjects)",
     "context_latents": "further latents that are looked at in context (Bernini's references)",
 }
-_SENT = frozenset({"clip_fea", "vace_context", "vace_strength", "reference_latent", "camera_conditions"})
+_SENT = frozenset(
+    {
+        *("clip_fea", "vace_context", "vace_strength", "reference_latent", "camera_conditions"),
+        *("pose_latents", "face_pixel_values"),
+    }
+)
 """Of what ComfyUI gives its transformer beside text: what goes to the processes."""
 _PASSED_OVER = frozenset({"denoise_mask", "crossattn_controlnet", "y"})
 """What it passes over as well, in a model that has no part for it."""

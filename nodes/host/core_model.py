@@ -160,6 +160,7 @@ def _model_without_weights(shapes: Mapping[str, tuple[int, ...]], transformer: T
     import torch
     from comfy import model_detection
     from comfy.ldm.wan.model import CameraWanModel, VaceWanModel, WanModel
+    from comfy.ldm.wan.model_animate import AnimateWanModel
     from comfy.patcher_extension import WrappersMP
 
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -169,7 +170,7 @@ def _model_without_weights(shapes: Mapping[str, tuple[int, ...]], transformer: T
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model(tensors, "", device="meta")
     inner = model.diffusion_model
-    if type(inner) not in (WanModel, VaceWanModel, CameraWanModel):
+    if type(inner) not in (WanModel, VaceWanModel, CameraWanModel, AnimateWanModel):
         raise ValueError("such a transformer runs in Wan Video Distributed Inference only; it cannot be a MODEL yet")
     # What is computed elsewhere takes no memory here.
     model.memory_usage_factor = 0.0

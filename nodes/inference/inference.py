@@ -16,6 +16,7 @@ from ..models.loras import distilled_warnings, refreshed
 from ..settings.hostfiles import parallel_over
 from ..settings.presets import with_preset
 from ..sockets import embeds, wrapper_model
+from ..sockets.animate_inputs import animate_tensors
 from ..sockets.clip_vision import clip_tensors, picture_tensors, shown
 from ..sockets.fun_inputs import camera_tensors, reference_tensors
 from ..sockets.images import image_tensors
@@ -146,6 +147,7 @@ def build_job(asked: VideoInputs, status: Status) -> tuple[Job, dict[str, Any]]:
     images = image_tensors(asked, sampling, config, status)
     images |= reference_tensors(asked, config)
     images |= camera_tensors(asked, sampling)
+    images |= animate_tensors(asked)
     images |= control or own_control(asked, sampling, config, status)
     images |= features or picture_tensors(pictures, status)
     _, references = control_size(asked, control, sampling, config)

@@ -48,6 +48,9 @@ PRESETS: dict[str, Preset] = {
     "official Wan2.1 VACE": Preset(
         variant="VACE", solver="unipc", steps=50, shift=16.0, guidance_low=5.0, guidance_high=5.0
     ),
+    "official Animate 14B": Preset(
+        variant="Animate", solver="unipc", steps=20, shift=5.0, guidance_low=1.0, guidance_high=1.0
+    ),
     "Fun-Control A14B": Preset(
         variant="Fun-Control", solver="euler", steps=50, shift=5.0, guidance_low=6.0, guidance_high=6.0
     ),

@@ -29,6 +29,8 @@ REFERENCE_KEY = "reference_latents"
 """The same; fun_inputs.py reads it."""
 CAMERA_KEY = "camera_conditions"
 """The same; fun_inputs.py reads it."""
+ANIMATE_KEYS = ("pose_video_latent", "face_video_pixels")
+"""The same; animate_inputs.py reads them."""
 CLIP_KEY = "clip_vision_output"
 """The same; clip_vision.py reads it."""
 VACE_KEYS = ("vace_frames", "vace_mask", "vace_strength")
@@ -38,7 +40,7 @@ CHANGING = frozenset(
         *("area", "mask", "mask_strength", "set_area_to_bounds", "control", "control_apply_to_uncond", "hooks"),
         *("gligen", "reference_motion", "reference_audio_embeds", "control_video", "model_conds"),
         *("audio_embed", "audio_embed_scale"),
-        *("time_dim_concat", "face_video_pixels", "pose_video_latent", "unclip_conditioning", "track_path"),
+        *("time_dim_concat", "unclip_conditioning", "track_path"),
         *("lora_strengths", "timestep_start", "timestep_end", "noise_mask"),
     }
 )
@@ -143,7 +145,7 @@ def _read_extras(extras: dict[str, Any], name: str) -> list[str]:
     carried = (
         {key for key, extra in extras.items() if extra is not None}
         - IMAGE_KEYS
-        - {"pooled_output", CLIP_KEY, REFERENCE_KEY, CAMERA_KEY, *VACE_KEYS}
+        - {"pooled_output", CLIP_KEY, REFERENCE_KEY, CAMERA_KEY, *VACE_KEYS, *ANIMATE_KEYS}
     )
     carried -= {
         key

@@ -131,7 +131,7 @@ def _from_core(latents: Any, mask: Any, index: Any, sampling: Sampling, variant:
             else f"{name} has shape {list(latents.shape)}; Wan I2V takes [1, {channels}, T, h, w]"
         )
     size = tuple(latents.shape[2:])
-    check_video_size(name, size, space.stride, sampling)
+    check_video_size(name, (size[0] - variant.frames_in_front, *size[1:]), space.stride, sampling)
     parts = [normalise(part, space.channels) for part in latents[0].split(space.channels)]
     if not masked:
         return torch.cat(parts).contiguous()
@@ -152,6 +152,8 @@ def _from_core(latents: Any, mask: Any, index: Any, sampling: Sampling, variant:
 
 def _maker(variant: Variant) -> str:
     """The node of ComfyUI's that makes such conditioning."""
+    if variant.frames_in_front:
+        return "WanAnimateToVideo"
     if CAMERA in variant.takes:
         return "WanCameraImageToVideo"
     return "Wan22FunControlToVideo" if variant.image_latents > 1 else "WanImageToVideo"

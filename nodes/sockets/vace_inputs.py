@@ -136,7 +136,7 @@ def control_size(
 ) -> tuple[int, int]:
     """Controls that the model follows, and latent frames of reference pictures, before any picture is looked at."""
     if not config.variant.controlled:
-        return 0, 0
+        return 0, config.variant.frames_in_front
     frames = config.variant.latents.shape(sampling.width, sampling.height, sampling.num_frames)[1]
     shapes = {name: tuple(tensor.shape) for name, tensor in carried.items()}
     if asked.reference_images is not None:

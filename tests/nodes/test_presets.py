@@ -26,6 +26,7 @@ OWN = SamplingSettings(
         ("official Wan2.1 I2V", "Wan2.1 I2V", ("unipc", 40, 5.0, 5.0, 5.0, 0.5)),
         ("official Wan2.1 FLF2V", "FLF2V", ("unipc", 50, 16.0, 5.0, 5.0, 0.5)),
         ("official Wan2.1 VACE", "VACE", ("unipc", 50, 16.0, 5.0, 5.0, 0.875)),
+        ("official Animate 14B", "Animate", ("unipc", 20, 5.0, 1.0, 1.0, 0.5)),
         ("Fun-Control A14B", "Fun-Control", ("euler", 50, 5.0, 6.0, 6.0, 0.9)),
         ("Fun InP A14B", "I2V", ("euler", 50, 5.0, 6.0, 6.0, 0.9)),
         ("Lightning 4 steps", "T2V", ("euler", 4, 5.0, 1.0, 1.0, 0.875)),

@@ -34,6 +34,7 @@ from ..files.stored_tensor import PlainTensor, RowScale, StoredTensor
 from ..model.config import WanConfig, config_from_shapes
 from ..model.eight_bits import CODES, FP8_DTYPES, KeptWeight
 from ..model.variants import RUNNABLE, Variant, check_runs
+from ..transformer.motion_encoder import BLUR, BLUR_TENSOR
 from ..transformer.transformer import meta_model, parameter_dtype
 
 MARKERS = ("head.modulation", DIFFUSERS_MARKER)
@@ -189,6 +190,8 @@ def _check_complete(
         for name in shapes.keys() - expected
         if math.prod(shapes[name]) <= 1 and name.partition(".")[0] not in roots
     }
+    if "motion_encoder" in roots:
+        marks |= {name for name, shape in shapes.items() if BLUR_TENSOR.fullmatch(name) and shape == (len(BLUR),) * 2}
     missing = sorted(expected.keys() - shapes)
     extra = sorted(shapes.keys() - expected - marks)
     if missing:

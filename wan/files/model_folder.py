@@ -13,6 +13,7 @@ from .regular_files import regular
 TRANSFORMER_CLASSES = {
     "WanModel": "num_heads",
     "VaceWanModel": "num_heads",
+    "WanAnimateModel": "num_heads",
     "WanTransformer3DModel": "num_attention_heads",
     "WanVACETransformer3DModel": "num_attention_heads",
 }

@@ -15,6 +15,10 @@ HEAD_DIM = 128
 MAX_SIZE = 1 << 20
 """Of a tensor that decides a size: far above any model, far below what an allocation could not describe."""
 MAX_LAYERS = 1000
+FACE_SIDE = 512
+"""Pixels of the pictures of a face."""
+FACE_EVERY = 5
+"""Blocks from one to the next of those that are followed by attention to a face."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,12 +48,18 @@ class WanConfig:
     """Channels of a reference picture's latents."""
     camera_dim: int = 24 * 8**2
     """Channels of the camera's rays: of a latent pixel's pixels and frames, six each."""
+    motion_dim: int = 512
+    """Channels of what a face does in a picture."""
+    face_dim: int = 1024
+    """Channels of each of a frame's rows of a face, on the way there."""
+    face_blocks: int = 0
+    """Main blocks that are followed by attention to a face."""
     vace_layers: tuple[int, ...] = ()
     """The main blocks behind which the VACE blocks run."""
 
     def __post_init__(self) -> None:
         for name, size in ((f.name, getattr(self, f.name)) for f in fields(self)):
-            if isinstance(size, int) and size < 1:
+            if isinstance(size, int) and size < 1 and name != "face_blocks":
                 raise ValueError(f"{name} is {size}; it must be at least 1")
         if self.dim % self.num_heads or self.head_dim % 2:
             raise ValueError(
@@ -90,6 +100,11 @@ class WanConfig:
         return "control_adapter" in self.parts
 
     @property
+    def animates(self) -> bool:
+        """It takes over somebody's pose and face."""
+        return "face_adapter" in self.parts
+
+    @property
     def pictures(self) -> int:
         """How many the image branch knows the places of."""
         return 2 if "emb_pos" in self.parts else 1
@@ -126,6 +141,8 @@ _OPTIONAL_SIZES = {
     "control_dim": ("vace_patch_embedding.weight", 1),
     "reference_dim": ("ref_conv.weight", 1),
     "camera_dim": ("control_adapter.conv.weight", 1),
+    "motion_dim": ("motion_encoder.dec.direction.weight", 0),
+    "face_dim": ("face_encoder.conv2.conv.weight", 1),
 }
 """Field of `WanConfig` -> the tensor and the dimension that tell it, where a model has that part."""
 
@@ -141,8 +158,8 @@ def _optional_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def _block_count(shapes: Mapping[str, tuple[int, ...]], kind: str) -> int:
-    parts = (name.split(".") for name in shapes if name.startswith(f"{kind}."))
-    count = len({int(part[1]) for part in parts if part[1].isdecimal()})
+    rest = (name.removeprefix(f"{kind}.").partition(".")[0] for name in shapes if name.startswith(f"{kind}."))
+    count = len({int(number) for number in rest if number.isdecimal()})
     if count > MAX_LAYERS:
         raise ValueError(f"it has {count} blocks; at most {MAX_LAYERS} are read")
     return count
@@ -207,6 +224,12 @@ def config_from_shapes(
         text_dim=shapes["text_embedding.0.weight"][1],
         freq_dim=shapes["time_embedding.0.weight"][1],
         parts=optional_parts(shapes),
+        face_blocks=_block_count(shapes, "face_adapter.fuser_blocks"),
         vace_layers=_vace_layers(_block_count(shapes, "vace_blocks"), layers, vace_layers),
     )
+    if config.animates and config.face_blocks != -(-layers // FACE_EVERY):
+        raise ValueError(
+            f"it has {config.face_blocks} blocks of a face adapter; Wan Animate has one behind every {FACE_EVERY}th of "
+            f"its {layers} blocks"
+        )
     return replace(config, **_optional_sizes(shapes))

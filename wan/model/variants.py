@@ -38,6 +38,8 @@ class Variant:
     """Whether a control video is read beside the noise."""
     known_frames: bool = False
     """Frames that are given stay in the latents, at timestep 0."""
+    frames_in_front: int = 0
+    """Latent frames that are sampled in front of the video's: of the picture of who it shows."""
     boundary: float | None = None
     """Where the official code changes experts; None: it has one."""
 
@@ -147,6 +149,21 @@ _ROWS = (
         image=(PICTURE,),
     ),
     Variant(
+        name="Animate",
+        channels=(36, 16),
+        parts=frozenset({"img_emb", "pose_patch_embedding", "motion_encoder", "face_adapter", "face_encoder"}),
+        releases={5120: "Wan2.2 Animate 14B"},
+        takes=(
+            "image_conditioning",
+            "clip_features",
+            "pose_video_latent",
+            "face_video_pixels",
+            "face_video_pixels_null",
+        ),
+        image=(MASK, FRAMES),
+        frames_in_front=1,
+    ),
+    Variant(
         name="TI2V-5B",
         channels=(48, 48),
         releases={3072: "Wan2.2 TI2V 5B"},
@@ -209,7 +226,8 @@ REFUSED = (
         parts=frozenset({"audio_proj", "audio_cross_attn"}),
     ),
     Refused(
-        name="a Wan Animate transformer", parts=frozenset({"face_adapter", "motion_encoder", "pose_patch_embedding"})
+        name="a Wan Animate transformer in diffusers' names (take the official or ComfyUI's file)",
+        parts=frozenset({"motion_synthesis_weight"}),
     ),
     Refused(name="a Wan SCAIL-2 transformer", parts=frozenset({"patch_embedding_mask"})),
     Refused(name="a Wan SCAIL transformer", parts=frozenset({"patch_embedding_pose"})),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model.variants import Variant
+from ..transformer.animate import Face, Pose
 from ..transformer.camera import Camera
 from ..transformer.conditions import NONE, Conditions
 from ..transformer.reference import Reference
@@ -66,9 +67,10 @@ def build_conditioning(
     Args:
         inputs: start_image and end_image [3, H, W] in -1 to 1; image_conditioning, the channels behind the latents,
             [n, T, h, w]; clip_features [257 or 514, clip_dim]; control_video [3, F, H, W] and reference_images
-            [1, 3, H, W] in -1 to 1, or reference_latent [C, h, w]; camera_conditions [24, T, H, W]; those of VACE
-            (control.py);
-            samples [C, T, h, w], un-normalised; noise_mask [T, h, w], 1 where latents are made. All may be absent.
+            [1, 3, H, W] in -1 to 1, or reference_latent [C, h, w]; camera_conditions [24, T, H, W]; pose_video_latent
+            [C, P, h, w]; face_video_pixels and face_video_pixels_null [3, F, 512, 512] in -1 to 1; those of VACE
+            (control.py); samples [C, T, h, w], un-normalised; noise_mask [T, h, w], 1 where latents are made. All may
+            be absent.
         noise: [C, T, h, w].
         variant: of the model.
         sigma: noise level of the first step.
@@ -95,12 +97,19 @@ def build_conditioning(
         rays = inputs.get("camera_conditions")
         camera = None if rays is None else Camera(rays, variant.latents.stride)
         conditions = Conditions(
-            image=image, picture=inputs.get("clip_features"), reference=_reference(inputs, encode), camera=camera
-        )
+            image=image, picture=inputs.get("clip_features"), reference=_reference(inputs, encode), camera=camera,
+            pose=Pose(inputs["pose_video_latent"]) if "pose_video_latent" in inputs else None,
+            face=_face(inputs.get("face_video_pixels"), noise),
+            face_null=_face(inputs.get("face_video_pixels_null"), noise),
+        )  # fmt: skip
     elif variant.controlled:
         frames, height, width = num_frames, *(side * variant.latents.stride for side in noise.shape[2:])
         conditions = Conditions(controls=build_controls(inputs, (frames, height, width), encode))
     return Conditioning(latents, conditions, *known)
+
+
+def _face(pictures: Tensor | None, noise: Tensor) -> Face | None:
+    return None if pictures is None else Face(pictures, noise.shape[1])
 
 
 def _reference(inputs: dict[str, Tensor], encode: Encode) -> Reference | None:

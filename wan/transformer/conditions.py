@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.patch import patchify, token_grid, unpatchify
+from .animate import Face, Pose
 from .camera import Camera
 from .context import Context
 from .reference import Reference
@@ -26,6 +27,8 @@ class Beside:
     """The same tokens of VACE's control videos, [S, 4 * control_dim] each."""
     reference: Reference | None = None
     camera: Camera | None = None
+    pose: Pose | None = None
+    face: Face | None = None
 
 
 NOTHING = Beside()
@@ -44,6 +47,10 @@ class Conditions:
     reference: Reference | None = None
     """In front of the video."""
     camera: Camera | None = None
+    pose: Pose | None = None
+    face: Face | None = None
+    face_null: Face | None = None
+    """In its place with the negative prompt."""
 
     @property
     def frames_in_front(self) -> int:
@@ -76,13 +83,27 @@ class Conditions:
             controls=tuple(Control(tokens_of(control.values), control.strength) for control in self.controls),
             reference=None if self.reference is None else self.reference.on_rank(split, length, device),
             camera=None if self.camera is None else self.camera.on_rank(split, length, device),
+            pose=None if self.pose is None else self.pose.on_rank(split, length, device),
+            face=None if self.face is None else self.face.on_rank(split, length, device),
+            face_null=None if self.face_null is None else self.face_null.on_rank(split, length, device),
         )
 
     def beside(self, *, keep: bool) -> Beside:
         """For one expert, on a rank. keep: what is derived of pictures stays between steps."""
-        picture = None if self.picture is None else Context(self.picture, keep=keep)
-        camera = None if self.camera is None else replace(self.camera, keep=keep)
-        return Beside(picture=picture, controls=self.controls, reference=self.reference, camera=camera)
+        return Beside(
+            picture=None if self.picture is None else Context(self.picture, keep=keep),
+            controls=self.controls,
+            reference=self.reference,
+            camera=None if self.camera is None else replace(self.camera, keep=keep),
+            pose=self.pose,
+            face=None if self.face is None else replace(self.face),
+        )
+
+    def besides(self, *, keep: bool) -> dict[bool, Beside]:
+        """Conditional? -> `beside`; what both prompts have is the same."""
+        beside = self.beside(keep=keep)
+        null = None if self.face_null is None else replace(self.face_null)
+        return {True: beside, False: replace(beside, face=null)}
 
 
 NONE = Conditions()

@@ -17,16 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model.config import EPS, WanConfig
+from ..model.config import EPS, FACE_EVERY, WanConfig
 from ..model.eight_bits import E4M3, KeptWeight
 from ..model.latent_space import PATCH_SIZE
 from ..model.linear import Linear
 from ..model.ops import Rope
+from .animate import FaceAdapter, FaceEncoder
 from .block import Block, Stream, WanBlock, Which, per_token
 from .camera import CameraAdapter
 from .conditions import NOTHING, Beside
 from .context import Context
 from .image_branch import ImageEmbedding
+from .motion_encoder import MotionEncoder
 from .patch_embedding import PatchEmbedding
 from .vace import VaceBlock
 
@@ -34,7 +36,11 @@ from .vace import VaceBlock
 def parameter_dtype(name: str, compute: torch.dtype) -> torch.dtype:
     """Dtype a parameter is kept in: `compute` for the large matrix products, float32 for the rest."""
     head, _, tail = name.partition(".")
-    fp32 = head in ("time_embedding", "time_projection", "head") or "norm" in tail or name.endswith("modulation")
+    fp32 = (
+        head in ("time_embedding", "time_projection", "head", "motion_encoder")
+        or "norm" in tail
+        or name.endswith("modulation")
+    )
     # Two of the layers of img_emb are norms that are not called so; what is added before them is as wide.
     fp32 = fp32 or name.startswith(("img_emb.proj.0", "img_emb.proj.4", "img_emb.emb_pos"))
     return torch.float32 if fp32 else compute
@@ -72,6 +78,11 @@ class WanModel(nn.Module):
             self.ref_conv = PatchEmbedding(config.reference_dim, dim, PATCH_SIZE[1:])
         if config.camera:
             self.control_adapter = CameraAdapter(config)
+        if config.animates:
+            self.pose_patch_embedding = PatchEmbedding(config.out_dim, dim)
+            self.motion_encoder = MotionEncoder(config)
+            self.face_encoder = FaceEncoder(config)
+            self.face_adapter = FaceAdapter(config)
         if config.vace_layers:
             self.vace_patch_embedding = PatchEmbedding(config.control_dim, dim)
             self.vace_blocks = nn.ModuleList(VaceBlock(config, first=i == 0) for i in config.vace_layers)
@@ -126,6 +137,10 @@ class WanModel(nn.Module):
         if beside.picture is not None:
             attended.append((beside.picture, beside.picture.embedded(self.img_emb)))
         x = self.patch_embedding(tokens).float()
+        if beside.pose is not None:
+            x = beside.pose.added_to(x, self.pose_patch_embedding)
+        face = beside.face
+        face_rows = None if face is None else face.rows(self.motion_encoder, self.face_encoder, x.device)
         if beside.camera is not None:
             x = beside.camera.added_to(x, self.control_adapter)
         if beside.reference is not None:
@@ -138,6 +153,10 @@ class WanModel(nn.Module):
         del x
         for i, block in enumerate(self.blocks):
             main.append(block(main, e6, which, rope, attended))
+            if face is not None and i % FACE_EVERY == 0:
+                x = main.pop().sum(ops)
+                main.append(Stream(x + self.face_adapter.fuser_blocks[i // FACE_EVERY](x, face_rows, face)))
+                del x
             if controls and i in self.config.vace_layers:
                 streams = streams or [self.vace_patch_embedding(control.values).float() for control in controls]
                 strengths = [control.strength for control in controls]

@@ -9,6 +9,7 @@ import pytest
 from jobs import stub_job
 from tiny import TINY, TINY_VACE
 from wan_pack.distributed.job.input_tensors import check_inputs
+from wan_pack.wan.model.variants import VARIANTS
 
 TEXT = {"context": (7, TINY.text_dim)}
 I2V = dataclasses.replace(TINY, in_dim=36)
@@ -102,7 +103,8 @@ def test_a_control_is_of_the_videos_size_and_references_are_in_front():
         check(TINY_VACE, control_video=PIXELS["control_video"], vace_context=(1, 96, 2, 6, 8))
     for name, shape in PIXELS.items():
         with pytest.raises(
-            ValueError, match=rf"{name} is given, but this model \(T2V\) follows no such control; choose a VACE"
+            ValueError,
+            match=rf"{name} is given, but this model \(T2V\) follows no such control; choose one of these: VACE",
         ):
             check(TINY, **{name: shape})
     with pytest.raises(ValueError, match=r"start_image is given; this model \(VACE\) takes control_video,"):
@@ -165,7 +167,39 @@ def test_a_camera_is_of_the_videos_pixels_and_latent_frames():
     for shape in ((24, 5, 48, 64), (24, 2, 6, 8), (6, 2, 48, 64), (24, 2, 48)):
         with pytest.raises(ValueError, match=r"camera_conditions has shape .*call for \[24, 2, 48, 64\]"):
             check(CAMERA, camera_conditions=shape)
-    with pytest.raises(ValueError, match=r"follows no such control; choose a Fun-Camera, Wan2\.1 Fun-Camera, Fun-"):
+    with pytest.raises(
+        ValueError, match=r"follows no such control; choose one of these: Fun-Camera, Wan2\.1 Fun-Camera, Fun-"
+    ):
         check(I2V, camera_conditions=(24, 2, 48, 64), start_image=(3, 48, 64))
     with pytest.raises(ValueError, match=r"from an image \(Fun-Camera\): connect start_image, or conditioning"):
         check(CAMERA)
+
+
+ANIMATE = dataclasses.replace(TINY, in_dim=36, clip_dim=64, parts=VARIANTS["Animate"].parts, face_blocks=1)
+
+
+def test_animate_takes_a_pose_and_a_face_of_the_video_or_shorter_ones():
+    """Its latents have a frame in front of the video's two."""
+    base = {"image_conditioning": (20, 3, 6, 8), "clip_features": (257, 64)}
+    for frames, pictures in ((2, 5), (1, 1)):
+        face = (3, pictures, 512, 512)
+        told = {"face_video_pixels": face, "face_video_pixels_null": face, "pose_video_latent": (16, frames, 6, 8)}
+        check(ANIMATE, **base, **told)
+    check(ANIMATE, **base, samples=(16, 3, 6, 8))
+    for name, shape, expected in (
+        ("pose_video_latent", (16, 3, 6, 8), r"\[16, 2, 6, 8\]"),
+        ("pose_video_latent", (16, 2, 6, 4), r"\[16, 2, 6, 8\]"),
+        ("face_video_pixels", (3, 6, 512, 512), r"\[3, 5, 512, 512\]"),
+        ("face_video_pixels_null", (3, 5, 512, 256), r"\[3, 5, 512, 512\]"),
+        ("image_conditioning", (20, 2, 6, 8), r"\[20, 3, 6, 8\]"),
+    ):
+        with pytest.raises(ValueError, match=f"call for {expected}"):
+            check(ANIMATE, **{**base, name: shape})
+    with pytest.raises(ValueError, match=r"from an image \(Animate\): connect conditioning that holds one"):
+        check(ANIMATE, clip_features=(257, 64))
+    with pytest.raises(ValueError, match=r"through CLIP \(Animate\): connect CLIP Vision Encode to clip_vision_start"):
+        check(ANIMATE, image_conditioning=(20, 3, 6, 8))
+    with pytest.raises(ValueError, match=r"start_image is given; this model \(Animate\) takes image_conditioning only"):
+        check(ANIMATE, start_image=(3, 48, 64), clip_features=(257, 64))
+    with pytest.raises(ValueError, match=r"face_video_pixels is given, .*\(T2V\) follows no such control"):
+        check(TINY, face_video_pixels=(3, 5, 512, 512))

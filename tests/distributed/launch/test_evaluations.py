@@ -26,7 +26,7 @@ from wan_pack.distributed.rank.session import Session
 from wan_pack.distributed.rank.signs import RankFiles
 from wan_pack.distributed.rank.worker import main as run_rank
 
-VARIANTS = ("I2V", "TI2V-5B", "FLF2V", "VACE", "Fun", "Camera")
+VARIANTS = ("I2V", "TI2V-5B", "FLF2V", "VACE", "Fun", "Camera", "Animate")
 
 
 @pytest.fixture(scope="module")

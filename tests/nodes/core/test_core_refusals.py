@@ -175,8 +175,8 @@ def test_outside_of_a_sampling_nothing_is_computed(t2v: TwoModels) -> None:
 
 def test_transformers_with_further_inputs_are_refused(core: Modules, expert_files: dict[str, Path]) -> None:
     """ComfyUI's conditioning of them is not sent on."""
-    face = "face_adapter.fuser_blocks.0.k_norm.weight"
-    shapes = {**Checkpoint([expert_files["I2V"]]).shapes, face: (128,)}
+    humo = {"audio_proj.audio_proj_glob_1.layer.bias": (512,)}
+    shapes = {**Checkpoint([expert_files["I2V"]]).shapes, **humo}
     with pytest.raises(ValueError, match="runs in Wan Video Distributed Inference only; it cannot be a MODEL yet"):
         model_without_weights(shapes, object())
 

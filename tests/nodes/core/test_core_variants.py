@@ -36,6 +36,7 @@ PARTS = {
     "InP": (36, ()), "Control": (52, ("ref_conv",)), "Control 2.1": (48, ("img_emb",)),
     "Control V1.1": (48, ("img_emb", "ref_conv")), "Camera": (36, ("control_adapter",)),
     "Camera V1.1": (32, ("img_emb", "control_adapter")), "Control 5B": (148, ("ref_conv",)),
+    "Animate": (36, ("img_emb", "face_adapter")),
 }  # fmt: skip
 """Model -> channels in and parts."""
 OF_WAN22 = {"Control 5B"}
@@ -272,14 +273,28 @@ def test_fun_camera(core: Modules, run: Callable[[str], Run], name: str):
 @pytest.mark.parametrize("kept", [True, False])
 def test_fun_control_5b(core: Modules, run: Callable[[str], Run], kept: bool):
     """What other nodes have encoded. kept: the first frame stays, as with TI2V-5B; else a picture is in front."""
-    made, video, size = run("Control 5B"), pixels(1, FRAMES, 96, WIDTH, 3), (WIDTH, 96, FRAMES)
+    made, video, size = run("Control 5B"), pixels(1, FRAMES, 96, WIDTH, 3), (WIDTH, 96, FRAMES, 1)
     nodes, given = core["comfy_extras.nodes_wan"], {"start_image": video[:1].flip(1), "control_video": video}
     given |= {} if kept else {"ref_image": video[4:5].flip(2)}
-    node = nodes.Wan22FunControlToVideo
-    positive, negative, latent = node.execute(text(1), text(2), Vae22(), *size, 1, **given).result
+    positive, negative, latent = nodes.Wan22FunControlToVideo.execute(text(1), text(2), Vae22(), *size, **given).result
     if kept:
-        latent = nodes.Wan22ImageToVideoLatent.execute(Vae22(), *size, 1, given["start_image"]).result[0]
-    theirs = made.theirs(positive, negative, latent)
+        latent = nodes.Wan22ImageToVideoLatent.execute(Vae22(), *size, given["start_image"]).result[0]
     ours, frames = made.ours(text_embeds=positive, negative_embeds=negative, samples=latent, height=96)
-    same(ours, theirs)
+    same(ours, made.theirs(positive, negative, latent))
     assert frames == FRAMES
+
+
+def test_animate(core: Modules, run: Callable[[str], Run]):
+    """Who it shows is in front of the latents, and not in the video, which goes on from another one."""
+    made, longer = run("Animate"), (FRAMES + 3, HEIGHT, WIDTH)
+    given = {
+        "reference_image": pixels(3, 1, HEIGHT, WIDTH, 3), "face_video": pixels(5, 5, 64, 64, 3),
+        "pose_video": pixels(4, *longer, 3), "background_video": pixels(6, *longer, 3),
+        "character_mask": (pixels(8, *longer) > 0.5).float(), "continue_motion": pixels(7, 9, HEIGHT, WIDTH, 3),
+    }  # fmt: skip
+    node = core["comfy_extras.nodes_wan"].WanAnimateToVideo
+    settings = {"continue_motion_max_frames": 1, "video_frame_offset": 4, "clip_vision_output": clip_vision(core, 2)}
+    positive, negative, latent, trim, *_ = node.execute(text(1), text(2), made.vae, **SIZE, **settings, **given).result
+    ours, frames = made.ours(text_embeds=positive, negative_embeds=negative, samples=latent)
+    same(ours, made.theirs(positive, negative, latent))
+    assert (trim, ours.shape[1], frames) == (1, 4, FRAMES)

@@ -143,8 +143,6 @@ def test_conditioning_that_does_not_fit_is_refused(extras: dict[str, Any], messa
         {"control": object()},
         {"audio_embed": noise(1)},
         {"time_dim_concat": noise(1)},
-        {"face_video_pixels": noise(1)},
-        {"pose_video_latent": noise(1)},
         {"hooks": object()},
         {"mask": noise(1)},
         {"start_percent": 0.5},

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tiny import TINY, TINY_VACE, random_weights, write_official
+from tiny import TINY, TINY_ANIMATE, TINY_VACE, random_weights, write_official
 from torch import Tensor
 from wan_pack.distributed.job.evaluator import SampleConditioning, SampleControl
 from wan_pack.distributed.job.job import FileIdentity, ForwardsJob, LoraFile, Parallel
@@ -18,8 +18,9 @@ from wan_pack.distributed.launch.group_evaluator import GroupEvaluator, GroupEva
 from wan_pack.distributed.launch.launcher import new_job_id
 from wan_pack.distributed.launch.pool import Pool
 from wan_pack.distributed.machine.processes import Process
-from wan_pack.wan.model.config import WanConfig
+from wan_pack.wan.model.config import FACE_SIDE, WanConfig
 from wan_pack.wan.model.rope import rope_table
+from wan_pack.wan.transformer.animate import Face, Pose
 from wan_pack.wan.transformer.camera import Camera
 from wan_pack.wan.transformer.conditions import Conditions
 from wan_pack.wan.transformer.context import Context
@@ -34,6 +35,7 @@ CONFIGS = {
     "VACE": TINY_VACE,
     "Fun": dataclasses.replace(TINY, in_dim=52, parts=frozenset({"ref_conv"})),
     "Camera": dataclasses.replace(TINY, in_dim=36, parts=frozenset({"control_adapter"}), camera_dim=2 * 64),
+    "Animate": dataclasses.replace(TINY_ANIMATE, num_layers=2, face_blocks=1),
     "FLF2V": dataclasses.replace(TINY, in_dim=36, parts=frozenset({"img_emb", "emb_pos"}), clip_dim=64),
 }
 """Variant -> a tiny one."""
@@ -82,6 +84,8 @@ class Known:
                 controls=tuple(Control(control.values, control.strength) for control in sample.controls),
                 reference=None if sample.reference is None else Reference(sample.reference),
                 camera=None if sample.camera is None else Camera(sample.camera, 8),
+                pose=None if sample.pose is None else Pose(sample.pose),
+                face=None if sample.face is None else Face(sample.face, latents.shape[1]),
             )
             grid = conditions.grid(tuple(latents.shape))
             rope = rope_table(grid, self.config.head_dim)
@@ -136,6 +140,8 @@ def inputs(
             controls=controls(config, shape, number // 2) if config.vace_layers else (),
             reference=reference(config, shape, seed) if config.reference_frame and seed % 2 else None,
             camera=camera(config, shape, number // 2) if config.camera else None,
+            pose=pose(config, shape, number // 2) if config.animates and shape[0] > 1 else None,
+            face=face(number % 2) if config.animates and shape[0] > 1 else None,
         )
         for number, sample in enumerate(texts(config, batch))
     ]
@@ -154,6 +160,19 @@ def camera(config: WanConfig, shape: tuple[int, int, int], seed: int) -> Tensor:
     frames, rows, columns = shape
     size = config.camera_dim // 64, frames, 8 * rows, 8 * columns
     return torch.randn(size, generator=torch.Generator().manual_seed(500 + seed))
+
+
+@functools.cache
+def pose(config: WanConfig, shape: tuple[int, int, int], seed: int) -> Tensor:
+    """Of all frames but the one in front, or of one less; the same for each call."""
+    frames = max(shape[0] - 1 - seed % 2, 1)
+    return torch.randn(config.out_dim, frames, *shape[1:], generator=torch.Generator().manual_seed(600 + seed))
+
+
+@functools.cache
+def face(seed: int) -> Tensor:
+    """Of two frames; the same for each call, and another one with the negative prompt."""
+    return torch.rand(3, 2, FACE_SIDE, FACE_SIDE, generator=torch.Generator().manual_seed(700 + seed)) * 2 - 1
 
 
 @functools.cache

@@ -23,6 +23,7 @@ STEPS, SEED, CFG = 4, 7, 3.0
 KINDS = {
     "T2V": (16, 16), "I2V": (36, 16), "TI2V-5B": (48, 48), "FLF2V": (36, 16), "VACE": (16, 16), "Fun": (52, 16),
     "Fun V1.1": (48, 16), "Camera": (36, 16), "Camera V1.1": (32, 16), "Fun 5B": (148, 48), "InP 5B": (100, 48),
+    "Animate": (36, 16),
 }  # fmt: skip
 """Variant -> channels in and out."""
 PARTS = {
@@ -33,6 +34,7 @@ PARTS = {
     "Camera": ("control_adapter",),
     "Camera V1.1": ("img_emb", "control_adapter"),
     "Fun 5B": ("ref_conv",),
+    "Animate": ("img_emb", "face_adapter"),
 }
 Modules = Mapping[str, Any]
 """ComfyUI's, by name; and "sampled", `ksampler` of them."""

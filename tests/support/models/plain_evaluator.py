@@ -14,6 +14,7 @@ from wan_pack.wan.checkpoint.weights import empty_model, read_weights
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.latent_space import WAN21
 from wan_pack.wan.model.rope import rope_table
+from wan_pack.wan.transformer.animate import Face, Pose
 from wan_pack.wan.transformer.camera import Camera
 from wan_pack.wan.transformer.conditions import Conditions
 from wan_pack.wan.transformer.context import Context
@@ -57,6 +58,8 @@ class PlainEvaluator:
             controls=tuple(Control(control.values, control.strength) for control in sample.controls),
             reference=None if sample.reference is None else Reference(sample.reference),
             camera=None if sample.camera is None else Camera(sample.camera, WAN21.stride),
+            pose=None if sample.pose is None else Pose(sample.pose),
+            face=None if sample.face is None else Face(sample.face, latents.shape[1]),
         )
         grid = conditions.grid(tuple(latents.shape))
         different, which = timestep.reshape(-1), None

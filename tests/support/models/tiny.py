@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from wan_pack.wan.model.config import WanConfig
+from wan_pack.wan.model.variants import VARIANTS
 from wan_pack.wan.transformer.transformer import WanModel
 
 TINY = WanConfig(
@@ -17,6 +18,11 @@ TINY = WanConfig(
 )  # fmt: skip
 TINY_VACE = replace(TINY, num_layers=5, parts=frozenset({"vace_blocks"}), vace_layers=(0, 3))
 """With control blocks that are spread unevenly over the others."""
+TINY_ANIMATE = replace(
+    TINY, in_dim=36, num_layers=6, parts=VARIANTS["Animate"].parts, clip_dim=64, motion_dim=32, face_dim=16,
+    face_blocks=2,
+)  # fmt: skip
+"""With attention to a face behind the first main block and the last one."""
 GRID = (3, 3, 5)
 """Latent frames, token rows and columns of a small video: 45 tokens, which few numbers of ranks divide."""
 

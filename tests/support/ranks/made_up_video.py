@@ -10,7 +10,8 @@ from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank.expert import load_expert
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.transformer.conditions import Beside
+from wan_pack.wan.transformer.animate import Face, Pose
+from wan_pack.wan.transformer.conditions import Conditions
 from wan_pack.wan.transformer.context import Context, pad_text
 from wan_pack.wan.transformer.vace import Control
 
@@ -41,12 +42,25 @@ def velocity_by(
     rows = torch.randn(9, model.config.text_dim, generator=generator)
     text = Context(pad_text(rows), keep=not parallel.memory_optimization)
     rope = rope_table((3, 3, 5), model.config.head_dim, start=shard.start, stop=shard.stop)
-    controls = []
-    if model.config.vace_layers:
-        controls = [Control(shard.split(torch.randn(45, 4 * 96, generator=generator)), s) for s in (1.0, 0.5)]
+    beside = conditions(model, generator).on_rank(shard.split, shard.length, CPU).beside(keep=text.keep)
     for _ in range(times):  # the second time on kept text
-        local = model(shard.split(tokens), torch.tensor([700.0]), text, rope, beside=Beside(controls=controls))
+        local = model(shard.split(tokens), torch.tensor([700.0]), text, rope, beside=beside)
     return shard.gather(local, mesh.ulysses_group if mesh else None), local.shape[0]
+
+
+def conditions(model: Any, generator: torch.Generator) -> Conditions:
+    """As many as the model has places for."""
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    config = model.config
+    if config.animates:
+        # Nothing is told of the last frame.
+        return Conditions(
+            picture=noise(257, config.clip_dim), pose=Pose(noise(16, 1, 6, 10)), face=Face(noise(3, 1, 512, 512), 3)
+        )
+    return Conditions(controls=tuple(Control(noise(96, 3, 6, 10), s) for s in (1.0, 0.5)) if config.vace_layers else ())
 
 
 def velocity_of(folder: str, parallel: Parallel, mesh: Any, rank: int, world: int) -> tuple[torch.Tensor, Any, int]:

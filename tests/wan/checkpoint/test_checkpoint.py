@@ -161,7 +161,11 @@ def test_heads_come_from_config_json(tmp_path: Path):
         ({"ref_conv.weight": (4,)}, r"16 out and ref_conv, not one of .*52 .* and ref_conv \(Fun-Control\)"),
         ({"audio_injector.x": (4,)}, "S2V"),
         ({"blocks.0.audio_cross_attn.q.weight": (4,)}, "audio branch"),
-        ({"face_adapter.x": (4,)}, "Animate"),
+        (
+            {"face_adapter.x": (4,)},
+            r"and face_adapter, not one of .*36 .* and face_adapter, face_encoder, .* \(Animate",
+        ),
+        ({"motion_encoder.motion_synthesis_weight": (512, 20)}, "a Wan Animate transformer in diffusers' names"),
         ({"img_emb.proj.0.bias": (4,)}, r"and img_emb, not one of .*36 .* and 16 out and img_emb \(Wan2\.1 I2V\)"),
         ({"blocks.0.cross_attn.k_img.weight": (4,)}, r"unknown \(blocks\.0\.cross_attn\.k_img"),
         ({"patch_embedding.weight": (128, 32, 1, 2, 2)}, r"32 latent channels in and 16 out, not one of .*32 lat"),

@@ -28,6 +28,8 @@ from wan_pack.wan.model.variants import (
 from wan_pack.wan.sampling.image_channels import CHANNELS
 from wan_pack.wan.transformer.transformer import WanModel
 
+ANIMATE = ("pose_video_latent", "face_video_pixels", "face_video_pixels_null")
+
 
 def shapes_of(config: WanConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
@@ -37,8 +39,7 @@ def shapes_of(config: WanConfig) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_a_header_is_taken_for_its_row(variant: Variant):
     config = replace(TINY, in_dim=variant.channels[0], out_dim=variant.channels[1], parts=variant.parts)
-    if variant.controlled:
-        config = replace(config, vace_layers=(0,))
+    config = replace(config, vace_layers=(0,) if variant.controlled else (), face_blocks=1)
     shapes = shapes_of(config)
     check_runs(shapes)
     assert config_from_shapes(shapes, num_heads=TINY.num_heads).variant is variant
@@ -91,13 +92,16 @@ def test_no_other_file_asks_for_a_variant():
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_what_a_variant_is_given_follows_from_what_it_is(variant: Variant):
     """Pictures as channels, in any of three forms; CLIP's features for an image branch; controls for VACE."""
-    expected = {"start_image", "image_conditioning"} if variant.image_channels else set()
-    expected |= {"end_image"} if FRAMES in variant.image else set()
+    expected = {"image_conditioning"} if variant.image_channels else set()
+    expected |= {"start_image"} if variant.image_channels and not variant.frames_in_front else set()
+    expected |= {"end_image"} if FRAMES in variant.image and not variant.frames_in_front else set()
+    expected |= set(ANIMATE) if "face_adapter" in variant.parts else set()
     expected |= {"control_video"} if CONTROL in variant.image else set()
     expected |= {"reference_images", "reference_latent"} if "ref_conv" in variant.parts else set()
     expected |= {"clip_features"} if "img_emb" in variant.parts else set()
     expected |= {"camera_conditions"} if "control_adapter" in variant.parts else set()
-    expected |= set(CONTROLS) - {"reference_latent", "camera_conditions"} if variant.controlled else set()
+    others = {"reference_latent", "camera_conditions", *ANIMATE}
+    expected |= set(CONTROLS) - others if variant.controlled else set()
     expected |= {"start_image", "noise_mask"} if variant.known_frames else set()
     assert set(variant.takes) == expected
     inputs, out = variant.channels
