@@ -149,7 +149,7 @@ def parallelize_wan(
         from torch.distributed.fsdp import fully_shard
 
         drop = gather == "block"
-        sharded = [fully_shard(block, mesh=mesh.world, reshard_after_forward=drop) for block in model.running_order]
+        sharded = [fully_shard(unit, mesh=mesh.world, reshard_after_forward=drop) for unit in model.units]
         # By default the root keeps what it gathered, which offload would then leave on the device.
         fully_shard(model, mesh=mesh.world, reshard_after_forward=drop)
         # Asked for before a block begins, so that its all-to-alls do not queue before the next block's weights.

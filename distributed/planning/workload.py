@@ -169,6 +169,6 @@ def _expert_bytes(
         for lora in loras
     ]
     model = empty_model(checkpoint, COMPUTE_DTYPES[mixed_precision], opened, keeping)
-    blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in model.running_order]
+    blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in model.units]
     whole = sum(parameter.nbytes for parameter in model.parameters())
     return _ExpertBytes(whole, max(blocks), whole - sum(blocks))

@@ -26,7 +26,7 @@ BUFFERS = 2
 class BlockStream:
     """The weights of one model of equal blocks (`WanModel`), on the meta device before.
 
-    Blocks run in the order of `model.running_order`. Copies and computation wait for each other by events:
+    Blocks run in the order of `model.units`. Copies and computation wait for each other by events:
     a buffer is written only when its block is done, and read only when it has arrived. On a CPU both are immediate.
 
     Args:
@@ -34,7 +34,7 @@ class BlockStream:
     """
 
     def __init__(self, model: WanModel, device: torch.device) -> None:
-        self._blocks = model.running_order
+        self._blocks = model.units
         self._device = device
         self._layouts = [_Layout(block) for block in self._blocks]
         self._size = max(layout.size for layout in self._layouts)

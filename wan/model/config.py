@@ -79,6 +79,17 @@ class WanConfig:
             names += [f"vace_blocks.{self.vace_layers.index(i)}"] if i in self.vace_layers else []
         return tuple(names)
 
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """Of what holds most weights, in the order in which it runs: blocks, and attention to a face behind some."""
+        names = []
+        for name in self.block_names:
+            kind, _, number = name.partition(".")
+            names.append(name)
+            if self.animates and kind == "blocks" and int(number) % FACE_EVERY == 0:
+                names.append(f"face_adapter.fuser_blocks.{int(number) // FACE_EVERY}")
+        return tuple(names)
+
     def with_vace_blocks(self, numbers: Collection[int]) -> frozenset[str]:
         """Names of the main blocks of these numbers, and of the VACE blocks that run behind them."""
         behind = [f"vace_blocks.{index}" for index, layer in enumerate(self.vace_layers) if layer in numbers]

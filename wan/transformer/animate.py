@@ -138,8 +138,10 @@ class FaceBlock(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=EPS)
         self.k_norm = nn.RMSNorm(self.head_dim, eps=EPS)
 
-    def forward(self, x: Tensor, rows: Tensor, face: Face) -> Tensor:
-        """x: [S, C], float32; rows: `Face.rows` -> what is to be added, the same."""
+    def forward(self, x: Tensor, rows: Tensor | None, face: Face | None) -> Tensor | None:
+        """x: [S, C], float32; rows: `Face.rows` -> what is to be added, the same; None: there is no face."""
+        if rows is None or face is None:
+            return None
         dim = (x.shape[1],)
         q = self._heads(self.linear1_q(F.layer_norm(x, dim, eps=EPS)), self.q_norm)
         here = torch.tensor([frame for frame, _ in face.runs], device=x.device)

@@ -94,6 +94,11 @@ class WanModel(nn.Module):
         blocks = [self.get_submodule(name) for name in self.config.block_names]
         return [block for block in blocks if isinstance(block, Block)]
 
+    @property
+    def units(self) -> list[nn.Module]:
+        """What is sharded and streamed by itself, in the order in which it runs (`WanConfig.unit_names`)."""
+        return [self.get_submodule(name) for name in self.config.unit_names]
+
     def keep_exact(self, numbers: Collection[int]) -> None:
         """From now on the main blocks of these numbers, and VACE's behind them, round nothing at any step."""
         names = self.config.with_vace_blocks(numbers)
@@ -153,10 +158,12 @@ class WanModel(nn.Module):
         del x
         for i, block in enumerate(self.blocks):
             main.append(block(main, e6, which, rope, attended))
-            if face is not None and i % FACE_EVERY == 0:
+            if self.config.animates and i % FACE_EVERY == 0:
                 x = main.pop().sum(ops)
-                main.append(Stream(x + self.face_adapter.fuser_blocks[i // FACE_EVERY](x, face_rows, face)))
-                del x
+                # Without a face too: who brings its weights counts on it.
+                added = self.face_adapter.fuser_blocks[i // FACE_EVERY](x, face_rows, face)
+                main.append(Stream(x if added is None else x + added))
+                del x, added
             if controls and i in self.config.vace_layers:
                 streams = streams or [self.vace_patch_embedding(control.values).float() for control in controls]
                 strengths = [control.strength for control in controls]

@@ -106,6 +106,19 @@ def test_a_short_face_is_followed_by_nothing():
     assert rows.shape == (4, 3, 4) and rows[:, 0, 0].tolist() == [0, 1, 0, 0]
 
 
+def test_its_blocks_are_sharded_and_streamed_by_themselves():
+    with torch.device("meta"):
+        model = WanModel(TINY_ANIMATE)
+    adapter = model.face_adapter.fuser_blocks
+    assert model.units == [model.blocks[0], adapter[0], *model.blocks[1:], adapter[1]]
+    assert model.running_order == list(model.blocks)
+
+
+def test_without_a_face_nothing_is_added():
+    block = FaceBlock(TINY_ANIMATE)
+    assert block(noise(1, 4, TINY_ANIMATE.dim), None, None) is None
+
+
 def test_there_is_a_block_of_the_adapter_behind_every_fifth():
     shapes = {name: tuple(tensor.shape) for name, tensor in random_weights(TINY_ANIMATE).items()}
     assert config_from_shapes(shapes, num_heads=TINY.num_heads) == TINY_ANIMATE
