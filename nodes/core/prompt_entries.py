@@ -9,7 +9,7 @@ from ...distributed.job.control_inputs import MAX_CONTROL_STRENGTH
 from ...distributed.job.errors import listed
 from ...distributed.job.evaluator import NO_PICTURE
 from ...distributed.job.input_tensors import MAX_PICTURES
-from ...wan.model.config import PICTURE_ROWS
+from ...wan.model.config import FACE_SIDE, PICTURE_ROWS
 from ...wan.model.latent_space import WAN21
 from ..host.core_model import CoreSampling
 from ..host.declared import kind_of, number
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 TEXT, SEEN, PICTURE, MASK = "cross_attn", "clip_vision_output", "concat_latent_image", "concat_mask"
 FRAMES, MASKS, STRENGTHS = "vace_frames", "vace_mask", "vace_strength"
 REFERENCES, CAMERA = "reference_latents", "camera_conditions"
+POSE, FACE = "pose_video_latent", "face_video_pixels"
 """Keys of an entry, as ComfyUI's nodes set them."""
 HIDDEN_STATES = "penultimate_hidden_states"
 """Of what CLIP Vision Encode gives."""
@@ -49,6 +50,8 @@ def check_conditioning(sampling: CoreSampling, config: WanConfig) -> None:
         told.check_references()
         if config.camera:
             told.check_camera()
+        if config.animates:
+            told.check_pose_and_face()
 
 
 def _entries(sampling: CoreSampling) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -127,6 +130,13 @@ class _Told:
         if (rays := self._entry.get(CAMERA)) is not None:
             channels = self._config.camera_dim // self._config.variant.latents.stride**2
             self._shape(CAMERA, rays, ("B", channels, "T", "height", "width"), "connect WanCameraEmbedding")
+
+    def check_pose_and_face(self) -> None:
+        if (pose := self._entry.get(POSE)) is not None:
+            shape = ("B", self._config.out_dim, "T", "h", "w")
+            self._shape(POSE, pose, shape, f"encode it with the {self._vae}")
+        if (face := self._entry.get(FACE)) is not None:
+            self._shape(FACE, face, ("B", 3, "F", FACE_SIDE, FACE_SIDE), "connect WanAnimateToVideo")
 
     def _listed(self, key: str) -> list[Any]:
         held = self._entry.get(key)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from core_sampling import Modules, TwoModels, text, write_expert
+from tiny import TINY_ANIMATE
 from wan_pack.demo.tiny_vae import vae as tiny_vae
+from wan_pack.nodes.core.prompt_entries import check_conditioning
 
 LIMIT = 1e-4
 WIDTH, HEIGHT, FRAMES = 64, 48, 5
@@ -88,6 +91,31 @@ def test_what_is_of_another_video_is_refused(
         given[name] = [[rows, rest | told] for rows, rest in given[name]]
     with pytest.raises(ValueError, match=words):
         core["sampled"](animate.ours, **given)
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (
+            {"pose_video_latent": torch.zeros(1, 48, 2, 6, 8)},
+            r"pose_video_latent of the positive conditioning is \[1, 48, .*takes \[B, 16, T, h, w\]: .* Wan2\.1 VAE",
+        ),
+        ({"pose_video_latent": torch.full((1, 16, 2, 6, 8), float("nan"))}, "pose_video_latent .* NaN or infinite"),
+        ({"face_video_pixels": torch.zeros(1, 3, 5, 256, 256)}, r"is \[1, 3, 5, 256, 256\].*\[B, 3, F, 512, 512\]"),
+        ({"face_video_pixels": "a face"}, "face_video_pixels of the positive conditioning is str"),
+    ],
+)
+def test_what_the_model_does_not_take_is_refused_before_anything_starts(told: dict[str, Any], words: str) -> None:
+    seen = SimpleNamespace(penultimate_hidden_states=torch.zeros(1, 257, TINY_ANIMATE.clip_dim))
+    entry = {"cross_attn": torch.zeros(1, 4, TINY_ANIMATE.text_dim), "clip_vision_output": seen}
+
+    def check(**told: Any) -> None:
+        sampling: Any = SimpleNamespace(conds={"positive": [entry | told]}, shape=(1, 16, 3, 6, 8))
+        check_conditioning(sampling, TINY_ANIMATE)
+
+    check(pose_video_latent=torch.zeros(1, 16, 2, 6, 8), face_video_pixels=torch.zeros(1, 3, 5, 512, 512))
+    with pytest.raises(ValueError, match=words):
+        check(**told)
 
 
 def test_a_model_without_a_place_for_them_passes_them_over_as_in_core(t2v: TwoModels) -> None:

@@ -288,7 +288,7 @@ def test_animate(core: Modules, run: Callable[[str], Run]):
     """Who it shows is in front of the latents, and not in the video, which goes on from another one."""
     made, longer = run("Animate"), (FRAMES + 3, HEIGHT, WIDTH)
     given = {
-        "reference_image": pixels(3, 1, HEIGHT, WIDTH, 3), "face_video": pixels(5, 5, 64, 64, 3),
+        "reference_image": pixels(3, 1, HEIGHT, WIDTH, 3), "face_video": pixels(5, 4, 64, 64, 3),
         "pose_video": pixels(4, *longer, 3), "background_video": pixels(6, *longer, 3),
         "character_mask": (pixels(8, *longer) > 0.5).float(), "continue_motion": pixels(7, 9, HEIGHT, WIDTH, 3),
     }  # fmt: skip
