@@ -41,7 +41,7 @@ class Lines:
             found = {test for number in span for test in lines.get(str(number), ())}
         else:
             found = set(self._naming(_bound(statement)))
-        room = f"tests/{file.rpartition('/')[0]}/"
+        room = _room(file)
         return sorted(found, key=lambda test: (not test.startswith(room), self.seconds[test]))
 
     @functools.cache  # noqa: B019 - one for the whole run
@@ -54,6 +54,20 @@ class Lines:
                     found.update(lines.get(str(number), ()))
         naming = {file for file in {_file(test) for test in self.seconds} if pattern.search((ROOT / file).read_text())}
         return frozenset(found | {test for test in self.seconds if _file(test) in naming})
+
+
+def near_and_far(file: str, tests: Sequence[str]) -> list[list[str]]:
+    """The tests of the file's room, and the others, which are only asked if those notice nothing; none of them empty.
+
+    Most changes are noticed by the former, and to collect tests takes longer than to run them.
+    """
+    near = [test for test in tests if test.startswith(_room(file))]
+    far = [test for test in tests if not test.startswith(_room(file))]
+    return [part for part in (near, far) if part]
+
+
+def _room(file: str) -> str:
+    return f"tests/{file.rpartition('/')[0]}/"
 
 
 def _file(test: str) -> str:

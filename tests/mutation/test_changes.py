@@ -11,7 +11,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 
 from changes import changed, changes
-from cover import Lines
+from cover import Lines, near_and_far
 
 SOURCE = '''
 """A docstring with 5."""
@@ -82,3 +82,10 @@ def test_a_line_is_given_to_the_tests_that_run_it(line: int, tests: list[str]):
     }
     lines = Lines({"seconds": seconds, "lines": {"wan/files/a.py": {"9": list(seconds), "13": list(seconds)}}})
     assert lines.tests("wan/files/a.py", line, SOURCE) == tests
+
+
+def test_the_tests_of_other_rooms_are_asked_last():
+    near, far = "tests/wan/files/test_a.py::x", "tests/wan/files_of_others/test_a.py::x"
+    assert near_and_far("wan/files/a.py", [near, far]) == [[near], [far]]
+    assert near_and_far("wan/files/a.py", [far]) == [[far]]
+    assert near_and_far("wan/files/a.py", []) == []

@@ -84,6 +84,12 @@ def test_the_ends_of_a_part_of_a_schedule(sigmas: list[float], exact: int, expec
     assert (found.above, found.below) == pytest.approx((expected.above, expected.below))
 
 
+def test_the_edges_themselves_are_exact():
+    between = RoundedTimesteps(above=100.0, below=900.0)
+    assert [between.holds(t) for t in (100.0, 100.5, 899.5, 900.0)] == [False, True, True, False]
+    assert EVERYWHERE.holds(0.0) and EVERYWHERE.holds(1000.0) and not NOWHERE.holds(1000.0)
+
+
 def test_a_job_carries_them():
     file = stub_job(gpu_count=1).model.transformer
     job = ForwardsJob(id="ab", parallel=Parallel(gpu_count=1), model=file, rounded=RoundedTimesteps(above=5.0))

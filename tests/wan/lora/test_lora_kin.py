@@ -58,7 +58,8 @@ def lokr_factored() -> Made:
 
 
 def lokr_all_factored() -> Made:
-    c, d, a, b = rand(8, RANK), rand(RANK, 2), rand(OUT // 8, RANK), rand(RANK, IN // 2)
+    """Of two ranks the second factor's counts, as in ComfyUI."""
+    c, d, a, b = rand(8, 2), rand(2, 2), rand(OUT // 8, RANK), rand(RANK, IN // 2)
     tensors = {"lokr_w1_a": c, "lokr_w1_b": d, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(ALPHA)}
     return tensors, lambda w: w + STRENGTH * ALPHA / RANK * torch.kron(c @ d, a @ b)
 
@@ -183,9 +184,11 @@ def test_peft_scales_whole_factors_by_its_settings(tmp_path: Path):
     rows = weight.clone()
     merge([Lora(path, 1.0, TARGETS)], WEIGHT, rows, 0)
     assert_close(rows, weight + 2 / 8 * torch.kron(w1, w2))
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", "alpha": 2}))
-    with pytest.raises(ValueError, match=r"adapter_config\.json has an alpha for .*ffn\.0 but no r"):
-        Lora(path, 1.0, TARGETS)
+    # One rank for all is not known where modules have ranks of their own.
+    for settings in ({"alpha": 2}, {"alpha": 2, "r": 8, "rank_pattern": {"ffn.0": 4}}, {"alpha": 2, "r": 0}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", **settings}))
+        with pytest.raises(ValueError, match=r"adapter_config\.json has an alpha for .*ffn\.0 but no r"):
+            Lora(path, 1.0, TARGETS)
 
 
 @pytest.mark.parametrize(

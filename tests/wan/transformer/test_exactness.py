@@ -16,6 +16,7 @@ from wan_pack.distributed.job.sampling import EVERYWHERE, NOWHERE, RoundedTimest
 from wan_pack.distributed.parallel.parallelize import Computing, compute_as
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank.expert import VelocityPredictor, load_expert
+from wan_pack.wan.checkpoint.keeping import Keeping
 from wan_pack.wan.model.attention import attention
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.eight_bits import E4M3, KeptWeight
@@ -110,6 +111,9 @@ def test_vace_blocks_go_with_the_block_that_they_follow():
     )  # fmt: skip
     assert config.with_vace_blocks((0, 1, 4)) == {"blocks.0", "blocks.1", "blocks.4", "vace_blocks.0", "vace_blocks.2"}
     assert config.with_vace_blocks(()) == frozenset()
+    products = Keeping("fp8", exact_blocks=(2,)).fp8_products(config)
+    rounded = [name for name in config.block_names if name not in ("blocks.2", "vace_blocks.1")]
+    assert products == [f"{block}.{layer}" for block in rounded for layer in FP8_PRODUCTS] and len(rounded) == 7
 
 
 def test_a_step_is_exact_by_its_timestep(folder: Path):
