@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,19 @@ def test_what_comfyui_finds_in_a_place_that_is_not_handed_on_is_named(monkeypatc
     monkeypatch.setattr(installation, "_found", lambda module: "packages" if module == "ftfy" else "")
     with pytest.raises(JobError, match=r"pip install ftfy\. ComfyUI itself finds ftfy in packages, which is no"):
         check_installation(encodes=True, decodes=False)
+
+
+def test_a_package_is_found_in_the_folder_that_is_imported_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("whole_package/__init__.py", "one_file.py", "no_package/data.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    found = [installation._found(name) for name in ("whole_package", "one_file", "no_package", "nothing_of_this_name")]
+    assert found == [str(tmp_path), str(tmp_path), "", ""]
+    # As of a module that somebody has put together by hand.
+    monkeypatch.setitem(sys.modules, "by_hand", types.ModuleType("by_hand"))
+    sys.modules["by_hand"].__spec__ = None
+    assert installation._found("by_hand") == ""
 
 
 def test_what_a_job_does_not_need_may_be_missing(asked: list[list[str]]):

@@ -16,7 +16,7 @@ from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.launch import vae_calls
 from wan_pack.distributed.launch.pool import Pool
 from wan_pack.distributed.launch.vae_calls import VaeCalls
-from wan_pack.distributed.machine.memory_file import OpenedMemory
+from wan_pack.distributed.machine.memory_file import MemoryFile, OpenedMemory
 
 FILE = FileIdentity(path="/models/vae.safetensors", size=1, mtime_ns=1)
 JOB = VaeJob(
@@ -26,10 +26,20 @@ JOB = VaeJob(
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`rested`: how often others were asked to; `started`: the jobs."""
+    """`rested`: how often others were asked to; `started`: the jobs; `there()`: others can still open its memory."""
     rested: list[int] = []
     calls: Any = VaeCalls(Pool(), lambda: rested.append(1), parent=tmp_path, failed=tmp_path)
-    calls.rested, calls.started = rested, []
+    calls.rested, calls.started, made = rested, [], list[MemoryFile]()
+
+    def memory_file(name: str) -> MemoryFile:
+        made.append(MemoryFile(name))
+        return made[-1]
+
+    def there() -> bool:
+        return any(memory._descriptor >= 0 for memory in made)
+
+    calls.there = there
+    monkeypatch.setattr(vae_calls, "MemoryFile", memory_file)
 
     def run_job(job: VaeJob, write: Any, **how: Any) -> JobDir:
         folder = JobDir.create(tmp_path)
@@ -102,3 +112,18 @@ def test_memory_for_what_is_made_is_found_meanwhile(calls: Any, monkeypatch: pyt
         calls.run(JOB, torch.zeros(JOB.given))
     assert found == [(JOB.memory[1].stop, JOB.memory[1])]
     assert "wan-memory" not in [thread.name for thread in threading.enumerate()]
+    assert not calls.there(), "what was made is the caller's alone"
+
+
+def test_after_a_failure_its_memory_is_nobodys(calls: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(job: VaeJob, write: Any, **how: Any) -> JobDir:
+        folder = JobDir.create(tmp_path)
+        write(folder.inputs)
+        assert calls.there()
+        folder.remove()
+        raise JobError("rank 0 was killed")
+
+    monkeypatch.setattr(vae_calls, "run_job", fails)
+    with calls.together(), pytest.raises(JobError, match="rank 0"):
+        calls.run(JOB, torch.zeros(JOB.given))
+    assert not calls.there()

@@ -103,6 +103,17 @@ def test_a_text_is_sent_once_until_it_changes(tmp_path: Path):
     assert both == (*first, *other) and again == first and changed[0] == first[0] and changed[1] != other[0]
 
 
+def test_the_same_bytes_in_another_shape_are_another_text(tmp_path: Path):
+    ranks = Ranks(tmp_path)
+    served = ServedJob(ranks)
+    (cat,) = texts(1)
+    long = cat.view(2 * cat.shape[0], -1)
+    for given in (cat, long, cat.view(torch.int32).view(torch.float32)):
+        served.evaluate(*asked([given]))
+    served.close()
+    assert [[sent.shape for sent in one.sent] for one in ranks.seen] == [[tuple(cat.shape)], [tuple(long.shape)], []]
+
+
 def test_when_it_is_closed_its_folder_is_gone_and_its_result_there(tmp_path: Path):
     ranks = Ranks(tmp_path)
     served = ServedJob(ranks)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from jobs import FILE, stub_job
+from patience import COMES_UP
 from wan_pack.distributed.job.job import FileIdentity, ForwardsJob, GroupJob, Parallel, VaeJob
 from wan_pack.distributed.launch import group_kind
 from wan_pack.distributed.launch import pool as module
@@ -187,6 +188,25 @@ def test_a_job_moves_to_the_gpus_of_processes_that_could_do_it(groups: Any, tmp_
     assert pool.moved(stub_job(gpu_count=1)) is None, "a video has its own"
 
 
+def test_of_two_groups_a_job_moves_to_the_last_one(groups: Any, tmp_path: Path):
+    for gpu in ("1", "0"):
+        job = forwards(keep_warm_seconds=600.0, gpu_count=1, gpu_ids=(gpu,))
+        group = groups.pool.take(job, tmp_path, cancelled=lambda: True, on_wait=lambda text: None)
+        groups.pool.give_back(group, job)
+    moved = groups.pool.moved(vae(gpu_count=1))
+    assert moved is not None and moved.parallel.gpu_ids == ("0",)
+
+
+def test_nothing_waits_for_the_time_of_a_group_that_has_ended(groups: Any):
+    """As long as it would have stayed, with all that it holds."""
+    groups.give_back(groups.take())
+    (member,) = groups.pool._members
+    assert member.timer.is_alive()
+    groups.pool.release()
+    member.timer.join(COMES_UP)
+    assert not member.timer.is_alive()
+
+
 def test_another_model_takes_the_same_processes_and_is_what_they_are_known_by(groups: Any, tmp_path: Path):
     job = stub_job(keep_warm_seconds=600.0)
     file = FileIdentity(path="/models/other.safetensors", size=1, mtime_ns=1)
@@ -247,6 +267,8 @@ def test_what_idle_groups_hold_counts_as_free(groups: Any):
     assert groups.pool.host_bytes() == 10
     groups.give_back(group)
     assert [gpu.free_bytes for gpu in groups.pool.without_idle(gpus(*groups.free))] == [90, 95]
+    # What others have given back since is free as well.
+    assert [gpu.free_bytes for gpu in groups.pool.without_idle(gpus(99, 95))] == [99, 95]
     assert groups.pool.host_bytes() == 50
     # The group that takes its place knows so too, though the driver may not have given all back yet.
     groups.give_back(groups.take(gpu_count=1, gpu_ids=("0",), use_fsdp=True))

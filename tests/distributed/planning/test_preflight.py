@@ -71,6 +71,11 @@ def test_frames_that_do_not_fit_the_memory_are_refused_before_anything_starts(
     with pytest.raises(ValueError, match=r"^images is linked: 5 frames of 64x48 take 0\.0 GiB of this "):
         check_job(job, SHAPES)
     check_job(replace(job, frames=False), SHAPES)
+    # 81 frames of 1280x720 in float32.
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 1 << 29)
+    large = replace(job, sampling=replace(job.sampling, width=1280, height=720, num_frames=81))
+    with pytest.raises(ValueError, match=r"take 0\.8 GiB of this machine's memory, of which 0\.5 GiB are free"):
+        check_job(large, SHAPES)
     monkeypatch.setattr(preflight, "available_bytes", lambda: None)
     check_job(job, SHAPES)
     with pytest.raises(ValueError, match="frames is True; it must be False for a job that makes latents only"):

@@ -129,6 +129,8 @@ def test_evaluations_of_a_model_that_knows_frames_may_have_timesteps_by_frame(
     config = dataclasses.replace(CONFIG, in_dim=channels, out_dim=channels)
     save_file(random_weights(config), tmp_path / "m.safetensors")
     files = (FileIdentity.of(tmp_path / "m.safetensors"),)
-    work = workload_of_forwards(files, (1, channels, 3, 7, 10), Parallel(gpu_count=1), steps=4, guided=True)
-    assert (work.given_frames, work.guided, work.decode) == (by_frame, True, False)
-    assert work.tokens == 3 * 4 * 5
+    for rows, columns in ((7, 10), (8, 9)):
+        shape = 1, channels, 3, rows, columns
+        work = workload_of_forwards(files, shape, Parallel(gpu_count=1), steps=4, guided=True)
+        assert (work.given_frames, work.guided, work.decode) == (by_frame, True, False)
+        assert work.tokens == 3 * 4 * 5

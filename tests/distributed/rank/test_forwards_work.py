@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from wan_pack.distributed.job.sampling import RoundedTimesteps
 from wan_pack.distributed.parallel.sequence import SequenceShard
+from wan_pack.distributed.rank import forwards_work
 from wan_pack.distributed.rank.forwards_work import KEPT_GRIDS, ForwardsWork
 
 
@@ -34,3 +37,44 @@ def test_places_of_the_sizes_that_were_used_last_are_kept(work: Any, monkeypatch
     # Of the four kept the second was used longest ago when the fifth came.
     assert made == [*grids, grids[1]]
     assert len(work.placed) == KEPT_GRIDS
+
+
+@pytest.mark.parametrize(("by_frame", "timesteps", "exact"), [
+    (False, [950.0], True), (False, [500.0], False), (False, [20.0], True),
+    # A frame that is given has timestep 0.
+    (True, [0.0, 500.0], False), (True, [0.0, 950.0], True),
+])  # fmt: skip
+def test_an_evaluation_is_of_its_own_tokens_and_exact_where_its_step_is(
+    work: Any, monkeypatch: pytest.MonkeyPatch, by_frame: bool, timesteps: list[float], exact: bool
+) -> None:
+    """Whatever the last one was of. What comes back is behind the picture in front."""
+    seen = SimpleNamespace(exact=None, shards=[], passes=[], answered=None)
+    monkeypatch.setattr(forwards_work, "set_shard", lambda model, shard: seen.shards.append(shard))
+
+    def evaluate(model: object, passes: Any, rope: object, mesh: object) -> list[torch.Tensor]:
+        assert seen.exact is exact and seen.shards, "before it is computed"
+        seen.passes += passes
+        return [2 * one.tokens for one in passes]
+
+    monkeypatch.setattr(forwards_work, "evaluate_passes", evaluate)
+    work.session = SimpleNamespace(shard=lambda job, grid: SequenceShard(length=math.prod(grid)), mesh=None)
+    work.config = SimpleNamespace(head_dim=8, in_dim=16, out_dim=16)
+    work.job = SimpleNamespace(rounded=RoundedTimesteps(above=100.0, below=900.0))
+    work.model = SimpleNamespace(compute_exactly=lambda value: setattr(seen, "exact", value))
+    work.rank, work.make_room_for = 0, lambda evaluation: None
+    latents, text = torch.randn(1, 16, 2, 4, 6), object()
+    views = [latents.numpy().data, torch.tensor([timesteps]).numpy().data, []]
+    work.memory = SimpleNamespace(parts=lambda evaluation: views)
+    one = dict.fromkeys(("pictures", "references", "cameras"), lambda *_: [None])
+    work.conditions = SimpleNamespace(
+        check=lambda _: None, take=lambda *_: None, texts=lambda _: [text], controls=lambda _: [()], **one
+    )
+    work.answer = lambda evaluation, latents, velocity: setattr(seen, "answered", velocity)
+    for references in ((), ("picture",)):
+        seen.exact = None
+        work.serve(SimpleNamespace(shape=(1, 16, 2, 4, 6), references=references, by_frame=by_frame))
+        assert torch.equal(seen.answered, 2 * latents)
+        assert seen.shards[-1].length == (2 + len(references)) * 2 * 3 == len(seen.passes[-1].tokens)
+        assert seen.passes[-1].text is text
+        if by_frame:
+            break

@@ -11,8 +11,10 @@ import torch
 from jobs import stub_job
 from wan_pack.distributed.job.job import FileIdentity, JobError, Parallel, VaeJob
 from wan_pack.distributed.launch.launcher import new_job_id
+from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank import session
 from wan_pack.wan.model.attention_kernels import KERNELS
+from wan_pack.wan.model.sparse import block_order, sparse_steps
 
 
 @pytest.mark.parametrize(("name", "exact"), [("fa3-fp8", "fa3"), ("sage", "fa3"), ("fa3", None), ("cudnn", None)])
@@ -124,3 +126,42 @@ def test_a_vae_is_read_again_where_it_is_to_compute_otherwise(monkeypatch: pytes
     assert [(how["ops"], how["dtype"]) for how in made] == [
         ("plain", torch.float32), ("triton", torch.float32), ("triton", torch.bfloat16),
     ]  # fmt: skip
+
+
+def test_a_rank_has_its_own_part_of_the_tokens():
+    grid = (3, 4, 5)
+    rank = session_of(SimpleNamespace(ulysses_rank=1, ulysses_size=2, cfg_size=1))
+    whole, part = SequenceShard(length=60), SequenceShard(length=60, rank=1, world=2)
+    assert rank.shard(stub_job(gpu_count=2), grid) == part
+    assert rank.shard(stub_job(gpu_count=2, use_ulysses=False, use_fsdp=True), grid) == whole
+    assert session_of(None).shard(stub_job(gpu_count=1), grid) == whole
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_where_attention_is_sparse_neighbours_follow_one_another(monkeypatch: pytest.MonkeyPatch, world: int):
+    """Of a long video, whose steps are known; on one rank as on several."""
+    monkeypatch.setattr("wan_pack.wan.model.sparse.LEAST_TOKENS", 60)
+    entered: list[int] = []
+    sparse = SimpleNamespace(steps=range(0), enter=entered.append)
+    monkeypatch.setattr(session.Session, "sparse", sparse)
+    mesh = SimpleNamespace(ulysses_rank=1, ulysses_size=2, cfg_size=1) if world == 2 else None
+    rank, job = session_of(mesh), stub_job(gpu_count=world, steps=10)
+    shard = rank.shard(job, (3, 4, 5))
+    assert shard.order is not None and torch.equal(shard.order, block_order((3, 4, 5)))
+    assert shard.world == world and entered == [0] and sparse.steps == sparse_steps(range(10), 10, 60) != range(0)
+    assert rank.shard(job, (1, 4, 5)).order is None and not sparse.steps, "a short one"
+    entered.clear()
+    assert rank.shard(vae_job(gpu_count=world), (3, 4, 5)).order is None and not entered
+
+
+def test_how_latents_look_is_fitted_once_for_each_vae(monkeypatch: pytest.MonkeyPatch):
+    read: list[list[str]] = []
+    monkeypatch.setattr(session, "import_diffusers", lambda: None)
+    monkeypatch.setattr(session, "load_vae", lambda files, **how: read.append(files) or files)
+    monkeypatch.setattr(session, "preview_of_vae", lambda vae: object())
+    rank, job = session_of(None), stub_job(gpu_count=1)
+    assert rank.preview_map(job) is rank.preview_map(stub_job(gpu_count=1)) and read == [["/models/none.safetensors"]]
+    other = dataclasses.replace(job.model, vae=(FileIdentity(path="/models/other.safetensors", size=1, mtime_ns=1),))
+    first = rank.preview_map(job)
+    assert rank.preview_map(dataclasses.replace(job, model=other)) is not first
+    assert read[1:] == [["/models/other.safetensors"]]

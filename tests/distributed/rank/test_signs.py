@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from patience import AT_ONCE
 from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.rank import signs
 from wan_pack.distributed.rank.signs import RankFiles
 
 
@@ -16,6 +17,22 @@ def test_that_it_is_done_is_the_last_that_a_rank_writes(tmp_path: Path, monkeypa
     monkeypatch.setattr(JobDir, "write_json", lambda folder, path, value: written.append(path))
     RankFiles(folder, 0).progress("done", 0, 0)
     assert written == [folder.progress, folder.alive(0)]
+
+
+def test_of_what_is_read_only_some_is_told_and_of_steps_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Tensors are read by the hundred a second: the first and the last count, and one now and then."""
+    folder, written = JobDir(tmp_path), list[tuple[str, int]]()
+    monkeypatch.setattr(
+        JobDir, "write_json", lambda folder, path, value: written.append((value["phase"], value["step"]))
+    )
+    for interval, told in ((1e9, [0, 5]), (0.0, [0, 1, 2, 3, 4, 5])):
+        monkeypatch.setattr(signs, "MIN_INTERVAL", interval)
+        files = RankFiles(folder, 1)
+        for phase in ("load", "denoise", "load"):
+            written.clear()
+            for step in range(6):
+                files.progress(phase, step, 5)
+            assert written == [(phase, step) for step in (told if phase == "load" else range(6))]
 
 
 def test_what_a_start_consists_of_is_noted_with_its_times(tmp_path: Path):

@@ -20,8 +20,8 @@ from wan_pack.wan.model.config import WanConfig
 
 I2V = replace(TINY, in_dim=36)
 PICTURE = {"start_image": torch.zeros(3, 48, 64)}
-SHAPES = {"blocks.0.ffn.0.weight": (1 << 10, 1 << 10), "head.head.bias": (64,)}
-WEIGHTS = int(((1 << 20) + 64) * 2 * 1.05)
+SHAPES = {"blocks.0.ffn.0.weight": (1 << 12, 1 << 12), "head.head.bias": (64,)}
+WEIGHTS = int(((1 << 24) + 64) * 2 * 1.05)
 """Bytes of an expert in bf16."""
 
 

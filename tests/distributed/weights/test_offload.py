@@ -56,3 +56,19 @@ def test_what_cannot_trade_takes_turns_all_the_same(why):
     for turn in ("low", "high"):
         take_turn(weights, turn)
         assert all(torch.equal(now, before) for now, before in zip(models[turn].parameters(), whole[turn], strict=True))
+
+
+def test_what_is_left_alone_stays_wherever_it_stands():
+    """Before others and behind them, and what it shares with them is left alone, too."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    model[3].weight = model[0].weight
+    values = [parameter.clone() for parameter in model.parameters()]
+    parking = HostParking(model, without=(model[0], model[2]))
+    parking.park()
+    sizes = [parameter.untyped_storage().nbytes() for parameter in (*model[0].parameters(), *model[2].parameters())]
+    assert sizes == [64, 16, 64, 16] and parking.resident_bytes == 0
+    assert [model[n].bias.untyped_storage().nbytes() for n in (1, 3)] == [0, 0]
+    assert model[1].weight.untyped_storage().nbytes() == 0
+    parking.fetch()
+    assert parking.resident_bytes == 64 + 16 + 16
+    assert all(torch.equal(now, before) for now, before in zip(model.parameters(), values, strict=True))

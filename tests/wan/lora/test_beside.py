@@ -173,7 +173,11 @@ def test_another_strength_reads_no_weight_and_a_higher_rank_begins_anew(tmp_path
     # Turned off, on again, and of a lower rank.
     for before, after in (((b,), []), ((), [(a, 1.0)]), ((a,), [(d, 0.5)]), ((d,), [(b, 1.0)])):
         with mock.patch.object(Checkpoint, "read_into", side_effect=AssertionError("a weight is read")):
-            assert relora_expert(model, [str(path)], before, after, **how)
+            told: list[tuple[int, int]] = []
+            assert relora_expert(
+                model, [str(path)], before, after, on_tensor=lambda *given, told=told: told.append(given), **how
+            )
+        assert told and told == [(done, len(told)) for done in range(1, len(told) + 1)], "how far it is"
         fresh = load_expert([str(path)], after, mesh=None, shard=shard, **how)
         torch.testing.assert_close(velocity(model), velocity(fresh), rtol=1e-5, atol=1e-6)
     for other in ([(c, 1.0)], [(b, 1.0), (a, 1.0)]):
