@@ -293,11 +293,8 @@ def test_every_machine_finds_packages_where_the_first_one_does(tmp_path: Path, m
     assert path[0] == str(packages) and "relative" not in path
     assert json.loads(environment[import_paths.VARIABLE])["first"] == [str(packages)]
     assert folder.started(1).exists() and folder.ended(1).exists() and not folder.failed(1).exists()
-    # What goes wrong is told in its own words, and that the machine has ended as well.
     folder.ended(1).unlink()
-    monkeypatch.setattr(hosts_agent, "check_host", mock.Mock(side_effect=JobError("torch is another one here")))
-    with mock.patch.dict(os.environ):
-        assert hosts_agent.main(folder) == 1
-    assert json.loads(folder.failed(1).read_text())["message"] == "JobError: torch is another one here"
-    assert folder.ended(1).exists()
+    monkeypatch.setattr(hosts_agent, "check_host", mock.Mock(side_effect=JobError("another torch")))
+    assert hosts_agent.main(folder) == 1 and folder.ended(1).exists()
+    assert json.loads(folder.failed(1).read_text())["message"] == "JobError: another torch"
     folder.remove()

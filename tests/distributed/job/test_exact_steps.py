@@ -50,8 +50,8 @@ def test_the_first_and_the_last_steps_are_exact(solver: str, steps: int, exact: 
     assert found == list(range(exact, steps - exact))
     assert rounded_steps(range(steps), steps, exact) == len(found)
     # A part of the schedule has those that are its own.
-    part = range(steps // 4, steps)
-    assert rounded_steps(part, steps, exact) == len([index for index in part if index in found])
+    for part in (range(steps // 4, steps), range(steps // 2), range(steps // 4, steps // 2 + 1)):
+        assert rounded_steps(part, steps, exact) == len([index for index in part if index in found])
 
 
 def test_a_sampler_elsewhere_may_evaluate_within_a_step():

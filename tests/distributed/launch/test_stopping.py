@@ -167,7 +167,7 @@ def test_when_ranks_may_stay():
     assert seconds_to_stop(job, both, 2.5) == 7.5
     assert seconds_to_stop(job, both, 21.0) is None
     assert seconds_to_stop(stub_job(), both, None) is None
-    assert seconds_to_stop(stub_job(more_follow=True), both, None) is None
+    assert seconds_to_stop(stub_job(more_follow=True, **WARM), both, None) is None
     assert seconds_to_stop(job, {0: of()}, None) is None
     for other in (of("load"), of("decode"), of(stopped=True), of(gone=True)):
         assert seconds_to_stop(job, {0: of(), 1: other}, None) is None

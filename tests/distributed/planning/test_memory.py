@@ -124,11 +124,9 @@ def test_an_exchange_through_the_others_memory_is_counted(gpus: int):
     asked = {"gpu_count": gpus, "ulysses_engine": "symmetric"}
     counted = memory.peer_bytes(work, Parallel(**asked))
     assert laid_out + under_way * (gpus - 1) // gpus <= counted <= 1.01 * (laid_out + under_way)
-    # Codes of q and k, where other blocks or steps send none.
-    more = [memory.peer_bytes(work, Parallel(**asked, attention="fa3-fp8", exact_steps=n)) - counted for n in (0, 1)]
-    assert more == [0, 2 * shard.size * work.config.dim * 2]
-    # Where nothing is rounded there are no codes, whatever is to be exact.
-    assert memory.peer_bytes(work, Parallel(**asked, exact_steps=1, exact_blocks="0")) == counted
+    codes = [memory.peer_bytes(work, Parallel(**asked, attention="fa3-fp8", exact_steps=n)) for n in (0, 1)]
+    assert codes == [counted, counted + 2 * shard.size * work.config.dim * 2], "of q and k, where others send none"
+    assert memory.peer_bytes(work, Parallel(**asked, exact_steps=1, exact_blocks="0")) == counted, "nothing is rounded"
     for text_bytes, warm, held in ((0, 0.0, counted), (100 * GIB, 0.0, 0), (100 * GIB, 60.0, counted)):
         ways = (
             Parallel(**asked | {"ulysses_engine": engine}, keep_warm_seconds=warm) for engine in ("symmetric", "packed")

@@ -46,6 +46,8 @@ def test_no_features_are_none():
 def test_own_inputs_are_first_then_last():
     assert torch.equal(features(clip_vision_start_image=output(START)), START[0])
     assert torch.equal(features(clip_vision_end_image=output(END)), END[0])
+    alone = features(clip_vision_start_image=output(START.bfloat16()))
+    assert alone.dtype == torch.float32 and torch.equal(alone, START[0].bfloat16().float())
     both = features(clip_vision_end_image=output(END), clip_vision_start_image=output(START.half()))
     assert both.dtype == torch.float32 and both.shape == (514, 64)
     torch.testing.assert_close(both, torch.cat([START[0].half().float(), END[0]]))

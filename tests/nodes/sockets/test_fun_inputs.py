@@ -93,6 +93,10 @@ def test_a_camera_comes_with_the_conditioning_or_with_the_node():
     for given in (both, {"text_embeds": text(camera_conditions=rays)}, {"camera_conditions": rays}):
         assert torch.equal(camera_tensors(asked(**given), SAMPLING)["camera_conditions"], rays[0])
     assert camera_tensors(asked(), SAMPLING) == {}
+    # As other nodes may hand it on: of another dtype, or a view of something else.
+    for given in (rays.half(), rays.double(), rays.transpose(3, 4).contiguous().transpose(3, 4)):
+        found = camera_tensors(asked(camera_conditions=given), SAMPLING)["camera_conditions"]
+        assert found.dtype == torch.float32 and found.is_contiguous() and torch.equal(found, given[0].float())
 
 
 @pytest.mark.parametrize(
@@ -100,6 +104,8 @@ def test_a_camera_comes_with_the_conditioning_or_with_the_node():
     [
         ({"camera_conditions": 3}, "camera_conditions is int; it must be what WanCameraEmbedding gives"),
         ({"camera_conditions": noise(1, 24, 3, 48, 64)}, r"camera_conditions has shape \[24, 3, 48, 64\]; it must be"),
+        ({"camera_conditions": noise(1, 2, 24, 3, 48, 64)}, r"camera_conditions has shape \[2, 24, 3, 48, 64\]"),
+        ({"camera_conditions": noise(1, 1, 24, 0, 48, 64)}, r"camera_conditions has shape \[1, 24, 0, 48, 64\]"),
         ({"text_embeds": text(camera_conditions=noise(1, 24))}, "camera_conditions of text_embeds has shape"),
         (
             {"text_embeds": text(camera_conditions=noise(1, 1, 24, 3, 48, 64)), "camera_conditions": noise(2, 1)},

@@ -90,11 +90,12 @@ def test_cores_image_is_normalised_and_its_mask_inverted(channels: int) -> None:
     torch.testing.assert_close(made[4:], normalise(raw[0], 16))
 
 
-def test_mask_channels_stay_apart() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8, torch.float16])
+def test_mask_channels_stay_apart(dtype: torch.dtype) -> None:
     mask = torch.ones(1, 4, *SIZE)
     mask[:, 3, 1] = 0
-    made = tensors_of(**wan_image_to_video(noise(1, 16, *SIZE), mask))["image_conditioning"]
-    assert made[:3, 1].eq(0).all() and made[3, 1].eq(1).all()
+    made = tensors_of(**wan_image_to_video(noise(1, 16, *SIZE), mask.to(dtype)))["image_conditioning"]
+    assert made.dtype == torch.float32 and made[:3, 1].eq(0).all() and made[3, 1].eq(1).all()
 
 
 def test_conditioning_without_an_image_holds_none() -> None:

@@ -103,3 +103,20 @@ def test_a_mask_makes_zeros_count() -> None:
 def test_what_is_no_latent_of_this_video_is_refused(value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tensors_of(value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float16, torch.float64])
+def test_a_mask_may_be_of_any_dtype(dtype: torch.dtype) -> None:
+    mask = torch.ones(1, 1, *SHAPE_5B[1:])
+    mask[:, :, :1] = 0
+    found = tensors_of({"samples": noise(1, *SHAPE_5B), "noise_mask": mask.to(dtype)}, TI2V)["noise_mask"]
+    assert found.dtype == torch.float32 and found.is_contiguous() and torch.equal(found, mask[0, 0])
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_frames_of_pictures_in_front_are_not_of_the_video(frames: int) -> None:
+    given = noise(1, 16, 2 + frames, 6, 8)
+    found = latent_tensors({"samples": given}, sampling(), TINY, Status(), references=frames)
+    assert torch.equal(found["samples"], given[0])
+    with pytest.raises(ValueError, match=f"samples is for 64x48, {1 + 4 * (1 + frames)} frames; this node makes"):
+        tensors_of({"samples": given})

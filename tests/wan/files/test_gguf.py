@@ -10,7 +10,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from wan_pack.wan.files import gguf_files
 from wan_pack.wan.files.gguf_files import GgufFile
+from wan_pack.wan.files.stored_model import open_model
 
 Kind = gguf.GGMLQuantizationType
 
@@ -52,6 +54,28 @@ def test_any_rows_are_those_of_the_whole_tensor(tmp_path: Path, kind: Kind):
     assert torch.equal(file.read_rows("w", 333, 41), whole[333:374])
     assert torch.equal(file.read_flat("w", 777, 1000), whole.flatten()[777:1777])
     assert file.read_rows("w", 5, 0).shape == (0, 512)
+
+
+def test_only_the_blocks_of_the_rows_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A rank reads its shard of a file of many GB, with memory for a piece of it."""
+    data = packed_blocks(Kind.Q8_0, 64, 96)
+    path = write(tmp_path / "t.gguf", {"first": (data, Kind.Q8_0), "w": (data, Kind.Q8_0)})
+    file = GgufFile(path)
+    read, ranges = gguf_files.read_range, list[tuple[int, int]]()
+
+    def read_range(descriptor: int, into: memoryview, start: int, path: object) -> None:
+        ranges.append((start, len(into)))
+        read(descriptor, into, start, path)
+
+    monkeypatch.setattr(gguf_files, "read_range", read_range)
+    monkeypatch.setattr(gguf_files, "PIECE", 2 * 32)
+    rows = file.read_rows("w", 33, 2)
+    assert torch.equal(rows, torch.from_numpy(gguf.quants.dequantize(data, Kind.Q8_0).copy())[33:35])
+    # Three blocks of 34 bytes a row.
+    begin = file.tensors["w"].offset + 33 * 3 * 34
+    assert ranges == [(begin, 68), (begin + 68, 68), (begin + 136, 68)]
+    stored = open_model([path], "a model")
+    assert stored.read_bytes("w") == data.tobytes() == path.read_bytes()[file.tensors["w"].offset :][: data.nbytes]
 
 
 def test_original_shapes_are_restored_and_rows_may_start_inside_a_block(tmp_path: Path):

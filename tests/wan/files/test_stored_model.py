@@ -233,3 +233,15 @@ def test_a_gguf_tensor_is_unpacked_piece_by_piece_from_any_place(tmp_path: Path,
     out = torch.empty(333)
     tensor.read_into(out, start=77)
     torch.testing.assert_close(out, whole[77 : 77 + 333])
+
+
+@pytest.mark.parametrize(("most", "rows"), [(100, [(2, 3)]), (8, [(2, 2), (4, 1)]), (3, [(2, 1), (3, 1), (4, 1)])])
+def test_rows_are_read_in_pieces_of_whole_ones(monkeypatch: pytest.MonkeyPatch, most: int, rows: list[tuple[int, int]]):
+    """At least one at a time, however wide it is."""
+    monkeypatch.setattr(stored_tensor, "FLOAT_PIECE", most)
+    out = torch.zeros(3, 4)
+    pieces = list(stored_tensor.row_pieces(out, 8, 4))
+    assert [(row, len(piece)) for row, piece in pieces] == rows
+    for row, piece in pieces:
+        piece.fill_(row)
+    assert out[:, 0].tolist() == [row for row, count in rows for _ in range(count)]

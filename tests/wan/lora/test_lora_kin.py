@@ -184,6 +184,11 @@ def test_peft_scales_whole_factors_by_its_settings(tmp_path: Path):
     rows = weight.clone()
     merge([Lora(path, 1.0, TARGETS)], WEIGHT, rows, 0)
     assert_close(rows, weight + 2 / 8 * torch.kron(w1, w2))
+    # Without an alpha the factors are all that there is, however it would be divided.
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", "r": 8, "use_rslora": True}))
+    rows = weight.clone()
+    merge([Lora(path, 1.0, TARGETS)], WEIGHT, rows, 0)
+    assert_close(rows, weight + torch.kron(w1, w2))
     # One rank for all is not known where modules have ranks of their own.
     for settings in ({"alpha": 2}, {"alpha": 2, "r": 8, "rank_pattern": {"ffn.0": 4}}, {"alpha": 2, "r": 0}):
         (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", **settings}))

@@ -277,34 +277,3 @@ def test_a_camera_alone_has_no_picture_to_begin_with():
         made = build({"camera_conditions": rays}, variant=VARIANTS[name]).conditions
         assert made.image is not None and not made.image.any() and made.camera is not None
         assert made.camera.values is rays and made.camera.stride == 8
-
-
-def test_a_reference_picture_is_encoded_by_itself_and_one_that_is_encoded_stays_as_it_is():
-    seen: list[torch.Tensor] = []
-
-    def watched(video: torch.Tensor) -> torch.Tensor:
-        seen.append(video)
-        return encode(video)
-
-    picture, latent = torch.rand(3, 32, 48), torch.randn(16, 4, 6)
-    control = VARIANTS["Fun-Control"]
-    made = build({"reference_images": picture[None]}, variant=control, encode=watched).conditions.reference
-    assert made is not None and torch.equal(seen[-1], picture[None, :, None])
-    assert torch.equal(made.values, encode(picture[None, :, None])[0])
-    given = build({"reference_latent": latent}, variant=control).conditions.reference
-    assert given is not None and torch.equal(given.values, latent[:, None])
-    assert build({}, variant=control).conditions.reference is None
-
-
-def test_what_a_step_expects_keeps_what_is_known():
-    """Also where the model says otherwise of it."""
-    start, mask = torch.randn(4, 64), torch.zeros(4, 64, dtype=torch.bool)
-    mask[1] = True
-    known, seen = Known(torch.full((4, 64), 7.0), mask), list[torch.Tensor]()
-    denoise(
-        start, solver=make_solver("euler", 2, 5.0), guidance=Always(), known=known, predict=velocity,
-        on_estimate=lambda done, estimate: seen.append(estimate),
-    )  # fmt: skip
-    assert len(seen) == 2
-    for estimate in seen:
-        assert torch.equal(estimate[1], known.tokens[1]) and not torch.equal(estimate[0], known.tokens[0])
