@@ -52,6 +52,8 @@ def test_noise_is_the_same_bits_for_a_seed():
     assert torch.equal(draw_noise((16, 3, 4, 6), 7), draw_noise((16, 3, 4, 6), 7))
     assert not torch.equal(draw_noise((16, 3, 4, 6), 7), draw_noise((16, 3, 4, 6), 8))
     assert draw_noise((16, 1, 2, 2), 2**64 - 1).isfinite().all()
+    # As the documentation says: the CPU's generator reads the lower half.
+    assert torch.equal(draw_noise((16, 3, 4, 6), 7), draw_noise((16, 3, 4, 6), 7 + 2**32))
 
 
 def test_noise_is_drawn_in_float32_on_the_cpu():
