@@ -51,10 +51,26 @@ PRESETS: dict[str, Preset] = {
     "official Animate 14B": Preset(
         variant="Animate", solver="unipc", steps=20, shift=5.0, guidance_low=1.0, guidance_high=1.0
     ),
+    "official Wan2.1 T2V": Preset(
+        variant="T2V", solver="unipc", steps=50, shift=5.0, guidance_low=5.0, guidance_high=5.0
+    ),
+    "VACE-Fun A14B": Preset(variant="VACE", solver="euler", steps=50, shift=12.0, guidance_low=5.0, guidance_high=5.0),
     "Fun-Control A14B": Preset(
         variant="Fun-Control", solver="euler", steps=50, shift=5.0, guidance_low=6.0, guidance_high=6.0
     ),
     "Fun InP A14B": Preset(variant="I2V", solver="euler", steps=50, shift=5.0, guidance_low=6.0, guidance_high=6.0),
+    "Fun-Camera A14B": Preset(
+        variant="Fun-Camera", solver="euler", steps=50, shift=5.0, guidance_low=6.0, guidance_high=6.0
+    ),
+    "Fun-Control 5B": Preset(
+        variant="Fun-Control 5B", solver="euler", steps=40, shift=5.0, guidance_low=6.0, guidance_high=6.0
+    ),
+    "Fun InP 5B": Preset(
+        variant="Fun-InP 5B", solver="euler", steps=50, shift=5.0, guidance_low=6.0, guidance_high=6.0
+    ),
+    "Fun-Camera 5B": Preset(
+        variant="Fun-Camera 5B", solver="euler", steps=50, shift=5.0, guidance_low=6.0, guidance_high=6.0
+    ),
     "Lightning 4 steps": Preset(variant=None, solver="euler", steps=4, shift=5.0, guidance_low=1.0, guidance_high=1.0),
 }
 

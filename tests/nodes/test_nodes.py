@@ -147,8 +147,8 @@ def widgets_of(kind: Any) -> list[str]:
     return names
 
 
-def test_every_example_holds_a_value_for_every_widget_of_our_nodes() -> None:
-    """One that a new input was not added to is shown with shifted values."""
+def test_every_example_has_every_socket_and_a_value_for_every_widget_of_our_nodes() -> None:
+    """One that a new input was not added to is shown without it, or with shifted values."""
     wrong = []
     for path in sorted((ROOT / "example_workflows").glob("*.json")):
         api = json.loads((path.parent / "api" / path.name).read_text())
@@ -157,6 +157,10 @@ def test_every_example_holds_a_value_for_every_widget_of_our_nodes() -> None:
             names = [] if kind is None else widgets_of(kind)
             if kind is not None and len(node["widgets_values"]) != len(names):
                 wrong.append((path.name, node["type"], len(node["widgets_values"]), len(names)))
+            if kind is not None:
+                sockets = [name for name in inputs_of(kind) if name not in names]
+                held = [one["name"] for one in node["inputs"] if "widget" not in one]
+                wrong += [(path.name, node["type"], held, sockets)] if held != sockets else []
             sent = api.get(str(node["id"]), {"inputs": {}})["inputs"]
             missing = [name for name in names if name != "control" and sent and name not in sent]
             wrong += [(path.name, node["type"], "api", missing)] if missing else []
