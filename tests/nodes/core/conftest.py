@@ -54,8 +54,13 @@ def core(core_modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -
 def expert_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Variant -> a transformer."""
     folder = tmp_path_factory.mktemp("core")
-    # Animate's is large, and one file of tests' own.
     return {kind: write_expert(folder, kind) for kind in KINDS if kind != "Animate"}
+
+
+@pytest.fixture(scope="session")
+def animate_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Animate's, which is large."""
+    return write_expert(tmp_path_factory.mktemp("animate"), "Animate")
 
 
 @pytest.fixture

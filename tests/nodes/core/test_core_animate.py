@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_sampling import Modules, TwoModels, text, write_expert
+from core_sampling import Modules, TwoModels, text
 from tiny import TINY_ANIMATE
 from wan_pack.demo.tiny_vae import vae as tiny_vae
 from wan_pack.nodes.core.prompt_entries import check_conditioning
@@ -17,11 +17,6 @@ LIMIT = 1e-4
 WIDTH, HEIGHT, FRAMES = 64, 48, 5
 STEPS = 2
 """ComfyUI's model encodes the faces anew at each."""
-
-
-@pytest.fixture(scope="module")
-def animate_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_expert(tmp_path_factory.mktemp("animate"), "Animate")
 
 
 def pixels(seed: int, frames: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from core_sampling import Modules, empty_latents, text
 from torch import Tensor
+from wan_pack.demo.tiny_vae import vae as tiny_vae
 from wan_pack.distributed.job.job import FileIdentity
 from wan_pack.nodes.core.group_model import GroupModel
 from wan_pack.nodes.core.sampling_jobs import SamplingJobs
@@ -34,21 +35,23 @@ class Door:
         checkpoint = Checkpoint([file])
         source = SimpleNamespace(open=self._open)
         jobs = SamplingJobs((FileIdentity.of(file),), (), DistributedConfig(), checkpoint.config, source)
-        self._core, self._model = core, model_without_weights(checkpoint.shapes, GroupModel(jobs.prepare))
+        self._core, self.model = core, model_without_weights(checkpoint.shapes, GroupModel(jobs.prepare))
 
     def sample(self, told: dict[str, Any], rows: Tensor | None = None, **inputs: Any) -> None:
         prompt = text(1)[0][0] if rows is None else rows
-        self._core["sampled"](self._model, positive=[[prompt, told]], negative=[[text(2)[0][0], told]], **inputs)
+        self._core["sampled"](self.model, positive=[[prompt, told]], negative=[[text(2)[0][0], told]], **inputs)
 
     def _open(self, job: Any) -> Any:
         raise Asked
 
 
 @pytest.fixture
-def door(core: Modules, expert_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Door]:
+def door(
+    core: Modules, expert_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Callable[[str], Door]:
     # What follows the checks.
     monkeypatch.setattr(SamplingJobs, "_job", lambda self, sampling: None)
-    return lambda kind: Door(core, expert_files[kind])
+    return lambda kind: Door(core, request.getfixturevalue("animate_file") if kind == "Animate" else expert_files[kind])
 
 
 def seen(rows: int = 257, channels: int = 1280, value: float = 0.5) -> Any:
@@ -142,6 +145,44 @@ def test_what_is_right_starts(door: Callable[[str], Door], kind: str) -> None:
     wide = {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in told.items() if name in picture()}
     with pytest.raises(Asked):
         door(kind).sample({**told, **wide}, text(1)[0][0].half(), latent_image=empty_latents(channels, batch=2))
+
+
+PIXELS = {"width": 64, "height": 48, "length": 9, "batch_size": 1}
+VIDEO = torch.rand(9, 48, 64, 3, generator=torch.Generator().manual_seed(1))
+NODES: list[tuple[str, str, dict[str, Any]]] = [
+    ("I2V", "WanImageToVideo", {"start_image": VIDEO[:1]}),
+    ("I2V", "WanFunInpaintToVideo", {"start_image": VIDEO[:1], "end_image": VIDEO[1:2]}),
+    ("FLF2V", "WanFirstLastFrameToVideo", {"start_image": VIDEO[:1], "end_image": VIDEO[1:2]}),
+    ("VACE", "WanVaceToVideo", {"control_video": VIDEO, "reference_image": VIDEO[:1], "strength": 1.0}),
+    ("Fun", "Wan22FunControlToVideo", {"control_video": VIDEO, "ref_image": VIDEO[:1]}),
+    ("Fun V1.1", "WanFunControlToVideo", {"control_video": VIDEO, "start_image": VIDEO[:1]}),
+    ("Camera", "WanCameraImageToVideo", {"start_image": VIDEO[:1], "camera_conditions": volume(24, 3, 48, 64)}),
+    ("Camera V1.1", "WanCameraImageToVideo", {"start_image": VIDEO[:1], "camera_conditions": volume(24, 3, 48, 64)}),
+    (
+        "Animate",
+        "WanAnimateToVideo",
+        {
+            **{"reference_image": VIDEO[:1], "face_video": VIDEO, "pose_video": VIDEO, "background_video": VIDEO},
+            **{"character_mask": VIDEO[..., 0], "continue_motion": VIDEO[:5]},
+            **{"continue_motion_max_frames": 5, "video_frame_offset": 0},
+        },
+    ),
+]
+"""Variant, a node of ComfyUI's, and what it is given."""
+
+
+@pytest.mark.parametrize(("kind", "name", "given"), NODES, ids=[f"{kind} {name}" for kind, name, _ in NODES])
+def test_what_comfyuis_nodes_make_starts(
+    core: Modules, door: Callable[[str], Door], kind: str, name: str, given: dict[str, Any]
+) -> None:
+    vae = core["comfy.sd"].VAE(sd=tiny_vae(2), dtype=torch.float32)
+    node = getattr(core["comfy_extras.nodes_wan"], name)
+    positive, negative, latent, *_ = node.execute(text(1), text(2), vae, **PIXELS, **given).result
+    if kind in ("FLF2V", "Fun V1.1", "Camera V1.1", "Animate"):
+        for entry in (*positive, *negative):
+            entry[1]["clip_vision_output"] = seen()
+    with pytest.raises(Asked):
+        core["sampled"](door(kind).model, positive=positive, negative=negative, latent_image=latent)
 
 
 @pytest.mark.parametrize(("kind", "changed", "words"), WRONG)
