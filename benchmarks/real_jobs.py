@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SIZES = {"480p": (832, 480), "720p": (1280, 720)}
 PICTURES = {"none": (), "start": ("start_image",), "start+end": ("start_image", "end_image")}
-SINGLE = ("ti2v-5B", "tiny-5B", "t2v-1.3B", "vace-14B", "tiny-vace")
+SINGLE = ("ti2v-5B", "tiny-5B", "t2v-1.3B", "vace-14B", "vace-1.3B", "tiny-vace")
 """Models of one transformer."""
 WAVES = 48
 """Of which the moving picture is the sum."""

@@ -21,4 +21,8 @@ WAN_CONFIGS: dict[str, WanConfig] = {
     "t2v-1.3B": WanConfig(
         dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16, text_dim=4096, freq_dim=256
     ),
+    "vace-1.3B": WanConfig(
+        dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16, text_dim=4096, freq_dim=256,
+        parts=frozenset({"vace_blocks"}), vace_layers=tuple(range(0, 30, 2)),
+    ),
 }  # fmt: skip
