@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 GRACE = 3
 """Seconds that the ranks get to end by themselves once one of them has failed. torchrun's own 30 would all be spent
 on a rank that is frozen or ignores SIGTERM, and no rank has anything to save."""
+_ENDING = threading.Event()
+"""Set once this process ends everything by itself: how ranks end from then on is no news."""
 
 
 def main(folder: GroupDir) -> int:
@@ -70,6 +72,8 @@ def run_ranks(group_folder: Path, options: Sequence[str], failures: Path, early:
 
 
 def _leave_failures(path: Path, failures: Mapping[int, ProcessFailure]) -> None:
+    if _ENDING.is_set():
+        return
     ended = [
         {
             "rank": rank,
@@ -130,6 +134,7 @@ def wait_for_end_of_stdin() -> None:
 
 def end_all(group_folder: Path, before_own_end: Callable[[], None] = lambda: None) -> None:
     """Ends everything of the group on this machine and, last, this process."""
+    _ENDING.set()
     own = Process.of(os.getpid())
     assert own is not None
     below = descendants(own.pid)

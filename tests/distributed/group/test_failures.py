@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from wan_pack.distributed.group import agent
 from wan_pack.distributed.group.failures import RankFailure, advice, read_failures, root_cause
 from wan_pack.distributed.job.job_folder import JobDir
 
@@ -131,3 +134,17 @@ def test_a_rank_that_left_no_word_was_where_its_own_sign_of_life_says(folder: Jo
     ended = [{"rank": rank, "exitcode": -9, "signal": "SIGKILL"} for rank in (1, 2)]
     found = read_failures(folder, 3, [{"failures": ended}])
     assert [(one.rank, one.phase, one.step) for one in found] == [(2, "decode", 9), (1, "denoise", 3)]
+
+
+def test_how_ranks_end_that_their_agent_ends_with_itself_is_no_news(folder: JobDir, monkeypatch: pytest.MonkeyPatch):
+    """Its main thread may see it before it is gone, as it sees a rank that ends of something else."""
+    ended: Any = {0: SimpleNamespace(exitcode=-9, timestamp=1)}
+    here = SimpleNamespace(pid=1, started=1, kill=lambda: None)
+    monkeypatch.setattr(agent, "_ENDING", threading.Event())
+    monkeypatch.setattr(agent, "Process", SimpleNamespace(of=lambda pid: here))
+    monkeypatch.setattr(agent, "kill_all", lambda *_: agent._leave_failures(folder.failures, ended))
+    agent.end_all(folder.path)
+    assert not folder.failures.exists()
+    agent._ENDING.clear()
+    agent._leave_failures(folder.failures, ended)
+    assert [one.signal for one in read_failures(folder, 1)] == ["SIGKILL"]
