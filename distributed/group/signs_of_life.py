@@ -15,8 +15,8 @@ from .logs import clean_lines
 
 PHASES = tuple(SHARES)
 BEFORE_DENOISING = ("start", "encode", "load")
-SECONDS_FOR_STACKS = 0.5
-SECONDS_FOR_STACKS_ELSEWHERE = 2.0
+MOST_SECONDS_FOR_STACKS = 5.0
+"""On a busy machine, or on others. Mostly they are there at once."""
 MAX_STACK_BYTES = 16 << 10
 STACK_LINES = 12
 _WAITING = ("distributed_c10d.py", "_functional_collectives.py", "wait_for_first_use")
@@ -148,8 +148,7 @@ def dump_stacks(
             seen.process.kill(signal.SIGUSR1)
     if elsewhere is not None:
         elsewhere()
-    if sizes:
-        time.sleep(SECONDS_FOR_STACKS if elsewhere is None else SECONDS_FOR_STACKS_ELSEWHERE)
+    _wait_for_growth(folder, sizes)
     return {rank: _stack_behind(folder, rank, size) for rank, size in sizes.items()}
 
 
@@ -168,6 +167,17 @@ def find_suspect(ranks: Mapping[int, Seen], stacks: Mapping[int, str], count: in
         return (1, seen.place, 2 if waits else 0 if seen.stopped or seen.gone else 1, rank)
 
     return min(range(count), key=order)
+
+
+def _wait_for_growth(folder: JobDir, sizes: Mapping[int, int]) -> None:
+    """Until all these logs are larger than they were, and grow no more."""
+    before, deadline = dict(sizes), time.monotonic() + MOST_SECONDS_FOR_STACKS
+    while sizes and time.monotonic() < deadline:
+        time.sleep(0.1)
+        now = {rank: _size(folder, rank) for rank in sizes}
+        if now == before and all(now[rank] > size for rank, size in sizes.items()):
+            return
+        before = now
 
 
 def _size(folder: JobDir, rank: int) -> int:
