@@ -70,7 +70,8 @@ def _run(group: GroupDir, folder: JobDir, files: RankFiles, session: Session | N
         return run_worker(group, folder, files, session), job.parallel.stays
     except BaseException as error:
         files.error(error)
-        raise
+        # Its log has the traceback.
+        raise SystemExit(1) from error
 
 
 def _wait_for_job(group: GroupDir, number: int) -> JobDir:

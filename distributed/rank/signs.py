@@ -104,11 +104,12 @@ class RankFiles:
             "traceback": text[-MAX_TRACEBACK:],
             "time_ns": time.time_ns(),
         }
+        # Into its log first: who hears of it ends this process, which may have to wait for others before it could.
+        with contextlib.suppress(OSError):
+            print(text, end="", file=sys.stderr, flush=True)
         leave_words(self._folder.error(self._rank), record)
 
     def end_process(self, error: BaseException) -> NoReturn:
         """Keeps the exception and ends this process, whatever its other threads do."""
         self.error(error)
-        with contextlib.suppress(OSError):
-            print(error, file=sys.stderr, flush=True)
         os._exit(1)

@@ -35,6 +35,23 @@ def test_of_what_is_read_only_some_is_told_and_of_steps_all(tmp_path: Path, monk
             assert written == [(phase, step) for step in (told if phase == "load" else range(6))]
 
 
+def test_a_traceback_is_in_the_log_before_anybody_hears_of_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """Who hears of it ends the rank, whose way out may take longer: it leaves its group first."""
+    heard: list[str] = []
+    monkeypatch.setattr(signs, "leave_words", lambda path, record: heard.append(capfd.readouterr().err))
+    files = RankFiles(JobDir(tmp_path), 0)
+    for message in ("the first", "a consequence"):
+        try:
+            raise ValueError(message)
+        except ValueError as error:
+            files.error(error)
+    (log,) = heard
+    assert "in test_a_traceback_is_in_the_log" in log and log.endswith("ValueError: the first\n")
+    assert capfd.readouterr().err == ""
+
+
 def test_what_a_start_consists_of_is_noted_with_its_times(tmp_path: Path):
     files = RankFiles(JobDir(tmp_path), 0)
     files.own_start()
