@@ -10,6 +10,7 @@ from typing import Any
 
 from ..job.job import JobError
 from ..job.job_folder import JobDir
+from ..job.progress import place
 
 _ECHOES = re.compile(
     r"connection (closed|reset|refused)|timed out|timeout|remote process exited|broken pipe|"
@@ -65,6 +66,11 @@ class RankFailure:
             return f"rank {self.rank} was killed by {self.signal}"
         code = "" if self.exitcode is None else f" with exit code {self.exitcode}"
         return f"rank {self.rank} ended{code} and left no error"
+
+    @property
+    def where(self) -> str:
+        """For a line behind the headline."""
+        return f"\nin {place(self.phase, self.step)}" if self.phase else ""
 
     def importance(self, first_end: float) -> int:
         """0 for the likeliest origin. torch's own choice goes by whole seconds and can name the victim.

@@ -34,7 +34,7 @@ from ..group.signs_of_life import Problem, Seen, SignsOfLife, dump_stacks, find_
 from ..job.errors import counted
 from ..job.job import GroupJob, Job, JobError
 from ..job.job_folder import JobDir
-from ..job.progress import Progress, place, read_progress
+from ..job.progress import Progress, read_progress
 from ..machine.bell import Bell
 from ..machine.cancelling import cancelled_by, check_cancelled
 from ..machine.prerequisites import check_prerequisites, check_space, writing_problem
@@ -117,7 +117,7 @@ def run_job(
         except _GroupLost as error:
             # In a folder without that group's traces. This comes to an end: each time a group fewer waits.
             folder.remove()
-            on_log_line(str(error))
+            on_log_line(f"the job starts in new processes: before those that waited took it, {error}")
         except BaseException:
             folder.remove()
             raise
@@ -164,11 +164,11 @@ class _Run:
             self._report()
             if lost or self._group.exit_code:
                 self._end()
+                cause = self._cause(agent_ended_itself=not lost)
                 # Ranks begin a job together: without one of them, none has done anything yet.
                 if self._group.ranks and len(self._signs.ranks()) < self._job.parallel.gpu_count:
-                    why = self._lost.failures[0].headline if lost else self._group.end_text()
-                    raise _GroupLost(f"the job starts in new processes: before those that waited took it, {why}")
-                raise self._failure_of_ranks(agent_ended_itself=not lost)
+                    raise _GroupLost(self._group.end_text() if cause is None else cause.headline)
+                raise self._failure_of_ranks(cause)
             try:
                 info = checked_result(self._folder, self._job)
             except (JobError, ValueError) as error:
@@ -201,8 +201,8 @@ class _Run:
             self._group.hand_over(self._folder)
         self._pool.forget(self._group)
         if left:
-            pids = ", ".join(map(str, left))
-            raise self._failure(f"processes {pids} cannot be killed; they wait inside a driver", None)
+            text = f"processes {', '.join(map(str, left))} cannot be killed; they wait inside a driver"
+            raise self._failure(text, None)
 
     def _ranks(self) -> dict[int, Seen]:
         """Also those that waited for the job and have not taken it yet."""
@@ -270,14 +270,14 @@ class _Run:
             text += f"\nits stack:\n{stacks[suspect]}"
         return self._failure(text, RankFailure(rank=suspect))
 
-    def _failure_of_ranks(self, *, agent_ended_itself: bool) -> JobFailed:
-        count = self._job.parallel.gpu_count
-        failures = read_failures(self._folder, count, self._group.said, self._lost.failures)
-        cause = root_cause(failures, agent_failed=agent_ended_itself and self._group.agent_failed)
-        if cause is not None:
-            where = f"\nin {place(cause.phase, cause.step)}" if cause.phase else ""
-            return self._failure(cause.headline + self._group.host_of(cause.rank) + where, cause)
-        return self._failure(self._group.end_text(), None)
+    def _cause(self, *, agent_ended_itself: bool) -> RankFailure | None:
+        failures = read_failures(self._folder, self._job.parallel.gpu_count, self._group.said, self._lost.failures)
+        return root_cause(failures, agent_failed=agent_ended_itself and self._group.agent_failed)
+
+    def _failure_of_ranks(self, cause: RankFailure | None) -> JobFailed:
+        if cause is None:
+            return self._failure(self._group.end_text(), None)
+        return self._failure(cause.headline + self._group.host_of(cause.rank) + cause.where, cause)
 
     def _failure(self, text: str, cause: RankFailure | None) -> JobFailed:
         path = self._folder.log(cause.rank if cause else 0)

@@ -31,6 +31,12 @@ def wait_for(path: Path) -> None:
         time.sleep(0.02)
 
 
+def wait_until_told() -> None:
+    """By a file, for a test that wants to look first."""
+    if "until" in FAULT:
+        wait_for(Path(FAULT["until"]))
+
+
 def stand_still() -> None:
     time.sleep(600)
 
@@ -53,6 +59,7 @@ def main(group, folder, files, session):  # type: ignore[no-untyped-def]
     (folder.path / f"rank{rank}.denoises").touch()
     if action == "good":
         time.sleep(FAULT.get("seconds", 0))
+        wait_until_told()
         if rank == 0:
             write_result(folder.path)
         return session
@@ -61,6 +68,7 @@ def main(group, folder, files, session):  # type: ignore[no-untyped-def]
         stand_still()
     if action in ACTIONS and rank == FAULT.get("rank", 1):
         time.sleep(FAULT.get("delay", 0.0))
+        wait_until_told()
         ACTIONS[action](folder, files)
     stand_still()
     return session
@@ -122,6 +130,7 @@ def echo(files) -> None:  # type: ignore[no-untyped-def]
 
 def abort(files) -> None:  # type: ignore[no-untyped-def]
     """What gloo does now and then in the rank that lost its peer."""
+    wait_for(files._folder.error(1))
     time.sleep(0.05)
     os.abort()
 
