@@ -13,7 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from jobs import Watch, run_stub, stub_job
+from jobs import Watch, gone_within, run_stub, stub_job
+from patience import AT_ONCE
 from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.machine import gpus, nvidia_smi, prerequisites, processes
 from wan_pack.distributed.machine.cancelling import cancelled_by
@@ -22,7 +23,7 @@ from wan_pack.distributed.machine.programs import ask_program
 from wan_pack.nodes.host import host
 from wan_pack.wan.text.text_encoder import load_text_encoder
 
-LONG = 60
+LONG = 600
 """Seconds that a program takes which is not waited for."""
 
 
@@ -34,7 +35,8 @@ def sleeping_program(path: Path) -> Path:
 
 
 def ended(program: Path) -> bool:
-    return Process.of(int(Path(f"{program}.pid").read_text())) is None
+    process = Process.of(int(Path(f"{program}.pid").read_text()))
+    return process is None or gone_within(AT_ONCE, process)
 
 
 def once_started(program: Path) -> Callable[[], bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,11 +17,12 @@ from evaluating import Known, inputs
 from jobs import FAULTY_WORKER, STUB_FORWARDS, agent_of, gone_within, pack_with, rank_of
 from left_over import held, settled
 from mount import SUPPORT
-from patience import AT_ONCE, COMES_UP
+from patience import AT_ONCE, until
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.group.leftovers import remove_abandoned
 from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.launch import stopping
 from wan_pack.distributed.launch.group_evaluator import GroupEvaluator, GroupEvaluators
 from wan_pack.distributed.launch.launcher import JobFailed
 from wan_pack.distributed.launch.pool import Pool
@@ -113,38 +115,33 @@ def test_fault_01_10_29_a_process_killed_between_evaluations_is_named_by_the_nex
     here.nothing_is_left()
 
 
-def test_fault_02_a_rank_that_raises_in_an_evaluation_says_why(samplings: Callable[..., Samplings]):
-    here = samplings("raise", at=2)
+SAID = {
+    "raise": "rank 1: ValueError: the weights of layer 3 are bad\nin denoise at step 1",
+    "full": "rank 1: OutOfMemoryError: CUDA out of memory",
+}
+
+
+@pytest.mark.parametrize("action", SAID)
+def test_fault_02_03_a_rank_that_raises_in_an_evaluation_says_why(action: str, samplings: Callable[..., Samplings]):
+    here = samplings(action, at=2)
     evaluator = here.open()
     here.evaluate(evaluator)
     processes = here.processes
     error = fails(here, evaluator)
-    assert str(error).startswith("rank 1: ValueError: the weights of layer 3 are bad\nin denoise at step 1")
-    here.nothing_is_left(*processes)
-
-
-def test_fault_03_full_memory_in_an_evaluation_is_known_as_such(samplings: Callable[..., Samplings]):
-    here = samplings("full", at=2)
-    evaluator = here.open()
-    here.evaluate(evaluator)
-    processes = here.processes
-    error = fails(here, evaluator)
-    assert error.out_of_memory and str(error).startswith("rank 1: OutOfMemoryError: CUDA out of memory"), error
+    assert str(error).startswith(SAID[action]) and error.out_of_memory is (action == "full"), error
     here.nothing_is_left(*processes)
 
 
 def test_fault_05_waiting_for_ComfyUI_is_no_hang_and_a_hung_evaluation_is_one(samplings: Callable[..., Samplings]):
     here = samplings("hang", at=2)
-    evaluator = here.open(stall_timeout=1.5)
+    evaluator = here.open(stall_timeout=3.0)
     here.evaluate(evaluator)
     processes = here.processes
-    time.sleep(3)
+    time.sleep(4)
     assert all(process.alive() for process in processes)
-    started = time.monotonic()
     error = fails(here, evaluator)
-    assert 1 < time.monotonic() - started < AT_ONCE
-    assert "made no progress for 1.5 s in denoise at step 1" in str(error)
-    assert "stall_timeout is 1.5 s; raise it if that is too short" in str(error)
+    assert "made no progress for 3 s in denoise at step 1" in str(error)
+    assert "stall_timeout is 3 s; raise it if that is too short" in str(error)
     here.nothing_is_left(*processes)
 
 
@@ -161,21 +158,23 @@ def test_fault_05_a_batch_that_takes_longer_than_the_time_out_is_no_hang(samplin
 
 def test_fault_06_a_rank_that_is_frozen_between_evaluations_is_found_by_the_next(samplings: Callable[..., Samplings]):
     here = samplings("hang", at=2)
-    evaluator = here.open(stall_timeout=1.5)
+    evaluator = here.open(stall_timeout=3.0)
     here.evaluate(evaluator)
     processes = here.processes
     processes[2].kill(signal.SIGSTOP)
     error = fails(here, evaluator)
-    assert str(error).startswith("rank 1 made no progress for 1.5 s")
-    assert "it is frozen" in str(error)
+    assert str(error).startswith("rank 1 made no progress for 3 s") and "it is frozen" in str(error)
     here.nothing_is_left(*processes)
 
 
 @pytest.mark.parametrize(
-    ("when", "warm"), [("in one", 0.0), ("in one", 60.0), ("between two", 60.0)], ids=["", "warm", "warm, between"]
+    ("when", "warm"), [("in one", 0.0), ("in one", 600.0), ("between two", 600.0)], ids=["", "warm", "warm, between"]
 )
-def test_fault_07_a_cancel_ends_the_sampling_at_once(when: str, warm: float, samplings: Callable[..., Samplings]):
-    """The stub hangs in the evaluation: warm processes get their time, and are ended."""
+def test_fault_07_a_cancel_ends_the_sampling_at_once(
+    when: str, warm: float, samplings: Callable[..., Samplings], monkeypatch: pytest.MonkeyPatch
+):
+    """The stub hangs in the evaluation: warm processes have time to stop. Between two they stop at once."""
+    monkeypatch.setattr(stopping, "SECONDS", 600.0)
     here = samplings("hang", at=2)
     evaluator = here.open(keep_warm_seconds=warm)
     here.evaluate(evaluator)
@@ -183,13 +182,14 @@ def test_fault_07_a_cancel_ends_the_sampling_at_once(when: str, warm: float, sam
     started = time.monotonic()
     if when == "in one":
 
-        def cancel(*_: Any) -> None:
+        def cancel() -> None:
+            until((job.path / "rank0-2").exists)
             here.cancelled = True
 
-        signal.signal(signal.SIGALRM, cancel)
-        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        threading.Thread(target=cancel).start()
     else:
         here.cancelled = True
+        evaluator._served._thread.join(AT_ONCE)
     with pytest.raises(JobCancelled):
         here.evaluate(evaluator)
     assert time.monotonic() - started < AT_ONCE
@@ -199,8 +199,12 @@ def test_fault_07_a_cancel_ends_the_sampling_at_once(when: str, warm: float, sam
         here.nothing_is_left(*processes)
         return
     assert all(process.alive() for process in processes)
-    assert job.stop.exists()
-    here.pool.release()
+    if when == "in one":
+        assert job.stop.exists()
+    else:
+        settled()
+        assert [view.idle for view in here.pool.view()] == [True] and not job.path.exists()
+    assert here.pool.release() == 1
     settled()
     here.nothing_is_left(*processes)
 
@@ -208,8 +212,7 @@ def test_fault_07_a_cancel_ends_the_sampling_at_once(when: str, warm: float, sam
 def test_fault_07_29_a_sampling_that_is_given_up_leaves_nothing(samplings: Callable[..., Samplings]):
     """Its sampler raised between two evaluations, or was interrupted in one; or it never evaluated."""
     here = samplings()
-    evaluator = here.open()
-    evaluator.close()
+    here.open().close()
     here.nothing_is_left()
     evaluator = here.open()
     here.evaluate(evaluator)
@@ -222,7 +225,7 @@ def test_fault_07_29_a_sampling_that_is_given_up_leaves_nothing(samplings: Calla
 def test_a_sampling_inside_of_another_ones_step_has_the_processes_meanwhile(samplings: Callable[..., Samplings]):
     here = samplings()
     source = GroupEvaluators(here.pool, parent=here.folder / "jobs", failed=here.folder / "failed")
-    job = here.model.job(gpu_count=2, keep_warm_seconds=60.0)
+    job = here.model.job(gpu_count=2, keep_warm_seconds=600.0)
     outer, inner = source.open(job), source.open(job)
     here.evaluate(outer)
     processes = here.processes
@@ -239,7 +242,7 @@ def test_a_sampling_inside_of_another_ones_step_has_the_processes_meanwhile(samp
 
 def test_the_processes_end_with_free_memory_once_the_sampling_is_over(samplings: Callable[..., Samplings]):
     here = samplings()
-    evaluator = here.open(keep_warm_seconds=60.0)
+    evaluator = here.open(keep_warm_seconds=600.0)
     here.evaluate(evaluator)
     processes = here.processes
     assert here.pool.release() == 0
@@ -287,10 +290,7 @@ def test_fault_09_everything_ends_with_comfyui_in_an_evaluation(samplings: Calla
             [sys.executable, "-c", PARENT, str(SUPPORT), str(tmp_path), str(worker_group.AGENT)], stderr=log
         )
     try:
-        deadline = time.monotonic() + COMES_UP
-        while not (tmp_path / "evaluated").exists():
-            assert time.monotonic() < deadline and parent.poll() is None, (tmp_path / "parent.log").read_text()
-            time.sleep(0.05)
+        assert until((tmp_path / "evaluated").exists), (tmp_path / "parent.log").read_text()
         processes = here.processes
     finally:
         parent.kill()

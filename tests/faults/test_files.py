@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from jobs import run_stub
 from mount import SUPPORT
-from patience import AT_ONCE
+from patience import AT_ONCE, COMES_UP
 from wan_pack.distributed.group.leftovers import claim, keep_failed, remove_abandoned
 from wan_pack.distributed.group.logs import clean_lines
 from wan_pack.distributed.job.errors import JobCancelled
@@ -69,21 +70,27 @@ def test_fault_13_a_failed_job_that_cannot_be_moved_is_kept_where_it_is(tmp_path
 def test_fault_15_readers_never_see_half_a_file(tmp_path: Path):
     folder = JobDir.create(tmp_path)
     folder.write_json(folder.progress, {"step": 0, "text": "x" * 5000})
-    done = threading.Event()
+    enough = threading.Event()
 
     def write() -> None:
-        for step in range(1000):
+        for step in itertools.count(1):
             folder.write_json(folder.progress, {"step": step, "text": "x" * 5000})
-        done.set()
+            if enough.is_set():
+                return
 
     writer = threading.Thread(target=write)
     writer.start()
-    reads = 0
-    while not done.is_set():
-        assert len(folder.read_json(folder.progress)["text"]) == 5000
-        reads += 1
-    writer.join()
-    assert reads > 10
+    steps, deadline = set(), time.monotonic() + COMES_UP
+    try:
+        # Whoever gets more of the processor: while the other one writes.
+        while len(steps) < 100 and time.monotonic() < deadline:
+            read = folder.read_json(folder.progress)
+            assert len(read["text"]) == 5000
+            steps.add(read["step"])
+    finally:
+        enough.set()
+        writer.join()
+    assert len(steps) == 100
     assert [path.name for path in folder.path.iterdir() if path.is_file()] == ["progress.json"]
     folder.remove()
 
@@ -117,7 +124,7 @@ def test_fault_15_a_writer_killed_in_the_middle_leaves_the_old_file(tmp_path: Pa
     with writer.stdout:
         assert writer.stdout.readline() == "writing\n"
         writer.kill()
-    writer.wait(10)
+    writer.wait(AT_ONCE)
     assert read_json(path) == {"is": "old"}
 
 
@@ -168,9 +175,8 @@ def test_fault_17_only_a_whole_result_is_success(run_fake: RunFake, tmp_path: Pa
 def test_fault_18_a_flood_of_log_is_bounded(run_fake: RunFake):
     """About 200 MB, binary, with redrawn progress bars and no newline at the end."""
     lines: list[str] = []
-    before, started = resident_bytes(), time.monotonic()
+    before = resident_bytes()
     result = run_fake("flood", callbacks={"on_log_line": lines.append})
-    assert time.monotonic() - started < AT_ONCE
     assert resident_bytes() - before < 32 << 20
     assert len(result.log) <= launcher.MAX_LOG
     assert result.log.endswith("the end without a newline")
@@ -235,7 +241,11 @@ def test_fault_29_failing_jobs_leave_no_descriptors_threads_or_folders(run_fake:
     for _ in range(20):
         with pytest.raises(JobFailed):
             run_fake("fail")
-    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    # A thread that was told to end may need a moment.
+    deadline = time.monotonic() + AT_ONCE
+    while (held := (len(os.listdir("/proc/self/fd")), threading.active_count())) != before:
+        assert time.monotonic() < deadline, (held, before)
+        time.sleep(0.05)
     assert not list((tmp_path / "jobs").iterdir())
     assert len(list((tmp_path / "failed").iterdir())) == 5, "only the newest five are kept"
     run_fake("good").remove()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from jobs import FAKE_AGENT, ODD_NAME, Watch, agent_of, rank_of, run_stub, run_tiny, stub_job, tiny_job
+from patience import COMES_UP
 from wan_pack.demo.comfyui import reserve_port
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.group.environment import child_environment
@@ -33,9 +34,11 @@ def listening(processes: list[Process]) -> set[str]:
     inodes = set()
     for process in processes:
         for link in Path(f"/proc/{process.pid}/fd").iterdir():
-            target = os.readlink(link)
-            if target.startswith("socket:["):
-                inodes.add(target[8:-1])
+            # A file may be closed by now.
+            with contextlib.suppress(OSError):
+                target = os.readlink(link)
+                if target.startswith("socket:["):
+                    inodes.add(target[8:-1])
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
@@ -62,7 +65,7 @@ def test_fault_12_two_jobs_at_once_beside_a_program_on_torchs_own_port(stub_pack
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(COMES_UP)
     assert len({result.info["id"] for result in results}) == 2
     for result in results:
         result.remove()

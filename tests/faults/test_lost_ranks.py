@@ -37,8 +37,12 @@ def test_fault_01_10_a_killed_rank_is_named_though_the_agent_is_frozen(fails: Ca
 
 
 def test_fault_02_10_a_ranks_own_words_come_though_the_agent_is_frozen(fails: Callable[..., JobFailed], tmp_path: Path):
-    watch = Watch(tmp_path, lambda folder: agent_of(folder).kill(signal.SIGSTOP))
-    error = fails("raise", {"on_progress": watch}, fault={"delay": 0.5})
+    def act(folder: JobDir) -> None:
+        agent_of(folder).kill(signal.SIGSTOP)
+        (tmp_path / "frozen").touch()
+
+    watch = Watch(tmp_path, act)
+    error = fails("raise", {"on_progress": watch}, fault={"until": str(tmp_path / "frozen")})
     assert watch.seconds_ago < AT_ONCE
     assert str(error).startswith("rank 1: ValueError: the weights of layer 3 are bad\nin denoise at step 2")
 

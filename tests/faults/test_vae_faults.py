@@ -14,6 +14,7 @@ from decoding import GIVEN, Act, Decoding, decoding
 from jobs import STUB_VAE, agent_of, gone_within, pack_with, rank_of
 from left_over import settled
 from mount import SUPPORT
+from patience import AT_ONCE, COMES_UP
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.group.leftovers import remove_abandoned
 from wan_pack.distributed.job.errors import JobCancelled
@@ -28,7 +29,7 @@ def ranks(tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
     def make(action: str = "", at: int = 0, act: Act | None = None) -> Decoding:
         monkeypatch.setattr(worker_group, "AGENT", pack_with(STUB_VAE, tmp_path, action=action, at=at))
-        return Decoding(tmp_path, pool, act)
+        return Decoding(tmp_path, pool, act, at)
 
     yield make
     pool.release()
@@ -121,14 +122,14 @@ def test_fault_09_everything_ends_with_comfyui_in_a_picture(ranks: Callable[...,
         arguments = [str(SUPPORT), str(tmp_path), str(worker_group.AGENT)]
         parent = subprocess.Popen([sys.executable, "-c", PARENT, *arguments], stderr=log)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + COMES_UP
         while not (tmp_path / "decodes").exists():
             assert time.monotonic() < deadline and parent.poll() is None, (tmp_path / "parent.log").read_text()
             time.sleep(0.05)
         here.processes = [agent_of(here.job), rank_of(here.job, 0), rank_of(here.job, 1)]
     finally:
         parent.kill()
-        parent.wait(10)
-    assert gone_within(5, *here.processes)
+        parent.wait(AT_ONCE)
+    assert gone_within(AT_ONCE, *here.processes)
     remove_abandoned(tmp_path / "jobs")
     here.nothing_is_left()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from jobs import FILE, agent_of, gone_within, rank_of
 from left_over import held
+from patience import AT_ONCE
 from wan_pack.distributed.job.errors import JobError
 from wan_pack.distributed.job.job import Parallel, VaeJob
 from wan_pack.distributed.job.job_folder import JobDir
@@ -23,16 +24,16 @@ Act = Callable[["Decoding"], Any]
 
 
 def decoding(**parallel: Any) -> VaeJob:
-    layout = {"gpu_count": 2, "start_timeout": 60.0, "stall_timeout": 60.0, "keep_warm_seconds": 60.0, **parallel}
+    layout = {"gpu_count": 2, "start_timeout": 60.0, "stall_timeout": 60.0, "keep_warm_seconds": 600.0, **parallel}
     shapes: dict[str, Any] = {"given": tuple(GIVEN.shape), "made": (1, 3, 1, 16, 16)}
     return VaeJob(id=new_job_id(), vae=(FILE,), encode=False, parallel=Parallel(**layout), **shapes)
 
 
 class Decoding:
-    """On ranks without torch. `act` is called once, when they are at work."""
+    """On ranks without torch. `act` is called once, when they are at work and rank 1 has come to part `at`."""
 
-    def __init__(self, folder: Path, pool: Pool, act: Act | None = None) -> None:
-        self.folder, self.pool, self.act = folder, pool, act
+    def __init__(self, folder: Path, pool: Pool, act: Act | None = None, at: int = 1) -> None:
+        self.folder, self.pool, self.act, self.at = folder, pool, act, at
         self.cancelled, self.acted = False, False
         self.processes: list[Process] = []
         self.before = held()
@@ -45,7 +46,8 @@ class Decoding:
         if self.act is None or self.acted:
             return self.cancelled
         try:
-            at_work = all(self.job.read_json(self.job.alive(rank))["phase"] == "decode" for rank in (0, 1))
+            signs = [self.job.read_json(self.job.alive(rank)) for rank in (0, 1)]
+            at_work = all(sign["phase"] == "decode" for sign in signs) and signs[1]["step"] >= self.at - 1
         except (JobError, ValueError):
             # They start, or have ended.
             at_work = False
@@ -73,7 +75,7 @@ class Decoding:
         return caught.value
 
     def nothing_is_left(self) -> None:
-        assert gone_within(5, *self.processes)
+        assert gone_within(AT_ONCE, *self.processes)
         assert held() == self.before
         assert not list((self.folder / "jobs").glob("*"))
         assert self.pool.view() == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
+from patience import COMES_UP
 from shared_memory import orphans
 
 
@@ -23,7 +24,7 @@ def _open(name: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{name}")
 
 
-def settled(seconds: float = 20.0) -> None:
+def settled(seconds: float = COMES_UP) -> None:
     """Until no group is about to stop."""
     for thread in [thread for thread in threading.enumerate() if thread.name == "wan-stop"]:
         thread.join(seconds)
