@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from mount import ROOT
+from patience import COMES_UP
 from wan_pack.distributed.job.switches import ULYSSES_ENGINES
 from wan_pack.distributed.machine.gpus import Gpu
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint, checkpoint_files
@@ -156,6 +157,10 @@ def test_phases_are_timed_by_the_files_and_add_up(tmp_path: Path, missed: str):
             time.sleep(0.05)
             (folder / "draft").write_text(json.dumps({"phase": phase, "step": step}))
             (folder / "draft").replace(folder / "progress.json")
+            deadline = time.monotonic() + COMES_UP
+            while (phase if not step else f"step {step}") not in phases.seen:
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
         time.sleep(0.05)
     for folder in tmp_path.glob("wan-job-*"):
         shutil.rmtree(folder)
@@ -199,7 +204,10 @@ def test_cases_side_by_side_never_share_a_gpu(monkeypatch: pytest.MonkeyPatch, c
             assert len(ids) == case[1] and not busy & set(ids)
             busy.update(ids)
             most[0] = max(most[0], len(busy))
-        time.sleep(0.02)
+        # The first ones stay until all GPUs are busy.
+        deadline = time.monotonic() + COMES_UP
+        while most[0] < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
         with lock:
             busy.difference_update(ids)
             ran.append(case[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_formats import write_gguf, write_plain_fp8, write_scaled
+from patience import COMES_UP
 from safetensors.torch import save_file
 from tiny import random_weights
 from torch import Tensor, nn
@@ -143,11 +145,16 @@ def test_reading_tells_how_far_it_is_and_stops_when_told(tmp_path: Path, monkeyp
     read_weights(model, checkpoint, ["head.head.bias", CHANGED[0]], device=CPU, on_tensor=lambda *at: told.append(at))
     assert told == [(1, 2), (2, 2)]
 
+    first, stopped = iter([True]), threading.Event()
+
     def stop(done: int, total: int) -> None:
+        stopped.set()
         raise KeyboardInterrupt
 
     def slowly(*arguments: Any, **options: Any) -> None:
-        time.sleep(0.02)
+        if not next(first, False):
+            stopped.wait(COMES_UP)
+            time.sleep(0.3)
         read_into(*arguments, **options)
 
     read_into = checkpoint.read_into
