@@ -32,15 +32,16 @@ class Lines:
         """The tests that may notice what is wrong in a line: the likely and the quick ones first.
 
         Those that run it. What runs on import is a constant, a field or a signature: of those the tests that run a
-        line with its name, or have it in their own file.
+        line with its name, or that of a constant or field made of it, or have it in their own file.
         """
-        statement, inside = _statement(ast.parse(source), line)
+        tree = ast.parse(source)
+        statement, inside = _statement(tree, line)
         if inside:
             lines = self._lines.get(file, {})
             span = range(statement.lineno, _end(statement) + 1)
             found = {test for number in span for test in lines.get(str(number), ())}
         else:
-            found = set(self._naming(_bound(statement)))
+            found = set(self._naming(_made_of(tree, _bound(statement))))
         room = _room(file)
         return sorted(found, key=lambda test: (not test.startswith(room), self.seconds[test]))
 
@@ -95,6 +96,21 @@ def _bound(statement: ast.stmt) -> tuple[str, ...]:
     targets = getattr(statement, "targets", None) or [getattr(statement, "target", statement)]
     names = {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
     return tuple(sorted(names)) or ("no name",)
+
+
+def _made_of(tree: ast.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names, and those that are bound to something with one of them on import."""
+    found = set(names)
+    left: list[ast.stmt] = [*tree.body]
+    while left:
+        statement = left.pop()
+        if isinstance(statement, ast.ClassDef):
+            left += statement.body
+        value = getattr(statement, "value", None)
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)) and value is not None:
+            used = {node.id for node in ast.walk(value) if isinstance(node, ast.Name)}
+            found.update(_bound(statement) if used & set(names) else ())
+    return tuple(sorted(found))
 
 
 def state() -> str:

@@ -10,6 +10,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 
+import cover
 from changes import changed, changes
 from cover import Lines, near_and_far
 
@@ -89,3 +90,13 @@ def test_the_tests_of_other_rooms_are_asked_last():
     assert near_and_far("wan/files/a.py", [near, far]) == [[near], [far]]
     assert near_and_far("wan/files/a.py", [far]) == [[far]]
     assert near_and_far("wan/files/a.py", []) == []
+
+
+def test_a_constant_is_given_to_the_tests_of_what_is_made_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = "MOST = 9\nLEAST = 1\nclass Settings:\n    seed: int = number(0, MOST)\n    step: int = number(LEAST)\n"
+    for name in ("seed", "step"):
+        (tmp_path / f"test_{name}.py").write_text(f"def test_x():\n    assert {name}\n")
+    monkeypatch.setattr(cover, "ROOT", tmp_path)
+    lines = Lines({"seconds": {f"test_{name}.py::test_x": 1.0 for name in ("seed", "step")}, "lines": {}})
+    assert lines.tests("a.py", 1, source) == ["test_seed.py::test_x"]
+    assert lines.tests("a.py", 5, source) == ["test_step.py::test_x"]
