@@ -38,6 +38,7 @@ ROOMS = (
     "distributed/parallel/symmetric.py", "distributed/hosts/hostfile.py", "distributed/hosts/host_agent.py",
     "distributed/hosts/host_check.py", "distributed/launch/changed_file.py", "distributed/launch/group_evaluator.py",
     "distributed/launch/group_kind.py", "distributed/launch/held.py", "distributed/launch/pool.py",
+    "distributed/launch/result.py",
     "distributed/launch/served_job.py", "distributed/launch/vae_calls.py", "nodes/batch", "nodes/core",
     "nodes/inference", "nodes/models", "nodes/settings", "nodes/sockets", "nodes/host/core_model.py",
     "nodes/host/core_vae.py", "nodes/host/request_body.py", "nodes/host/other_pages.py", "nodes/host/own_folder.py",
