@@ -15,6 +15,7 @@ from tiny import random_weights
 from torch import Tensor
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.files import stored_model, stored_tensor
+from wan_pack.wan.files.headers import DTYPE_BITS, read_header
 from wan_pack.wan.files.module_weights import fill
 from wan_pack.wan.files.pth_files import _Global, _made, _storage, interpret, read_pth
 from wan_pack.wan.files.stored_model import open_model
@@ -245,3 +246,10 @@ def test_rows_are_read_in_pieces_of_whole_ones(monkeypatch: pytest.MonkeyPatch, 
     for row, piece in pieces:
         piece.fill_(row)
     assert out[:, 0].tolist() == [row for row, count in rows for _ in range(count)]
+
+
+def test_every_dtype_is_the_one_that_safetensors_writes_by_that_name(tmp_path: Path):
+    for name, dtype in (stored_tensor.DTYPES | stored_tensor.INTEGERS).items():
+        save_file({"x": torch.zeros(3, dtype=dtype)}, tmp_path / "x.safetensors")
+        assert read_header(tmp_path / "x.safetensors").tensors["x"].dtype == name
+        assert 8 * dtype.itemsize == DTYPE_BITS[name], name
