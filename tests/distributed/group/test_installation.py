@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,6 +78,17 @@ def test_what_comfyui_finds_in_a_place_that_is_not_handed_on_is_named(monkeypatc
     monkeypatch.setattr(installation, "_found", lambda module: "packages" if module == "ftfy" else "")
     with pytest.raises(JobError, match=r"pip install ftfy\. ComfyUI itself finds ftfy in packages, which is no"):
         check_installation(encodes=True, decodes=False)
+
+
+def test_of_what_a_process_said_before_it_ended_the_end_is_shown(monkeypatch: pytest.MonkeyPatch):
+    """There the reason is; what libraries print of their own is left out."""
+    printed = b'a banner\n{"module": "torch", "missing": "", "error": "", "because": ""}\n'
+    said = SimpleNamespace(stdout=printed, stderr=b"first words " + b"x" * 500 + b" last words\n", returncode=-11)
+    monkeypatch.setattr(installation, "ask_program", lambda *_, **__: said)
+    found = installation._really_ask(["torch", "ftfy", "diffusers"], os.environ)  # type: ignore[attr-defined]
+    assert found["torch"] == GOOD and "diffusers" not in found
+    error = found["ftfy"]["error"]
+    assert "ended with exit code -11" in error and error.endswith("x last words") and "first words" not in error
 
 
 def test_a_package_is_found_in_the_folder_that_is_imported_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

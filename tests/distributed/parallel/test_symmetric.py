@@ -47,6 +47,7 @@ class ThreadMemory:
         return self
 
     def put(self, rank: int, there: Tensor, here: Tensor) -> None:
+        assert here.is_contiguous(), "a kernel takes it by where it begins"
         there.copy_(here)
 
     def arrival(self, incoming: Any) -> None:
@@ -105,7 +106,12 @@ def expected(world: int, layer: SelfAttention, x: Tensor, kernel: Attention) -> 
     return torch.cat(parts, dim=1)[: len(x)]
 
 
-@pytest.mark.parametrize("kernel", [attention, attention_on_codes], ids=["full", "codes"])
+def heads_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As kernels whose results lie head by head."""
+    return attention(q, k, v).transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("kernel", [attention, attention_on_codes, heads_first], ids=["full", "codes", "heads first"])
 @pytest.mark.parametrize("ops", [PLAIN, WRITING], ids=["tensors", "kernel"])
 def test_it_changes_no_bit(monkeypatch: pytest.MonkeyPatch, ops: Ops, kernel: Attention):
     """Heads that ranks divide or not, ranks with one or none; videos one after another, also of the same length."""

@@ -166,3 +166,10 @@ def test_before_a_video_another_models_experts_go_and_of_the_others_the_first_to
     assert held["low_noise"].dropped is (low != "l")  # type: ignore[attr-defined]
     assert cache.is_on_device("high_noise")
     assert cache.is_on_device("low_noise") is (low == "l" and not parks)
+
+
+def test_models_of_one_file_name_are_told_apart(cache: ExpertCache):
+    names = [cache.named(files(f"{folder}/a")) for folder in ("other",)]
+    cache._made_of[names[0]] = ExpertFiles(files("other/a"), (), None)
+    names.append(cache.named(files("third/a")))
+    assert names == ["a 2", "a 3"] and cache.named(files("a")) == "a" and cache.named(files("other/a")) == "a 2"

@@ -123,6 +123,12 @@ def looked_at(config: WanConfig, *names: str, clip: bool = True, **more: Any) ->
     return list(pictures)
 
 
+def test_an_alpha_channel_is_not_shown():
+    picture = torch.rand(2, 48, 64, 4)
+    made = picture_tensors({"start_image": picture}, Status())["clip_pictures"]
+    assert torch.equal(made, fit_clip_picture(picture[0, :, :, :3])[None])
+
+
 def test_the_jobs_own_clip_is_shown_as_many_pictures_as_the_model_has_places_for():
     assert looked_at(WITH_CLIP, "start_image") == ["start_image"]
     assert looked_at(WITH_CLIP, "start_image", "end_image") == ["start_image"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import replace
 
 import pytest
@@ -122,3 +123,30 @@ def test_sizes_that_a_file_cannot_have_are_refused():
     many = {f"blocks.{i}.x": (1,) for i in range(MAX_LAYERS + 1)}
     with pytest.raises(ValueError, match="it has 1001 blocks; at most 1000 are read"):
         config_from_shapes({**shapes, **many})
+
+
+PARTS_OF_OTHERS = {
+    "a Wan S2V transformer": ("casual_audio_encoder", "audio_injector", "trainable_cond_mask"),
+    "a Wan transformer with an audio branch": ("audio_proj", "audio_cross_attn"),
+    "a Wan Animate transformer in diffusers' names": ("motion_synthesis_weight",),
+    "a Wan SCAIL-2 transformer": ("patch_embedding_mask",),
+    "a Wan SCAIL transformer": ("patch_embedding_pose",),
+    "a SkyReels DF": ("fps_embedding", "fps_projection"),
+    "a Wan transformer with Lynx adapters": ("ip_adapter", "ref_adapter", "to_k_ip", "to_k_ref"),
+    "a Wan transformer with Stand-In merged": ("q_loras", "k_loras", "v_loras"),
+    "a Wan transformer with a Uni3C controlnet": ("controlnet", "controlnet_patch_embedding", "controlnet_blocks"),
+    "a Wan transformer with video sparse attention": ("to_gate_compress",),
+    "a ReCamMaster transformer": ("cam_encoder",),
+    "a UniAnimate transformer": ("dwpose_embedding", "randomref_embedding_pose"),
+    "a FlashVSR transformer": ("LQ_proj_in",),
+}
+
+
+@pytest.mark.parametrize("name", PARTS_OF_OTHERS)
+def test_a_model_that_does_not_run_is_named_by_any_of_its_parts(name: str):
+    for part in PARTS_OF_OTHERS[name]:
+        for tensor in (f"{part}.weight", f"blocks.0.{part}.weight", f"blocks.0.self_attn.{part}.0.bias"):
+            with pytest.raises(ValueError, match=f"^it is {re.escape(name)}.*; expected a"):
+                check_runs({"blocks.0.ffn.0.weight": (8, 8), tensor: (8, 8)})
+        # A part is a whole word of a name.
+        check_runs({f"blocks.0.un{part}.weight": (8, 8)})

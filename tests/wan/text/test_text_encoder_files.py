@@ -11,7 +11,9 @@ from mount import GOLDEN
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from umt5 import LAYERS, MODEL, SENTENCES, gguf_tokenizer, hf_weights, train_spiece, wide_hf_weights, write_gguf
+from wan_pack.wan.files.gguf_files import GgufFile
 from wan_pack.wan.files.model_folder import folder_files
+from wan_pack.wan.text.gguf_tokenizer import sentencepiece_model
 from wan_pack.wan.text.t5_keys import EXPECTED, check_text_encoder_files, module_names
 from wan_pack.wan.text.text_encoder import TextEncoder, load_text_encoder
 from wan_pack.wan.text.tokenizer import Tokenizer
@@ -225,10 +227,11 @@ def test_gguf_carries_its_tokenizer(spiece: bytes, tmp_path: Path) -> None:
     files = folder_files(parts[1], EXPECTED)
     check_text_encoder_files(files, [])
     assert load_text_encoder(files).tokenizer("a cat") == ours("a cat")
-    metadata["tokenizer.ggml.scores"] = metadata["tokenizer.ggml.scores"][:-1]
-    write_gguf(path, wide_hf_weights(), "F16", metadata)
-    with pytest.raises(ValueError, match=r"umt5\.gguf carries a damaged tokenizer: .* 299 scores"):
-        load_text_encoder([path])
+    for name, words in (("tokens", "299 tokens"), ("scores", "299 scores"), ("token_type", "299 types")):
+        key = f"tokenizer.ggml.{name}"
+        write_gguf(path, weights, "F16", metadata | {key: metadata[key][:-1]})
+        with pytest.raises(ValueError, match=rf"umt5\.gguf carries a damaged tokenizer: .*{words}"):
+            sentencepiece_model(GgufFile(path))
 
 
 def test_wrong_gguf_files_are_named(tokenizer_file: Path, tmp_path: Path) -> None:
