@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,19 +26,23 @@ from jobs import (
     tiny_job,
     write_embeddings,
 )
+from left_over import settled
 from patience import AT_ONCE
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.group.signs_of_life import Seen
 from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.launch import pool as pools
+from wan_pack.distributed.launch import stopping
 from wan_pack.distributed.launch.held import HeldGroup
 from wan_pack.distributed.launch.pool import Pool
 from wan_pack.distributed.launch.stopping import seconds_to_stop
 from wan_pack.distributed.machine.gpus import Gpu
 from wan_pack.distributed.machine.processes import Process
 
-WARM = {"keep_warm_seconds": 60.0}
+WARM = {"keep_warm_seconds": 600.0}
+LONG = 600.0
+"""Seconds that are not waited for."""
 
 
 class Cancelled:
@@ -59,20 +63,16 @@ class Cancelled:
         return self.watch.seconds_ago
 
 
-def settled(seconds: float = 20.0) -> None:
-    """Until no group is about to stop."""
-    for thread in [thread for thread in threading.enumerate() if thread.name == "wan-stop"]:
-        thread.join(seconds)
-        assert not thread.is_alive()
-
-
 @pytest.mark.ranks
-def test_the_next_seed_runs_on_the_same_processes_and_is_right(tiny_models: Path, tmp_path: Path, pool: Pool):
+def test_the_next_seed_runs_on_the_same_processes_and_is_right(
+    tiny_models: Path, tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+):
     """Cancelled in the middle, with the second expert still to come; then the same video and one of another size."""
+    monkeypatch.setattr(stopping, "SECONDS", LONG)
     # More than there is time for: those that end by themselves would stay as well.
     job = tiny_job(tiny_models, steps=1000, **WARM)
     cancelled = Cancelled(tmp_path)
-    assert cancelled.run(lambda **more: run_tiny(job, tmp_path, pool=pool, **more)) < 2
+    assert cancelled.run(lambda **more: run_tiny(job, tmp_path, pool=pool, **more)) < AT_ONCE
     made, weights = [], []
     for settings in ({"seed": 7}, {"seed": 8, "width": 96}):
         nxt = tiny_job(tiny_models, **WARM, **settings)
@@ -99,17 +99,21 @@ def test_fault_07_a_rank_that_does_not_stop_is_ended_and_the_cancel_does_not_wai
     held: bool, tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ):
     """Also that of a batch's last job, whose ranks stay as those of any other."""
-    monkeypatch.setattr(worker_group, "AGENT", pack_with(STUB_WORKER, tmp_path, action="good", seconds=60.0))
-    monkeypatch.setattr("wan_pack.distributed.launch.stopping.SECONDS", 1.0)
+    monkeypatch.setattr(worker_group, "AGENT", pack_with(STUB_WORKER, tmp_path, action="good", seconds=LONG))
+    monkeypatch.setattr(stopping, "SECONDS", LONG)
+    later = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + later[-1], sleep=time.sleep)
+    monkeypatch.setattr(stopping, "time", clock)
     cancelled = Cancelled(tmp_path)
     source = HeldGroup(pool) if held else pool
-    assert cancelled.run(lambda **more: run_stub(tmp_path, stub_job(**WARM), pool=source, **more)) < 1
+    assert cancelled.run(lambda **more: run_stub(tmp_path, stub_job(**WARM), pool=source, **more)) < AT_ONCE
     assert all(process.alive() for process in cancelled.processes)
     # For the plan of the next job their memory is free already, as that of a group that waits.
     (member,) = pool._members
     member.free_bytes = {"0": 7}
     gpu = Gpu(index="0", uuid="GPU-a", name="", total_bytes=9, free_bytes=1)
     assert [known.free_bytes for known in pool.without_idle([gpu])] == [7]
+    later.append(2 * LONG)
     settled()
     assert gone_within(AT_ONCE, *cancelled.processes, cancelled.agent)
     assert not list((tmp_path / "jobs").iterdir()) and pool.view() == []
@@ -120,8 +124,8 @@ def test_fault_07_a_rank_that_does_not_stop_is_ended_and_the_cancel_does_not_wai
 def test_fault_07_who_needs_the_gpus_does_not_wait_for_the_step(
     way: str, tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(worker_group, "AGENT", pack_with(STUB_WORKER, tmp_path, action="good", seconds=8.0))
-    monkeypatch.setattr("wan_pack.distributed.launch.stopping.SECONDS", 60.0)
+    monkeypatch.setattr(worker_group, "AGENT", pack_with(STUB_WORKER, tmp_path, action="good", seconds=LONG))
+    monkeypatch.setattr(stopping, "SECONDS", LONG)
     cancelled = Cancelled(tmp_path)
     cancelled.run(lambda **more: run_stub(tmp_path, stub_job(**WARM), pool=pool, **more))
     if way == "release":
@@ -138,8 +142,10 @@ def test_fault_07_who_needs_the_gpus_does_not_wait_for_the_step(
 def test_fault_07_08_the_next_job_waits_for_the_step_and_can_be_cancelled_meanwhile(
     tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ):
-    """The stub's ranks end their step, and with it their job, after a while."""
-    monkeypatch.setattr(worker_group, "AGENT", pack_with(STUB_WORKER, tmp_path, action="good", seconds=3.0))
+    """The stub's ranks end their step, and with it their job, when they are told to."""
+    ends = tmp_path / "the step ends"
+    monkeypatch.setattr(worker_group, "AGENT", pack_with(STUB_WORKER, tmp_path, action="good", until=str(ends)))
+    monkeypatch.setattr(stopping, "SECONDS", LONG)
     cancelled, told = Cancelled(tmp_path), []
     cancelled.run(lambda **more: run_stub(tmp_path, stub_job(**WARM), pool=pool, **more))
     waits = "waiting for the end of the step that was cancelled"
@@ -151,6 +157,7 @@ def test_fault_07_08_the_next_job_waits_for_the_step_and_can_be_cancelled_meanwh
         run_stub(tmp_path, stub_job(**WARM), pool=pool, on_progress=told.append, cancelled=waited)
     assert waited()
     (member,) = pool._members
+    ends.touch()
     result = run_stub(tmp_path, stub_job(**WARM), pool=pool)
     result.remove()
     assert [member.group] == [other.group for other in pool._members]

@@ -121,12 +121,13 @@ def warm(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def test_the_second_video_starts_at_once_on_the_same_processes(warm: Warm):
+    warm.pool.release()
     first = warm.run(warm.job())
     later = [warm.run(warm.job(seed=seed)) for seed in (5, 6, 7)]
     assert all(made.ranks == first.ranks for made in later)
     assert all(made.weights_read == [] for made in later)
     # The best of three: the machine may be busy.
-    assert min(made.seconds_to_first_step for made in later) < 1
+    assert min(made.seconds_to_first_step for made in later) < first.seconds_to_first_step / 2
 
 
 def test_a_preview_changes_nothing_and_two_ranks_show_what_one_would(warm: Warm):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from jobs import HELPERS, run_stub, stub_job
+from patience import COMES_UP
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.launch.launcher import Result
@@ -72,8 +73,8 @@ def test_each_group_starts_once_for_all_its_videos(run: Run, pool: Pool, tmp_pat
 
 
 def test_groups_stay_warm_for_the_next_batch(run: Run, pool: Pool) -> None:
-    first = run(2, [("0",), ("1",)], keep_warm=60.0)
-    second = run(3, [("0",), ("1",)], keep_warm=60.0)
+    first = run(2, [("0",), ("1",)], keep_warm=600.0)
+    second = run(3, [("0",), ("1",)], keep_warm=600.0)
     assert set(second) == set(first)
     assert pool.release() == 2
 
@@ -109,5 +110,5 @@ def test_two_batches_that_want_each_others_gpus_both_end(run: Run) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(COMES_UP)
     assert done == [3, 3]

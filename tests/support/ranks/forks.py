@@ -11,7 +11,7 @@ from unittest import mock
 
 from mount import SUPPORT, SUPPORT_ROOMS
 
-TIMEOUT = 240.0
+TIMEOUT = 600.0
 """Seconds for all ranks together."""
 
 
