@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from mount import ROOT
 from node_inputs import inputs_of, use_model_folders, widgets
+from patience import COMES_UP
 from wan_pack.nodes import DISPLAY_NAMES, NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, node_classes
 from wan_pack.nodes.batch.batch import WanVideoDistributedBatch
 from wan_pack.nodes.inference.inference import WanVideoDistributedInference
@@ -110,7 +111,7 @@ def test_import_is_light_and_has_no_side_effects(tmp_path: Path) -> None:
         "print(json.dumps([n for n in ('torch', 'diffusers', 'transformers', 'deepspeed') if n in sys.modules]))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=COMES_UP, check=True
     )
     assert json.loads(done.stdout) == []
     assert done.stderr == ""

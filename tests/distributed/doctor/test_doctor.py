@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from fake_machine import SMI, pretend, texts
 from mount import ROOT
+from patience import COMES_UP
 from tiny import random_weights, write_official
 from wan_pack.distributed.doctor import examine as doctor
 from wan_pack.distributed.doctor import gpu_findings as doctor_gpus
@@ -56,7 +57,7 @@ def test_one_gpu_and_none(smi: Any):
     ("script", "words"),
     [
         (None, "note driver: nvidia-smi is not there: no NVIDIA driver"),
-        ("#!/bin/sh\nexec sleep 60\n", "wrong driver: nvidia-smi did not answer within 0.3 s / The driver hangs"),
+        ("#!/bin/sh\nexec sleep 600\n", "wrong driver: nvidia-smi did not answer within 0.3 s / The driver hangs"),
         ("#!/bin/sh\necho version mismatch >&2; exit 9\n", "wrong driver: nvidia-smi fails: version mismatch"),
         ("#!/bin/sh\nhead -c 3000 /dev/urandom\n", "driver: NVIDIA"),
     ],
@@ -67,19 +68,20 @@ def test_a_bad_nvidia_smi_is_a_line_of_the_report(
 ):
     if script is not None:
         smi(script)
-    monkeypatch.setattr(nvidia_smi, "TIMEOUT", 0.3)
+    monkeypatch.setattr(nvidia_smi, "TIMEOUT", 0.3 if "sleep" in (script or "") else COMES_UP)
     started = time.monotonic()
-    report = examine([Probe("driver", doctor_gpus.driver_findings, 5), Probe("GPUs", doctor_gpus.gpu_findings, 5)])
+    probes = [Probe("driver", doctor_gpus.driver_findings, COMES_UP), Probe("GPUs", doctor_gpus.gpu_findings, COMES_UP)]
+    report = examine(probes)
     assert words in texts(report.findings)
     assert all(len(finding.text) <= 600 for finding in report.findings)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 300
 
 
 def test_a_probe_that_hangs_or_fails_costs_only_its_own_answer():
     over = threading.Event()
 
     def hang() -> list[Finding]:
-        over.wait(30)
+        over.wait(600)
         return []
 
     def fail() -> list[Finding]:
@@ -87,10 +89,14 @@ def test_a_probe_that_hangs_or_fails_costs_only_its_own_answer():
 
     started = time.monotonic()
     report = examine(
-        [Probe("disk", hang, 0.2), Probe("driver", fail, 1), Probe("torch", lambda: [Finding("torch", "2.9")], 1)]
+        [
+            Probe("disk", hang, 0.2),
+            Probe("driver", fail, COMES_UP),
+            Probe("torch", lambda: [Finding("torch", "2.9")], COMES_UP),
+        ]
     )
     over.set()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 300
     assert [finding.level for finding in report.findings] == [WRONG, WRONG, OK]
     assert report.findings[0].text == "no answer within 0.2 s"
     assert "could not be asked: PermissionError" in report.findings[1].text
@@ -153,7 +159,7 @@ def test_an_attention_kernel_that_cannot_be_imported(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        ("""echo '{"topic": "torch", "text": "2.9"}'; exec sleep 60""", "not imported within 0.5 s after torch"),
+        ("""echo '{"topic": "torch", "text": "2.9"}'; exec sleep 600""", "not imported within 2 s after torch"),
         (
             """echo '{"topic": "torch", "text": "2.9"}'; echo boom >&2; kill -SEGV $$""",
             "ended with -11 after torch: boom",
@@ -164,7 +170,7 @@ def test_an_attention_kernel_that_cannot_be_imported(monkeypatch: pytest.MonkeyP
 )
 def test_fault_33_libraries_that_hang_or_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, words: str):
     pretend(monkeypatch, tmp_path, script)
-    monkeypatch.setattr(doctor, "LIBRARIES_TIMEOUT", 0.5)
+    monkeypatch.setattr(doctor, "LIBRARIES_TIMEOUT", 2.0 if "exec sleep" in script else COMES_UP)
     found = doctor.library_findings([])
     assert found[0] == Finding("torch", "2.9")
     assert words in found[1].text and found[1].level == WRONG

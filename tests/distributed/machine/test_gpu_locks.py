@@ -87,7 +87,7 @@ def test_a_holder_that_is_killed_lets_go(hold: Hold, tmp_path: Path):
         take(tmp_path, "GPU-0a1b")
     holder.kill()
     holder.wait()
-    take(tmp_path, "GPU-0a1b", seconds=1).release()
+    take(tmp_path, "GPU-0a1b", seconds=AT_ONCE).release()
 
 
 def test_two_jobs_of_one_process_wait_for_each_other(tmp_path: Path):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import COMES_UP
 from wan_pack.distributed.doctor import exchange
 
 SMI = """#!/bin/sh
@@ -25,10 +26,13 @@ def texts(findings: Any) -> str:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
-    """Lets `script` be the processes that exchange: `sys.executable -u PACK exchange FOLDER RANK`."""
+    """Lets `script` be the processes that exchange: `sys.executable -u PACK exchange FOLDER RANK`.
+
+    Nothing is said to hang, unless a test has it wait for less.
+    """
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\nrank=$5\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setattr(exchange.sys, "executable", str(program))
-    monkeypatch.setattr(exchange, "START_TIMEOUT", 5.0)
-    monkeypatch.setattr(exchange, "TIMEOUT", 0.5)
+    monkeypatch.setattr(exchange, "START_TIMEOUT", COMES_UP)
+    monkeypatch.setattr(exchange, "TIMEOUT", COMES_UP)

