@@ -28,7 +28,7 @@ from real_jobs import PICTURES, Shape, make_inputs, make_job
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from wan_pack.distributed.job.evaluator import SampleConditioning, SampleControl
+    from wan_pack.distributed.job.evaluator import SampleConditioning, SampleTold
     from wan_pack.distributed.job.job import ForwardsJob, Job
 
 GUIDANCE = ("off", "cfg", "ulysses")
@@ -81,23 +81,21 @@ class Runner:
 
         config, inputs = model_config(shape.model), make_inputs(shape)
         prompts = [inputs["context"], inputs["context_null"]] if shape.guided else [inputs["context"]]
-        controls = self.control(shape) if config.vace_layers else ()
-        samples = [
-            SampleConditioning(text=text, controls=controls, conditional=at == 0) for at, text in enumerate(prompts)
-        ]
+        told = {"controls": self.control(shape)} if config.vace_layers else {}
+        samples = [SampleConditioning(text=text, told=told, conditional=at == 0) for at, text in enumerate(prompts)]
         latents = inputs["samples"].float()
         # As a picture and its mask stand beside the latents.
         beside = torch.randn(config.in_dim - len(latents), *latents.shape[1:])
         x = torch.cat([latents, beside])
         return x.expand(len(samples), *x.shape).contiguous(), samples
 
-    def control(self, shape: Shape) -> tuple[SampleControl, ...]:
+    def control(self, shape: Shape) -> tuple[SampleTold, ...]:
         """Another one in every call."""
         import torch
-        from wan_pack.distributed.job.evaluator import SampleControl
+        from wan_pack.distributed.job.evaluator import SampleTold
 
         latents = make_inputs(shape, meta=True)["samples"].shape
-        return (SampleControl(torch.randn(model_config(shape.model).control_dim, *latents[1:])),)
+        return (SampleTold(torch.randn(model_config(shape.model).control_dim, *latents[1:])),)
 
     def evaluations(self, shape: Shape, jobs: Sequence[ForwardsJob]) -> Sampled:
         """One sampling for each job, as samplers of two experts follow one another."""
@@ -115,9 +113,9 @@ class Runner:
                     evaluator.evaluate(x, timesteps, samples)
                     (sampled.seconds if step else sampled.first).append(time.perf_counter() - start)
                     start = time.perf_counter()
-                if samples[0].controls:
-                    other = self.control(shape)
-                    changed = [dataclasses.replace(sample, controls=other) for sample in samples]
+                if "controls" in samples[0].told:
+                    other = {"controls": self.control(shape)}
+                    changed = [dataclasses.replace(sample, told=other) for sample in samples]
                     start = time.perf_counter()
                     evaluator.evaluate(x, timesteps, changed)
                     sampled.new_control.append(time.perf_counter() - start)

@@ -97,8 +97,8 @@ class GoldenRun:
         reference = Reference(io["reference_latent"][:, None]) if "reference_latent" in io else None
         stride = io["camera"].shape[-1] // io["x"].shape[-1] if "camera" in io else 0
         conditions = Conditions(
-            image=io.get("y"), picture=io["clip_fea"].flatten(0, 1) if "clip_fea" in io else None, reference=reference,
-            camera=Camera(io["camera"], stride) if stride else None,
+            image=io.get("y"), picture=Context(io["clip_fea"].flatten(0, 1)) if "clip_fea" in io else None,
+            reference=reference, camera=Camera(io["camera"], stride) if stride else None,
         )  # fmt: skip
         grid = conditions.grid(tuple(io["x"].shape))
         shard = self.shard(grid)
@@ -131,6 +131,7 @@ class GoldenRun:
         from wan_pack.wan.sampling.denoise import Guidance, Known, denoise, draw_noise
         from wan_pack.wan.sampling.schedule import make_solver
         from wan_pack.wan.transformer.conditions import Conditions
+        from wan_pack.wan.transformer.context import Context
 
         case = json.loads((folder / "case.json").read_text())
         io = read(folder / "io.safetensors")
@@ -152,7 +153,7 @@ class GoldenRun:
             low=low, high=high, boundary=case.get("boundary", 0.0),
             only=next(iter(models)) if len(models) == 1 else None,
         )  # fmt: skip
-        picture = io["clip_fea"].flatten(0, 1) if "clip_fea" in io else None
+        picture = Context(io["clip_fea"].flatten(0, 1)) if "clip_fea" in io else None
         conditions = Conditions(image=io.get("y"), picture=picture, controls=recorded_controls(case, io))
         known = None
         if "first_frame" in io:

@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ...wan.model.config import FACE_SIDE
-from ...wan.model.latent_space import TEMPORAL_STRIDE
+from ...wan.model.latent_space import LATENT_SPACES
+from ...wan.sampling.told import KINDS, Kind
 from ..job.errors import JobError, check
-from ..job.evaluator import ITEM_BYTES, KEPT_AT_LEAST, MAX_CONTROL_BYTES, MAX_CONTROLS
+from ..job.evaluator import ITEM_BYTES, KEPT_AT_LEAST, MAX_CONTROL_BYTES
 from ..job.job import FLOAT_BYTES
 from ..job.strict_json import build
 
@@ -31,7 +31,7 @@ MAX_ROWS = 1 << 13
 """Of a text or of what CLIP sees: ComfyUI joins prompts of 512 rows each."""
 MAX_ROW_CHANNELS = 1 << 14
 MAX_SENT_BYTES = MAX_SAMPLES * (MAX_CONTROL_BYTES + (1 << 30))
-"""Of all that is sent with one evaluation: its controls, and its texts."""
+"""Of all that is sent with one evaluation: a kind of each sample, and texts and others."""
 _KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -42,7 +42,7 @@ class SentTensor:
     key: str
     """SHA-256 of what it is, hexadecimal."""
     shape: tuple[int, ...]
-    """Of rows: rows, channels. Of a volume: channels, latent frames, rows and columns."""
+    """Of rows: rows, channels. Of a volume: channels, frames, rows and columns."""
     dtype: str
     """A key of `ITEM_BYTES`."""
 
@@ -63,26 +63,40 @@ class SentTensor:
         check(rows <= MAX_ROWS, "rows of a text", rows, f"1 to {MAX_ROWS}")
         check(channels <= MAX_ROW_CHANNELS, "channels of a text", channels, f"1 to {MAX_ROW_CHANNELS}")
 
-    def check_volume(self, size: tuple[int, ...]) -> None:
-        """As a control of latents of this size: frames, rows and columns."""
-        check(self.dtype == "float32", "dtype of a control", self.dtype, "float32")
-        fits = len(self.shape) == 4 and self.shape[0] <= MAX_CHANNELS and self.shape[1:] == size
-        check(fits, "shape of a control", list(self.shape), f"1 to {MAX_CHANNELS} channels of {list(size)}")
+    def check_volume(self, kind: Kind, latents: tuple[int, ...]) -> None:
+        """As one of a kind beside latents of this size: frames, rows and columns."""
+        check(self.dtype == "float32", f"dtype of a {kind.what}", self.dtype, "float32")
+        # Which of them the model has is known to the ranks.
+        strides = [space.stride for space in LATENT_SPACES.values()]
+        fits = any(kind.fits(self.shape, latents, stride) for stride in strides) and self.shape[0] <= MAX_CHANNELS
+        of = f"1 to {MAX_CHANNELS} channels, and frames, rows and columns beside latents of {list(latents)}"
+        check(fits, f"shape of a {kind.what}", list(self.shape), of)
 
-    def check_poses(self, size: tuple[int, ...]) -> None:
-        """As poses for latents of this size: of as many frames, or fewer."""
-        frames = min(self.shape[1], size[0]) if len(self.shape) == 4 else 0
-        self.check_volume((frames, *size[1:]))
 
-    def check_faces(self) -> None:
-        frames = min(self.shape[1], MAX_FRAMES * TEMPORAL_STRIDE) if len(self.shape) == 4 else 0
-        self.check_volume((frames, FACE_SIDE, FACE_SIDE))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToldKeys:
+    """What the samples are told of a kind."""
 
-    def check_pixels(self, size: tuple[int, ...]) -> None:
-        """As rays of the pixels of latents of this size: frames, rows and columns."""
-        frames, rows, columns = size
-        scale = self.shape[-1] // columns if len(self.shape) == 4 else 0
-        self.check_volume((frames, scale * rows, scale * columns))
+    kind: str
+    """A name in `KINDS`."""
+    keys: tuple[tuple[str, ...], ...]
+    """Of each sample's."""
+    strengths: tuple[tuple[float, ...], ...]
+    """Of each of them."""
+
+    def __post_init__(self) -> None:
+        check(self.kind in KINDS, "kind of what is told", self.kind, f"one of {', '.join(KINDS)}")
+        most = KINDS[self.kind].most
+        for keys in self.keys:
+            check(1 <= len(keys) <= most, f"{self.kind} of a sample", len(keys), f"1 to {most}")
+        counts = tuple(map(len, self.strengths))
+        check(counts == tuple(map(len, self.keys)), "strengths", counts, f"one for each of {self.kind}")
+        ok = all(math.isfinite(value) for values in self.strengths for value in values)
+        check(ok, "strengths", self.strengths, "finite numbers")
+
+    @property
+    def all_keys(self) -> tuple[str, ...]:
+        return tuple(key for keys in self.keys for key in keys)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,20 +109,8 @@ class Evaluation:
     """Each latent frame has a timestep of its own."""
     texts: tuple[str, ...]
     """For each sample the key of its text."""
-    pictures: tuple[str, ...] = ()
-    """For each sample the key of what CLIP sees in its pictures; none where the model does not look at any."""
-    controls: tuple[tuple[str, ...], ...] = ()
-    """For each sample the keys of its controls; none where the model follows none."""
-    strengths: tuple[tuple[float, ...], ...] = ()
-    """Of `controls`."""
-    references: tuple[str, ...] = ()
-    """For each sample the key of the picture in front of its video; none where there is none."""
-    cameras: tuple[str, ...] = ()
-    """For each sample the key of the rays of its pixels; none where the model is told of no camera."""
-    poses: tuple[str, ...] = ()
-    """For each sample the key of the poses that it takes over, or none."""
-    faces: tuple[str, ...] = ()
-    """The same of pictures of a face."""
+    told: tuple[ToldKeys, ...] = ()
+    """A kind each."""
     sent: tuple[SentTensor, ...] = ()
     """Of all that the samples are told, what is new, in the order of its bytes."""
 
@@ -126,50 +128,51 @@ class Evaluation:
 
     def _check_told(self, batch: int) -> None:
         check(len(self.texts) == batch, "texts", len(self.texts), f"one for each of {batch} samples")
-        for name, values in (
-            ("pictures", self.pictures), ("controls", self.controls), ("references", self.references),
-            ("cameras", self.cameras), ("poses", self.poses), ("faces", self.faces),
-        ):  # fmt: skip
-            check(len(values) in (0, batch), name, len(values), f"one for each of {batch} samples, or none")
-        for keys in self.controls:
-            check(1 <= len(keys) <= MAX_CONTROLS, "controls of a sample", len(keys), f"1 to {MAX_CONTROLS}")
-        counts = tuple(map(len, self.strengths))
-        check(counts == tuple(map(len, self.controls)), "strengths", counts, "one for each control")
-        ok = all(math.isfinite(value) for values in self.strengths for value in values)
-        check(ok, "strengths", self.strengths, "finite numbers")
-        keys = (*self.rows, *self.volumes)
+        kinds = [one.kind for one in self.told]
+        check(len(set(kinds)) == len(kinds), "kinds of what is told", kinds, "each once")
+        for one in self.told:
+            check(len(one.keys) == batch, one.kind, len(one.keys), f"one for each of {batch} samples, or none")
+        # A key says of which kind it is.
+        keys = list(dict.fromkeys(self.texts))
+        keys += [key for one in self.told for key in dict.fromkeys(one.all_keys)]
         check(all(_KEY.fullmatch(key) for key in keys), "texts", keys, "keys of 64 hexadecimal digits")
-        check(set(self.rows).isdisjoint(self.volumes), "controls", self.controls, "others than the texts")
+        check(len(set(keys)) == len(keys), "keys", keys, "others for each kind than for the texts")
 
     def _check_sent(self) -> None:
-        keys = [one.key for one in self.sent]
-        ok = len(set(keys)) == len(keys) and {*self.rows, *self.volumes}.issuperset(keys)
-        check(ok, "sent", keys, "texts and controls of this evaluation, each once")
+        keys, kinds = [one.key for one in self.sent], self.kinds
+        ok = len(set(keys)) == len(keys) and {*self.texts, *kinds}.issuperset(keys)
+        check(ok, "sent", keys, "texts and what else is told in this evaluation, each once")
         for one in self.sent:
             if one.key in self.rows:
                 one.check_rows()
-            elif one.key in self.cameras:
-                one.check_pixels(self.shape[2:])
-            elif one.key in self.poses:
-                one.check_poses(self.shape[2:])
-            elif one.key in self.faces:
-                one.check_faces()
             else:
-                # A picture is of one frame.
-                one.check_volume((1, *self.shape[3:]) if one.key in self.references else self.shape[2:])
+                one.check_volume(kinds[one.key], self.shape[2:])
         size = sum(one.nbytes for one in self.sent)
         check(size <= MAX_SENT_BYTES, "bytes of what is sent", size, f"at most {MAX_SENT_BYTES}")
 
     @property
+    def kinds(self) -> dict[str, Kind]:
+        """Key -> of which kind it is."""
+        return {key: KINDS[one.kind] for one in self.told for key in one.all_keys}
+
+    @property
     def rows(self) -> tuple[str, ...]:
-        """Keys of texts and of what CLIP sees."""
-        return self.texts + self.pictures
+        """Keys of texts and of what is rows of channels as they are."""
+        return self.texts + tuple(key for key, kind in self.kinds.items() if kind.size is None)
 
     @property
     def volumes(self) -> tuple[str, ...]:
         """Keys of what has frames, rows and columns."""
-        controls = (key for keys in self.controls for key in keys)
-        return (*controls, *self.references, *self.cameras, *self.poses, *self.faces)
+        return tuple(key for key, kind in self.kinds.items() if kind.size is not None)
+
+    @property
+    def in_front(self) -> int:
+        """Latent frames that are computed in front of those that are evaluated."""
+        return sum(KINDS[one.kind].in_front for one in self.told)
+
+    def count(self, kind: str) -> int:
+        """The most that a sample is told of it."""
+        return max((len(keys) for one in self.told if one.kind == kind for keys in one.keys), default=0)
 
     @property
     def latent_bytes(self) -> int:

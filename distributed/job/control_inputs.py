@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...wan.model.config import FACE_SIDE, WanConfig
+from ...wan.model.config import WanConfig
 from ...wan.model.latent_space import TEMPORAL_STRIDE
 from ...wan.model.variants import Variant, takers
+from ...wan.sampling.told import KINDS
 from .job import Sampling
 
 Shape = tuple[int, ...]
@@ -25,19 +26,10 @@ VACE_STRENGTH = "vace_strength"
 """[n], of each control."""
 MAX_CONTROL_STRENGTH = 1000.0
 """Either way, as in ComfyUI's node."""
-CAMERA = "camera_conditions"
-"""[24, T, height, width]: the rays of each pixel, Plücker coordinates of the four frames of a latent one behind each
-other, for Fun-Camera."""
-POSE = "pose_video_latent"
-"""Normalised latents [C, P, h, w] of the poses to take, from the second latent frame on, for Animate."""
-FACE = "face_video_pixels"
-"""[3, F, 512, 512] in -1 to 1: the face to take over, from the video's first frame on, for Animate."""
-FACE_NULL = "face_video_pixels_null"
-"""In its place with the negative prompt."""
-CONTROLS = (
-    *(CONTROL_VIDEO, CONTROL_MASK, REFERENCE_IMAGES, VACE_CONTEXT, VACE_STRENGTH, REFERENCE_LATENT, CAMERA),
-    *(POSE, FACE, FACE_NULL),
-)
+(CAMERA,) = KINDS["camera"].tensors
+TOLD = {name: kind for kind in KINDS.values() for name in kind.tensors}
+"""Those that are as the model takes them: name -> kind."""
+CONTROLS = (CONTROL_VIDEO, CONTROL_MASK, REFERENCE_IMAGES, VACE_CONTEXT, VACE_STRENGTH, REFERENCE_LATENT, *TOLD)
 
 
 def reference_frames(variant: Variant, shapes: Mapping[str, Shape], frames: int) -> int:
@@ -67,28 +59,26 @@ def check_controls(sampling: Sampling, config: WanConfig, shapes: Mapping[str, S
                 f"{other[0]} and another control, of text_embeds or image_embeds, are both given; take one out"
             )
         count = shapes[VACE_CONTEXT][0] if shapes[VACE_CONTEXT] else 0
-    for name, expected in (
+    space = variant.latents
+    wanted: list[tuple[str, Shape]] = [
         (CONTROL_VIDEO, (3, _control_frames(sampling, variant, shapes), *frame)),
         (CONTROL_MASK, (sampling.num_frames, *frame)),
         (REFERENCE_IMAGES, (max(reference_frames(variant, shapes, latents[1]), 1), 3, *frame)),
         (REFERENCE_LATENT, (config.reference_dim, *latents[2:])),
         (VACE_CONTEXT, (max(count, 1), config.control_dim, *latents[1:])),
         (VACE_STRENGTH, (max(count, 1),)),
-        (CAMERA, (config.camera_dim // variant.latents.stride**2, latents[1], *frame)),
-        (POSE, (config.out_dim, _at_most(latents[1] - 1, POSE, shapes), *latents[2:])),
-        *((name, (3, _at_most(sampling.num_frames, name, shapes), FACE_SIDE, FACE_SIDE)) for name in (FACE, FACE_NULL)),
-    ):
+    ]
+    for name, kind in TOLD.items():
+        channels, *size = kind.shape(config, latents[1:])
+        given_shape = tuple(shapes.get(name, ()))
+        fits = kind.fits(given_shape, latents[1:], space.stride)
+        wanted.append((name, (channels, *(given_shape[1:] if fits else size))))
+    for name, expected in wanted:
         if name in shapes and tuple(shapes[name]) != expected:
             raise ValueError(
                 f"{name} has shape {list(shapes[name])}; width, height, num_frames and the model call for "
                 f"{list(expected)}"
             )
-
-
-def _at_most(frames: int, name: str, shapes: Mapping[str, Shape]) -> int:
-    """That a tensor may have: as many as it has, up to `frames`."""
-    given = shapes.get(name, ())
-    return given[1] if len(given) > 1 and 1 <= given[1] < frames else frames
 
 
 def _control_frames(sampling: Sampling, variant: Variant, shapes: Mapping[str, Shape]) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -11,34 +11,26 @@ if TYPE_CHECKING:
 
     from .job import ForwardsJob
 
-
-NO_PICTURE = (
-    "the model looks at its pictures through CLIP: connect CLIP Vision Encode, with clip_vision_h, to the node that "
-    "gives the sampler its picture (clip_vision_output)"
-)
-
-
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 """Of the dtypes that tensors between ComfyUI and the ranks have."""
-MAX_CONTROLS = 16
-"""Of one sample, from a chain of nodes."""
 MAX_CONTROL_BYTES = 2 << 30
-"""Of all controls of one sample together."""
+"""Of all that one sample is told of a kind."""
 KEPT_ROW_BYTES, KEPT_VOLUME_BYTES = 1 << 30, 4 << 30
-"""Of texts and pictures, and of controls and references, that stay known in a sampling and so are sent once: a video in
-context windows has a control for each of them."""
+"""Of what is rows, and of what has frames, that stay known in a sampling and so are sent once: a video in context
+windows has a control for each of them."""
 KEPT_AT_LEAST = 1 << 20
 """Bytes that each of them counts as, so that their number has a bound, too."""
-NO_CONTROL = "the model is a VACE model: connect WanVaceToVideo between the prompts and the sampler"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SampleControl:
-    """One control video of a VACE model."""
+class SampleTold:
+    """One tensor of those that a sample is told of a kind (`wan.sampling.told`)."""
 
     values: Tensor
-    """[96, T, h, w], float32, on the CPU: latents of what is kept and what is made anew, normalised, and the mask."""
+    """Float32, on the CPU: [channels, frames, rows, columns] of its kind, normalised where it is of latents; what CLIP
+    sees: [257 or 514, clip_dim]."""
     strength: float = 1.0
+    """1 but of a kind that has strengths."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,23 +40,10 @@ class SampleConditioning:
     text: Tensor
     """[n, text_dim], float32 or bfloat16, on the CPU. Attended to as it is, neither padded nor cut to the 512 rows of
     the official code: ComfyUI's text encoder has done what is done, and its model takes any number."""
-    picture: Tensor | None = None
-    """[257 or 514, clip_dim], float32, on the CPU: what CLIP sees in the pictures, for a model with an image branch."""
-    controls: tuple[SampleControl, ...] = ()
-    """At least one for a VACE model, of the latents' frames, rows and columns."""
+    told: Mapping[str, tuple[SampleTold, ...]] = field(default_factory=dict)
+    """Kind -> what the sample is told of it, in order. Of frames that a kind puts in front nothing is evaluated."""
     conditional: bool = True
     """Of the prompt; off: of the negative prompt. It decides only who computes it."""
-    reference: Tensor | None = None
-    """[C, 1, h, w], float32, on the CPU: normalised latents of a picture in front of the video, for a model that has a
-    place for it. Its frame is none of what is evaluated."""
-    camera: Tensor | None = None
-    """[24, T, height, width] in pixels, float32, on the CPU: the rays of each pixel, for a model that is told where the
-    camera is."""
-    pose: Tensor | None = None
-    """[C, P, h, w], float32, on the CPU: normalised latents of poses, from the second latent frame on, for a model that
-    takes over a pose. At most as many as there are frames for."""
-    face: Tensor | None = None
-    """[3, F, 512, 512] in -1 to 1, float32, on the CPU: pictures of a face, for a model that takes over a face."""
 
 
 class Evaluator(Protocol):

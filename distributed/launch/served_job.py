@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...wan.sampling.told import KINDS
 from ..group.evaluation_memory import AskingEnd
-from ..group.evaluation_request import MAX_SAMPLES, Evaluation, Request, SentKeys, SentTensor
+from ..group.evaluation_request import MAX_SAMPLES, Evaluation, Request, SentKeys, SentTensor, ToldKeys
 from ..job.errors import JobError
-from ..job.evaluator import KEPT_ROW_BYTES, KEPT_VOLUME_BYTES, SampleConditioning
+from ..job.evaluator import KEPT_ROW_BYTES, KEPT_VOLUME_BYTES, SampleConditioning, SampleTold
 from ..job.job_folder import JobDir
 from ..machine.bell import Bell, ring
 from .result import Result
@@ -36,8 +37,8 @@ class ServedJob:
         self._folder: JobDir | None = None
         self._number = 0
         self._rows, self._volumes = SentKeys(KEPT_ROW_BYTES), SentKeys(KEPT_VOLUME_BYTES)
-        self._known: list[tuple[weakref.ref[Tensor], int, str]] = []
-        """What was sent and lives, its versions and keys."""
+        self._known: list[tuple[weakref.ref[Tensor], int, str, str]] = []
+        """What was sent and lives, its versions, kinds and keys."""
         self._given_up = False
         self._error: BaseException | None = None
         self.result: Result | None = None
@@ -68,31 +69,25 @@ class ServedJob:
         """As `evaluate`, of what the ranks compute at a time."""
         import torch
 
-        told = {
-            "texts": [sample.text for sample in samples],
-            "pictures": [sample.picture for sample in samples if sample.picture is not None],
-            "controls": [control.values for sample in samples for control in sample.controls],
-            "references": [sample.reference for sample in samples if sample.reference is not None],
-            "cameras": [sample.camera for sample in samples if sample.camera is not None],
-            "poses": [sample.pose for sample in samples if sample.pose is not None],
-            "faces": [sample.face for sample in samples if sample.face is not None],
-        }
-        keys = {kind: [self._key(one) for one in tensors] for kind, tensors in told.items()}
-        tensors = {key: one for kind in told for key, one in zip(keys[kind], told[kind], strict=True)}
-        rows = keys["texts"] + keys["pictures"]
-        volumes = [key for kind in told if kind not in ("texts", "pictures") for key in keys[kind]]
+        tensors: dict[str, Tensor] = {}
+
+        def key(kind: str, told: Tensor) -> str:
+            tensors[found := self._key(kind, told)] = told
+            return found
+
+        def of_kind(kind: str, given: list[tuple[SampleTold, ...]]) -> ToldKeys:
+            keys = tuple(tuple(key(kind, one.values) for one in some) for some in given)
+            return ToldKeys(
+                kind=kind, keys=keys, strengths=tuple(tuple(one.strength for one in some) for some in given)
+            )
+
+        texts = tuple(key("text", sample.text) for sample in samples)
+        given = {kind: [sample.told[kind] for sample in samples if sample.told.get(kind)] for kind in KINDS}
+        told = tuple(of_kind(kind, some) for kind, some in given.items() if some)
+        asked = Evaluation(shape=tuple(x.shape), by_frame=timesteps.dim() == 2, texts=texts, told=told)
+        rows, volumes = asked.rows, asked.volumes
         missing = self._rows.missing(rows) + self._volumes.missing(volumes)
-        of_sample = iter(keys["controls"])
-        followed = [sample for sample in samples if sample.controls]
-        evaluation = Evaluation(
-            shape=tuple(x.shape), by_frame=timesteps.dim() == 2,
-            texts=tuple(keys["texts"]), pictures=tuple(keys["pictures"]),
-            controls=tuple(tuple(itertools.islice(of_sample, len(sample.controls))) for sample in followed),
-            strengths=tuple(tuple(control.strength for control in sample.controls) for sample in followed),
-            references=tuple(keys["references"]), cameras=tuple(keys["cameras"]),
-            poses=tuple(keys["poses"]), faces=tuple(keys["faces"]),
-            sent=tuple(_sent(key, tensors[key]) for key in missing),
-        )  # fmt: skip
+        evaluation = replace(asked, sent=tuple(_sent(key, tensors[key]) for key in missing))
         self._ask(evaluation, [_bytes(part) for part in (x, timesteps, *(tensors[key] for key in missing))])
         self._rows.use(rows, evaluation.sent)
         self._volumes.use(volumes, evaluation.sent)
@@ -147,15 +142,15 @@ class ServedJob:
             if running:
                 self._bell.wait(LOOK_AGAIN)
 
-    def _key(self, told: Tensor) -> str:
-        """Of what it holds now; not computed twice for one that is unchanged."""
+    def _key(self, kind: str, told: Tensor) -> str:
+        """Of what it holds now, as one of a kind; not computed twice for one that is unchanged."""
         self._known = [known for known in self._known if known[0]() is not None]
-        for known, version, key in self._known:
-            if known() is told and version == told._version:
+        for known, version, of, key in self._known:
+            if known() is told and (version, of) == (told._version, kind):
                 return key
-        digest = hashlib.sha256(f"{told.dtype} {tuple(told.shape)}".encode())
+        digest = hashlib.sha256(f"{kind} {told.dtype} {tuple(told.shape)}".encode())
         digest.update(_bytes(told))
-        self._known.append((weakref.ref(told), told._version, digest.hexdigest()))
+        self._known.append((weakref.ref(told), told._version, kind, digest.hexdigest()))
         return digest.hexdigest()
 
 

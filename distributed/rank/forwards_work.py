@@ -131,23 +131,14 @@ class ForwardsWork(Work[ForwardsJob]):
         views = self.memory.parts(evaluation)
         latents = torch.frombuffer(views[0], dtype=torch.float32).view(evaluation.shape).to(self.device, copy=True)
         timesteps = torch.frombuffer(views[1], dtype=torch.float32).view(evaluation.shape[0], -1).clone()
-        in_front = int(bool(evaluation.references))
+        in_front = evaluation.in_front
         frames, *sides = size
         grid = token_grid((channels, frames + in_front, *sides))
         shard, rope = self.places(grid)
         self.conditions.take(evaluation, views[2], shard)
         self.make_room_for(evaluation)
         set_shard(self.model, shard)
-        texts, pictures = self.conditions.texts(evaluation), self.conditions.pictures(evaluation)
-        controls, references = self.conditions.controls(evaluation), self.conditions.references(evaluation, shard)
-        cameras = self.conditions.cameras(evaluation)
-        poses, faces = self.conditions.poses(evaluation, shard), self.conditions.faces(evaluation, shard)
-        besides = [
-            Beside(picture=picture, controls=followed, reference=reference, camera=camera, pose=pose, face=face)
-            for picture, followed, reference, camera, pose, face in zip(
-                pictures, controls, references, cameras, poses, faces, strict=True
-            )
-        ]
+        texts, besides = self.conditions.texts(evaluation), self.conditions.besides(evaluation, shard)
         padded = F.pad(latents, (0, 0, 0, 0, in_front, 0))
         passes = [self.asked(padded[i], timesteps[i], texts[i], besides[i], shard) for i in range(len(texts))]
         # Frames that are given have timestep 0.
@@ -163,9 +154,9 @@ class ForwardsWork(Work[ForwardsJob]):
 
     def make_room_for(self, evaluation: Evaluation) -> None:
         """For evaluations of its size, once."""
-        controls = max(map(len, evaluation.controls), default=0)
+        controls = evaluation.count("controls")
         frames, *sides = evaluation.shape[2:]
-        size = frames + bool(evaluation.references), *sides
+        size = frames + evaluation.in_front, *sides
         asked = (evaluation.shape[0], *size), controls
         if asked in self.roomy:
             return

@@ -12,13 +12,13 @@ from ...distributed.job.evaluator import (
     KEPT_ROW_BYTES,
     KEPT_VOLUME_BYTES,
     MAX_CONTROL_BYTES,
-    MAX_CONTROLS,
     Evaluator,
     SampleConditioning,
-    SampleControl,
+    SampleTold,
 )
 from ...distributed.job.job import FLOAT_BYTES
-from ...wan.model.latent_space import TEMPORAL_STRIDE, WAN21
+from ...wan.model.latent_space import WAN21
+from ...wan.sampling.told import KINDS, Kind
 from ..host.exceptions import told_to_comfyui
 from ..host.tensors import check_finite
 from .unsupported import check_conds, check_options
@@ -81,88 +81,53 @@ class Evaluation:
             # A node's wrapper around the model asks for a part of the batch, or for more.
             prompts = [0]
         each = count // len(prompts)
-        pictures, videos = conds.get("clip_fea"), conds.get("vace_context")
-        strengths, references = conds.get("vace_strength"), conds.get("reference_latent")
-        cameras = conds.get("camera_conditions")
-        poses, faces = conds.get("pose_latents"), conds.get("face_pixel_values")
+        told = [(kind, conds[kind.cond]) for kind in KINDS.values() if conds.get(kind.cond) is not None]
         return [
             SampleConditioning(
                 text=self._rows.same(_of_sample(context, i)),
-                picture=None if pictures is None else self._rows.same(_of_sample(pictures, i)),
-                controls=() if videos is None else self._controls(_of_sample(videos, i), strengths, shape[2:]),
-                reference=None if references is None else self._reference(_of_sample(references, i), shape[3:]),
+                told={kind.name: self._told(kind, _of_sample(one, i), conds, shape[2:]) for kind, one in told},
                 conditional=prompts[i // each] == 0,
-                camera=None if cameras is None else self._camera(_of_sample(cameras, i), shape[2:]),
-                pose=None if poses is None else self._pose(_of_sample(poses, i), shape[2:]),
-                face=None if faces is None else self._face(_of_sample(faces, i), shape[2]),
             )
             for i in range(count)
         ]
 
-    def _controls(self, videos: Tensor, strengths: Any, size: tuple[int, ...]) -> tuple[SampleControl, ...]:
-        """Of one sample's VACE context, [n, 96, T, h, w]."""
-        if tuple(videos.shape[2:]) != size:
-            raise ValueError(
-                f"the VACE control is of [{listed(videos.shape[2:])}] latent frames, rows and columns, and what is "
-                f"sampled of [{listed(size)}]: take the latents of the same WanVaceToVideo. A control is not cut to "
-                "areas or context windows"
-            )
-        if not isinstance(strengths, list) or len(strengths) != len(videos):
-            raise ValueError(
-                f"vace_strength is {strengths!r}; it must be a list of one for each of {len(videos)} controls"
-            )
-        count, taken = len(videos), videos.numel() * FLOAT_BYTES
-        if count > MAX_CONTROLS or taken > MAX_CONTROL_BYTES:
-            raise ValueError(
-                f"the prompt has {counted(count, 'VACE control')}, {taken / GIB:.1f} GiB; a sampling on several GPUs "
-                f"takes at most {MAX_CONTROLS}, and {MAX_CONTROL_BYTES / GIB:g} GiB. Chain fewer WanVaceToVideo, or "
-                "make the video smaller or shorter"
-            )
+    def _told(
+        self, kind: Kind, told: Tensor, conds: Mapping[str, Any], latents: tuple[int, ...]
+    ) -> tuple[SampleTold, ...]:
+        """Of one sample, of latents of this size: frames, rows and columns."""
+        if kind.size is None:
+            return (SampleTold(self._rows.same(told)),)
+        if kind.most > 1:
+            parts, strengths = list(told), self._strengths(kind, told, conds[kind.strengths])
+        else:
+            # A picture comes without the axis of its one frame.
+            parts, strengths = [told if told.dim() == 4 else told[:, None]], [1.0]
+        for part in parts:
+            if not kind.fits(tuple(part.shape), latents, WAN21.stride):
+                expected = kind.size(latents, WAN21.stride)
+                raise ValueError(
+                    f"the {kind.what} is of [{listed(part.shape[1:])}] {kind.axes}, and what is sampled of "
+                    f"{'at most ' * kind.fewer}[{listed(expected)}]: {kind.source}. It is not cut to areas or context "
+                    "windows"
+                )
         return tuple(
-            SampleControl(self._volumes.same(video), float(strength))
-            for video, strength in zip(videos, strengths, strict=True)
+            SampleTold(self._volumes.same(part), strength) for part, strength in zip(parts, strengths, strict=True)
         )
 
-    def _reference(self, picture: Tensor, sides: tuple[int, ...]) -> Tensor:
-        """Of one sample's, [C, h, w]."""
-        if tuple(picture.shape[1:]) != sides:
+    def _strengths(self, kind: Kind, told: Tensor, strengths: Any) -> list[float]:
+        """Of those that one sample is told, [n, C, T, h, w]."""
+        if not isinstance(strengths, list) or len(strengths) != len(told):
             raise ValueError(
-                f"the reference picture is of [{listed(picture.shape[1:])}] latent rows and columns, and what is "
-                f"sampled of [{listed(sides)}]: take the latents of the node that gives it. It is not cut to areas"
+                f"{kind.strengths} is {strengths!r}; it must be a list of one for each of {len(told)} {kind.name}"
             )
-        return self._volumes.same(picture[:, None])
-
-    def _camera(self, rays: Tensor, size: tuple[int, ...]) -> Tensor:
-        """Of one sample's, [24, T, height, width]."""
-        frames, rows, columns = size
-        expected = frames, rows * WAN21.stride, columns * WAN21.stride
-        if tuple(rays.shape[1:]) != expected:
+        count, taken = len(told), told.numel() * FLOAT_BYTES
+        if count > kind.most or taken > MAX_CONTROL_BYTES:
             raise ValueError(
-                f"the camera is of [{listed(rays.shape[1:])}] latent frames, height and width, and what is sampled of "
-                f"[{listed(expected)}]: give WanCameraEmbedding and WanCameraImageToVideo the same. A camera is not "
-                "cut to areas or context windows"
+                f"the prompt has {counted(count, kind.what)}, {taken / GIB:.1f} GiB; a sampling on several "
+                f"GPUs takes at most {kind.most}, and {MAX_CONTROL_BYTES / GIB:g} GiB. Chain fewer WanVaceToVideo, or "
+                "make the video smaller or shorter"
             )
-        return self._volumes.same(rays)
-
-    def _pose(self, latents: Tensor, size: tuple[int, ...]) -> Tensor:
-        """Of one sample's, [C, P, h, w]."""
-        frames, *sides = size
-        if latents.shape[1] > frames - 1 or list(latents.shape[2:]) != sides:
-            raise ValueError(
-                f"the pose is of [{listed(latents.shape[1:])}] latent frames, rows and columns, and what is sampled of "
-                f"[{listed((frames - 1, *sides))}] behind its first frame: take the latents of the same "
-                "WanAnimateToVideo. A pose is not cut to areas or context windows"
-            )
-        return self._volumes.same(latents)
-
-    def _face(self, pictures: Tensor, frames: int) -> Tensor:
-        """Of one sample's, [3, F, 512, 512]."""
-        if (pictures.shape[1] - 1) // TEMPORAL_STRIDE + 2 > frames:
-            raise ValueError(
-                f"the face is of {pictures.shape[1]} frames, and what is sampled of {frames} latent ones with the one "
-                "in front: take the latents of the same WanAnimateToVideo. A face is not cut to context windows"
-            )
-        return self._volumes.same(pictures)
+        return [float(strength) for strength in strengths]
 
 
 class _Known:

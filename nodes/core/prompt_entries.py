@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from ...distributed.job.control_inputs import MAX_CONTROL_STRENGTH
 from ...distributed.job.errors import listed
-from ...distributed.job.evaluator import NO_PICTURE
 from ...distributed.job.input_tensors import MAX_PICTURES
-from ...wan.model.config import FACE_SIDE, PICTURE_ROWS
+from ...wan.model.config import PICTURE_ROWS
 from ...wan.model.latent_space import WAN21
+from ...wan.sampling.told import KINDS, Kind
 from ..host.core_model import CoreSampling
 from ..host.declared import kind_of, number
 from ..host.tensors import tensor_of
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 TEXT, SEEN, PICTURE, MASK = "cross_attn", "clip_vision_output", "concat_latent_image", "concat_mask"
 FRAMES, MASKS, STRENGTHS = "vace_frames", "vace_mask", "vace_strength"
-REFERENCES, CAMERA = "reference_latents", "camera_conditions"
-POSE, FACE = "pose_video_latent", "face_video_pixels"
+REFERENCES = "reference_latents"
 """Keys of an entry, as ComfyUI's nodes set them."""
 HIDDEN_STATES = "penultimate_hidden_states"
 """Of what CLIP Vision Encode gives."""
@@ -37,7 +36,7 @@ def check_conditioning(sampling: CoreSampling, config: WanConfig) -> None:
         if entry.get(TEXT) is None:
             raise ValueError("a conditioning has no text; connect CLIP Text Encode with a CLIP of type wan")
         if config.image_branch and entry.get(SEEN) is None:
-            raise ValueError(NO_PICTURE)
+            raise ValueError(KINDS["picture"].needed)
     for name, entry in _entries(sampling):
         told = _Told(config, entry, f"of the {name} conditioning", sampling.shape[2])
         told.check_text()
@@ -48,10 +47,9 @@ def check_conditioning(sampling: CoreSampling, config: WanConfig) -> None:
         if config.vace_layers:
             told.check_controls()
         told.check_references()
-        if config.camera:
-            told.check_camera()
-        if config.animates:
-            told.check_pose_and_face()
+        for kind in KINDS.values():
+            if kind.entry and kind.part in config.parts:
+                told.check_kind(kind)
 
 
 def _entries(sampling: CoreSampling) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -126,17 +124,10 @@ class _Told:
             shape = ("B", self._config.out_dim, "T", "h", "w")
             self._shape(REFERENCES, held[-1], shape, f"encode it with the {self._vae}")
 
-    def check_camera(self) -> None:
-        if (rays := self._entry.get(CAMERA)) is not None:
-            channels = self._config.camera_dim // self._config.variant.latents.stride**2
-            self._shape(CAMERA, rays, ("B", channels, "T", "height", "width"), "connect WanCameraEmbedding")
-
-    def check_pose_and_face(self) -> None:
-        if (pose := self._entry.get(POSE)) is not None:
-            shape = ("B", self._config.out_dim, "T", "h", "w")
-            self._shape(POSE, pose, shape, f"encode it with the {self._vae}")
-        if (face := self._entry.get(FACE)) is not None:
-            self._shape(FACE, face, ("B", 3, "F", FACE_SIDE, FACE_SIDE), "connect WanAnimateToVideo")
+    def check_kind(self, kind: Kind) -> None:
+        """Of one tensor. Its size is that of the latents, which may be an area's."""
+        if (value := self._entry.get(kind.entry)) is not None:
+            self._shape(kind.entry, value, ("B", kind.channels(self._config), *kind.sides), kind.source)
 
     def _listed(self, key: str) -> list[Any]:
         held = self._entry.get(key)

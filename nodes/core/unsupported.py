@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...distributed.job.errors import listed
+from ...wan.sampling.told import KINDS
 from ..host.core_model import CoreSampling
 
 _OPTIONS = {
@@ -21,12 +22,7 @@ _CONDS = {
     "time_dim_concat": "further frames beside the video's (Phantom's subjects)",
     "context_latents": "further latents that are looked at in context (Bernini's references)",
 }
-_SENT = frozenset(
-    {
-        *("clip_fea", "vace_context", "vace_strength", "reference_latent", "camera_conditions"),
-        *("pose_latents", "face_pixel_values"),
-    }
-)
+_SENT = frozenset(name for kind in KINDS.values() for name in (kind.cond, kind.strengths) if name)
 """Of what ComfyUI gives its transformer beside text: what goes to the processes."""
 _PASSED_OVER = frozenset({"denoise_mask", "crossattn_controlnet", "y"})
 """What it passes over as well, in a model that has no part for it."""

@@ -147,7 +147,7 @@ def build_job(asked: VideoInputs, status: Status) -> tuple[Job, dict[str, Any]]:
     images = image_tensors(asked, sampling, config, status)
     images |= reference_tensors(asked, config)
     images |= camera_tensors(asked, sampling)
-    images |= animate_tensors(asked)
+    images |= animate_tensors(asked, config)
     images |= control or own_control(asked, sampling, config, status)
     images |= features or picture_tensors(pictures, status)
     _, references = control_size(asked, control, sampling, config)

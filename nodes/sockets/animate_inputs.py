@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...distributed.job.control_inputs import FACE, FACE_NULL, POSE
-from ...wan.model.config import FACE_SIDE
-from ...wan.model.latent_space import WAN21
+from ...distributed.job.errors import listed
+from ...wan.sampling.told import KINDS
 from ..host.tensors import tensor_of
-from .embeds import ANIMATE_KEYS, extras_of
+from .embeds import extras_of
 from .video_inputs import VideoInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-POSES, FACES = ANIMATE_KEYS
+    from ...wan.model.config import WanConfig
+
+POSE, FACE = KINDS["pose"], KINDS["face"]
+POSES, FACES = POSE.entry, FACE.entry
 
 
-def animate_tensors(asked: VideoInputs) -> dict[str, Tensor]:
+def animate_tensors(asked: VideoInputs, config: WanConfig) -> dict[str, Tensor]:
     """`pose_video_latent` [16, P, h, w], normalised, `face_video_pixels` and `face_video_pixels_null` [3, F, 512, 512].
 
     Raises:
@@ -31,7 +33,7 @@ def animate_tensors(asked: VideoInputs) -> dict[str, Tensor]:
 
     from ...wan.vae.latents import normalise
 
-    positive, negative = (_carried(getattr(asked, name), name) for name in ("text_embeds", "negative_embeds"))
+    positive, negative = (_carried(getattr(asked, name), name, config) for name in ("text_embeds", "negative_embeds"))
     one_alone = asked.negative_embeds is not None and not isinstance(asked.negative_embeds, dict)
     if positive.keys() != negative.keys() and (one_alone or not positive.keys() >= negative.keys()):
         raise _two_of_them()
@@ -39,8 +41,8 @@ def animate_tensors(asked: VideoInputs) -> dict[str, Tensor]:
         raise _two_of_them()
     found = {}
     if POSES in positive:
-        found[POSE] = normalise(positive[POSES], WAN21.channels).contiguous()
-    for name, told in ((FACE, positive), (FACE_NULL, negative)):
+        found[POSE.tensors[0]] = normalise(positive[POSES], config.out_dim).contiguous()
+    for name, told in zip(FACE.tensors, (positive, negative), strict=True):
         if FACES in told:
             found[name] = told[FACES].contiguous()
     return found
@@ -52,15 +54,15 @@ def _two_of_them() -> ValueError:
     )
 
 
-def _carried(value: Any, name: str) -> dict[str, Tensor]:
+def _carried(value: Any, name: str, config: WanConfig) -> dict[str, Tensor]:
     extras, found = extras_of(value, name), {}
-    for key, sizes in ((POSES, f"{WAN21.channels}, P, h, w"), (FACES, f"3, F, {FACE_SIDE}, {FACE_SIDE}")):
-        if extras.get(key) is None:
+    for kind in (POSE, FACE):
+        if extras.get(kind.entry) is None:
             continue
-        allowed = f"a tensor [1, {sizes}]"
-        tensor = tensor_of(extras[key], f"{key} of {name}", allowed)
-        channels = WAN21.channels if key == POSES else 3
+        channels = kind.channels(config)
+        allowed = f"a tensor [{listed((1, channels, *kind.sides))}]"
+        tensor = tensor_of(extras[kind.entry], f"{kind.entry} of {name}", allowed)
         if tensor.ndim != 5 or tuple(tensor.shape[:2]) != (1, channels) or 0 in tensor.shape:
-            raise ValueError(f"{key} of {name} has shape {list(tensor.shape)}; it must be {allowed}")
-        found[key] = tensor[0].float()
+            raise ValueError(f"{kind.entry} of {name} has shape {list(tensor.shape)}; it must be {allowed}")
+        found[kind.entry] = tensor[0].float()
     return found

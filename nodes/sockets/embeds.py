@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...distributed.job.errors import listed
 from ...distributed.job.job import ModelFiles, Sampling, Text
 from ...wan.model.config import TEXT_LEN
+from ...wan.sampling.told import KINDS
 from ..host.declared import kind_of
 from ..host.status import Status
 from ..host.tensors import tensor_of
@@ -27,10 +28,8 @@ IMAGE_KEYS = frozenset({"concat_latent_image", "concat_mask", "concat_mask_index
 """Of a CONDITIONING's dict; images.py reads them."""
 REFERENCE_KEY = "reference_latents"
 """The same; fun_inputs.py reads it."""
-CAMERA_KEY = "camera_conditions"
-"""The same; fun_inputs.py reads it."""
-ANIMATE_KEYS = ("pose_video_latent", "face_video_pixels")
-"""The same; animate_inputs.py reads them."""
+TOLD_KEYS = frozenset(kind.entry for kind in KINDS.values() if kind.entry)
+"""The same; fun_inputs.py and animate_inputs.py read them."""
 CLIP_KEY = "clip_vision_output"
 """The same; clip_vision.py reads it."""
 VACE_KEYS = ("vace_frames", "vace_mask", "vace_strength")
@@ -145,7 +144,7 @@ def _read_extras(extras: dict[str, Any], name: str) -> list[str]:
     carried = (
         {key for key, extra in extras.items() if extra is not None}
         - IMAGE_KEYS
-        - {"pooled_output", CLIP_KEY, REFERENCE_KEY, CAMERA_KEY, *VACE_KEYS, *ANIMATE_KEYS}
+        - {"pooled_output", CLIP_KEY, REFERENCE_KEY, *TOLD_KEYS, *VACE_KEYS}
     )
     carried -= {
         key

@@ -14,7 +14,7 @@ from ...wan.model.variants import takers
 from ..host.declared import kind_of
 from ..host.tensors import tensor_of
 from .control_embeds import has_reference_embeds
-from .embeds import CAMERA_KEY, REFERENCE_KEY, extras_of
+from .embeds import REFERENCE_KEY, extras_of
 from .latent_input import check_video_size
 from .video_inputs import VideoInputs
 
@@ -75,12 +75,12 @@ def camera_tensors(asked: VideoInputs, sampling: Sampling) -> dict[str, Tensor]:
     """
     import torch
 
-    positive, negative = (extras_of(getattr(asked, name), name).get(CAMERA_KEY) for name in TEXTS)
-    given, name = asked.camera_conditions, CAMERA_KEY
+    positive, negative = (extras_of(getattr(asked, name), name).get(CAMERA) for name in TEXTS)
+    given, name = asked.camera_conditions, CAMERA
     if given is not None and positive is not None:
         raise ValueError("camera_conditions come twice: with this node and with text_embeds; take one of them out")
     if given is None:
-        given, name = positive, f"{CAMERA_KEY} of text_embeds"
+        given, name = positive, f"{CAMERA} of text_embeds"
         one_alone = asked.negative_embeds is not None and not isinstance(asked.negative_embeds, dict)
         same = negative is positive or (
             isinstance(positive, torch.Tensor)

@@ -15,6 +15,7 @@ HEAD_DIM = 128
 MAX_SIZE = 1 << 20
 """Of a tensor that decides a size: far above any model, far below what an allocation could not describe."""
 MAX_LAYERS = 1000
+FACE_CHANNELS = 3
 FACE_SIDE = 512
 """Pixels of the pictures of a face."""
 FACE_EVERY = 5

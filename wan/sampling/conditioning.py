@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model.variants import Variant
-from ..transformer.animate import Face, Pose
-from ..transformer.camera import Camera
-from ..transformer.conditions import NONE, Conditions
+from ..transformer.conditions import NONE, Conditions, made
+from ..transformer.context import Context
+from ..transformer.part import Part
 from ..transformer.reference import Reference
 from ..vae.latents import normalise
 from .control import build_controls
 from .denoise import noised
 from .image_channels import Encode, Given, image_channels
+from .told import KINDS, Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,22 +96,30 @@ def build_conditioning(
                 shape=(channels, frames, height, width), encode=encode,
             )  # fmt: skip
             image = image_channels(variant, given)
-        rays = inputs.get("camera_conditions")
-        camera = None if rays is None else Camera(rays, variant.latents.stride)
+        picture = Context(inputs["clip_features"]) if "clip_features" in inputs else None
+        told, instead = _told(inputs, tuple(noise.shape[1:]), variant)
         conditions = Conditions(
-            image=image, picture=inputs.get("clip_features"), reference=_reference(inputs, encode), camera=camera,
-            pose=Pose(inputs["pose_video_latent"]) if "pose_video_latent" in inputs else None,
-            face=_face(inputs.get("face_video_pixels"), noise),
-            face_null=_face(inputs.get("face_video_pixels_null"), noise),
-        )  # fmt: skip
+            image=image, picture=picture, reference=_reference(inputs, encode), instead=instead, **told
+        )
     elif variant.controlled:
         frames, height, width = num_frames, *(side * variant.latents.stride for side in noise.shape[2:])
         conditions = Conditions(controls=build_controls(inputs, (frames, height, width), encode))
     return Conditioning(latents, conditions, *known)
 
 
-def _face(pictures: Tensor | None, noise: Tensor) -> Face | None:
-    return None if pictures is None else Face(pictures, noise.shape[1])
+def _told(inputs: dict[str, Tensor], latents: Size, variant: Variant) -> tuple[dict[str, Any], dict[str, Part | None]]:
+    """Kind -> what a job's tensors hold of it, and what they do for the negative prompt where that is told another."""
+    told: dict[str, Any] = {}
+    instead: dict[str, Part | None] = {}
+    for kind in KINDS.values():
+        held = [
+            made(kind.name, inputs[name], latents, variant.latents.stride) if name in inputs else None
+            for name in kind.tensors
+        ]
+        if any(part is not None for part in held):
+            told[kind.name] = held[0]
+            instead |= dict(zip([kind.name], held[1:], strict=False))
+    return told, instead
 
 
 def _reference(inputs: dict[str, Tensor], encode: Encode) -> Reference | None:

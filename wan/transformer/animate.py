@@ -9,8 +9,7 @@ another's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,19 +18,12 @@ from torch import Tensor, nn
 from ..model.config import EPS, WanConfig
 from ..model.linear import Linear
 from ..model.patch import patchify
+from .part import Split, places
 
 FACE_ROWS = 4
 """Of a frame; beside them one that is the same for all."""
 FACES_AT_ONCE = 4
 """Pictures in the motion encoder: their first layers are large."""
-
-Split = Callable[[Tensor], Tensor]
-"""[length, C] of the whole sequence -> the rank's [S, C]."""
-
-
-def _places(split: Split, length: int) -> Tensor:
-    """[S] int64: which token of the sequence each of the rank's is; what fills a rank up is -1."""
-    return split(torch.arange(1, length + 1)[:, None])[:, 0] - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +35,19 @@ class Pose:
     rows: Tensor | None = None
     """[n] int64: which of the rank's tokens they are for."""
 
-    def on_rank(self, split: Split, length: int, device: torch.device) -> Pose:
+    def on_rank(self, split: Split, length: int) -> Pose:
         tokens = patchify(self.values)
-        place = _places(split, length)
+        place = places(split, length)
         # Behind the first frame, which has none.
         index = place - len(tokens) // self.values.shape[1]
         rows = ((place >= 0) & (index >= 0) & (index < len(tokens))).nonzero()[:, 0]
-        return Pose(tokens[index[rows]].to(device), rows.to(device))
+        return Pose(tokens[index[rows]], rows)
+
+    def on_device(self, device: torch.device) -> Pose:
+        return Pose(self.values.to(device), None if self.rows is None else self.rows.to(device))
+
+    def for_expert(self, *, keep: bool) -> Pose:
+        return self
 
     def added_to(self, x: Tensor, embedding: nn.Module) -> Tensor:
         """x: a rank's tokens as embedded, [S, C] float32."""
@@ -106,15 +104,22 @@ class Face:
     """In that order, of each run of tokens of one frame: which, and how many."""
     _rows: Tensor | None = None
 
-    def on_rank(self, split: Split, length: int, device: torch.device) -> Face:
-        place = _places(split, length)
+    def on_rank(self, split: Split, length: int) -> Face:
+        place = places(split, length)
         # What fills a rank up is at its end, and of any frame.
         frame = torch.where(place < 0, length - 1, place) // (length // self.frames)
         order = frame.argsort(stable=True)
         found, counts = frame[order].unique_consecutive(return_counts=True)
         sorted_already = bool((order == torch.arange(len(order))).all())
         runs = tuple(zip(found.tolist(), counts.tolist(), strict=True))
-        return Face(self.pictures, self.frames, None if sorted_already else order.to(device), runs)
+        return Face(self.pictures, self.frames, None if sorted_already else order, runs)
+
+    def on_device(self, device: torch.device) -> Face:
+        return replace(self, order=None if self.order is None else self.order.to(device))
+
+    def for_expert(self, *, keep: bool) -> Face:
+        """What is derived of it stays in any case: it is small."""
+        return replace(self)
 
     def rows(self, motion_encoder: nn.Module, encoder: nn.Module, device: torch.device) -> Tensor:
         """[frames, 5, C] float32: zeros for the frame in front and behind what there is of the face. Computed once."""

@@ -6,8 +6,7 @@ as latents are, and go through two 3x3 convolutions over the patches of their fr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ..model.config import WanConfig
 from ..model.latent_space import PATCH_SIZE
 from ..model.patch import patchify
+from .part import Split, places
 from .patch_embedding import PatchEmbedding
 
 
@@ -62,19 +62,22 @@ class Camera:
     """Keep what is derived of it between steps; costs S * C elements."""
     _embedded: Tensor | None = None
 
-    def on_rank(self, split: Callable[[Tensor], Tensor], length: int, device: torch.device) -> Camera:
-        """split: [length, C] of the whole sequence -> the rank's [S, C]."""
+    def on_rank(self, split: Split, length: int) -> Camera:
         rows, columns = (
             size // (self.stride * patch) for size, patch in zip(self.values.shape[2:], PATCH_SIZE[1:], strict=True)
         )
-        # Counted from 1: what fills a rank up is 0.
-        index = (split(torch.arange(1, length + 1)[:, None])[:, 0] - 1).clamp(min=0)
+        index = places(split, length).clamp(min=0)
         frames, which = (index // (rows * columns)).unique(return_inverse=True)
         # A latent pixel's pixels behind each other, row by row.
         rays = F.pixel_unshuffle(self.values[:, frames].movedim(0, 1), self.stride).movedim(0, 1)
         tokens = patchify(rays).view(len(frames), rows, columns, -1)
-        places = which * rows * columns + index % (rows * columns)
-        return Camera(tokens, self.stride, places.to(device), self.keep)
+        return Camera(tokens, self.stride, which * rows * columns + index % (rows * columns), self.keep)
+
+    def on_device(self, device: torch.device) -> Camera:
+        return replace(self, rows=None if self.rows is None else self.rows.to(device))
+
+    def for_expert(self, *, keep: bool) -> Camera:
+        return replace(self, keep=keep)
 
     def added_to(self, x: Tensor, adapter: nn.Module) -> Tensor:
         """x: a rank's tokens as embedded, [S, C] float32."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +14,42 @@ from ..model.patch import patchify, token_grid, unpatchify
 from .animate import Face, Pose
 from .camera import Camera
 from .context import Context
+from .part import Part, Split
 from .reference import Reference
 from .vace import Control
 
 
+def made(kind: str, values: Tensor, latents: tuple[int, ...], stride: int) -> Part:
+    """Of one sample.
+
+    Args:
+        kind: name of a row of `wan.sampling.told`, with the shape of its tensor.
+        latents: frames, rows and columns of what is evaluated.
+        stride: pixels per latent row and column.
+    """
+    return _MADE[kind](values, latents, stride)
+
+
+_MADE: Mapping[str, Callable[[Tensor, tuple[int, ...], int], Part]] = {
+    "picture": lambda values, latents, stride: Context(values),
+    "controls": lambda values, latents, stride: Control(values),
+    "reference": lambda values, latents, stride: Reference(values),
+    "camera": lambda values, latents, stride: Camera(values, stride),
+    "pose": lambda values, latents, stride: Pose(values),
+    "face": lambda values, latents, stride: Face(values, latents[0]),
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Beside:
-    """What the model reads beside a rank's tokens and the text, for one expert."""
+    """What the model reads beside a rank's tokens and the text, for one expert: of each row of `wan.sampling.told`."""
 
     picture: Context | None = None
-    """CLIP features of the pictures, for a model with an image branch."""
-    controls: Sequence[Control] = ()
-    """The same tokens of VACE's control videos, [S, 4 * control_dim] each."""
+    """CLIP features of pictures, [257 for each, clip_dim], the first frame's first."""
+    controls: tuple[Control, ...] = ()
+    """Of VACE."""
     reference: Reference | None = None
+    """In front of the video."""
     camera: Camera | None = None
     pose: Pose | None = None
     face: Face | None = None
@@ -35,22 +59,13 @@ NOTHING = Beside()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Conditions:
-    """What is as large as the video's latents is that, [C, T, h, w], or a rank's tokens of it, [S, 4 * C]. Float32."""
+class Conditions(Beside):
+    """The same of a whole video, or of a rank's tokens of it, for any expert."""
 
     image: Tensor | None = None
-    """Further input channels."""
-    picture: Tensor | None = None
-    """CLIP features of pictures, [257 for each, clip_dim], the first frame's first."""
-    controls: tuple[Control, ...] = ()
-    """Of VACE."""
-    reference: Reference | None = None
-    """In front of the video."""
-    camera: Camera | None = None
-    pose: Pose | None = None
-    face: Face | None = None
-    face_null: Face | None = None
-    """In its place with the negative prompt."""
+    """Further input channels: as large as the video's latents, [C, T, h, w], or tokens of them, [S, 4 * C]. Float32."""
+    instead: Mapping[str, Part | None] = field(default_factory=dict)
+    """Kind -> what is in its place with the negative prompt."""
 
     @property
     def frames_in_front(self) -> int:
@@ -70,40 +85,40 @@ class Conditions:
         """What `tokens` made of, back again. grid: that of the whole sequence."""
         return unpatchify(tokens, grid)[:, self.frames_in_front :]
 
-    def on_rank(self, split: Callable[[Tensor], Tensor], length: int, device: torch.device) -> Conditions:
+    def on_rank(self, split: Split, length: int, device: torch.device) -> Conditions:
         """split: [length, C] of the whole sequence -> the rank's [S, C]."""
 
-        def tokens_of(latents: Tensor) -> Tensor:
-            return split(self.tokens(latents)).to(device)
+        def here(part: Part) -> Part:
+            return part.on_rank(split, length).on_device(device)
 
-        return replace(
-            self,
-            image=None if self.image is None else tokens_of(self.image),
-            picture=None if self.picture is None else self.picture.to(device),
-            controls=tuple(Control(tokens_of(control.values), control.strength) for control in self.controls),
-            reference=None if self.reference is None else self.reference.on_rank(split, length, device),
-            camera=None if self.camera is None else self.camera.on_rank(split, length, device),
-            pose=None if self.pose is None else self.pose.on_rank(split, length, device),
-            face=None if self.face is None else self.face.on_rank(split, length, device),
-            face_null=None if self.face_null is None else self.face_null.on_rank(split, length, device),
-        )
-
-    def beside(self, *, keep: bool) -> Beside:
-        """For one expert, on a rank. keep: what is derived of pictures stays between steps."""
-        return Beside(
-            picture=None if self.picture is None else Context(self.picture, keep=keep),
-            controls=self.controls,
-            reference=self.reference,
-            camera=None if self.camera is None else replace(self.camera, keep=keep),
-            pose=self.pose,
-            face=None if self.face is None else replace(self.face),
-        )
+        image = None if self.image is None else split(self.tokens(self.image)).to(device)
+        instead = {kind: None if part is None else here(part) for kind, part in self.instead.items()}
+        return replace(self, image=image, instead=instead, **self._each(here))
 
     def besides(self, *, keep: bool) -> dict[bool, Beside]:
-        """Conditional? -> `beside`; what both prompts have is the same."""
-        beside = self.beside(keep=keep)
-        null = None if self.face_null is None else replace(self.face_null)
-        return {True: beside, False: replace(beside, face=null)}
+        """Conditional? -> for one expert, on a rank. What both prompts are told is the same.
+
+        Args:
+            keep: what is derived stays between steps.
+        """
+        told = self._each(lambda part: part.for_expert(keep=keep))
+        instead = {kind: None if part is None else part.for_expert(keep=keep) for kind, part in self.instead.items()}
+        return {True: Beside(**told), False: Beside(**{**told, **instead})}
+
+    def beside(self, *, keep: bool) -> Beside:
+        """`besides` of the prompt."""
+        return self.besides(keep=keep)[True]
+
+    def _each(self, change: Callable[[Part], Part]) -> dict[str, Any]:
+        """Kind -> what becomes of what is told of it."""
+        found: dict[str, Any] = {}
+        for kind in (one.name for one in fields(Beside)):
+            told = getattr(self, kind)
+            if isinstance(told, tuple):
+                found[kind] = tuple(change(part) for part in told)
+            else:
+                found[kind] = None if told is None else change(told)
+        return found
 
 
 NONE = Conditions()

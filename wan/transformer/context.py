@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.config import TEXT_LEN
+from .part import Split
 
 KeysValues = tuple[Tensor, Tensor]
 """[R, H, D] each."""
@@ -24,6 +26,15 @@ class Context:
     """Keep what is derived from `tokens` between steps; costs 2 * blocks * R * C elements."""
     _embedded: Tensor | None = None
     _keys_values: dict[nn.Module, KeysValues] = field(default_factory=dict)
+
+    def on_rank(self, split: Split, length: int) -> Context:
+        return self
+
+    def on_device(self, device: torch.device) -> Context:
+        return Context(self.tokens.to(device), self.keep)
+
+    def for_expert(self, *, keep: bool) -> Context:
+        return Context(self.tokens, keep)
 
     def embedded(self, embedding: nn.Module) -> Tensor:
         """[R, C], as `embedding` makes it of the tokens."""

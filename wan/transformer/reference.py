@@ -5,13 +5,13 @@ What the model says of them is dropped: they are the same at every step. (Wan Fu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..model.patch import patchify
+from .part import Split, places
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +23,17 @@ class Reference:
     rows: Tensor | None = None
     """[n] int64: which of the rank's tokens they are."""
 
-    def on_rank(self, split: Callable[[Tensor], Tensor], length: int, device: torch.device) -> Reference:
-        """split: [length, C] of the whole sequence -> the rank's [S, C]."""
+    def on_rank(self, split: Split, length: int) -> Reference:
         tokens = patchify(self.values)
-        # Counted from 1: what fills a rank up is 0.
-        index = split(torch.arange(1, length + 1)[:, None])[:, 0] - 1
+        index = places(split, length)
         rows = ((index >= 0) & (index < len(tokens))).nonzero()[:, 0]
-        return Reference(tokens[index[rows]].to(device), rows.to(device))
+        return Reference(tokens[index[rows]], rows)
+
+    def on_device(self, device: torch.device) -> Reference:
+        return Reference(self.values.to(device), None if self.rows is None else self.rows.to(device))
+
+    def for_expert(self, *, keep: bool) -> Reference:
+        return self
 
     def put_into(self, x: Tensor, embedding: nn.Module) -> Tensor:
         """x: a rank's tokens as embedded, [S, C] float32 -> the same with the picture's in their places."""

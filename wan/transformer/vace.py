@@ -11,15 +11,18 @@ Several controls have a stream c each.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..model.config import WanConfig
 from ..model.linear import Linear
 from ..model.ops import Rope
+from ..model.patch import patchify
 from .block import Block, Stream, Which
 from .context import Attended
+from .part import Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,15 @@ class Control:
     """Latents [96, T, h, w], or a rank's tokens of them, [S, 4 * 96], float32: what is kept [16] and what is made anew
     [16], normalised, then the mask (1: made anew) [64]."""
     strength: float = 1.0
+
+    def on_rank(self, split: Split, length: int) -> Control:
+        return replace(self, values=split(patchify(self.values)).clone())
+
+    def on_device(self, device: torch.device) -> Control:
+        return replace(self, values=self.values.to(device))
+
+    def for_expert(self, *, keep: bool) -> Control:
+        return self
 
 
 class VaceBlock(Block):

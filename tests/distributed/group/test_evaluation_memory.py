@@ -22,6 +22,7 @@ from wan_pack.distributed.group.evaluation_request import (
     Request,
     SentKeys,
     SentTensor,
+    ToldKeys,
 )
 from wan_pack.distributed.job.errors import JobError
 from wan_pack.distributed.job.evaluator import KEPT_AT_LEAST, KEPT_ROW_BYTES, KEPT_VOLUME_BYTES
@@ -33,8 +34,20 @@ TEXT = SentTensor(key=KEYS[0], shape=(3, 4), dtype="bfloat16")
 CONTROL = SentTensor(key=KEYS[2], shape=(96, 2, 4, 6), dtype="float32")
 ONE = Evaluation(
     shape=(2, 3, 2, 4, 6), by_frame=True, texts=(KEYS[0], KEYS[1]),
-    controls=((KEYS[2], KEYS[3]), (KEYS[2],)), strengths=((1.0, 0.5), (1.0,)), sent=(TEXT, CONTROL),
+    told=(ToldKeys(kind="controls", keys=((KEYS[2], KEYS[3]), (KEYS[2],)), strengths=((1.0, 0.5), (1.0,))),),
+    sent=(TEXT, CONTROL),
 )  # fmt: skip
+
+
+def told(kind: str, *keys: Sequence[str], strength: float = 1.0, count: int | None = None) -> dict[str, Any]:
+    """As in a request: whose values may be out of bounds."""
+    strengths = [[strength] * (len(of_sample) if count is None else count) for of_sample in keys]
+    return {"kind": kind, "keys": [list(of_sample) for of_sample in keys], "strengths": strengths}
+
+
+def of_json(told: dict[str, Any]) -> ToldKeys:
+    keys, strengths = (tuple(map(tuple, told[name])) for name in ("keys", "strengths"))
+    return ToldKeys(kind=told["kind"], keys=keys, strengths=strengths)
 
 
 def test_a_request_is_read_as_it_was_written():
@@ -55,31 +68,34 @@ def test_a_request_is_read_as_it_was_written():
         ({"shape": (2, 3, 2, 4, 1026)}, "latent rows or columns is 1026"),
         ({"shape": (2, 48, 1025, 1024, 1024)}, "bytes of latents"),
         ({"texts": (KEYS[0],)}, "texts is 1; it must be one for each of 2 samples"),
-        ({"pictures": (KEYS[4],)}, "pictures is 1; it must be one for each of 2 samples, or none"),
-        ({"controls": ((KEYS[2],),)}, "controls is 1"),
-        ({"references": (KEYS[5],)}, "references is 1; it must be one for each of 2 samples, or none"),
-        ({"references": (KEYS[2], KEYS[2])}, "shape of a control"),
-        ({"controls": (tuple(KEYS[:17]), (KEYS[2],))}, "controls of a sample is 17; it must be 1 to 16"),
-        ({"controls": ((), (KEYS[2],))}, "controls of a sample is 0"),
-        ({"controls": ((KEYS[0], KEYS[3]), (KEYS[2],))}, "others than the texts"),
-        ({"controls": ((KEYS[2], "x"), (KEYS[2],))}, "keys of 64 hexadecimal digits"),
-        ({"strengths": ((1.0,), (1.0,))}, "one for each control"),
-        ({"strengths": ((1.0, float("nan")), (1.0,))}, "finite"),
+        ({"told": [told("picture", KEYS[4:5])]}, "picture is 1; it must be one for each of 2 samples, or none"),
+        ({"told": [told("controls", KEYS[2:3])]}, "controls is 1"),
+        ({"told": [told("reference", *[KEYS[2:3]] * 2)]}, "shape of a reference picture"),
+        ({"told": [told("reference", KEYS[2:4], KEYS[2:3])]}, "reference of a sample is 2; it must be 1 to 1"),
+        ({"told": [told("sound", *[KEYS[2:3]] * 2)]}, "kind of what is told is 'sound'; it must be one of picture"),
+        ({"told": [told("controls", *[KEYS[2:3]] * 2)] * 2}, "kinds of what is told .* each once"),
+        ({"told": [told("controls", KEYS[3:20], KEYS[2:3])]}, "controls of a sample is 17; it must be 1 to 16"),
+        ({"told": [told("controls", (), KEYS[2:3])]}, "controls of a sample is 0"),
+        ({"told": [told("controls", (KEYS[0], KEYS[3]), KEYS[2:3])]}, "others for each kind than for the texts"),
+        ({"told": [told("controls", (KEYS[2], "x"), KEYS[2:3])]}, "keys of 64 hexadecimal digits"),
+        ({"told": [told("controls", *[KEYS[2:3]] * 2, count=2)]}, "one for each of controls"),
+        ({"told": [told("controls", *[KEYS[2:3]] * 2, strength=float("nan"))]}, "finite"),
         ({"texts": (KEYS[0], "../../x")}, "keys of 64 hexadecimal digits"),
         ({"sent": (TEXT, TEXT)}, "each once"),
-        ({"sent": (dataclasses.replace(TEXT, key=KEYS[5]),)}, "texts and controls of this evaluation"),
+        ({"sent": (dataclasses.replace(TEXT, key=KEYS[5]),)}, "texts and what else is told in this evaluation"),
         ({"sent": (dataclasses.replace(TEXT, shape=(3, 4, 5)),)}, "shape of a text"),
         ({"sent": (dataclasses.replace(TEXT, shape=(MAX_ROWS + 1, 4)),)}, "rows of a text is 8193"),
         ({"sent": (dataclasses.replace(TEXT, shape=(3, 1 << 15)),)}, "channels of a text is 32768"),
-        ({"sent": (dataclasses.replace(CONTROL, shape=(96, 3, 4, 6)),)}, "shape of a control"),
-        ({"sent": (dataclasses.replace(CONTROL, shape=(257, 2, 4, 6)),)}, "shape of a control"),
-        ({"sent": (dataclasses.replace(CONTROL, shape=(3, 4)),)}, "shape of a control"),
-        ({"sent": (dataclasses.replace(CONTROL, dtype="bfloat16"),)}, "dtype of a control is 'bfloat16'"),
+        ({"sent": (dataclasses.replace(CONTROL, shape=(96, 3, 4, 6)),)}, "shape of a VACE control"),
+        ({"sent": (dataclasses.replace(CONTROL, shape=(257, 2, 4, 6)),)}, "shape of a VACE control"),
+        ({"sent": (dataclasses.replace(CONTROL, shape=(3, 4)),)}, "shape of a VACE control"),
+        ({"sent": (dataclasses.replace(CONTROL, dtype="bfloat16"),)}, "dtype of a VACE control is 'bfloat16'"),
     ],
 )
 def test_fault_32_an_evaluation_out_of_bounds_is_refused_at_both_ends(change: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
-        dataclasses.replace(ONE, **change)
+        given = {name: tuple(map(of_json, value)) if name == "told" else value for name, value in change.items()}
+        dataclasses.replace(ONE, **given)
     raw = dataclasses.asdict(Request(number=1, evaluation=ONE))
     raw["evaluation"] |= {
         name: [dataclasses.asdict(text) for text in value] if name == "sent" else value
@@ -105,8 +121,8 @@ def test_fault_32_all_that_is_sent_at_once_is_bounded():
     controls = [SentTensor(key=key, shape=(96, 40, 256, 256), dtype="float32") for key in KEYS[2:9]]
     with pytest.raises(ValueError, match=f"bytes of what is sent is 7046430720; it must be at most {MAX_SENT_BYTES}"):
         Evaluation(
-            shape=(1, 16, 40, 256, 256), by_frame=False, texts=(KEYS[0],), controls=(tuple(KEYS[2:9]),),
-            strengths=((1.0,) * 7,), sent=tuple(controls),
+            shape=(1, 16, 40, 256, 256), by_frame=False, texts=(KEYS[0],),
+            told=(ToldKeys(kind="controls", keys=(tuple(KEYS[2:9]),), strengths=((1.0,) * 7,)),), sent=tuple(controls),
         )  # fmt: skip
 
 

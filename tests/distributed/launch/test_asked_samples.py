@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from wan_pack.distributed.group.evaluation_memory import AnsweringEnd
 from wan_pack.distributed.group.evaluation_request import Evaluation
-from wan_pack.distributed.job.evaluator import SampleConditioning, SampleControl
+from wan_pack.distributed.job.evaluator import SampleConditioning, SampleTold
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.launch.result import Result
 from wan_pack.distributed.launch.served_job import ServedJob
@@ -54,9 +54,10 @@ class Processes:
         velocity += torch.frombuffer(bytearray(timesteps), dtype=torch.float32)[:, None, None, None, None]
         for i, key in enumerate(evaluation.texts):
             velocity[i] += self.tensors[key].sum()
-        for i, (keys, strengths) in enumerate(zip(evaluation.controls, evaluation.strengths, strict=True)):
-            for key, strength in zip(keys, strengths, strict=True):
-                velocity[i] += strength * self.tensors[key].sum()
+        for told in evaluation.told:
+            for i, (keys, strengths) in enumerate(zip(told.keys, told.strengths, strict=True)):
+                for key, strength in zip(keys, strengths, strict=True):
+                    velocity[i] += strength * self.tensors[key].sum()
         memory.write(evaluation, evaluation.shape[1], velocity.numpy().data)
 
 
@@ -76,18 +77,21 @@ def video(seed: int) -> Tensor:
     return torch.randn(5, *SHAPE[1:], generator=torch.Generator().manual_seed(seed))
 
 
-def sample(seed: int, *controls: SampleControl, conditional: bool = True) -> SampleConditioning:
-    return SampleConditioning(torch.full((2, 3), float(seed)), None, controls, conditional)
+def sample(seed: int, *controls: SampleTold, conditional: bool = True) -> SampleConditioning:
+    told = {"controls": controls} if controls else {}
+    return SampleConditioning(torch.full((2, 3), float(seed)), told, conditional)
+
+
+def controls_of(one: SampleConditioning) -> tuple[SampleTold, ...]:
+    return one.told.get("controls", ())
 
 
 def evaluate(served: ServedJob, samples: list[SampleConditioning]) -> None:
     """What comes back belongs to each sample."""
     x = torch.randn(len(samples), *SHAPE, generator=torch.Generator().manual_seed(1))
     timesteps = torch.arange(float(len(samples)))
-    told = torch.tensor(
-        [float(one.text.sum() + sum(c.strength * c.values.sum() for c in one.controls)) for one in samples]
-    )
-    expected = x + (timesteps + told)[:, None, None, None, None]
+    told = [one.text.sum() + sum(c.strength * c.values.sum() for c in controls_of(one)) for one in samples]
+    expected = x + (timesteps + torch.stack(told))[:, None, None, None, None]
     assert torch.allclose(served.evaluate(x, timesteps, samples), expected, atol=1e-4)
 
 
@@ -112,25 +116,30 @@ def test_a_batch_comes_in_twos_of_prompt_and_negative_prompt(
 def test_controls_are_sent_once_and_their_strengths_each_time(served: ServedJob, processes: Processes):
     one, other = video(1), video(2)
     for strength in (1.0, 0.5):
-        control = SampleControl(one, strength), SampleControl(other, 2.0)
+        control = SampleTold(one, strength), SampleTold(other, 2.0)
         evaluate(served, [sample(1, *control), sample(2, *control, conditional=False)])
-    evaluate(served, [sample(1, SampleControl(one, 1.0)), sample(2, SampleControl(other, 1.0))])
+    evaluate(served, [sample(1, SampleTold(one, 1.0)), sample(2, SampleTold(other, 1.0))])
     one.add_(1)
-    evaluate(served, [sample(1, SampleControl(one, 1.0)), sample(2, SampleControl(other, 1.0))])
+    evaluate(served, [sample(1, SampleTold(one, 1.0)), sample(2, SampleTold(other, 1.0))])
     assert [len(evaluation.sent) for evaluation in processes.asked] == [4, 0, 0, 1]
-    assert [evaluation.strengths[0] for evaluation in processes.asked] == [(1.0, 2.0), (0.5, 2.0), (1.0,), (1.0,)]
+    assert [evaluation.told[0].strengths[0] for evaluation in processes.asked] == [
+        (1.0, 2.0),
+        (0.5, 2.0),
+        (1.0,),
+        (1.0,),
+    ]
 
 
 def test_each_of_many_windows_sends_its_control_once(served: ServedJob, processes: Processes):
     windows = [video(seed) for seed in range(40)]
     for _ in range(3):
         for window in windows:
-            evaluate(served, [sample(1, SampleControl(window)), sample(2, SampleControl(window), conditional=False)])
+            evaluate(served, [sample(1, SampleTold(window)), sample(2, SampleTold(window), conditional=False)])
     assert [len(evaluation.sent) for evaluation in processes.asked] == [3, *[1] * 39, *[0] * 80]
 
 
 def test_what_nobody_has_any_more_is_not_held(served: ServedJob):
     for seed in range(30):
-        evaluate(served, [sample(seed, SampleControl(video(seed), 1.0))])
+        evaluate(served, [sample(seed, SampleTold(video(seed), 1.0))])
     evaluate(served, [sample(0)])
     assert len(served._known) == 1

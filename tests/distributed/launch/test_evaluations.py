@@ -259,7 +259,7 @@ def cpu_seconds(process: Process) -> float:
 
 
 @pytest.mark.parametrize(
-    ("variant", "words"), [("FLF2V", "connect CLIP Vision Encode"), ("I2V", "has no image branch")]
+    ("variant", "words"), [("FLF2V", "connect CLIP Vision Encode"), ("I2V", "this model .I2V. has no place for one")]
 )
 def test_pictures_belong_to_the_models_that_look_at_them(
     variant: str, words: str, models: dict[str, Known], tmp_path: Path

@@ -12,6 +12,7 @@ from wan_pack.distributed.job.sampling import RoundedTimesteps
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank import forwards_work
 from wan_pack.distributed.rank.forwards_work import KEPT_GRIDS, ForwardsWork
+from wan_pack.wan.transformer.conditions import NOTHING
 
 
 @pytest.fixture
@@ -65,16 +66,15 @@ def test_an_evaluation_is_of_its_own_tokens_and_exact_where_its_step_is(
     latents, text = torch.randn(1, 16, 2, 4, 6), object()
     views = [latents.numpy().data, torch.tensor([timesteps]).numpy().data, []]
     work.memory = SimpleNamespace(parts=lambda evaluation: views)
-    one = dict.fromkeys(("pictures", "references", "cameras"), lambda *_: [None])
     work.conditions = SimpleNamespace(
-        check=lambda _: None, take=lambda *_: None, texts=lambda _: [text], controls=lambda _: [()], **one
+        check=lambda _: None, take=lambda *_: None, texts=lambda _: [text], besides=lambda *_: [NOTHING]
     )
     work.answer = lambda evaluation, latents, velocity: setattr(seen, "answered", velocity)
-    for references in ((), ("picture",)):
+    for in_front in (0, 1):
         seen.exact = None
-        work.serve(SimpleNamespace(shape=(1, 16, 2, 4, 6), references=references, by_frame=by_frame))
+        work.serve(SimpleNamespace(shape=(1, 16, 2, 4, 6), in_front=in_front, by_frame=by_frame))
         assert torch.equal(seen.answered, 2 * latents)
-        assert seen.shards[-1].length == (2 + len(references)) * 2 * 3 == len(seen.passes[-1].tokens)
+        assert seen.shards[-1].length == (2 + in_front) * 2 * 3 == len(seen.passes[-1].tokens)
         assert seen.passes[-1].text is text
         if by_frame:
             break

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import TINY, TINY_VACE
 from torch import Tensor
-from wan_pack.distributed.group.evaluation_request import Evaluation, SentTensor
+from wan_pack.distributed.group.evaluation_request import Evaluation, SentTensor, ToldKeys
 from wan_pack.distributed.job.errors import JobError
 from wan_pack.distributed.job.evaluator import KEPT_AT_LEAST
 from wan_pack.distributed.parallel.sequence import SequenceShard
@@ -53,15 +53,20 @@ class Kept(KeptConditions):
             SentTensor(key=key(name), shape=tuple(tensor.shape), dtype="float32")
             for name, tensor in zip(new, tensors, strict=True)
         ]
+        given = {"picture": pictures, "controls": controls}
         evaluation = Evaluation(
             shape=(len(texts), self.config.in_dim, *size), by_frame=False, texts=tuple(map(key, texts)),
-            pictures=tuple(map(key, pictures)), controls=tuple(tuple(map(key, one)) for one in controls),
-            strengths=tuple(tuple(strength for _ in one) for one in controls),
-            sent=tuple(sent),
+            told=tuple(of_kind(kind, some, strength) for kind, some in given.items() if some), sent=tuple(sent),
         )  # fmt: skip
         self.check(evaluation)
         self.take(evaluation, [tensor.view(-1).view(torch.uint8).numpy().data for tensor in tensors], SHARD)
         return evaluation
+
+    def pictures(self, evaluation: Evaluation) -> list[Any]:
+        return [beside.picture for beside in self.besides(evaluation, SHARD)]
+
+    def controls(self, evaluation: Evaluation) -> list[Any]:
+        return [beside.controls for beside in self.besides(evaluation, SHARD)]
 
     def volume(self, name: str) -> Tensor:
         return torch.full((self.config.control_dim, *SIZE), float(ord(name)))
@@ -69,6 +74,12 @@ class Kept(KeptConditions):
 
 def key(name: str) -> str:
     return f"{ord(name):064x}"
+
+
+def of_kind(kind: str, names: Sequence[str], strength: float = 1.0) -> ToldKeys:
+    """names: of each sample's."""
+    keys = tuple(tuple(map(key, some)) for some in names)
+    return ToldKeys(kind=kind, keys=keys, strengths=tuple((strength,) * len(some) for some in keys))
 
 
 def values(contexts: Sequence[Any]) -> str:
@@ -131,7 +142,7 @@ def test_what_was_never_sent_or_is_let_go_is_not_computed_with(monkeypatch: pyte
 def test_a_control_is_of_the_size_of_the_latents() -> None:
     kept = Kept(TINY_VACE)
     kept.told("a", controls=("x",))
-    with pytest.raises(JobError, match=r"a control is of .*3, 4, 6.*; the latents are .*3, 4, 8"):
+    with pytest.raises(JobError, match=r"a VACE control is of .*3, 4, 6.*; the latents are .*3, 4, 8"):
         kept.told("a", controls=("x",), size=(3, 4, 8))
 
 
@@ -141,7 +152,7 @@ def test_a_picture_in_front_is_sent_once_and_is_one_frame() -> None:
     sent = SentTensor(key=key("x"), shape=tuple(picture.shape), dtype="float32")
     text = SentTensor(key=key("a"), shape=(1, FUN.text_dim), dtype="float32")
     evaluation = Evaluation(
-        shape=(1, 52, *SIZE), by_frame=False, texts=(key("a"),), references=(key("x"),), sent=(text, sent)
+        shape=(1, 52, *SIZE), by_frame=False, texts=(key("a"),), told=(of_kind("reference", "x"),), sent=(text, sent)
     )
     kept.check(evaluation)
     views = [tensor.view(-1).view(torch.uint8).numpy().data for tensor in (torch.zeros(1, FUN.text_dim), picture)]
@@ -149,7 +160,7 @@ def test_a_picture_in_front_is_sent_once_and_is_one_frame() -> None:
     shard = SequenceShard(length=4 * 6, rank=1, world=5)
     again = dataclasses.replace(evaluation, sent=())
     kept.take(again, [], SHARD)
-    (reference,) = kept.references(again, shard)
+    (reference,) = (beside.reference for beside in kept.besides(again, shard))
     # Of six tokens in front rank 1 of five has the last one, first of its five.
     assert reference is not None and reference.rows is not None and reference.rows.tolist() == [0]
     assert torch.equal(reference.values, patchify(picture)[5:])
@@ -167,7 +178,7 @@ def of_camera(rays: torch.Tensor, config: WanConfig = CAMERA) -> tuple[Evaluatio
         for name, tensor in (("a", text), ("x", rays))
     )
     evaluation = Evaluation(
-        shape=(1, config.in_dim, *SIZE), by_frame=False, texts=(key("a"),), cameras=(key("x"),), sent=sent
+        shape=(1, config.in_dim, *SIZE), by_frame=False, texts=(key("a"),), told=(of_kind("camera", "x"),), sent=sent
     )
     return evaluation, [tensor.view(-1).view(torch.uint8).numpy().data for tensor in (text, rays)]
 
@@ -179,38 +190,40 @@ def test_of_a_camera_a_rank_keeps_the_frames_of_its_tokens() -> None:
     kept = KeptConditions(CAMERA, torch.device("cpu"), keeps=True)
     kept.check(evaluation)
     kept.take(evaluation, views, shard)
-    (camera,) = kept.cameras(evaluation)
+    (camera,) = (beside.camera for beside in kept.besides(evaluation, shard))
     assert camera is not None and camera.keep and camera.rows is not None
     # Tokens 5 to 9 of three frames of six.
     assert camera.values.shape == (2, 2, 3, 4 * 128) and camera.rows.tolist() == [5, 6, 7, 8, 9]
-    whole = Camera(rays, 8).on_rank(lambda tokens: tokens, 18, torch.device("cpu"))
+    whole = Camera(rays, 8).on_rank(lambda tokens: tokens, 18)
     assert torch.equal(camera.values, whole.values[:2])
     # The memory that it came in is overwritten.
     rays.zero_()
     assert camera.values.any()
     again = dataclasses.replace(evaluation, sent=())
     kept.take(again, [], shard)
-    assert kept.cameras(again)[0] is camera
-    with pytest.raises(JobError, match=r"a camera's rays are of .*3, 4, 6.*; the latents are .*3, 4, 8"):
+    assert kept.besides(again, shard)[0].camera is camera
+    with pytest.raises(JobError, match=r"a camera is of .*3, 4, 6.*; the latents are .*3, 4, 8"):
         kept.take(dataclasses.replace(again, shape=(1, 36, 3, 4, 8)), [], shard)
-    with pytest.raises(JobError, match="tells where the camera is, and this model has no place for that"):
+    with pytest.raises(JobError, match=r"a camera, and this model \(T2V\) has no place for one"):
         KeptConditions(TINY, torch.device("cpu"), keeps=True).check(again)
     other = KeptConditions(dataclasses.replace(CAMERA, camera_dim=24 * 64), torch.device("cpu"), keeps=True)
-    with pytest.raises(JobError, match="the camera's rays are of 2 channels; this model takes 24"):
+    with pytest.raises(JobError, match="the camera is of 2 channels; this model takes 24"):
         other.take(evaluation, views, shard)
 
 
 def test_rays_are_of_the_latents_pixels() -> None:
-    with pytest.raises(ValueError, match=r"shape of a control is \[2, 3, 32, 40\]; it must be .* of \[3, 24, 36\]"):
+    with pytest.raises(
+        ValueError, match=r"shape of a camera is \[2, 3, 32, 40\]; it must be .* beside latents of \[3, 4, 6\]"
+    ):
         of_camera(torch.zeros(2, 3, 32, 40))
 
 
 @pytest.mark.parametrize(
     ("config", "told", "words"),
     [
-        (TINY, {"controls": ("x",)}, "this model has no VACE blocks"),
+        (TINY, {"controls": ("x",)}, r"a VACE control, and this model \(T2V\) has no place for one"),
         (TINY_VACE, {}, "the model is a VACE model: connect WanVaceToVideo"),
-        (TINY, {"pictures": "x"}, "this model has no image branch"),
+        (TINY, {"pictures": "x"}, "a picture as CLIP sees it, and this model .* has no place"),
         (FLF2V, {}, "connect CLIP Vision Encode"),
     ],
 )
@@ -222,8 +235,8 @@ def test_what_the_model_looks_at_is_there_and_nothing_else(config: WanConfig, to
 @pytest.mark.parametrize(
     ("other", "told", "words"),
     [
-        (dataclasses.replace(TINY_VACE, text_dim=7), {}, "the text has rows of 7 channels; this model takes"),
-        (dataclasses.replace(TINY_VACE, control_dim=7), {}, "the control is of 7 channels; this model takes 96"),
+        (dataclasses.replace(TINY_VACE, text_dim=7), {}, "the text is of 7 channels; this model takes"),
+        (dataclasses.replace(TINY_VACE, control_dim=7), {}, "the VACE control is of 7 channels; this model takes 96"),
     ],
 )
 def test_what_is_of_another_model_is_refused(other: WanConfig, told: Any, words: str) -> None:
@@ -243,14 +256,14 @@ def test_what_is_kept_is_no_part_of_the_memory_that_it_came_in():
         for name, tensor in (("t", row), ("c", memory))
     )
     evaluation = Evaluation(
-        shape=(1, config.in_dim, *SIZE), by_frame=False, texts=(key("t"),), controls=((key("c"),),),
-        strengths=((1.0,),), sent=sent,
+        shape=(1, config.in_dim, *SIZE), by_frame=False, texts=(key("t"),),
+        told=(of_kind("controls", ["c"]),), sent=sent,
     )  # fmt: skip
     views = [tensor.view(-1).view(torch.uint8).numpy().data for tensor in (row, memory)]
     kept.take(evaluation, views, SequenceShard(length=18, rank=0, world=2))
     memory.zero_()
     row.zero_()
-    ((control,),) = kept.controls(evaluation)
+    ((control,),) = (beside.controls for beside in kept.besides(evaluation, SequenceShard(length=18, rank=0, world=2)))
     assert control.values.unique().tolist() == [7.0]
     assert control.values.untyped_storage().nbytes() == control.values.nbytes
     assert kept.texts(evaluation)[0].tokens.unique().tolist() == [3.0]

@@ -70,10 +70,13 @@ def test_a_video_goes_on_where_another_one_ended(core: Modules, animate_file: Pa
     [
         (
             {"pose_video_latent": torch.zeros(1, 16, 3, 6, 8)},
-            r"the pose is of \[3, 6, 8\] .* of \[2, 6, 8\] behind its first frame",
+            r"the pose is of \[3, 6, 8\] .* sampled of at most \[2, 6, 8\]",
         ),
         ({"pose_video_latent": torch.zeros(1, 16, 2, 6, 4)}, r"the pose is of \[2, 6, 4\]"),
-        ({"face_video_pixels": torch.zeros(1, 3, 9, 512, 512)}, "the face is of 9 frames, .* of 3 latent ones"),
+        (
+            {"face_video_pixels": torch.zeros(1, 3, 9, 512, 512)},
+            r"the face is of \[9, 512, 512\] frames, .* of at most \[5, 512, 512\]",
+        ),
     ],
 )
 def test_what_is_of_another_video_is_refused(
@@ -93,7 +96,7 @@ def test_what_is_of_another_video_is_refused(
     [
         (
             {"pose_video_latent": torch.zeros(1, 48, 2, 6, 8)},
-            r"pose_video_latent of the positive conditioning is \[1, 48, .*takes \[B, 16, T, h, w\]: .* Wan2\.1 VAE",
+            r"pose_video_latent of the positive conditioning is \[1, 48, .*takes \[B, 16, T, h, w\]: .*WanAnimateToV",
         ),
         ({"pose_video_latent": torch.full((1, 16, 2, 6, 8), float("nan"))}, "pose_video_latent .* NaN or infinite"),
         ({"face_video_pixels": torch.zeros(1, 3, 5, 256, 256)}, r"is \[1, 3, 5, 256, 256\].*\[B, 3, F, 512, 512\]"),

@@ -46,7 +46,9 @@ def test_same_latents(core: Modules, expert_files: dict[str, Path], tmp_path: Pa
 def test_a_picture_of_another_size_is_refused(core: Modules, expert_files: dict[str, Path], tmp_path: Path) -> None:
     fun = TwoModels(core, expert_files["Fun"], tmp_path)
     given = controlled(core, "Fun", reference=True) | {"latent_image": empty_latents(rows=8)}
-    with pytest.raises(ValueError, match=r"the reference picture is of \[6, 8\].*and what is sampled of \[8, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"the reference picture is of \[1, 6, 8\].*and what is sampled of \[1, 8, 8\]"
+    ):
         core["sampled"](fun.ours, **given)
 
 

@@ -122,7 +122,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         r"reference_latents .* is \[16, 1, 6, 8\]; .* takes \[B, 16",
     ),
     ("Fun", {"reference_latents": [volume(16, 1, 6, 8, value=NAN)]}, "reference_latents .* NaN or infinite"),
-    ("Fun", {"reference_latents": [volume(16, 1, 8, 8)]}, r"picture is of \[8, 8\] .*and what is sampled of \[6, 8\]"),
+    (
+        "Fun",
+        {"reference_latents": [volume(16, 1, 8, 8)]},
+        r"picture is of \[1, 8, 8\] .*and what is sampled of \[1, 6, 8\]",
+    ),
     ("Fun", {**picture(16)}, r"concat_latent_image .* is \[1, 16, .* takes \[B, 32, "),
     (
         "Camera",

@@ -35,13 +35,14 @@ def test_each_prompt_has_a_face_and_both_have_one_pose() -> None:
         asked(
             text_embeds=text(pose_video_latent=POSE, face_video_pixels=FACE),
             negative_embeds=text(pose_video_latent=POSE.clone(), face_video_pixels=FACE * 0 - 1),
-        )
+        ),
+        ANIMATE,
     )
     assert torch.equal(found["pose_video_latent"], normalise(POSE[0], 16))
     assert torch.equal(found["face_video_pixels"], FACE[0]) and bool(found["face_video_pixels_null"].eq(-1).all())
     # Without guidance nothing is asked of the negative prompt.
-    assert animate_tensors(asked(text_embeds=text(face_video_pixels=FACE))).keys() == {"face_video_pixels"}
-    assert animate_tensors(asked()) == {}
+    assert animate_tensors(asked(text_embeds=text(face_video_pixels=FACE)), ANIMATE).keys() == {"face_video_pixels"}
+    assert animate_tensors(asked(), ANIMATE) == {}
 
 
 @pytest.mark.parametrize(
@@ -55,18 +56,18 @@ def test_each_prompt_has_a_face_and_both_have_one_pose() -> None:
         ({"negative_embeds": text(face_video_pixels=FACE)}, "connect both outputs"),
         (
             {"text_embeds": text(pose_video_latent=POSE[:, :8])},
-            r"pose_video_latent of text_embeds has shape .*\[1, 16, P",
+            r"pose_video_latent of text_embeds has shape .*\[1, 16, T, h, w\]",
         ),
         (
             {"text_embeds": text(face_video_pixels=FACE[0])},
-            r"face_video_pixels of text_embeds has shape .*\[1, 3, F, 512",
+            r"face_video_pixels of text_embeds has shape .*\[1, 3, F, 512, 512\]",
         ),
         ({"text_embeds": text(face_video_pixels=3)}, "face_video_pixels of text_embeds is int"),
     ],
 )
 def test_what_cannot_be_taken_over_is_refused(inputs: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        animate_tensors(asked(**inputs))
+        animate_tensors(asked(**inputs), ANIMATE)
 
 
 def test_the_latents_have_a_frame_in_front() -> None:

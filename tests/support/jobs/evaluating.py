@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plain_evaluator import conditions_of
 from safetensors.torch import save_file
 from tiny import TINY, TINY_ANIMATE, TINY_VACE, random_weights, write_official
 from torch import Tensor
-from wan_pack.distributed.job.evaluator import SampleConditioning, SampleControl
+from wan_pack.distributed.job.evaluator import SampleConditioning, SampleTold
 from wan_pack.distributed.job.job import FileIdentity, ForwardsJob, LoraFile, Parallel
 from wan_pack.distributed.launch.group_evaluator import GroupEvaluator, GroupEvaluators
 from wan_pack.distributed.launch.launcher import new_job_id
@@ -20,13 +21,8 @@ from wan_pack.distributed.launch.pool import Pool
 from wan_pack.distributed.machine.processes import Process
 from wan_pack.wan.model.config import FACE_SIDE, WanConfig
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.transformer.animate import Face, Pose
-from wan_pack.wan.transformer.camera import Camera
-from wan_pack.wan.transformer.conditions import Conditions
 from wan_pack.wan.transformer.context import Context
-from wan_pack.wan.transformer.reference import Reference
 from wan_pack.wan.transformer.transformer import WanModel
-from wan_pack.wan.transformer.vace import Control
 
 CONFIGS = {
     "T2V": TINY,
@@ -79,14 +75,7 @@ class Known:
         model.load_state_dict(self.weights if not loras else with_loras(self.weights, loras))
         velocities = []
         for latents, t, sample in zip(x, timesteps, samples, strict=True):
-            conditions = Conditions(
-                picture=sample.picture,
-                controls=tuple(Control(control.values, control.strength) for control in sample.controls),
-                reference=None if sample.reference is None else Reference(sample.reference),
-                camera=None if sample.camera is None else Camera(sample.camera, 8),
-                pose=None if sample.pose is None else Pose(sample.pose),
-                face=None if sample.face is None else Face(sample.face, latents.shape[1]),
-            )
+            conditions = conditions_of(sample, tuple(latents.shape[1:]))
             grid = conditions.grid(tuple(latents.shape))
             rope = rope_table(grid, self.config.head_dim)
             which = None
@@ -135,17 +124,25 @@ def inputs(
         timesteps[:, 0] = 0.0
         timesteps[:, 1:] = timesteps[:, 1:2]
     samples = [
-        dataclasses.replace(
-            sample,
-            controls=controls(config, shape, number // 2) if config.vace_layers else (),
-            reference=reference(config, shape, seed) if config.reference_frame and seed % 2 else None,
-            camera=camera(config, shape, number // 2) if config.camera else None,
-            pose=pose(config, shape, number // 2) if config.animates and shape[0] > 1 else None,
-            face=face(number % 2) if config.animates and shape[0] > 1 else None,
-        )
+        dataclasses.replace(sample, told={**sample.told, **told(config, shape, seed, number)})
         for number, sample in enumerate(texts(config, batch))
     ]
     return x, timesteps if by_frame else timesteps[:, 0], samples
+
+
+def told(config: WanConfig, shape: tuple[int, int, int], seed: int, number: int) -> dict[str, tuple[SampleTold, ...]]:
+    """What a sample is told, but for what CLIP sees."""
+    found: dict[str, tuple[SampleTold, ...]] = {}
+    if config.vace_layers:
+        found["controls"] = controls(config, shape, number // 2)
+    if config.reference_frame and seed % 2:
+        found["reference"] = (SampleTold(reference(config, shape, seed)),)
+    if config.camera:
+        found["camera"] = (SampleTold(camera(config, shape, number // 2)),)
+    if config.animates and shape[0] > 1:
+        found["pose"] = (SampleTold(pose(config, shape, number // 2)),)
+        found["face"] = (SampleTold(face(number % 2)),)
+    return found
 
 
 @functools.cache
@@ -176,11 +173,11 @@ def face(seed: int) -> Tensor:
 
 
 @functools.cache
-def controls(config: WanConfig, shape: tuple[int, int, int], seed: int) -> tuple[SampleControl, ...]:
+def controls(config: WanConfig, shape: tuple[int, int, int], seed: int) -> tuple[SampleTold, ...]:
     """One, or two for odd seeds; the same for each call."""
     generator = torch.Generator().manual_seed(300 + seed)
     return tuple(
-        SampleControl(torch.randn(config.control_dim, *shape, generator=generator), strength)
+        SampleTold(torch.randn(config.control_dim, *shape, generator=generator), strength)
         for strength in (0.8, 0.5)[: 1 + seed % 2]
     )
 
@@ -190,12 +187,13 @@ def texts(config: WanConfig, count: int) -> list[SampleConditioning]:
     found = []
     for number in range(count):
         rows = torch.randn(5 + 2 * number, config.text_dim, generator=torch.Generator().manual_seed(100 + number))
-        picture = None
+        told = {}
         if config.image_branch:
             # Every third sample has another one, or a single one.
             generator = torch.Generator().manual_seed(200 + number // 3)
             picture = torch.randn(514 - 257 * (number // 3 % 2), config.clip_dim, generator=generator)
-        found.append(SampleConditioning(text=rows, picture=picture, conditional=number % 2 == 0))
+            told["picture"] = (SampleTold(picture),)
+        found.append(SampleConditioning(text=rows, told=told, conditional=number % 2 == 0))
     return found
 
 

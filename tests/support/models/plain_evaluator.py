@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from wan_pack.distributed.job.evaluator import SampleConditioning, SampleControl
+from wan_pack.distributed.job.evaluator import SampleConditioning, SampleTold
 from wan_pack.distributed.job.model_files import LoraFile
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.checkpoint.weights import empty_model, read_weights
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.latent_space import WAN21
 from wan_pack.wan.model.rope import rope_table
-from wan_pack.wan.transformer.animate import Face, Pose
-from wan_pack.wan.transformer.camera import Camera
-from wan_pack.wan.transformer.conditions import Conditions
+from wan_pack.wan.transformer.conditions import Conditions, made
 from wan_pack.wan.transformer.context import Context
-from wan_pack.wan.transformer.reference import Reference
-from wan_pack.wan.transformer.vace import Control
+
+
+def conditions_of(sample: SampleConditioning, latents: tuple[int, ...]) -> Conditions:
+    """latents: frames, rows and columns of what is evaluated."""
+    found: dict[str, Any] = {}
+    for kind, told in sample.told.items():
+        parts = [made(kind, one.values, latents, WAN21.stride) for one in told]
+        (found[kind], *_) = parts
+        if kind == "controls":
+            found[kind] = tuple(replace(part, strength=one.strength) for part, one in zip(parts, told, strict=True))
+    return Conditions(**found)
 
 
 class PlainEvaluator:
@@ -36,7 +45,7 @@ class PlainEvaluator:
         """(shape of the latents, which samples are conditional), of each call."""
         self.timesteps: list[Tensor] = []
         self.texts: dict[int, Tensor] = {}
-        self.controls: dict[int, SampleControl] = {}
+        self.controls: dict[int, SampleTold] = {}
         """By identity: those that came again came as the same object."""
         self.closed = 0
 
@@ -46,21 +55,16 @@ class PlainEvaluator:
         self.batches.append((tuple(x.shape), [sample.conditional for sample in samples]))
         self.timesteps.append(timesteps)
         self.texts |= {id(sample.text): sample.text for sample in samples}
-        self.controls |= {id(control.values): control for sample in samples for control in sample.controls}
+        self.controls |= {
+            id(control.values): control for sample in samples for control in sample.told.get("controls", ())
+        }
         return torch.stack([self._one(*one) for one in zip(x, timesteps, samples, strict=True)])
 
     def close(self) -> None:
         self.closed += 1
 
     def _one(self, latents: Tensor, timestep: Tensor, sample: SampleConditioning) -> Tensor:
-        conditions = Conditions(
-            picture=sample.picture,
-            controls=tuple(Control(control.values, control.strength) for control in sample.controls),
-            reference=None if sample.reference is None else Reference(sample.reference),
-            camera=None if sample.camera is None else Camera(sample.camera, WAN21.stride),
-            pose=None if sample.pose is None else Pose(sample.pose),
-            face=None if sample.face is None else Face(sample.face, latents.shape[1]),
-        )
+        conditions = conditions_of(sample, tuple(latents.shape[1:]))
         grid = conditions.grid(tuple(latents.shape))
         different, which = timestep.reshape(-1), None
         if timestep.ndim:

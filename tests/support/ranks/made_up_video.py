@@ -57,9 +57,8 @@ def conditions(model: Any, generator: torch.Generator) -> Conditions:
     config = model.config
     if config.animates:
         # Nothing is told of the last frame.
-        return Conditions(
-            picture=noise(257, config.clip_dim), pose=Pose(noise(16, 1, 6, 10)), face=Face(noise(3, 1, 512, 512), 3)
-        )
+        picture = Context(noise(257, config.clip_dim))
+        return Conditions(picture=picture, pose=Pose(noise(16, 1, 6, 10)), face=Face(noise(3, 1, 512, 512), 3))
     return Conditions(controls=tuple(Control(noise(96, 3, 6, 10), s) for s in (1.0, 0.5)) if config.vace_layers else ())
 
 

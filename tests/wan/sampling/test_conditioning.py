@@ -277,3 +277,14 @@ def test_a_camera_alone_has_no_picture_to_begin_with():
         made = build({"camera_conditions": rays}, variant=VARIANTS[name]).conditions
         assert made.image is not None and not made.image.any() and made.camera is not None
         assert made.camera.values is rays and made.camera.stride == 8
+
+
+def test_a_face_is_another_one_with_the_negative_prompt_and_a_pose_is_not():
+    face, pose = torch.zeros(3, 5, 2, 2), torch.zeros(16, 2, 4, 6)
+    given = {"image_conditioning": torch.zeros(20, 3, 4, 6), "pose_video_latent": pose, "face_video_pixels": face}
+    alone = build(given, variant=VARIANTS["Animate"]).conditions
+    assert alone.face is not None and alone.face.pictures is face and alone.face.frames == 3
+    assert alone.pose is not None and alone.pose.values is pose and alone.instead == {"face": None}
+    null = torch.ones(3, 5, 2, 2)
+    besides = build(given | {"face_video_pixels_null": null}, variant=VARIANTS["Animate"]).conditions.besides(keep=True)
+    assert [besides[conditional].face.pictures for conditional in (True, False)] == [face, null]

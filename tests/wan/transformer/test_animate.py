@@ -86,7 +86,7 @@ def test_each_prompt_has_its_face_and_it_is_encoded_once():
             return pictures[:, 0]
 
     video = torch.arange(7.0).view(1, 7, 1, 1).expand(3, 7, 2, 2)
-    conditions = Conditions(face=Face(video, 4), face_null=Face(-video, 4), pose=Pose(noise(1, 16, 3, 2, 2)))
+    conditions = Conditions(face=Face(video, 4), instead={"face": Face(-video, 4)}, pose=Pose(noise(1, 16, 3, 2, 2)))
     besides = conditions.on_rank(lambda tokens: tokens, 4, CPU).besides(keep=True)
     assert besides[True].pose is besides[False].pose
     for conditional, sign in ((True, 1), (False, -1)):
@@ -97,7 +97,8 @@ def test_each_prompt_has_its_face_and_it_is_encoded_once():
             # None in front, and no more than the video has.
             assert rows[:, 0, 0].tolist() == [0, 0, sign * 1, sign * 2]
     assert asked == [4, 3] * 2
-    assert Conditions(face=Face(video, 4)).besides(keep=True)[False].face is None
+    alone = Conditions(face=Face(video, 4), instead={"face": None}).besides(keep=True)
+    assert alone[True].face is not None and alone[False].face is None
 
 
 def test_a_short_face_is_followed_by_nothing():
