@@ -138,6 +138,18 @@ def test_each_of_many_windows_sends_its_control_once(served: ServedJob, processe
     assert [len(evaluation.sent) for evaluation in processes.asked] == [3, *[1] * 39, *[0] * 80]
 
 
+def test_one_tensor_of_two_kinds_is_sent_as_each(served: ServedJob, processes: Processes):
+    """A rank keeps another part of each."""
+    both = (SampleTold(video(1)[:, :1].contiguous()),)
+    told = {"reference": both, "pose": both}
+    x = torch.zeros(1, *SHAPE)
+    for _ in range(2):
+        served.evaluate(x, torch.zeros(1), [SampleConditioning(torch.ones(2, 3), told)])
+    first, second = processes.asked
+    assert len(first.sent) == 3 and not second.sent and len(set(first.kinds)) == 2
+    assert first.in_front == 1 and (first.count("pose"), first.count("face")) == (1, 0)
+
+
 def test_what_nobody_has_any_more_is_not_held(served: ServedJob):
     for seed in range(30):
         evaluate(served, [sample(seed, SampleTold(video(seed), 1.0))])

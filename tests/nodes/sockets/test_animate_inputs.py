@@ -70,6 +70,13 @@ def test_what_cannot_be_taken_over_is_refused(inputs: dict[str, Any], words: str
         animate_tensors(asked(**inputs), ANIMATE)
 
 
+def test_embeds_of_the_wrapper_are_refused_by_name() -> None:
+    """Those of its node for Animate: masks, strengths and windows of its own."""
+    embeds = {"pose_latents": POSE[0], "face_pixels": FACE, "ref_latent": POSE[0], "target_shape": (16, 4, 6, 8)}
+    with pytest.raises(ValueError, match=r"carries \[?.*face_pixels.*pose_latents.*ref_latent.*does not support"):
+        image_tensors(asked(image_embeds=embeds), SAMPLING, ANIMATE, Status())
+
+
 def test_the_latents_have_a_frame_in_front() -> None:
     latents, mask = torch.rand(1, 16, 4, 6, 8), torch.rand(1, 4, 4, 6, 8)
     given = asked(text_embeds=text(concat_latent_image=latents, concat_mask=mask))
