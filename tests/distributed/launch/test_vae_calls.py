@@ -13,6 +13,7 @@ import torch
 from evaluating import Known, Warm, difference, inputs
 from fresh_jobs import run_fresh
 from mount import GOLDEN
+from patience import COMES_UP
 from plain_vae import PlainVae
 from torch import Tensor
 from wan_pack.distributed.group.group_folder import GroupDir
@@ -20,7 +21,7 @@ from wan_pack.distributed.job.errors import JobCancelled, JobError
 from wan_pack.distributed.job.job import FileIdentity, Parallel, VaeJob
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.job.progress import Progress
-from wan_pack.distributed.launch import vae_calls
+from wan_pack.distributed.launch import stopping, vae_calls
 from wan_pack.distributed.launch.launcher import JobFailed, new_job_id
 from wan_pack.distributed.launch.pool import Pool
 from wan_pack.distributed.launch.result import Result
@@ -250,7 +251,10 @@ def test_calls_together_have_one_group_where_none_stays(warm: WarmVae):
 @pytest.mark.ranks
 @pytest.mark.processes
 @pytest.mark.parametrize("rows", [16, 1], ids=["split", "too few rows to split"])
-def test_fault_07_a_cancelled_decode_leaves_the_processes_for_the_next(warm: WarmVae, rows: int):
+def test_fault_07_a_cancelled_decode_leaves_the_processes_for_the_next(
+    warm: WarmVae, rows: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stopping, "SECONDS", COMES_UP)
     ranks = warm.run(latents())
     given = latents(WAN21, (8, 9, rows, 16))
 
