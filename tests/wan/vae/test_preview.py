@@ -65,7 +65,7 @@ def test_a_vae_at_rest_gives_grey_and_what_is_not_finite_a_picture():
 
 
 def test_previews_come_with_the_first_the_last_and_some_ten_steps():
-    for total in (1, 2, 4, 8, 20, 30, 50, 1000):
+    for total in (*range(1, 60), 1000):
         due = [done for done in range(1, total + 1) if is_due(done, total)]
         assert {1, total} <= set(due)
         assert min(total, 10) <= len(due) <= 21
