@@ -150,3 +150,9 @@ def test_a_model_that_does_not_run_is_named_by_any_of_its_parts(name: str):
                 check_runs({"blocks.0.ffn.0.weight": (8, 8), tensor: (8, 8)})
         # A part is a whole word of a name.
         check_runs({f"blocks.0.un{part}.weight": (8, 8)})
+
+
+def test_experts_change_where_the_official_code_has_it():
+    """0.875 for text, 0.9 where a picture or a control video is given; those of one transformer have no such place."""
+    found = {name: variant.boundary for name, variant in VARIANTS.items() if variant.boundary is not None}
+    assert found == {"T2V": 0.875, "VACE": 0.875} | dict.fromkeys(("I2V", "Fun-Control", "Fun-Camera"), 0.9)

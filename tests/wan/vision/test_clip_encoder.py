@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny_clip import LAYERS, as_official, as_open_clip, clip_weights, config, write_clip
 from torch import Tensor
 from umt5 import MODEL
+from wan_pack.wan.files.stored_model import open_model
 from wan_pack.wan.vision import seen_pictures
-from wan_pack.wan.vision.clip_encoder import encode_pictures, load_clip
+from wan_pack.wan.vision.clip_encoder import _Rows, encode_pictures, load_clip
 from wan_pack.wan.vision.clip_keys import check_clip_files
 from wan_pack.wan.vision.clip_picture import MEAN, STD, fit_clip_picture
 from wan_pack.wan.vision.seen_pictures import SeenPictures
@@ -136,6 +137,9 @@ def test_a_picture_is_stretched_as_the_official_code_does_it():
     resized = F.interpolate(video, size=(224, 224), mode="bicubic", align_corners=False)[0] * 0.5 + 0.5
     expected = (resized - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     torch.testing.assert_close(fit_clip_picture(picture), expected, rtol=1e-5, atol=1e-5)
+    for given in (picture.double(), picture.half()):
+        made = fit_clip_picture(given)
+        assert made.dtype == torch.float32 and torch.equal(made, fit_clip_picture(given.float()))
     with pytest.raises(ValueError, match=r"shape \[3, 8, 8\]; it must be \[H, W, 3\]"):
         fit_clip_picture(torch.zeros(3, 8, 8))
 
@@ -159,3 +163,13 @@ def test_the_same_pictures_are_looked_at_once(tmp_path: Path, monkeypatch: pytes
     assert len(loads) == 3 and not torch.equal(again, first)
     torch.testing.assert_close(again, encode_pictures(load_clip([path]), given))
     assert load_file(path).keys() == clip_weights().keys()
+
+
+def test_rows_of_a_tensor_may_be_read_in_parts(tmp_path: Path):
+    """q, k and v in one, as open-clip has them: each is a third, from wherever a reader begins in it."""
+    whole = torch.arange(24.0).view(6, 4)
+    save_file({"qkv": whole}, tmp_path / "m.safetensors")
+    stored = open_model([tmp_path / "m.safetensors"], "a model").weights({"qkv": "qkv"})["qkv"]
+    out = torch.empty(3)
+    _Rows(stored, (2, 4), 8).read_into(out, start=5)
+    assert out.tolist() == [13.0, 14.0, 15.0]
