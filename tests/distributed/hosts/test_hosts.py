@@ -262,7 +262,9 @@ def test_a_wait_for_gpus_elsewhere_is_shown_and_no_time_out(tmp_path: Path, monk
     assert reason in shown and shown[-1].startswith("starting ")
 
 
-def test_every_machine_finds_packages_where_the_first_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_machine_finds_packages_where_the_first_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
     """As on one machine, folders of PYTHONPATH first; the agent itself and, by its environment, its ranks."""
     packages = tmp_path / "packages"
     packages.mkdir()
@@ -288,6 +290,6 @@ def test_every_machine_finds_packages_where_the_first_one_does(tmp_path: Path, m
     assert folder.started(1).exists() and folder.ended(1).exists() and not folder.failed(1).exists()
     folder.ended(1).unlink()
     monkeypatch.setattr(hosts_agent, "check_host", mock.Mock(side_effect=JobError("another torch")))
-    assert hosts_agent.main(folder) == 1 and folder.ended(1).exists()
+    assert hosts_agent.main(folder) == 1 and folder.ended(1).exists() and capfd.readouterr().err == "another torch\n"
     assert json.loads(folder.failed(1).read_text())["message"] == "JobError: another torch"
     folder.remove()

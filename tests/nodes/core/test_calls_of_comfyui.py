@@ -117,3 +117,13 @@ def test_the_evaluator_starts_with_the_first_call_and_ends_with_the_sampling(ask
         used.velocity(torch.zeros(1, 16, 1, 2, 2), torch.ones(1), contexts(1), {}, {})
     used.close()
     assert (started, asked.closed) == ([1], 1)
+
+
+def test_what_is_remembered_is_not_what_comfyui_writes_to_later(asked: Asked, evaluation: Evaluation) -> None:
+    """Its own buffers, one after another with other values."""
+    text = contexts(1)
+    for value in (1.0, 2.0, 1.0):
+        text.fill_(value)
+        evaluation.velocity(torch.zeros(1, 16, 1, 2, 2), torch.ones(1), text, {}, {})
+    first, second, third = (call[2][0].text for call in asked.calls)
+    assert third is first and [first[0, 0].item(), second[0, 0].item()] == [1.0, 2.0]

@@ -45,7 +45,7 @@ def test_a_picture_covers_the_frame_and_keeps_its_middle(size: tuple[int, int], 
     picture = torch.zeros(*size, 3)
     picture[size[0] // 2 - 3 : size[0] // 2 + 3, size[1] // 2 - 3 : size[1] // 2 + 3] = 1.0
     fitted = fit_image(picture, *frame, VARIANTS[name])
-    assert fitted.shape == (3, frame[1], frame[0])
+    assert fitted.shape == (3, frame[1], frame[0]) and fitted.is_contiguous()
     bright = (fitted[0] > 0).nonzero().float().mean(0)
     assert (bright - torch.tensor([frame[1] / 2 - 0.5, frame[0] / 2 - 0.5])).abs().max() < 1.5
     assert fitted[0, 0, 0] < -0.9
@@ -53,7 +53,8 @@ def test_a_picture_covers_the_frame_and_keeps_its_middle(size: tuple[int, int], 
 
 def test_a_picture_of_the_frames_size_is_not_resampled():
     picture = torch.rand(32, 64, 3)
-    assert torch.equal(fit_image(picture, 64, 32, I2V), (picture * 2 - 1).permute(2, 0, 1))
+    fitted = fit_image(picture, 64, 32, I2V)
+    assert torch.equal(fitted, (picture * 2 - 1).permute(2, 0, 1)) and fitted.is_contiguous()
 
 
 def test_the_mask_marks_the_frames_that_are_given():

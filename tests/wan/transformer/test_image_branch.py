@@ -54,6 +54,19 @@ def test_its_norms_and_places_stay_float32():
         assert dtypes[name] == torch.bfloat16, name
 
 
+def test_its_last_norm_is_computed_in_float32():
+    """As the official code has it, whatever the products before it are computed in."""
+    model, features = meta_model(FLF2V, torch.bfloat16), noise(1, 257, 64)
+    kept = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    weights = {name: value.to(kept[name]) for name, value in random_weights(FLF2V).items()}
+    model.load_state_dict(weights, assign=True)
+    made, last = model.img_emb(features), model.img_emb.proj[4]
+    assert made.dtype == torch.float32
+    # What a norm in float32 makes of rows is of mean 0 to its precision.
+    plain = (made - last.bias) / last.weight
+    assert plain.mean(1).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("config", [I2V, FLF2V], ids=["I2V", "FLF2V"])
 def test_sizes_are_read_off_the_shapes(config: object):
     shapes = {name: tuple(p.shape) for name, p in meta_model(config, torch.float32).named_parameters()}
