@@ -10,7 +10,8 @@ import pytest
 import torch
 from jobs import stub_job
 from wan_pack.distributed.job.job import FileIdentity, Parallel
-from wan_pack.distributed.job.model_files import ExpertFiles, ModelFiles
+from wan_pack.distributed.job.model_files import ExpertFiles, LoraFile, ModelFiles
+from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank import experts
 from wan_pack.distributed.rank.experts import ExpertCache
 from wan_pack.wan.model.attention import attention
@@ -173,3 +174,23 @@ def test_models_of_one_file_name_are_told_apart(cache: ExpertCache):
     cache._made_of[names[0]] = ExpertFiles(files("other/a"), (), None)
     names.append(cache.named(files("third/a")))
     assert names == ["a 2", "a 3"] and cache.named(files("a")) == "a" and cache.named(files("other/a")) == "a 2"
+
+
+def test_how_far_the_reading_of_two_experts_is(cache: ExpertCache, monkeypatch: pytest.MonkeyPatch):
+    """Of both together: the one that runs first is read last."""
+    told: list[tuple[str, int, int]] = []
+
+    def read(name: str, wanted: object, settings: object, report: Any, *_: object) -> None:
+        for done in (1, 2, 3):
+            report(done, 3)
+
+    monkeypatch.setattr(cache, "_load", read)
+    for name in ("compute_as", "set_shard"):
+        monkeypatch.setattr(experts, name, lambda *_: None)
+    lora = LoraFile(file=files("lora")[0], strength=1.0)
+    wanted = {name: ExpertFiles(files(name), (lora,), None) for name in ("a", "b")}
+    cache.load(
+        ("a", "b"), wanted, Parallel(gpu_count=1, offload_model=True), None, SequenceShard(length=6),
+        lambda *given: told.append(given),
+    )  # fmt: skip
+    assert told == [(f"{name} expert", done, 6) for name, done in zip("bbbaaa", range(1, 7), strict=True)]

@@ -143,3 +143,16 @@ def test_a_file_that_shrinks_later_is_an_error_not_garbage(tmp_path: Path):
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(OSError, match=r"t\.gguf ended at byte"):
         file.read_rows("w", 0, 64)
+
+
+@pytest.mark.parametrize("value", [True, 32.0, "32", 0, (1 << 20) + 1])
+def test_an_alignment_is_a_whole_number(tmp_path: Path, value: object):
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "wan")
+    add = {bool: writer.add_bool, float: writer.add_float32, str: writer.add_string, int: writer.add_uint32}
+    add[type(value)]("general.alignment", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=f"general.alignment is {value!r}; it must be a number up to 1048576"):
+        GgufFile(tmp_path / "t.gguf")

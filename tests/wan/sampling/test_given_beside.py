@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from wan_pack.wan.model.variants import VARIANTS
 from wan_pack.wan.sampling.conditioning import Conditioning, build_conditioning
+from wan_pack.wan.sampling.control import build_controls
 from wan_pack.wan.sampling.denoise import Guidance, Known, denoise
 from wan_pack.wan.sampling.schedule import make_solver
 
@@ -58,3 +60,23 @@ def test_what_a_step_expects_keeps_what_is_known():
     assert len(seen) == 2
     for estimate in seen:
         assert torch.equal(estimate[1], known.tokens[1]) and not torch.equal(estimate[0], known.tokens[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_what_a_vae_of_another_precision_encodes_is_float32(dtype: torch.dtype):
+    """A VAE of a GPU gives bf16; what goes with it through the sampling is float32 on the CPU."""
+
+    def other(video: torch.Tensor) -> torch.Tensor:
+        return encode(video).to(dtype)
+
+    pictures = torch.rand(1, 3, 32, 48)
+    (control,) = build_controls(
+        {"control_video": torch.rand(3, 9, 32, 48), "reference_images": pictures}, (9, 32, 48), other
+    )
+    (plain,) = build_controls({"control_video": torch.rand(3, 9, 32, 48)}, (9, 32, 48), other)
+    made = build(
+        {"reference_images": pictures, "start_image": pictures[0], "control_video": pictures.transpose(0, 1)},
+        encode=other,
+    ).conditions
+    assert made.image is not None and made.reference is not None
+    assert {each.dtype for each in (control.values, plain.values, made.image, made.reference.values)} == {torch.float32}

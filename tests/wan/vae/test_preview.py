@@ -15,7 +15,7 @@ from wan_pack.wan.model.patch import patchify, token_grid
 from wan_pack.wan.sampling.denoise import Guidance, Known, denoise
 from wan_pack.wan.sampling.schedule import make_solver
 from wan_pack.wan.vae.autoencoder import load_vae
-from wan_pack.wan.vae.preview import PreviewMap, fit_preview, is_due, preview_of_vae
+from wan_pack.wan.vae.preview import PreviewMap, fit_preview, is_due, preview_of_vae, smooth_noise
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -132,3 +132,12 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):
     path.write_bytes(b"12345")
     assert ChangedFile(path, 4).read() is None
     assert ChangedFile(path, 5).read() == b"12345"
+
+
+def test_the_noise_that_a_preview_is_fitted_to_varies_in_every_channel():
+    like = torch.empty(1, 5, 2, 8, 12)
+    made = smooth_noise(like)
+    assert made.shape == like.shape and made.square().mean() == pytest.approx(1.0, rel=1e-4)
+    rows = made.flatten(2)[0]
+    assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 0.7, "each its own"
+    assert (made[..., 1:] - made[..., :-1]).square().mean() < 1.0, "neighbours are alike"
