@@ -94,9 +94,9 @@ def test_a_job_carries_them():
     file = stub_job(gpu_count=1).model.transformer
     job = ForwardsJob(id="ab", parallel=Parallel(gpu_count=1), model=file, rounded=RoundedTimesteps(above=5.0))
     assert GroupJob.from_json(job.to_json()) == job
-    text = job.to_json().replace("5.0", "-5.0")
-    with pytest.raises(JobError, match=r"above is -5\.0; it must be -1 to 1,000,000"):
-        GroupJob.from_json(text)
+    for value, shown in (("-5.0", r"-5\.0"), ("1000001.0", r"1000001\.0"), ("NaN", "nan"), ("Infinity", "inf")):
+        with pytest.raises(JobError, match=rf"above is {shown}; it must be -1 to 1,000,000"):
+            GroupJob.from_json(job.to_json().replace("5.0", value))
 
 
 @pytest.mark.parametrize(

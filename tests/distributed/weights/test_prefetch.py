@@ -75,6 +75,8 @@ def test_processes_of_a_machine_read_every_byte_once(tmp_path: Path, monkeypatch
         read_ahead([str(path) for path in paths], lambda done, total: told.append((done, total)), part=part, parts=3)
     assert sorted(seen) == [("a", i) for i in range(50)] + [("b", i) for i in range(8)]
     assert all(0 < done <= total == 58 for done, total in told)
+    # Behind the first file's 50 the second's 8 are the last.
+    assert sorted(done for done, _ in told) == [8, 16, 24, 32, 40, 48, 50, 58]
     with pytest.raises(FileNotFoundError, match="none"):
         read_ahead([str(tmp_path / "none")], lambda done, total: None)
 

@@ -67,6 +67,14 @@ def test_bare_name_is_looked_up(folders: Path, path: str) -> None:
     assert Path(found.file.path).is_absolute() and Path(path).stem in found.file.path
 
 
+def test_of_files_that_a_bare_name_may_mean_it_is_always_the_same(folders: Path) -> None:
+    """The first by its name; who means another one says its suffix."""
+    identity(folders / "loras" / "fox.ckpt")
+    for path, name in (("fox", "fox.ckpt"), ("fox.safetensors", "fox.safetensors")):
+        (found,) = lora_files([entry(folders, path=path)], "lora")
+        assert Path(found.file.path).name == name
+
+
 @pytest.mark.parametrize(
     "values", [{"layer_filter": []}, {"low_mem_load": True, "merge_loras": False}, {"strength": 1}]
 )
