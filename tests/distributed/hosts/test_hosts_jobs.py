@@ -100,14 +100,8 @@ def test_two_machines_of_two_ranks_make_the_same_latents(
     machines: Machines, plain: Any, tiny_models: Path, tmp_path: Path
 ):
     """Through DeepSpeed's launcher itself."""
-    job = tiny_job(tiny_models, gpu_count=4, hosts=machines.hosts, cfg_parallel=True)
-    listeners: list[str] = []
-    watch = Watch(tmp_path, lambda folder: listeners.extend(listening(machines)), step=1)
-    spread = run_tiny(job, tmp_path, on_progress=watch)
+    spread = run_tiny(tiny_job(tiny_models, gpu_count=4, hosts=machines.hosts, cfg_parallel=True), tmp_path)
     torch.testing.assert_close(read_latents(spread.folder), plain, rtol=1e-4, atol=1e-4)
-    # torch's stores and gloo: on the interface between the machines, never on all.
-    assert set(listeners) <= {*machines.hosts, "127.0.0.1"}
-    assert set(machines.hosts) <= set(listeners)
     spread.remove()
 
 
@@ -179,19 +173,25 @@ def test_a_machine_that_is_not_there_is_named(machines: Machines, light: Light, 
 
 
 def test_a_cut_link_ends_both_machines(machines: Machines, light: Light, tiny_models: Path, tmp_path: Path):
-    """Nothing closes, and nobody answers: the stall time-out is what is left."""
+    """Nothing closes, and nobody answers: the stall time-out is what is left. Until then there are few listeners."""
     light(worker_group.AGENT / "rank" / "worker.py")
-    job = tiny_job(tiny_models, hosts=machines.hosts, cfg_parallel=True, steps=1000, stall_timeout=3.0)
+    job = tiny_job(tiny_models, hosts=machines.hosts, cfg_parallel=True, steps=1000, stall_timeout=6.0)
+
+    listeners: list[str] = []
 
     def cut(folder: JobDir) -> None:
+        listeners.extend(listening(machines))
         machines.cut()
 
     watch = Watch(tmp_path, cut)
     try:
-        with pytest.raises(JobFailed, match=r"made no progress for 3 s") as caught:
+        with pytest.raises(JobFailed, match=r"made no progress for 6 s") as caught:
             run_tiny(job, tmp_path, on_progress=watch)
-        assert 2 < watch.seconds_ago < 2 * AT_ONCE
+        assert 2 < watch.seconds_ago < COMES_UP
         assert re.search(r"rank [01] on 10\.231\.7\.[12] made no progress", str(caught.value))
         machines.empty_within(AT_ONCE)
     finally:
         machines.join()
+    # torch's stores and gloo: on the interface between the machines, never on all.
+    assert set(listeners) <= {*machines.hosts, "127.0.0.1"}
+    assert set(machines.hosts) <= set(listeners)
