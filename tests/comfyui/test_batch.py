@@ -39,7 +39,7 @@ def with_single_video(prompt: Prompt) -> Prompt:
     single |= {"prompt": batch["prompts"].splitlines()[1], "config": ["one process", 0]}
     config = node_of(prompt, "WanVideoDistributedConfig")
     # The second node finds processes of the first.
-    config["inputs"]["keep_warm_seconds"] = 60
+    config["inputs"]["keep_warm_seconds"] = 600
     inputs = {**config["inputs"], "gpu_count": 1}
     return {
         **prompt,
@@ -70,7 +70,7 @@ def test_batch_makes_the_videos_of_single_runs(comfy: Comfy) -> None:
     assert re.fullmatch(r"2 of 2 done in \d+ s", lines[-1])
 
 
-def test_interrupt_ends_all_groups_within_a_second(comfy: Comfy) -> None:
+def test_interrupt_ends_all_groups_at_once(comfy: Comfy) -> None:
     pressed: list[float] = []
 
     def watch(run: Run, kind: str, data: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ def test_interrupt_ends_all_groups_within_a_second(comfy: Comfy) -> None:
             pressed.append(time.monotonic())
             threading.Thread(target=comfy.server.request, args=("/interrupt", {"prompt_id": run.prompt_id})).start()
 
-    run = comfy.run(comfy.example(BATCH, sample_steps=500, num_frames=17, batch_count=2), watch)
+    run = comfy.run(comfy.example(BATCH, sample_steps=1000, num_frames=17, batch_count=2), watch)
     ended = time.monotonic() - pressed[0]
     assert run.ending[0] == "execution_interrupted", run.ending
     assert ended < AT_ONCE, f"{ended:.2f} s"

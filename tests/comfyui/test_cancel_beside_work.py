@@ -9,13 +9,14 @@ import time
 
 import pytest
 from mount import ROOT
+from patience import AT_ONCE, COMES_UP
 from serving import Comfy, at_first_step
 from wan_pack.demo.client import Run
 from wan_pack.distributed.machine.processes import Process
 
 
 def test_fault_37_cancel_ends_the_processes_of_a_busy_machine(comfy: Comfy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within two seconds and four times what the machine then takes for one process that does nothing."""
+    """At once, and in four times what the machine then takes for one process that does nothing."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from busy import busy
 
@@ -38,8 +39,8 @@ def test_fault_37_cancel_ends_the_processes_of_a_busy_machine(comfy: Comfy, monk
             measured.set()
 
         run = comfy.run(comfy.example(sample_steps=1000, num_frames=17, seed=37), at_first_step(press))
-        assert measured.wait(60)
+        assert measured.wait(COMES_UP)
     assert run.ending[0] == "execution_interrupted", run.ending
     nothing, gone = times
-    assert gone < 2 + 4 * nothing, f"{gone:.2f} s; a process that does nothing takes {nothing:.2f} s"
+    assert gone < AT_ONCE + 4 * nothing, f"{gone:.2f} s; a process that does nothing takes {nothing:.2f} s"
     assert comfy.job_folders() == []

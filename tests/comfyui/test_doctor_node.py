@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from pathlib import Path
 from typing import Any
 
-from patience import AT_ONCE
+from patience import AT_ONCE, COMES_UP
 from serving import Comfy
 from wan_pack.demo.client import Run
 from wan_pack.demo.example import Prompt
+from wan_pack.distributed.machine.processes import Process, descendants
 
 DOCTOR = "doctor"
 
@@ -33,12 +36,21 @@ def test_the_report_is_shown_and_handed_on(comfy: Comfy) -> None:
         assert words in report, report
 
 
+def command(process: Process) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    return b""
+
+
 def test_cancel_ends_it_at_once(comfy: Comfy) -> None:
     started: list[float] = []
 
     def cancel(run: Run, kind: str, data: dict[str, Any]) -> None:
         if kind == "executing" and data.get("node") == DOCTOR:
-            time.sleep(1)
+            deadline = time.monotonic() + COMES_UP
+            while not any(b"doctor" in command(process) for process in descendants(comfy.server.pid)):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
             started.append(time.monotonic())
             comfy.server.request("/interrupt", {})
 

@@ -15,11 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jobs import rank_of
 from safetensors import safe_open
 from serving import INFERENCE, Comfy
 from shared_memory import orphans
 from wan_pack.demo.client import Run
 from wan_pack.demo.example import Prompt, node_id, node_of
+from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.machine.processes import Process
 
 LONG = {"sample_steps": 1000}
 """A job that samples until something happens to it."""
@@ -69,6 +72,15 @@ class Soak:
 
     def processes(self) -> list[int]:
         return self.comfy.job_processes()
+
+    def rank(self, number: int) -> Process:
+        """Of the job that runs."""
+        (folder,) = self.jobs.glob("wan-job-*")
+        return rank_of(JobDir(folder), number)
+
+    def agent(self) -> int:
+        """The parent of the ranks of the job that runs."""
+        return int(Path(f"/proc/{self.rank(0).pid}/stat").read_text().rpartition(")")[2].split()[1])
 
     def released(self) -> None:
         self.comfy.server.request("/wan_distributed/release", {})

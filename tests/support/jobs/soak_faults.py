@@ -36,13 +36,12 @@ class Fault:
 
 
 def kill_a_rank(soak: Soak, seed: int) -> None:
-    # The agent's pid is the lowest.
-    error = soak.broken(seed, "denoise", lambda: os.kill(max(soak.processes()), signal.SIGKILL))
-    assert re.match(r"rank \d was killed by SIGKILL", error), error
+    error = soak.broken(seed, "denoise", lambda: soak.rank(0).kill())
+    assert error.startswith("rank 0 was killed by SIGKILL"), error
 
 
 def kill_the_agent(soak: Soak, seed: int) -> None:
-    error = soak.broken(seed, "denoise", lambda: os.kill(min(soak.processes()), signal.SIGKILL))
+    error = soak.broken(seed, "denoise", lambda: os.kill(soak.agent(), signal.SIGKILL))
     assert error.startswith("the agent was killed by SIGKILL"), error
 
 
