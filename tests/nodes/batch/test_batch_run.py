@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from jobs import stub_job
-from patience import AT_ONCE, COMES_UP
+from patience import AT_ONCE, COMES_UP, until
 from wan_pack.distributed.job.errors import JobCancelled
 from wan_pack.distributed.job.job import Job, Parallel
 from wan_pack.distributed.job.job_folder import JobDir
@@ -97,7 +97,7 @@ class Batch:
 def batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Batch]:
     before = threading.active_count()
     yield Batch(monkeypatch, tmp_path)
-    assert threading.active_count() == before
+    assert until(lambda: threading.active_count() == before)
     assert list(tmp_path.iterdir()) == []
 
 
