@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import read_latents, tiny_job, write_embeddings
+from patience import until
 from wan_pack.distributed.group.group_folder import GroupDir
 from wan_pack.distributed.job.job import FileIdentity, Job, JobError
 from wan_pack.distributed.job.job_folder import JobDir
@@ -24,6 +24,7 @@ from wan_pack.distributed.weights import prefetch
 from wan_pack.distributed.weights.prefetch import Prefetch, read_ahead
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 
+LOADING = "denoise 3/4 loading the low_noise expert"
 SECONDS = 20.0
 """More than anything here takes: what never comes fails, and does not hang."""
 
@@ -149,14 +150,14 @@ def test_steps_begin_before_the_other_expert_is_read(
 
     def wait() -> None:
         assert stepped.wait(SECONDS), "the steps wait for the second expert"
-        # Thirty tensors, so that it is seen how far they are.
-        time.sleep(0.002)
+        # Whose reading lasts until it is said.
+        assert until(lambda: any(message.startswith(LOADING) for message in rank.messages))
 
     monkeypatch.setattr(VideoWork, "on_step", watch)
     monkeypatch.setattr("wan_pack.distributed.rank.video_work.MIN_INTERVAL", 0.0)
     read_late(wait)
     cold = rank.run(rank.job(keep_warm_seconds=300.0))
-    loading = [message.startswith("denoise 3/4 loading the low_noise expert") for message in rank.messages]
+    loading = [message.startswith(LOADING) for message in rank.messages]
     assert any(loading)
     assert rank.messages[len(loading) - loading[::-1].index(True)] == "denoise 3/4", "it no longer loads"
     warm = rank.run(rank.job(keep_warm_seconds=300.0))
