@@ -49,11 +49,11 @@ def test_an_evaluation_is_of_its_own_tokens_and_exact_where_its_step_is(
     work: Any, monkeypatch: pytest.MonkeyPatch, by_frame: bool, timesteps: list[float], exact: bool
 ) -> None:
     """Whatever the last one was of. What comes back is behind the picture in front."""
-    seen = SimpleNamespace(exact=None, shards=[], passes=[], answered=None)
+    seen = SimpleNamespace(exact=None, shards=[], passes=[], roomy=[], answered=None)
     monkeypatch.setattr(forwards_work, "set_shard", lambda model, shard: seen.shards.append(shard))
 
     def evaluate(model: object, passes: Any, rope: object, mesh: object) -> list[torch.Tensor]:
-        assert seen.exact is exact and seen.shards, "before it is computed"
+        assert seen.exact is exact and len(seen.shards) == len(seen.roomy) > 0, "before it is computed"
         seen.passes += passes
         return [2 * one.tokens for one in passes]
 
@@ -62,7 +62,7 @@ def test_an_evaluation_is_of_its_own_tokens_and_exact_where_its_step_is(
     work.config = SimpleNamespace(head_dim=8, in_dim=16, out_dim=16)
     work.job = SimpleNamespace(rounded=RoundedTimesteps(above=100.0, below=900.0))
     work.model = SimpleNamespace(compute_exactly=lambda value: setattr(seen, "exact", value))
-    work.rank, work.make_room_for = 0, lambda evaluation: None
+    work.rank, work.make_room_for = 0, seen.roomy.append
     latents, text = torch.randn(1, 16, 2, 4, 6), object()
     views = [latents.numpy().data, torch.tensor([timesteps]).numpy().data, []]
     work.memory = SimpleNamespace(parts=lambda evaluation: views)

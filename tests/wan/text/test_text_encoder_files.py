@@ -17,6 +17,7 @@ from wan_pack.wan.text.gguf_tokenizer import sentencepiece_model
 from wan_pack.wan.text.t5_keys import EXPECTED, check_text_encoder_files, module_names
 from wan_pack.wan.text.text_encoder import TextEncoder, load_text_encoder
 from wan_pack.wan.text.tokenizer import Tokenizer
+from wan_pack.wan.text.tokenizer_files import choose_tokenizer_file
 
 
 @pytest.fixture
@@ -288,3 +289,12 @@ def test_incomplete_files_are_named(tokenizer_file: Path, tmp_path: Path) -> Non
             with pytest.raises(ValueError, match="expected a umT5") as caught:
                 attempt([tmp_path / name], [tokenizer_file])
             assert name in str(caught.value) and words in str(caught.value)
+
+
+def test_what_was_looked_for_a_tokenizer_in_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^umt5 carries no tokenizer and no tokenizer was found; expected"):
+        choose_tokenizer_file([], "umt5")
+    with pytest.raises(
+        ValueError, match=r"^umt5 carries no tokenizer and the tokenizer files given are a\.txt, b; exp"
+    ):
+        choose_tokenizer_file(["a.txt", "b"], "umt5")
