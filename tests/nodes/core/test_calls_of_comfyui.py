@@ -121,7 +121,7 @@ def test_the_evaluator_starts_with_the_first_call_and_ends_with_the_sampling(ask
 
 def test_what_is_remembered_is_not_what_comfyui_writes_to_later(asked: Asked, evaluation: Evaluation) -> None:
     """Its own buffers, one after another with other values."""
-    text = contexts(1)
+    text = contexts(1.0)
     for value in (1.0, 2.0, 1.0):
         text.fill_(value)
         evaluation.velocity(torch.zeros(1, 16, 1, 2, 2), torch.ones(1), text, {}, {})
