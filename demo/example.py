@@ -14,6 +14,7 @@ IMAGE_TO_VIDEO = "image_to_video_workflow"
 TI2V_5B = "text_or_image_to_video_5B_workflow"
 VACE = "vace_workflow"
 FUN_CONTROL = "fun_control_workflow"
+FUN_CAMERA = "fun_camera_workflow"
 LIGHTNING = "lightning_4_steps_workflow"
 BATCH = "batch_workflow"
 
@@ -34,6 +35,8 @@ class TinyModel:
     ti2v_vae: str = "tiny_wan2.2_vae.safetensors"
     vace: str = "tiny_wan2.1_vace.safetensors"
     fun_control: str = "tiny_wan2.2_fun_control.safetensors"
+    fun_camera: str = "tiny_wan2.2_fun_camera.safetensors"
+    animate: str = "tiny_wan2.2_animate.safetensors"
     high_noise_lora: str = "tiny_wan2.2_t2v_lightx2v_4steps_lora_high_noise.safetensors"
     low_noise_lora: str = "tiny_wan2.2_t2v_lightx2v_4steps_lora_low_noise.safetensors"
 
@@ -50,6 +53,9 @@ class TinyModel:
             "wan2.2_fun_inpaint_low_noise_14B_fp8_scaled.safetensors": self.i2v_low_noise,
             "wan2.2_fun_control_high_noise_14B_fp8_scaled.safetensors": self.fun_control,
             "wan2.2_fun_control_low_noise_14B_fp8_scaled.safetensors": self.fun_control,
+            "wan2.2_fun_camera_high_noise_14B_fp8_scaled.safetensors": self.fun_camera,
+            "wan2.2_fun_camera_low_noise_14B_fp8_scaled.safetensors": self.fun_camera,
+            "wan2.2_animate_14B_bf16.safetensors": self.animate,
             "wan_2.1_vae.safetensors": self.vae,
             "wan2.2_vae.safetensors": self.ti2v_vae,
             "umt5_xxl_fp16.safetensors": self.text_encoder,
@@ -64,6 +70,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "WanVideoDistributedConfig": {"gpu_count": 2, "mixed_precision": "fp32"},
     "WanVideoDistributedInference": SMALL_VIDEO,
     "WanVideoDistributedBatch": SMALL_VIDEO,
+    "WanCameraEmbedding": {"width": 224, "height": 128, "length": 13},
 }
 
 

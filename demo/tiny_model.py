@@ -56,8 +56,8 @@ def write_comfyui_files(models: Path, *, dtype: torch.dtype = torch.bfloat16, se
 
 
 def write_other_comfyui_files(models: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 10) -> None:
-    """Writes what the other example workflows need beside it: I2V-A14B, TI2V-5B with its VAE, VACE, Fun-Control, and
-    four-step LoRAs."""
+    """Writes what the other example workflows need beside it: I2V-A14B, TI2V-5B with its VAE, VACE, Fun-Control,
+    Fun-Camera, and four-step LoRAs."""
     names = TinyModel()
     _save(
         models,
@@ -67,11 +67,20 @@ def write_other_comfyui_files(models: Path, *, dtype: torch.dtype = torch.bfloat
             f"diffusion_models/{names.ti2v}": _cast(expert(seed + 2, in_dim=48, out_dim=48), dtype),
             f"diffusion_models/{names.vace}": _cast(expert(seed + 6, parts=("vace_blocks",)), dtype),
             f"diffusion_models/{names.fun_control}": _cast(expert(seed + 7, in_dim=52, parts=("ref_conv",)), dtype),
+            f"diffusion_models/{names.fun_camera}": _cast(
+                expert(seed + 8, in_dim=36, parts=("control_adapter",)), dtype
+            ),
             f"vae/{names.ti2v_vae}": vae(seed + 3, WAN22),
             f"loras/{names.high_noise_lora}": _cast(lora(seed + 4), dtype),
             f"loras/{names.low_noise_lora}": _cast(lora(seed + 5), dtype),
         },
     )
+
+
+def write_animate_file(models: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 19) -> None:
+    """Writes Animate's transformer: 86 MB, as what reads a face has one size only."""
+    weights = _cast(expert(seed, in_dim=36, parts=("img_emb", "face_adapter")), dtype)
+    _save(models, {f"diffusion_models/{TinyModel().animate}": weights})
 
 
 def write_official_folder(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:

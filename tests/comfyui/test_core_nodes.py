@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from serving import INFERENCE, Comfy
 from wan_pack.demo.client import Run
-from wan_pack.demo.example import FUN_CONTROL, VACE, Prompt, node_id
+from wan_pack.demo.example import FUN_CAMERA, FUN_CONTROL, VACE, Prompt, example, node_id
 
 WIDTH, HEIGHT, FRAMES, STEPS = 96, 64, 9, 4
 SIZE = {"width": WIDTH, "height": HEIGHT}
@@ -183,6 +183,16 @@ def test_the_fun_control_example_follows_the_edges_of_its_picture(comfy: Comfy) 
     assert Finished(comfy, run).latents("fun").shape[1] == (FRAMES - 1) // 4 + 1
     (status,) = comfy.outputs(run)[node_id(prompt, "PreviewAny")]["text"]
     assert f"control_video has 81 frames; the first {FRAMES} are used" in status
+
+
+def test_the_fun_camera_example_has_its_size_and_length_from_the_camera(comfy: Comfy) -> None:
+    prompt = comfy.example(FUN_CAMERA, preset="custom", sample_steps=2)
+    shipped, video = example(FUN_CAMERA), node_id(prompt, INFERENCE)
+    prompt[video]["inputs"] |= {name: shipped[video]["inputs"][name] for name in ("width", "height", "num_frames")}
+    prompt[node_id(prompt, "WanCameraEmbedding")]["inputs"] |= {**SIZE, "length": FRAMES}
+    prompt["latents"] = node("SaveLatent", samples=[video, 4], filename_prefix="core/camera")
+    run = comfy.run(prompt)
+    assert Finished(comfy, run).latents("camera").shape[1:] == ((FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)
 
 
 def test_images_arrive_when_they_are_linked_later(comfy: Comfy) -> None:
