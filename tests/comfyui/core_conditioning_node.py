@@ -1,10 +1,12 @@
-"""Nodes for the tests' ComfyUI: what CLIP Text Encode makes with a CLIP of type wan, and Wan22ImageToVideoLatent.
+"""Nodes for the tests' ComfyUI: what CLIP Text Encode makes with a CLIP of type wan, CLIP Vision Encode, and
+Wan22ImageToVideoLatent.
 
 ComfyUI's own loaders take umT5-xxl and the Wan2.2 VAE at full size only, which are 5.7 and 1.4 GB at the least.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -62,5 +64,21 @@ class TestFramesAsLatent:
         return ({"samples": images.contiguous()},)
 
 
-NODES = (TestCoreConditioning, TestKnownFrame, TestFramesAsLatent)
+class TestClipVision:
+    """What CLIP Vision Encode makes with clip_vision_h, which is 1.3 GB."""
+
+    FUNCTION = "make"
+    CATEGORY = "test"
+    RETURN_TYPES = ("CLIP_VISION_OUTPUT",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"seed": ("INT", {"default": 0})}}
+
+    def make(self, seed: int) -> tuple[SimpleNamespace]:
+        states = torch.randn(1, 257, 1280, generator=torch.Generator().manual_seed(seed))
+        return (SimpleNamespace(penultimate_hidden_states=states),)
+
+
+NODES = (TestCoreConditioning, TestKnownFrame, TestFramesAsLatent, TestClipVision)
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in NODES}

@@ -26,6 +26,7 @@ from soak import MORE_DESCRIPTORS, MORE_THREADS, Soak
 from wan_pack.demo.client import Run
 from wan_pack.demo.example import Prompt, example, node_id
 from wan_pack.demo.tiny_expert import lora
+from wan_pack.demo.tiny_model import write_animate_file
 
 LIMIT = 1e-4
 FEW = ("euler", "one prompt", "image to video", "known frame", "VACE", "frames")
@@ -239,6 +240,8 @@ def test_what_needs_the_inside_is_refused_without_a_process(comfy: Comfy, build:
 SMALL: dict[str, dict[str, Any]] = {
     "WanFirstLastFrameToVideo": {"width": WIDTH, "height": HEIGHT, "length": FRAMES},
     "WanVaceToVideo": {"width": WIDTH, "height": HEIGHT, "length": FRAMES},
+    "WanAnimateToVideo": {"width": WIDTH, "height": HEIGHT, "length": FRAMES},
+    "RepeatImageBatch": {"amount": FRAMES},
     "KSamplerAdvanced": {"steps": 2},
     "KSampler": {"steps": 2},
     "WanVideoDistributedConfig": {"gpu_count": 2, "mixed_precision": "fp32"},
@@ -246,10 +249,14 @@ SMALL: dict[str, dict[str, Any]] = {
 """Of an example's nodes, for a machine without a GPU."""
 
 
-@pytest.mark.parametrize("name", ["core_first_last_frame_workflow", "core_vace_to_video_workflow"])
+@pytest.mark.parametrize(
+    "name", ["core_first_last_frame_workflow", "core_vace_to_video_workflow", "core_animate_workflow"]
+)
 def test_an_example_makes_its_video(comfy: Comfy, name: str) -> None:
-    """With the tiny models, whose text encoder is none that ComfyUI loads."""
+    """With the tiny models, whose text encoder is none that ComfyUI loads; nor is there a small vision model."""
     prompt, tiny = example(name), comfy.model.in_place_of()
+    if "animate" in name:
+        write_animate_file(comfy.server.base / "models")
     for key, one in list(prompt.items()):
         inputs = one["inputs"]
         inputs |= {name: tiny[value] for name, value in inputs.items() if isinstance(value, str) and value in tiny}
@@ -258,7 +265,9 @@ def test_an_example_makes_its_video(comfy: Comfy, name: str) -> None:
             inputs |= {"end_at_step": 1} if inputs["start_at_step"] == 0 else {"start_at_step": 1}
         if one["class_type"] == "CLIPTextEncode":
             prompt[key] = node("TestCoreConditioning", seed=int(key), tokens=9, channels=64)
-        if one["class_type"] == "CLIPLoader":
+        if one["class_type"] == "CLIPVisionEncode":
+            prompt[key] = node("TestClipVision", seed=int(key))
+        if one["class_type"] in ("CLIPLoader", "CLIPVisionLoader"):
             del prompt[key]
     ended = comfy.run(prompt)
     assert ended.ending[0] == "execution_success", ended.ending[1].get("exception_message")
