@@ -119,3 +119,11 @@ def test_no_input_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert set(inputs_of(WanVideoDistributedInference)) - known == {"filename_prefix", "on_error"}
     config = {field.name for field in dataclasses.fields(DistributedConfig)}
     assert set(inputs_of(WanVideoDistributedConfig)) == config
+
+
+def test_what_the_config_node_offers_beyond_the_jobs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its own choices, word for word: saved workflows hold them."""
+    use_model_folders(tmp_path, monkeypatch)
+    offered = inputs_of(WanVideoDistributedConfig)
+    assert list(offered["cfg_parallel"][0]) == ["auto", "on", "off"]
+    assert list(offered["plan"][0]) == ["auto", "as set"]

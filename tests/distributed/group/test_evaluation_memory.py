@@ -63,6 +63,7 @@ def test_a_request_is_read_as_it_was_written():
         ({"shape": (0, 3, 2, 4, 6)}, "samples is 0; it must be 1 to 2"),
         ({"shape": (MAX_SAMPLES + 1, 3, 2, 4, 6)}, "samples is 3"),
         ({"shape": (2, 257, 2, 4, 6)}, "latent channels is 257"),
+        ({"shape": (2, 0, 2, 4, 6)}, "latent channels is 0"),
         ({"shape": (2, 3, 1026, 4, 6)}, "latent frames is 1026; it must be 1 to 1025"),
         ({"shape": (2, 3, 2, 5, 6)}, "latent rows or columns is 5; it must be even"),
         ({"shape": (2, 3, 2, 4, 1026)}, "latent rows or columns is 1026"),

@@ -9,6 +9,7 @@ import torch
 from mount import GOLDEN
 from ranks import run_ranks
 from torch import Tensor, nn
+from wan_pack.distributed.parallel import split_vae
 from wan_pack.distributed.parallel.image_rows import ImageShard
 from wan_pack.wan.vae.autoencoder import decode_frames, encode, load_vae
 from wan_pack.wan.vae.vae_layers import WholePicture
@@ -75,3 +76,14 @@ def test_what_crosses_rows_asks_for_them(case: str) -> None:
         run(rows)
         spatial = [m for m in coder.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.kernel_size[-1] > 1]
         assert (rows.halos, rows.gathered) == (len(spatial), 1)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_picture_that_is_not_split_is_decoded_by_the_first_rank_alone(rank: int, monkeypatch: pytest.MonkeyPatch):
+    """Two rows of latents are none for each of three ranks."""
+    monkeypatch.setattr(split_vae.dist, "get_rank", lambda group: rank)
+    monkeypatch.setattr(split_vae.RankVae, "_rows", lambda self, rows: None)
+    vae = split_vae.RankVae([_model("vae_wan21")], dtype=torch.float32, device=torch.device("cpu"), group=object())  # type: ignore[arg-type]
+    latents = torch.randn(1, 16, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    made = list(vae.decode(latents))
+    assert [tuple(frames.shape) for frames in made if frames is not None] == [(3, 1, 16, 16)][: 1 - rank]

@@ -75,6 +75,8 @@ def test_truncated_says_both_sizes(tmp_path: Path) -> None:
         ({"a": _entry(dtype=["F32"])}, "dtype"),
         ({"a": _entry(shape=[-2])}, "shape"),
         ({"a": _entry(shape=[True])}, "shape"),
+        # Of as many values as its bytes are, if sizes were multiplied as they are.
+        ({"a": _entry(shape=[-1, -2])}, "tensor 'a' has shape [-1, -2]"),
         ({"a": _entry(shape=[2**70])}, "shape"),
         ({"a": _entry(shape=[3])}, "tensor 'a' (F32, shape [3]) takes 12 bytes, but its data_offsets [0, 8] hold 8"),
         ({"a": _entry(shape=2)}, "shape"),

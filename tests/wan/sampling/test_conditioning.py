@@ -245,6 +245,9 @@ def test_a_picture_and_a_control_video_have_zeros_behind_them():
     followed = replace(given, start=None, control=torch.full((3, 5, 32, 48), 0.25))
     assert torch.equal(followed.followed()[:, :2], torch.full((16, 2, 4, 6), 0.25))
     assert not followed.followed()[:, 2:].any() and not followed.picture().any()
+    # What is given no frame is encoded from none: zeros, not grey that was encoded.
+    nothing = replace(given, start=None, encode=lambda video: pytest.fail("nothing is there to encode"))
+    assert torch.equal(nothing.frames(), torch.zeros(16, 3, 4, 6)) and not nothing.mask().any()
 
 
 def test_fun_models_of_5b_keep_the_first_frame_and_are_told_of_it():
