@@ -48,7 +48,10 @@ class Mesh:
             return Mesh(self.world, self.group, None)
         table = torch.arange(self.world.size()).view(cfg, -1)
         ulysses, _ = dist.new_subgroups_by_enumeration(table.tolist(), timeout=timeout)
-        across, _ = dist.new_subgroups_by_enumeration(table.T.tolist(), timeout=timeout)
+        across = self.group
+        if cfg < self.world.size():
+            # Else it would be all of them once more: connections to make while the first step waits.
+            across, _ = dist.new_subgroups_by_enumeration(table.T.tolist(), timeout=timeout)
         return Mesh(self.world, ulysses, across)
 
     @property
