@@ -92,12 +92,22 @@ class Parallel(Switches):
         return self.offload_model or self.stream_blocks
 
     @property
-    def weights_lie(self) -> tuple[object, ...]:
-        """Where a transformer's weights are and in which values: those of another job are not of use as they lie."""
-        sharded = self.use_fsdp and self.gpu_count > 1
+    def sharded(self) -> bool:
+        """Each GPU keeps a part of the weights."""
+        return self.use_fsdp and self.gpu_count > 1
+
+    @property
+    def weights_are(self) -> tuple[object, ...]:
+        """In which values a transformer's weights are, and whether it is blocks that come and go: what one job's are
+        made of, another's cannot be made of."""
         # Blocks whose weights are not rounded; where none are, they only compute otherwise.
         exact = self.exact_blocks if self.linear_precision != "full" else ""
-        return self.mixed_precision, self.linear_precision, self.quantised_loras, exact, sharded, self.stream_blocks
+        return self.mixed_precision, self.linear_precision, self.quantised_loras, exact, self.stream_blocks
+
+    @property
+    def weights_lie(self) -> tuple[object, ...]:
+        """Where a transformer's weights are and in which values: those of another job are not of use as they lie."""
+        return *self.weights_are, self.sharded
 
     @property
     def exchange(self) -> str:

@@ -11,7 +11,7 @@ from ..job.job import GroupJob, Parallel
 
 OF_PROCESSES = ("gpu_count", "gpu_ids", "hosts", "master_port")
 """Fields of `Parallel` that are decided when processes start. All others may differ from job to job of a group: ranks
-change how they compute, and read again what `Parallel.weights_lie` tells apart."""
+change how they compute, and move or read again what `Parallel.weights_lie` tells apart."""
 OF_TRANSFORMER = frozenset(
     {
         "use_ulysses", "use_fsdp", "offload_model", "stream_blocks", "memory_optimization", "linear_precision",

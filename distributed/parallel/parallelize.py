@@ -145,16 +145,21 @@ def parallelize_wan(
     )  # fmt: skip
     compute_as(model, mesh, shard, how)
     if use_fsdp and mesh is not None:
-        # Here because it takes seconds to import.
-        from torch.distributed.fsdp import fully_shard
+        shard_weights(model, mesh, gather)
 
-        drop = gather == "block"
-        sharded = [fully_shard(unit, mesh=mesh.world, reshard_after_forward=drop) for unit in model.units]
-        # By default the root keeps what it gathered, which offload would then leave on the device.
-        fully_shard(model, mesh=mesh.world, reshard_after_forward=drop)
-        # Asked for before a block begins, so that its all-to-alls do not queue before the next block's weights.
-        for one, following in pairwise(sharded):
-            one.set_modules_to_forward_prefetch([following])
+
+def shard_weights(model: WanModel, mesh: Mesh, gather: str) -> None:
+    """Has FSDP shard each block's weights over the mesh. gather: as in `parallelize_wan`."""
+    # Here because it takes seconds to import.
+    from torch.distributed.fsdp import fully_shard
+
+    drop = gather == "block"
+    sharded = [fully_shard(unit, mesh=mesh.world, reshard_after_forward=drop) for unit in model.units]
+    # By default the root keeps what it gathered, which offload would then leave on the device.
+    fully_shard(model, mesh=mesh.world, reshard_after_forward=drop)
+    # Asked for before a block begins, so that its all-to-alls do not queue before the next block's weights.
+    for one, following in pairwise(sharded):
+        one.set_modules_to_forward_prefetch([following])
 
 
 def release_gathered(model: WanModel) -> None:

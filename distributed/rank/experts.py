@@ -18,14 +18,14 @@ from ...wan.model.config import HIGH_NOISE, LOW_NOISE
 from ...wan.transformer.transformer import WanModel
 from ..job.job import FileIdentity, Parallel
 from ..job.model_files import ExpertFiles, ModelFiles
-from ..machine.host_memory import available_bytes
 from ..parallel.mesh import Mesh
 from ..parallel.parallelize import Computing, compute_as, release_gathered, set_shard
 from ..parallel.sequence import SequenceShard, everywhere
 from ..parallel.shared_reading import SharedReading
 from ..planning.plan import HOST_SHARE
 from ..weights.free_memory import free_bytes, free_host_bytes
-from ..weights.prefetch import OnRead, Prefetch, read_ahead
+from ..weights.prefetch import OnRead, Prefetch, prefetch_files
+from ..weights.resharding import resharded
 from ..weights.warm_up import NOTHING_BESIDE, BesideReading
 from .expert import PendingExpert, Weights, build_expert, load_expert, relora_expert
 
@@ -58,24 +58,36 @@ class ExpertCache:
         self._numbers = itertools.count(2)
         self._mesh: Mesh | None = None
         self._computes: tuple[Mesh | None, bool, Computing] | None = None
-        self._lie: tuple[object, ...] = ()
+        self._parallel: Parallel | None = None
 
     def compute_by(self, attention: Attention, ops: str, exact_attention: Attention | None = None) -> None:
         """From the next job on."""
         self._attention, self._ops, self._exact_attention = attention, ops, exact_attention
 
-    def prepare(self, parallel: Parallel) -> None:
-        """Before a job takes any memory: models that are of no use as they lie are let go."""
-        if self._lie != parallel.weights_lie:
-            self.drop()
-            self._lie = parallel.weights_lie
+    def keep_only(self, model: ModelFiles) -> None:
+        """Before a video: lets go of experts that are not this model's."""
+        for name in [name for name, made_of in self._made_of.items() if made_of.files != model.expert(name).files]:
+            self._drop(name)
 
-    def keep_only(self, model: ModelFiles, *, parks: bool) -> None:
-        """Lets go of experts that are not this model's. parks: of two on the device that which runs first stays."""
-        for name, made_of in list(self._made_of.items()):
-            if made_of.files != model.expert(name).files:
+    def prepare(self, parallel: Parallel) -> None:
+        """Before a job takes any memory: models of no use as they lie are laid otherwise or let go. Collective."""
+        before, self._parallel = self._parallel, parallel
+        if before is None or before.weights_lie == parallel.weights_lie:
+            return
+        same = before.weights_are == parallel.weights_are
+        for name in list(self.models):
+            useful = same and name in self._made_of and self.is_on_device(name)
+            moved = resharded(self.models[name], self._mesh, parallel, self._device) if useful else None
+            if moved is None:
                 self._drop(name)
-        for name in [name for name in (LOW_NOISE, HIGH_NOISE) if self.is_on_device(name)][:-1] if parks else ():
+            else:
+                self.models[name], self.weights[name] = moved
+        self._computes = None  # What is new has not been told.
+        torch.cuda.empty_cache()
+
+    def park_later(self) -> None:
+        """Before a video whose experts take turns: of two on the device that which runs first stays."""
+        for name in [name for name in (LOW_NOISE, HIGH_NOISE) if self.is_on_device(name)][:-1]:
             self.weights[name].park()
 
     def load(
@@ -113,11 +125,9 @@ class ExpertCache:
             def report(done: int, total: int, name: str = name, index: int = index) -> None:
                 on_tensor(f"{name} expert", index * total + done, total * len(now))
 
-            if parallel.parks_experts:
-                for other in set(self.weights) - {name}:
-                    self.weights[other].park()
-            sharing = partial(on_tensor, "sharing the weights", 0, 0)
-            self._load(name, wanted[name], settings, report, beside, sharing)
+            for other in set(self.weights) - {name} if parallel.parks_experts else ():
+                self.weights[other].park()
+            self._load(name, wanted[name], settings, report, beside, partial(on_tensor, "sharing the weights", 0, 0))
             beside = replace(beside, use=NOTHING_BESIDE.use)
         for name in names:
             log.debug("%s expert: %s", name, "loaded now" if name in now else "read later" if name in later else "kept")
@@ -181,7 +191,6 @@ class ExpertCache:
         return self._everywhere(free_bytes(self._device, ranks) >= needed)
 
     def _everywhere(self, mine: bool) -> bool:
-        """Whether it is so on every rank."""
         return mine if self._mesh is None else everywhere(mine, self._mesh.group, self._device)
 
     def check_pending(self) -> None:
@@ -226,8 +235,7 @@ class ExpertCache:
         """Frees all memory."""
         for name in list(self.models):
             self._drop(name)
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def _load(
         self, name: str, wanted: ExpertFiles, settings: dict[str, Any], report: OnRead,
@@ -268,30 +276,22 @@ class ExpertCache:
 
             return PendingExpert(wanted, reading, finish)
         # Its place on the device is taken: only the system can keep it.
-        paths, available = wanted.paths, available_bytes()
-        if available is not None and available < sum(file.size for file in wanted.files):
-            log.info("the %s expert is not read ahead: host memory does not hold its files", name)
-            paths = []
         ranks = parallel.gpus_per_host
-        reading = Prefetch(partial(read_ahead, paths, part=self._rank % ranks, parts=ranks))
+        reading = prefetch_files(wanted.files, part=self._rank % ranks, parts=ranks)
 
         def take_the_place(on_read: OnRead) -> None:
             # What it has not read yet is not read faster by two.
             reading.stop()
             reading.check()
-            self._take_the_place(name, wanted, settings, on_read)
+            for other in list(self.weights):
+                if parallel.stays:
+                    self.weights[other].park()
+                else:
+                    # Nobody asks for it again.
+                    self._drop(other)
+            self._load(name, wanted, settings, on_read)
 
         return PendingExpert(wanted, reading, take_the_place)
-
-    def _take_the_place(self, name: str, wanted: ExpertFiles, settings: dict[str, Any], on_read: OnRead) -> None:
-        """Loads an expert after the other one has left the device."""
-        for other in list(self.weights):
-            if settings["parallel"].stays:
-                self.weights[other].park()
-            else:
-                # Nobody asks for it again.
-                self._drop(other)
-        self._load(name, wanted, settings, on_read)
 
     def _drop(self, name: str) -> None:
         # Not left to the garbage collector: FSDP's hooks and the model refer to each other.

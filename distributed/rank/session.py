@@ -131,15 +131,11 @@ class Session:
             return
         self._joined = True
         self.mesh = init_mesh(
-            rank=self.rank,
-            world=self.world,
-            cfg=job.parallel.cfg_size,
-            device=self.device,
+            rank=self.rank, world=self.world, cfg=job.parallel.cfg_size, device=self.device, timeout=timeout,
             store_file=Path(os.environ[STORE_VARIABLE]) if STORE_VARIABLE in os.environ else None,
             master_port=job.parallel.master_port,
             published=group.store if job.parallel.hosts or job.parallel.master_port else None,
-            timeout=timeout,
-        )
+        )  # fmt: skip
         self._remember_mesh()
         if job.transformer:
             self._exchange = job.parallel.exchange
@@ -147,14 +143,15 @@ class Session:
 
     def _prepare(self, job: GroupJob) -> None:
         """What a job before has left, and this one was not planned with, is let go before it takes any memory."""
-        self.experts.prepare(job.parallel)
         if isinstance(job, Job):
             if not self.holds_vae(job):
                 self._vae = None
-            if job.parallel.parks_experts:
-                # Experts that wait in host memory were planned with all of it.
-                self.prompts.drop()
-            self.experts.keep_only(job.model, parks=job.parallel.parks_experts)
+            self.experts.keep_only(job.model)
+        self.experts.prepare(job.parallel)
+        if isinstance(job, Job) and job.parallel.parks_experts:
+            # Experts that wait in host memory were planned with all of it.
+            self.prompts.drop()
+            self.experts.park_later()
 
     def _compute_as(self, parallel: Parallel) -> None:
         """Chooses the kernels, where the job before has not decided the same. Raises JobError if one cannot run."""

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
+
+from ..job.job import FileIdentity
+from ..machine.host_memory import available_bytes
+
+log = logging.getLogger(__name__)
 
 OnRead = Callable[[int, int], None]
 """(read so far, in all)."""
@@ -92,3 +99,12 @@ def read_ahead(paths: Sequence[str], on_read: OnRead, *, part: int = 0, parts: i
                     os.preadv(file.fileno(), [buffer], start)
                 on_read(before + min(piece + PIECE_BYTES, size), sum(sizes))
         before += size
+
+
+def prefetch_files(files: Sequence[FileIdentity], *, part: int, parts: int) -> Prefetch:
+    """`read_ahead` on a thread; nothing is read where the host's memory does not hold all of it."""
+    paths, available = [file.path for file in files], available_bytes()
+    if available is not None and available < sum(file.size for file in files):
+        log.info("%s is not read ahead: host memory does not hold its files", paths[0])
+        paths = []
+    return Prefetch(partial(read_ahead, paths, part=part, parts=parts))

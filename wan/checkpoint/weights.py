@@ -46,14 +46,36 @@ def empty_model(
     )  # fmt: skip
 
 
-def take_memory(module: nn.Module, device: torch.device, *, recurse: bool = True) -> None:
-    """Gives what lies on the meta device memory on `device`, whatever is in it. As `nn.Module.to_empty`."""
+def empty_twin(model: WanModel) -> WanModel:
+    """A model on the meta device whose layers keep and multiply their weights as those of `model` do."""
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    twin = meta_model(model.config, model.running_order[0].self_attn.q.compute_dtype, kept_weights(model))
+    for mine, its in zip((module for module in twin.modules() if isinstance(module, Linear)), layers, strict=True):
+        mine.fp8_product, mine.int8_product = its.fp8_product, its.int8_product
+    return twin
+
+
+def take_memory(
+    module: nn.Module,
+    device: torch.device,
+    *,
+    recurse: bool = True,
+    then: Callable[[Tensor, Tensor], None] = lambda before, taken: None,
+) -> None:
+    """Gives what lies on the meta device memory on `device`, whatever is in it. As `nn.Module.to_empty`.
+
+    Args:
+        then: called with each tensor of before, and what has taken its place.
+    """
 
     def empty(tensor: Tensor) -> Tensor:
         if getattr(tensor, "placements", None) is not None:
-            return torch.empty_like(tensor, device=device)
-        # Asked for something like a tensor without memory, torch imports sympy: a second at the start of every rank.
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            taken = torch.empty_like(tensor, device=device)
+        else:
+            # Asked for something like a tensor without memory, torch imports sympy: a second of every rank's start.
+            taken = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        then(tensor, taken)
+        return taken
 
     module._apply(empty, recurse=recurse)
 

@@ -136,11 +136,11 @@ def test_whether_lora_files_are_still_there_is_what_all_ranks_saw(
     assert asked == [True] and done == (["changed"] if there else ["loaded"])
 
 
-def test_before_a_job_models_that_lie_otherwise_go(cache: ExpertCache):
+def test_before_a_job_models_that_lie_otherwise_and_cannot_move_go(cache: ExpertCache):
     def parallel(**settings: Any) -> Parallel:
         return Parallel(gpu_count=2, **settings)
 
-    cache._lie = parallel().weights_lie
+    cache._parallel = parallel()
     for same in (parallel(), parallel(cfg_parallel=True, ulysses_engine="packed", offload_model=True)):
         cache.prepare(same)
         assert all(cache.is_on_device(name) for name in "abc")
@@ -162,7 +162,9 @@ def test_before_a_video_another_models_experts_go_and_of_the_others_the_first_to
         cache._made_of[name] = ExpertFiles(files(file), (), name)
     held = dict(cache.weights)
     one = ModelFiles(high_noise=files("h"), low_noise=files(low) if low else (), vae=files("v"))
-    cache.keep_only(one, parks=parks)
+    cache.keep_only(one)
+    if parks:
+        cache.park_later()
     assert set(cache.models) == ({"high_noise", "low_noise"} if low == "l" else {"high_noise"})
     assert held["low_noise"].dropped is (low != "l")  # type: ignore[attr-defined]
     assert cache.is_on_device("high_noise")

@@ -198,7 +198,7 @@ def test_an_expert_that_cannot_be_read_ends_the_job_at_the_next_step(
         raise OSError("low.safetensors ended at byte 7, 1 bytes early")
 
     # Into the system's memory, or onto the device.
-    monkeypatch.setattr(experts, "read_ahead", fail)
+    monkeypatch.setattr(prefetch, "read_ahead", fail)
     if not offload_model:
         read_late(fail)
     # Of twenty steps the first fifteen are the other expert's.
@@ -230,12 +230,12 @@ def test_little_host_memory_is_not_filled_with_files(
     rank: Rank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     read: list[list[str]] = []
-    monkeypatch.setattr(experts, "read_ahead", lambda paths, on_read, **share: read.append(paths))
+    monkeypatch.setattr(prefetch, "read_ahead", lambda paths, on_read, **share: read.append(paths))
     job = rank.job(offload_model=True)
     rank.run(job)
     caplog.set_level("INFO")
-    monkeypatch.setattr(experts, "available_bytes", lambda: job.model.low_noise[0].size - 1)
+    monkeypatch.setattr(prefetch, "available_bytes", lambda: job.model.low_noise[0].size - 1)
     rank.session = None
     rank.run(job)
     assert read == [[job.model.low_noise[0].path], []]
-    assert "the low_noise expert is not read ahead" in caplog.text
+    assert f"{job.model.low_noise[0].path} is not read ahead" in caplog.text

@@ -37,6 +37,7 @@ from weights_rank_functions import fp8_products_sharded as fp8_products_sharded
 from weights_rank_functions import fp8_under_fsdp as fp8_under_fsdp
 from weights_rank_functions import merged_shards as merged_shards
 from weights_rank_functions import reading_is_shared as reading_is_shared
+from weights_rank_functions import weights_are_laid_otherwise as weights_are_laid_otherwise
 
 
 def options_equal_plain(

@@ -15,10 +15,12 @@ from peer_files import reach_as_gpus
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.parallel import symmetric
 from wan_pack.distributed.parallel.mesh import Mesh
+from wan_pack.distributed.parallel.parallelize import Computing, compute_as
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.parallel.shared_reading import SharedReading
 from wan_pack.distributed.rank.expert import load_expert, relora_expert
 from wan_pack.distributed.weights.offload import HostParking
+from wan_pack.distributed.weights.resharding import resharded
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.checkpoint.weights import local_rows
 from wan_pack.wan.model.attention import attention
@@ -162,6 +164,65 @@ def reading_is_shared(
         not torch.equal(a.float(), b.float()) for a, b in zip(*map(torch.nn.Module.parameters, expected), strict=False)
     )
     return {"whole": whole, "changed": read}
+
+
+def weights_are_laid_otherwise(
+    rank: int, world: int, *, folder: str, loras: list[tuple[str, float]], settings: dict[str, Any]
+) -> None:
+    """From whole on every rank to shards, to shards and back, weights have the bits of a fresh load and give its
+    velocity; LoRAs can be changed then as always; nothing is read, and what was there before is let go."""
+    mesh, files = Mesh.of("cpu", world), sorted(str(file) for file in Path(folder).glob("*.safetensors"))
+    gathers = {False: ("block",), True: ("block", "expert")}
+    plans = {
+        (fsdp, gather): spread_over(world, use_fsdp=fsdp, gather=gather, **settings)
+        for fsdp in gathers
+        for gather in gathers[fsdp]
+    }
+    shard = tokens_of(plans[False, "block"], rank, world)
+
+    def load(parallel: Parallel, of: list[tuple[str, float]]) -> Any:
+        return load_expert(files, of, parallel=parallel, mesh=mesh, shard=shard, device=CPU)
+
+    def bits(model: Any) -> dict[str, torch.Tensor]:
+        return {
+            name: local_rows(parameter)[0].reshape(-1).view(torch.uint8) for name, parameter in model.named_parameters()
+        }
+
+    def same(model: Any, fresh: Any, parallel: Parallel) -> None:
+        mine, theirs = bits(model), bits(fresh)
+        assert list(mine) == list(theirs)
+        assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+        velocities = [velocity_by(each, parallel, mesh, shard)[0] for each in (model, fresh)]
+        assert torch.equal(*velocities), parallel
+
+    halves = [(path, strength / 2) for path, strength in loras]
+    model = load(plans[False, "block"], loras)
+    for where in ((True, "block"), (False, "block"), (True, "expert"), (False, "block")):
+        parallel, before = plans[where], model
+        with _names_read() as read:
+            moved = resharded(model, mesh, parallel, CPU)
+        assert moved is not None and read == []
+        model, weights = moved
+        assert HostParking(before).resident_bytes == 0
+        fresh = load(parallel, loras)
+        assert weights.resident_bytes == HostParking(fresh).resident_bytes
+        compute_as(model, mesh, shard, Computing.of(parallel, attention, "plain"))
+        same(model, fresh, parallel)
+        weights.park()
+        weights.fetch()
+        same(model, fresh, parallel)
+    for parallel in (plans[False, "block"], plans[True, "block"]):
+        if parallel.sharded:
+            model, _ = resharded(model, mesh, parallel, CPU) or (None, None)
+            compute_as(model, mesh, shard, Computing.of(parallel, attention, "plain"))
+        for to, was in ((halves, loras), (loras, halves)):
+            reading = SharedReading.of(parallel, mesh, CPU)
+            before_paths = [path for path, _ in was]
+            assert relora_expert(model, files, before_paths, to, parallel=parallel, reading=reading, device=CPU)
+            same(model, load(parallel, to), parallel)
+    # Blocks that come and go are where they are.
+    streamed = spread_over(world, use_fsdp=False, stream_blocks=True, **settings)
+    assert resharded(model, mesh, streamed, CPU) is None and resharded(model, None, plans[True, "block"], CPU) is None
 
 
 @contextlib.contextmanager
