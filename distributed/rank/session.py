@@ -241,10 +241,10 @@ class Session:
         """How latents look, fitted on first use. Not collective: for the rank that shows them."""
         if self._preview_map is None or self._preview_of != self._vae_of(job):
             import_diffusers()
-            # A VAE of its own, dropped at once: the calls of the split one are collective, and it would stay.
-            files = [file.path for file in job.vae]
-            self._preview_map = preview_of_vae(load_vae(files, dtype=self.vae_dtype(job), device=self.device))
-            self._preview_of = self._vae_of(job)
+            # Its own VAE, gone at once: the split one's calls are collective. bfloat16 takes a CPU a tenth of the time.
+            dtype = torch.bfloat16 if self.device.type == "cpu" else self.vae_dtype(job)
+            vae = load_vae([file.path for file in job.vae], dtype=dtype, device=self.device)
+            self._preview_map, self._preview_of = preview_of_vae(vae), self._vae_of(job)
         return self._preview_map
 
     def vae_dtype(self, job: GroupJob) -> torch.dtype:

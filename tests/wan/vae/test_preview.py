@@ -57,6 +57,16 @@ def test_the_map_of_a_vae_is_of_its_size(golden_folder: Path, name: str):
     assert picture.shape == (6 * n, 10 * n, 3)
 
 
+@pytest.mark.parametrize("name", ["vae_wan21", "vae_wan22"])
+def test_a_map_that_is_fitted_in_bfloat16_shows_the_same(golden_folder: Path, name: str):
+    """On average to a level of 255."""
+    files, shown = sorted((golden_folder / name / "vae").iterdir()), []
+    for dtype in (torch.float32, torch.bfloat16):
+        vae = load_vae(files, dtype=dtype, device=torch.device("cpu"))
+        shown.append(preview_of_vae(vae).picture(noise(vae.config.z_dim, 12, 20)).float())
+    assert shown[0].std() > 10 and (shown[0] - shown[1]).abs().mean() < 1
+
+
 def test_a_vae_at_rest_gives_grey_and_what_is_not_finite_a_picture():
     latents = torch.zeros(16, 2, 16, 16)
     preview = fit_preview(latents, torch.zeros(3, 2, 128, 128), 8)
