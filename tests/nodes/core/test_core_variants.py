@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ class Run:
         samples = self.core["sampled"](model, positive=positive, negative=negative, latent_image=latent)
         return samples[0]
 
-    def ours(self, clip: Path | None = None, **inputs: Any) -> tuple[Tensor, int]:
-        """[C, T, h, w] of our node, and the frames of its video. clip: of a vision model, for the job."""
+    def ours(self, clip: Path | None = None, decode: bool = False, **inputs: Any) -> tuple[Tensor, int]:
+        """[C, T, h, w] of our node, and the frames of its video if it makes one. clip: a vision model for the job."""
         vae = "vae 5B" if self.name in OF_WAN22 else "vae"
         files = {name: (FileIdentity.of(self.files[name]),) for name in (self.name, vae)}
         looks = () if clip is None else (FileIdentity.of(clip),)
@@ -95,17 +96,15 @@ class Run:
         given = {
             "width": WIDTH, "height": HEIGHT, "num_frames": FRAMES, "sample_steps": STEPS, "seed": SEED, "shift": SHIFT,
             "scheduler": "euler", "guidance_low": CFG, "guidance_high": CFG, "gpu_count": 2, "use_fsdp": True,
-            "config": None,
+            "config": None, "preview": False,
         }  # fmt: skip
         job, tensors = inference_module.build_job(asked_for(model=model, **{**given, **inputs}), Status())
         assert job.parallel.mixed_precision == "bf16"
-        from dataclasses import replace
-
-        job = replace(job, parallel=replace(job.parallel, mixed_precision="fp32"))
+        job = replace(job, parallel=replace(job.parallel, mixed_precision="fp32"), decode=decode)
         folder = run_fresh(job, self.folder / "jobs", inputs_writer(tensors))
-        samples, frames = load_file(folder.latents)["samples"][0], checked_result(folder, job)["video"]["frames"]
+        result, samples = checked_result(folder, job), load_file(folder.latents)["samples"][0]
         folder.remove()
-        return samples, frames
+        return samples, result["video"]["frames"] if decode else 0
 
 
 @pytest.fixture
@@ -131,7 +130,7 @@ def test_i2v(core: Modules, run: Callable[[str], Run]):
         text(1), text(2), made.vae, **SIZE, start_image=picture, clip_vision_output=seen
     ).result
     theirs = made.theirs(positive, negative, latent)
-    ours, frames = made.ours(text_embeds=positive, negative_embeds=negative, samples=latent)
+    ours, frames = made.ours(decode=True, text_embeds=positive, negative_embeds=negative, samples=latent)
     same(ours, theirs)
     assert frames == FRAMES
     ours, _ = made.ours(text_embeds=text(1), negative_embeds=text(2), start_image=picture, clip_vision_start_image=seen)
@@ -159,7 +158,7 @@ def test_vace_with_control_video_mask_and_reference(core: Modules, run: Callable
     given = {"control_video": video, "control_masks": mask, "reference_image": picture, "strength": 0.8}
     positive, negative, latent, trim = node.execute(text(1), text(2), made.vae, **SIZE, **given).result
     theirs = made.theirs(positive, negative, latent)
-    ours, frames = made.ours(text_embeds=positive, negative_embeds=negative, samples=latent)
+    ours, frames = made.ours(decode=True, text_embeds=positive, negative_embeds=negative, samples=latent)
     same(ours, theirs)
     # The reference is in front of the latents, and not in the video.
     assert trim == 1 and ours.shape[1] == 4 and frames == FRAMES
@@ -203,7 +202,7 @@ def test_fun_control_with_a_reference_in_front(core: Modules, run: Callable[[str
         positive, negative, made.vae, **SIZE, ref_image=picture, control_video=video, start_image=start
     ).result
     theirs = made.theirs(positive, negative, latent)
-    ours, frames = made.ours(text_embeds=positive, negative_embeds=negative, samples=latent)
+    ours, frames = made.ours(decode=True, text_embeds=positive, negative_embeds=negative, samples=latent)
     same(ours, theirs)
     # It is of no frame of the latents.
     assert ours.shape[1] == latent["samples"].shape[2] and frames == FRAMES
@@ -263,7 +262,7 @@ def test_fun_camera(core: Modules, run: Callable[[str], Run], name: str):
         .result
     )
     theirs = made.theirs(positive, negative, latent)
-    ours, frames = made.ours(text_embeds=positive, negative_embeds=negative, samples=latent)
+    ours, frames = made.ours(decode=True, text_embeds=positive, negative_embeds=negative, samples=latent)
     same(ours, theirs)
     assert frames == FRAMES
     own = {"camera_conditions": moves, "start_image": start, "clip_vision_start_image": seen.get("clip_vision_output")}
@@ -279,7 +278,7 @@ def test_fun_control_5b(core: Modules, run: Callable[[str], Run], kept: bool):
     positive, negative, latent = nodes.Wan22FunControlToVideo.execute(text(1), text(2), Vae22(), *size, **given).result
     if kept:
         latent = nodes.Wan22ImageToVideoLatent.execute(Vae22(), *size, given["start_image"]).result[0]
-    ours, frames = made.ours(text_embeds=positive, negative_embeds=negative, samples=latent, height=96)
+    ours, frames = made.ours(decode=True, text_embeds=positive, negative_embeds=negative, samples=latent, height=96)
     same(ours, made.theirs(positive, negative, latent))
     assert frames == FRAMES
 
@@ -295,6 +294,6 @@ def test_animate(core: Modules, run: Callable[[str], Run]):
     node = core["comfy_extras.nodes_wan"].WanAnimateToVideo
     settings = {"continue_motion_max_frames": 1, "video_frame_offset": 4, "clip_vision_output": clip_vision(core, 2)}
     positive, negative, latent, trim, *_ = node.execute(text(1), text(2), made.vae, **SIZE, **settings, **given).result
-    ours, frames = made.ours(text_embeds=positive, negative_embeds=negative, samples=latent)
+    ours, frames = made.ours(decode=True, text_embeds=positive, negative_embeds=negative, samples=latent)
     same(ours, made.theirs(positive, negative, latent))
     assert (trim, ours.shape[1], frames) == (1, 4, FRAMES)
