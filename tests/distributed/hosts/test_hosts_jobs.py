@@ -112,15 +112,6 @@ def listening(machines: Machines) -> Iterator[str]:
         yield from (line.split()[3].rpartition(":")[0] for line in lines)
 
 
-def test_two_machines_of_one_rank_make_the_same_latents(
-    machines: Machines, light: Light, plain: Any, tiny_models: Path, tmp_path: Path
-):
-    light(worker_group.AGENT / "rank" / "worker.py")
-    spread = run_tiny(tiny_job(tiny_models, hosts=machines.hosts, cfg_parallel=True), tmp_path)
-    torch.testing.assert_close(read_latents(spread.folder), plain, rtol=1e-4, atol=1e-4)
-    spread.remove()
-
-
 def test_a_rank_killed_on_the_second_machine_is_named(machines: Machines, light: Light, tmp_path: Path):
     light(STUB_WORKER, action="none")
 

@@ -11,19 +11,18 @@ from typing import Any
 import pytest
 import torch
 from fresh_jobs import run_fresh
-from jobs import read_latents, run_tiny, tiny_job
+from jobs import read_latents, tiny_job
 from wan_pack.distributed.group import worker_group
 from wan_pack.distributed.job.job_folder import JobDir
-from wan_pack.distributed.launch.launcher import Result
 from wan_pack.wan.video.video import probe
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Result]:
+def plain(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobDir]:
     """A job of one rank without any option."""
-    result = run_tiny(tiny_job(tiny_models, gpu_count=1), tmp_path_factory.mktemp("plain"))
-    yield result
-    result.remove()
+    folder = run_fresh(tiny_job(tiny_models, gpu_count=1), tmp_path_factory.mktemp("plain"))
+    yield folder
+    folder.remove()
 
 
 @pytest.mark.parametrize(
@@ -35,10 +34,10 @@ def plain(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     ids=str,
 )
 def test_every_layout_makes_the_same_latents(
-    plain: Result, tiny_models: Path, tmp_path: Path, settings: dict[str, Any]
+    plain: JobDir, tiny_models: Path, tmp_path: Path, settings: dict[str, Any]
 ):
     folder = run_fresh(tiny_job(tiny_models, **settings), tmp_path)
-    torch.testing.assert_close(read_latents(folder), read_latents(plain.folder), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(read_latents(folder), read_latents(plain), rtol=1e-4, atol=1e-4)
     assert probe(folder.video(".mp4")).frames == 5
     if settings.get("offload_model"):
         assert "low_noise expert on the device" in folder.log(0).read_text()
@@ -50,14 +49,14 @@ def distributed_run(*arguments: Any, folder: Path) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder)
 
 
-def test_run_repeats_a_job_without_comfyui(plain: Result, tmp_path: Path):
+def test_run_repeats_a_job_without_comfyui(plain: JobDir, tmp_path: Path):
     """The same latents both times."""
-    done = distributed_run(plain.folder.path, "--output", tmp_path / "out", folder=tmp_path)
+    done = distributed_run(plain.path, "--output", tmp_path / "out", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"video: {tmp_path / 'out' / 'video.mp4'}" in done.stdout
     info = probe(tmp_path / "out" / "video.mp4")
     assert (info.width, info.height, info.frames) == (64, 48, 5)
-    assert torch.equal(read_latents(JobDir(tmp_path / "out")), read_latents(plain.folder))
+    assert torch.equal(read_latents(JobDir(tmp_path / "out")), read_latents(plain))
 
 
 @pytest.mark.processes
