@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from plan_inputs import workload
+from tiny import TINY_ANIMATE, random_weights, write_official
 from wan_pack.distributed.job.job import Parallel
+from wan_pack.distributed.job.model_files import FileIdentity
+from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.planning import gpu_memory as memory
+from wan_pack.distributed.planning.workload import workload_of_forwards
+from wan_pack.distributed.rank.expert import load_expert
 from wan_pack.wan.model.variants import VARIANTS
 from wan_pack.wan.transformer.motion_encoder import MotionEncoder
 from wan_pack.wan.transformer.transformer import meta_model
@@ -64,3 +71,23 @@ def test_a_face_takes_what_is_counted():
             held += event.nbytes()
             most = max(most, held)
     assert 0.5 * memory.FACE_BYTES < 4 * most <= memory.FACE_BYTES, 4 * most / memory.FACE_BYTES
+
+
+def test_what_is_streamed_is_planned_so(tmp_path: Path):
+    """Attention to a face waits in the host's memory as the blocks do."""
+    folder = write_official(tmp_path / "m", random_weights(TINY_ANIMATE), TINY_ANIMATE)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    parallel = Parallel(gpu_count=1, mixed_precision="fp32", stream_blocks=True)
+    work = workload_of_forwards((FileIdentity.of(file),), (1, 36, 3, 6, 10), parallel, steps=1, guided=False)
+    held: list[Any] = []
+    model = load_expert(
+        [str(file)], parallel=parallel, mesh=None, shard=SequenceShard(length=45), device=torch.device("cpu"),
+        on_weights=held.append,
+    )  # fmt: skip
+    adapter = sum(parameter.nbytes for parameter in model.face_adapter.parameters())
+    others = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb", "head")
+    others += ("pose_patch_embedding", "motion_encoder", "face_encoder")
+    outside = sum(parameter.nbytes for name in others for parameter in model.get_submodule(name).parameters())
+    assert work.outside_bytes == outside and work.experts[0] > outside + adapter
+    # Beginnings of tensors are aligned.
+    assert 0 <= held[0].resident_bytes - memory.weights_at_rest(work, parallel) < 0.02 * work.experts[0] < adapter

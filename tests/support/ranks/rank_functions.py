@@ -82,9 +82,11 @@ def warmed_up_equals_fresh(rank: int, world: int, *, folder: str, engine: str) -
 def fsdp_keeps_only_its_rows(rank: int, world: int, *, folder: str) -> dict[str, Any]:
     """Returns the bytes of this rank's shards, and checks each of them against the file."""
     from safetensors.torch import load_file
+    from torch.distributed.fsdp import FSDPModule
 
     mesh = Mesh.of("cpu", world)
     _, model, _ = velocity_of(folder, spread_over(world), mesh, rank, world)
+    assert all(isinstance(unit, FSDPModule) for unit in model.units), "each is gathered by itself"
     whole = {name: t for file in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(file).items()}
     for name, parameter in model.named_parameters():
         rows, start = local_rows(parameter)
