@@ -149,6 +149,37 @@ def test_before_a_job_models_that_lie_otherwise_and_cannot_move_go(cache: Expert
     assert not cache.models and all(weights.dropped for weights in held.values())  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("change", "moves"),
+    [
+        ({"use_fsdp": True}, True),
+        ({"use_fsdp": True, "linear_precision": "int8"}, False),
+        ({"stream_blocks": True}, False),
+    ],
+    ids=str,
+)
+def test_before_a_job_that_only_shards_models_on_the_device_are_moved_and_not_read_again(
+    change: dict[str, Any], moves: bool, cache: ExpertCache, monkeypatch: pytest.MonkeyPatch
+):
+    """One that waits in host memory is let go, and so is one for which there is no room."""
+    asked: list[Any] = []
+
+    def resharded(model: Any, mesh: Any, parallel: Parallel, device: torch.device) -> Any:
+        asked.append(model)
+        return None if model is held["c"] else (torch.nn.Identity(), Weights())
+
+    held, parked = dict(cache.models), cache.weights["b"]
+    monkeypatch.setattr(experts, "resharded", resharded)
+    parked.park()
+    cache._parallel, cache._computes = Parallel(gpu_count=2), (None, False, None)  # type: ignore[assignment]
+    cache.prepare(Parallel(gpu_count=2, **change))
+    assert asked == ([held["a"], held["c"]] if moves else [])
+    assert list(cache.models) == list(cache.weights) == list(cache._made_of) == (["a"] if moves else [])
+    if moves:
+        assert isinstance(cache.models["a"], torch.nn.Identity) and cache.is_on_device("a")
+        assert cache._computes is None, "it is told how to compute before it does"
+
+
 @pytest.mark.parametrize("low", ["l", "x", ""])
 @pytest.mark.parametrize("parks", [True, False])
 @pytest.mark.parametrize("order", [("low_noise", "high_noise"), ("high_noise", "low_noise")])
