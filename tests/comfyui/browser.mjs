@@ -1,44 +1,39 @@
-// One visit of a headless Chromium to ComfyUI's page: node browser.mjs PLAN.json, the result is JSON on stdout.
+// An example in ComfyUI's page: whether it is whole, what a node says while it runs, and whether its video plays. For
+// visitor.mjs.
 //
-// PLAN: url, chromium (its path), playwright (folder of playwright-core), vue (Nodes 2.0 or the canvas renderer),
-// workflow (UI format), name (of it, for the pictures), values ({node id: {widget: value}} to set before the run),
-// enable (ids of bypassed nodes to switch on before it), screenshots (folder), drag (display name of a node to drag
-// from the library), draw ({name: workflow} to load one after another in both renderers), run (whether to queue the
-// workflow), players (how many will show videos then), watch (id of the node whose text and picture are noted during the
-// run), panel (whether the panel of the groups is open then, and its button used afterwards), subgraph (whether that node
-// is moved into a subgraph, which is open during the run), offer (whether the page may ask about files that are missing).
-import fs from 'fs';
-import path from 'path';
-import { closeBanner, openPage, settled, startBrowser } from './page.mjs';
+// PLAN: vue (Nodes 2.0 or the canvas renderer), workflow (UI format), name (of it, for the pictures), values ({node id:
+// {widget: value}} to set before the run), enable (ids of bypassed nodes to switch on before it), screenshots (folder;
+// null: none), drag (display name of a node to drag from the library), draw ({name: workflow} to load one after another in
+// both renderers), run (whether to queue the workflow), players (how many will show videos then), watch (id of the node
+// whose text and picture are noted during the run), panel (whether the panel of the groups is open then, and its button
+// used afterwards), subgraph (whether that node is moved into a subgraph, which is open during the run), offer (whether
+// the page may ask about files that are missing).
+import { load, set, shoot, until } from './page.mjs';
 
-const plan = JSON.parse(fs.readFileSync(process.argv[2], 'utf8'));
 const FRONTEND_ONLY = ['Note', 'MarkdownNote', 'Reroute', 'PrimitiveNode'];
+const DIALOGS = '.p-dialog:visible, .comfy-modal:visible';
 
-const browser = await startBrowser(plan);
-const result = { pageErrors: [] };
-try {
-  const page = await openPage(browser, plan.url, { vue: plan.vue, errors: result.pageErrors, offer: plan.offer });
-  Object.assign(result, await load(page, plan.workflow));
+export async function visit(page, plan) {
+  const picture = (name, workflow = plan.name, vue = plan.vue) =>
+    shoot(page, plan.screenshots, `${workflow}_${name}_${vue ? 'nodes2' : 'canvas'}`);
+  if (plan.offer) await set(page, 'Comfy.Workflow.ShowMissingModelsWarning', true);
+  const result = await show(page, plan.workflow, plan.vue);
   if (plan.offer) await page.locator('.p-dialog:visible').first().waitFor({ timeout: 15000 });
-  result.dialogs = await page.locator('.p-dialog:visible, .comfy-modal:visible').allInnerTexts();
-  await closeBanner(page);
-  await picture(page, 'loaded');
+  result.dialogs = await page.locator(DIALOGS).allInnerTexts();
+  await picture('loaded');
+  if (plan.offer) {
+    await page.keyboard.press('Escape');
+    await page.locator('.p-dialog:visible').first().waitFor({ state: 'hidden', timeout: 15000 });
+    await set(page, 'Comfy.Workflow.ShowMissingModelsWarning', false);
+  }
   if (plan.drag) result.dragged = await drag(page, plan.drag);
-  if (plan.draw) result.drawn = await draw(page);
-  if (plan.run) await run(page);
-} finally {
-  await browser.close();
-}
-console.log(JSON.stringify(result));
-
-async function picture(page, name, workflow = plan.name, vue = plan.vue) {
-  const file = `${workflow}_${name}_${vue ? 'nodes2' : 'canvas'}.png`;
-  await page.screenshot({ path: path.join(plan.screenshots, file) });
+  if (plan.draw) result.drawn = await draw(page, plan.draw, picture);
+  if (plan.run) Object.assign(result, await run(page, plan, picture));
+  return result;
 }
 
-async function load(page, workflow) {
-  await page.evaluate(workflow => window.app.loadGraphData(workflow, true, true, 'example'), workflow);
-  await settled(page);
+async function show(page, workflow, vue) {
+  await load(page, workflow, vue);
   return page.evaluate(loaded, [workflow, FRONTEND_ONLY]);
 }
 
@@ -65,7 +60,7 @@ async function drag(page, name) {
   const leaf = page.locator('.p-tree-node-leaf').filter({ hasText: name }).first();
   await leaf.waitFor({ timeout: 15000 });
   await leaf.dragTo(page.locator('#graph-canvas'), { targetPosition: { x: 1300, y: 850 } });
-  await page.waitForFunction(count => window.app.graph._nodes.length > count, before, { timeout: 15000 });
+  await until(page, count => window.app.graph._nodes.length > count, 15000, before);
   const type = await page.evaluate(() => window.app.graph._nodes.at(-1).type);
   await page.evaluate(() => {
     window.app.graph.remove(window.app.graph._nodes.at(-1));
@@ -74,17 +69,15 @@ async function drag(page, name) {
   return type;
 }
 
-async function draw(page) {
+async function draw(page, workflows, picture) {
   const drawn = [];
-  for (const vue of [false, true]) {
-    await page.evaluate(on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on), vue);
-    for (const [name, workflow] of Object.entries(plan.draw)) {
-      const shown = await load(page, workflow);
-      const dialogs = await page.locator('.p-dialog:visible, .comfy-modal:visible').allInnerTexts();
+  for (const vue of [false, true])
+    for (const [name, workflow] of Object.entries(workflows)) {
+      const shown = await show(page, workflow, vue);
+      const dialogs = await page.locator(DIALOGS).allInnerTexts();
       drawn.push({ name, vue, dialogs, ...shown, ...await page.evaluate(look, vue) });
-      await picture(page, 'drawn', name, vue);
+      await picture('drawn', name, vue);
     }
-  }
   return drawn;
 }
 
@@ -109,7 +102,8 @@ function look(vue) {
   return { overlaps, cut };
 }
 
-async function run(page) {
+async function run(page, plan, picture) {
+  const result = {};
   await page.evaluate(([values, enable]) => {
     for (const node of window.app.graph._nodes) {
       for (const [name, value] of Object.entries(values[node.id] ?? {})) {
@@ -120,18 +114,19 @@ async function run(page) {
       }
       if (enable.includes(node.id)) node.mode = 0;
     }
+    window.__ending = null;
     for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
       window.app.api.addEventListener(kind, event => { window.__ending = [kind, event.detail]; });
   }, [plan.values, plan.enable ?? []]);
   const watched = plan.subgraph ? await page.evaluate(enclose, Number(plan.watch)) : Number(plan.watch);
   await page.evaluate(watch, watched);
   await page.evaluate(() => { window.app.queuePrompt(0, 1); });
-  if (plan.panel) await openPanel(page);
-  await page.waitForFunction(() => window.__ending, null, { timeout: 180000 });
+  if (plan.panel) await openPanel(page, picture);
+  await until(page, () => window.__ending, 180000);
   result.ending = await page.evaluate(() => window.__ending);
-  await page.waitForFunction(
-    count => [...document.querySelectorAll('video')].filter(video => video.readyState === 4).length >= count,
-    plan.players, { timeout: 15000 },
+  await until(
+    page, count => [...document.querySelectorAll('video')].filter(video => video.readyState === 4).length >= count,
+    60000, plan.players,
   ).catch(() => {});
   result.players = await page.evaluate(async () => {
     const players = [...document.querySelectorAll('video')];
@@ -146,10 +141,10 @@ async function run(page) {
       };
     }));
   });
-  await page.waitForTimeout(1000);
-  await picture(page, 'done');
+  await picture('done');
   result.live = await page.evaluate(() => window.__seen);
-  if (plan.panel) result.panel = await panel(page);
+  if (plan.panel) result.panel = await panel(page, picture);
+  return result;
 }
 
 // Runs in the page: the id that the node has inside.
@@ -177,17 +172,17 @@ function watch(id) {
   }, 50);
 }
 
-async function openPanel(page) {
+async function openPanel(page, picture) {
   await page.evaluate(() => window.app.extensionManager.command.execute('Workspace.ToggleSidebarTab.wan.distributed.groups'));
-  await page.waitForFunction(() => window.__ending || (window.__seen.image && window.__seen.usage), null, { timeout: 180000 });
-  await picture(page, 'live');
+  await until(page, () => window.__ending || (window.__seen.image && window.__seen.usage), 180000);
+  await picture('live');
 }
 
 // The group that waits now, and that its button lets it go.
-async function panel(page) {
+async function panel(page, picture) {
   const group = page.locator('.wan-groups li').filter({ hasText: 'Warm' });
   await group.waitFor({ timeout: 15000 });
-  await picture(page, 'warm');
+  await picture('warm');
   const shown = await group.innerText();
   const button = group.getByRole('button');
   await button.focus();

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browsing import Browser, find_browser, page_folder
-from serving import INFERENCE, Comfy, saving
+from browsing import Browser, start_browser
+from serving import INFERENCE, Comfy, kept, saving
 from wan_pack.demo.client import Run
 from wan_pack.demo.comfyui import Server
 from wan_pack.demo.example import ROOT, Prompt, node_id
@@ -18,29 +17,12 @@ from wan_pack.demo.tiny_model import write_comfyui_files, write_other_comfyui_fi
 
 @pytest.fixture(scope="session")
 def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
-    with _running(tmp_path_factory.mktemp("comfyui")) as comfy:
-        yield comfy
-
-
-@pytest.fixture(scope="session")
-def newest_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
-    """Another one, with the newest page that is known."""
-    with _running(tmp_path_factory.mktemp("newest"), "--front-end-root", str(page_folder())) as comfy:
-        yield comfy
-
-
-@pytest.fixture(scope="session")
-def browser() -> Browser:
-    return find_browser()
-
-
-@contextlib.contextmanager
-def _running(base: Path, *arguments: str) -> Iterator[Comfy]:
+    base = tmp_path_factory.mktemp("comfyui")
     model = write_comfyui_files(base / "models")
     write_other_comfyui_files(base / "models")
     (base / "custom_nodes").mkdir()
     shutil.copy(Path(__file__).with_name("core_conditioning_node.py"), base / "custom_nodes")
-    with Server(base, pack=ROOT, arguments=arguments) as server:
+    with Server(base, pack=ROOT) as server:
         comfy = Comfy(server, model)
         # The examples begin with the picture that ComfyUI brings along.
         comfy.picture(320, 200, "example.png")
@@ -48,8 +30,14 @@ def _running(base: Path, *arguments: str) -> Iterator[Comfy]:
 
 
 @pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with start_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="session")
 def finished_prompt(comfy: Comfy) -> Prompt:
-    return saving(comfy.example(sample_steps=3, num_frames=6))
+    return saving(kept(comfy.example(sample_steps=3, num_frames=6)))
 
 
 @pytest.fixture(scope="session")
@@ -58,11 +46,22 @@ def finished(comfy: Comfy, finished_prompt: Prompt) -> Run:
     return comfy.run(finished_prompt)
 
 
-@pytest.fixture(autouse=True)
-def _nothing_left(comfy: Comfy) -> Iterator[None]:
-    """Whatever a test does, no process and no folder of a job outlives it."""
+@pytest.fixture(scope="module")
+def stay_warm(comfy: Comfy) -> Iterator[None]:
+    """For modules whose tests go on with the processes of the test before: to start some takes longest."""
     yield
+    comfy.server.request("/wan_distributed/release", {})
     comfy.wait_until_idle()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(comfy: Comfy, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test does, no process and no folder of a job outlives it, but those that `stay_warm`."""
+    yield
+    if "stay_warm" in request.fixturenames:
+        comfy.wait_until_at_rest()
+    else:
+        comfy.wait_until_idle()
 
 
 @pytest.fixture(scope="session")

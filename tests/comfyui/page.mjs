@@ -1,20 +1,23 @@
-// What every visit of a headless Chromium to ComfyUI's page begins with.
+// ComfyUI's page in a headless Chromium, and what every visit to it begins with.
+import { randomUUID } from 'crypto';
+import fs from 'fs';
 import path from 'path';
 import { pathToFileURL } from 'url';
 
-// PLAN: chromium (its path), playwright (folder of playwright-core).
-export async function startBrowser(plan) {
-  const { chromium } = await import(pathToFileURL(path.join(plan.playwright, 'index.mjs')));
+// `chromium`: its path; `playwright`: folder of playwright-core.
+export async function startBrowser(executablePath, playwright) {
+  const { chromium } = await import(pathToFileURL(path.join(playwright, 'index.mjs')));
   return chromium.launch({
-    executablePath: plan.chromium,
+    executablePath,
     headless: true,
     args: ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
       '--disable-background-networking', '--disable-component-update', '--disable-sync'],
   });
 }
 
-// ComfyUI's page with all nodes known, in one of its renderers (vue: Nodes 2.0). What the page throws goes to `errors`.
-export async function openPage(browser, url, { vue, errors, offer = false }) {
+// ComfyUI's page with all nodes known, in one of its renderers (vue: Nodes 2.0). `files`: folder of another version of
+// the page than the server's own. `errors`: what the page throws from now on.
+export async function openPage(browser, { url, files, vue }) {
   await fetch(url + '/settings', {
     method: 'POST',
     headers: { 'Content-Type': 'application/json' },
@@ -22,21 +25,54 @@ export async function openPage(browser, url, { vue, errors, offer = false }) {
       // Without it the Templates dialog covers the canvas on a first visit.
       'Comfy.TutorialCompleted': true,
       'Comfy.VueNodes.Enabled': vue,
-      'Comfy.Workflow.ShowMissingModelsWarning': offer,
+      'Comfy.Workflow.ShowMissingModelsWarning': false,
     }),
   });
-  const page = await browser.newPage({ viewport: { width: 1600, height: 1000 } });
+  const page = await browser.newPage({ viewport: { width: 1600, height: 1000 } }), errors = [];
   page.on('pageerror', error => errors.push(String(error)));
+  if (files) await serve(page, files);
   await page.goto(url, { waitUntil: 'domcontentloaded' });
-  await page.waitForFunction(
+  await until(page,
     () => window.app?.graph && window.app.vueAppReady && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 50,
-    null, { timeout: 90000 });
-  return page;
+    90000);
+  return { page, errors };
 }
 
-// The banner about the other renderer would be in the pictures.
-export async function closeBanner(page) {
-  await page.locator('.p-message-close-button, button[aria-label="Close"]').first().click({ timeout: 1000 }).catch(() => {});
+// As the server would with --front-end-root: what is a file in `folder` is that file, all else the server's.
+async function serve(page, folder) {
+  // Chromium does not let a page that came from no address talk to this machine; older ones know of no such permission.
+  await page.context().grantPermissions(['local-network-access']).catch(() => {});
+  const file = ({ pathname }) => path.join(folder, decodeURIComponent(pathname === '/' ? '/index.html' : pathname));
+  await page.route(
+    url => Boolean(fs.statSync(file(url), { throwIfNoEntry: false })?.isFile()),
+    route => route.fulfill({ path: file(new URL(route.request().url())) }),
+  );
+}
+
+// Until it holds in the page, which is asked twenty times a second: with every frame it would cost a processor.
+export function until(page, condition, timeout, argument = null) {
+  return page.waitForFunction(condition, argument, { polling: 50, timeout });
+}
+
+export async function set(page, name, value) {
+  await page.evaluate(([name, value]) => window.app.extensionManager.setting.set(name, value), [name, value]);
+}
+
+// Opens `workflow` (UI format) in that renderer, as one that was not open before: one with the id of another shows what
+// was said of that one's nodes.
+export async function load(page, workflow, vue) {
+  await set(page, 'Comfy.VueNodes.Enabled', vue);
+  await page.evaluate(
+    workflow => window.app.loadGraphData(workflow, true, true, 'example'), { ...workflow, id: randomUUID() });
+  await settled(page);
+}
+
+// A picture for people, where they want some.
+export async function shoot(page, folder, name) {
+  if (!folder) return;
+  // The banner about the other renderer would be in it.
+  await page.locator('.p-message-close-button, button[aria-label="Close"]').first().click({ timeout: 500 }).catch(() => {});
+  await page.screenshot({ path: path.join(folder, `${name}.png`) });
 }
 
 // Waits until what the page shows stands still: its nodes, their places and sizes, and its dialogs.

@@ -1,51 +1,45 @@
-// What a node shows before, while and after its runs, in both renderers: node screen.mjs PLAN.json, JSON on stdout.
+// What a node shows before, while and after its runs, in both renderers. For visitor.mjs.
 //
-// PLAN: url, chromium (its path), playwright (folder of playwright-core), workflow (UI format), node (id of the one that
-// is looked at), values ({node id: {widget: value}}), seed (of the first run, each later one has the next), videos (how
-// many a run makes), runs (how many), title (for the pictures), screenshots (folder).
-import fs from 'fs';
-import path from 'path';
-import { closeBanner, openPage, settled, startBrowser } from './page.mjs';
+// PLAN: vue (the renderer that is first), workflow (UI format), node (id of the one that is looked at), values ({node id:
+// {widget: value}}), seed (of the first run, each later one has the next), videos (how many a run makes), runs (how many),
+// title (for the pictures), screenshots (folder; null: none).
+import { load, settled, shoot, until } from './page.mjs';
 
-const plan = JSON.parse(fs.readFileSync(process.argv[2], 'utf8'));
-const browser = await startBrowser(plan);
-const result = { pageErrors: [] };
-let seed = plan.seed;
-try {
-  for (const vue of [false, true]) result[vue ? 'nodes2' : 'canvas'] = await visit(vue);
-} finally {
-  await browser.close();
+export async function visit(page, plan) {
+  const result = {};
+  let seed = plan.seed;
+  for (const vue of [plan.vue, !plan.vue]) {
+    result[vue ? 'nodes2' : 'canvas'] = await seenIn(page, plan, vue, seed);
+    seed += plan.runs + 1;
+  }
+  return result;
 }
-console.log(JSON.stringify(result));
 
-async function visit(vue) {
-  const page = await openPage(browser, plan.url, { vue, errors: result.pageErrors });
-  await page.evaluate(workflow => window.app.loadGraphData(workflow, true, true, 'example'), plan.workflow);
-  await settled(page);
+async function seenIn(page, plan, vue, seed) {
+  await load(page, plan.workflow, vue);
   await page.evaluate(prepare, [plan.values, Number(plan.node)]);
-  await closeBanner(page);
-  const shoot = name => page.screenshot({ path: path.join(plan.screenshots, `${plan.title}_${vue ? 'nodes2' : 'canvas'}_${name}.png`) });
+  const picture = name => shoot(page, plan.screenshots, `${plan.title}_${vue ? 'nodes2' : 'canvas'}_${name}`);
   const seen = { before: await page.evaluate(look), runs: [] };
-  await shoot('before');
+  await picture('before');
   for (let run = 1; run <= plan.runs; run++) {
     await page.evaluate(queue, seed++);
-    await page.waitForFunction(() => window.__ending || window.__look().picture, null, { timeout: 120000 });
-    const live = await page.evaluate(look);
-    await shoot(`while_${run}`);
-    await page.waitForFunction(() => window.__ending, null, { timeout: 120000 });
-    await page.waitForFunction(
-      count => window.__look().players.filter(player => player.ready === 4).length === count, plan.videos, { timeout: 10000 },
+    await until(page, () => window.__ending || window.__drawn(), 120000);
+    await picture(`while_${run}`);
+    await until(page, () => window.__ending, 120000);
+    await until(
+      page, count => window.__look().players.filter(player => player.ready === 4).length === count, 60000, plan.videos,
     ).catch(() => {});
-    const after = await page.evaluate(look);
-    await shoot(`after_${run}`);
-    seen.runs.push({ live, after, ending: await page.evaluate(() => window.__ending), told: await page.evaluate(() => window.__told) });
+    const [live, after, ending] = await page.evaluate(() => [window.__live, window.__look(), window.__ending]);
+    await picture(`after_${run}`);
+    seen.runs.push({ live, after, ending });
   }
   // Cancelled at its first picture: the videos of the run before are there again.
   await page.evaluate(queue, seed++);
-  await page.waitForFunction(() => window.__ending || window.__look().picture, null, { timeout: 120000 });
+  await until(page, () => window.__ending || window.__drawn(), 120000);
   await page.evaluate(() => window.app.api.interrupt(null));
-  await page.waitForFunction(() => window.__ending, null, { timeout: 20000 });
-  await page.waitForTimeout(300);
+  await until(page, () => window.__ending, 120000);
+  // Of the pack and of ComfyUI come two messages.
+  await until(page, () => window.__look().text === 'cancelled', 60000).catch(() => {});
   seen.cancelled = await page.evaluate(look);
   // As when another tab is opened and this one again: the page makes the nodes anew.
   await page.evaluate(() => window.app.loadGraphData(window.app.graph.serialize()));
@@ -56,8 +50,7 @@ async function visit(vue) {
   seen.sent = await page.evaluate(async id => Object.keys((await window.app.graphToPrompt()).output[id].inputs), plan.node);
   seen.unplayable = await page.evaluate(unplayable, Number(plan.node));
   seen.overruled = await page.evaluate(overruled, Number(plan.node));
-  await shoot('overruled');
-  await page.close();
+  await picture('overruled');
   return seen;
 }
 
@@ -130,11 +123,14 @@ function prepare([values, id]) {
       failed: /failed to load/i.test(card?.innerText ?? ''),
     };
   };
+  // Kept at once: the picture may be gone before anybody else looks.
+  window.__drawn = () => {
+    const seen = window.__look();
+    if (seen.picture) window.__live ??= seen;
+    return window.__live;
+  };
   for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
-    window.app.api.addEventListener(kind, event => { window.__ending = [kind, event.detail, performance.now()]; });
-  window.app.api.addEventListener('wan_distributed.node', ({ detail }) => {
-    if (detail.text) window.__told.push([(performance.now() - window.__queued) / 1000, detail.text]);
-  });
+    window.app.api.addEventListener(kind, event => { window.__ending = [kind, event.detail]; });
 }
 
 // Runs in the page.
@@ -146,8 +142,6 @@ function queue(seed) {
     const widget = node.widgets?.find(widget => widget.name === 'seed');
     if (widget) { widget.value = seed; widget.callback?.(seed); }
   }
-  window.__ending = null;
-  window.__told = [];
-  window.__queued = performance.now();
+  window.__ending = window.__live = null;
   window.app.queuePrompt(0, 1);
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,22 +25,23 @@ IN_A_SUBGRAPH = (IMAGE_TO_VIDEO, TI2V_5B)
 """Examples that run with their inference node in one."""
 BYPASSED = 4
 """A node's mode."""
+pytestmark = pytest.mark.usefixtures("stay_warm")
 
 
 @pytest.mark.parametrize(
     ("name", "vue", "inference"),
     [
-        # Steps enough to be watched. In Nodes 2.0 test_screen.py runs it.
-        (TEXT_TO_VIDEO, False, {"sample_steps": 30}),
         # Presets of 40 and 50 steps take minutes on two cores.
         (IMAGE_TO_VIDEO, False, {"preset": "custom", "sample_steps": 6}),
         (TI2V_5B, True, {"preset": "custom", "sample_steps": 6}),
         (LIGHTNING, False, {}),
+        # Steps enough to be watched. In Nodes 2.0 test_screen.py runs it. The last one: it lets go of the processes.
+        (TEXT_TO_VIDEO, False, {"sample_steps": 30}),
     ],
-    ids=["t2v-canvas", "i2v-canvas", "ti2v-nodes2", "lightning-canvas"],
+    ids=["i2v-canvas", "ti2v-nodes2", "lightning-canvas", "t2v-canvas"],
 )
 def test_example_loads_runs_and_plays(
-    browser: Browser, comfy: Comfy, tmp_path: Path, name: str, vue: bool, inference: dict[str, Any]
+    browser: Browser, comfy: Comfy, name: str, vue: bool, inference: dict[str, Any]
 ) -> None:
     shipped, small = example(name), comfy.example(name, **inference)
     workflow = ui_workflow(name)
@@ -56,12 +56,11 @@ def test_example_loads_runs_and_plays(
         "panel": name == TEXT_TO_VIDEO,
         "subgraph": name in IN_A_SUBGRAPH,
     }
-    if name == TEXT_TO_VIDEO:
-        settings["values"][node_id(shipped, CONFIG)]["keep_warm_seconds"] = 300
+    settings["values"][node_id(shipped, CONFIG)]["keep_warm_seconds"] = 300
     if name in IN_A_SUBGRAPH:
         # ComfyUI's own, when it looks for the node of a text.
         errors = ["Error: Subgraph not found"]
-    shown = browser.visit("browser.mjs", comfy, tmp_path, name, vue=vue, run=True, players=players, **settings)
+    shown = browser.visit("browser.mjs", comfy, name, vue=vue, run=True, players=players, **settings)
     assert shown["missing"] == shown["red"] == shown["shifted"] == shown["dialogs"] == []
     assert [error for error in shown["pageErrors"] if error not in errors] == []
     assert shown["links"] == len(workflow["links"])
@@ -95,9 +94,9 @@ def check_panel(live: dict[str, Any], panel: dict[str, Any]) -> None:
     assert "No GPU is held" in panel["left"], panel
 
 
-def test_the_page_offers_to_download_what_an_example_lacks(browser: Browser, comfy: Comfy, tmp_path: Path) -> None:
+def test_the_page_offers_to_download_what_an_example_lacks(browser: Browser, comfy: Comfy) -> None:
     """The demo's files have names of their own, so that all of the example's are missing."""
-    shown = browser.visit("browser.mjs", comfy, tmp_path, vue=False, offer=True)
+    shown = browser.visit("browser.mjs", comfy, vue=False, offer=True)
     (dialog,) = shown["dialogs"]
     workflow = ui_workflow(TEXT_TO_VIDEO)
     models = [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
@@ -111,10 +110,10 @@ def test_example_has_a_picture_for_the_list(name: str) -> None:
 
 
 def test_a_node_comes_out_of_the_library_and_every_example_is_drawn_whole_in_both_renderers(
-    browser: Browser, comfy: Comfy, tmp_path: Path
+    browser: Browser, comfy: Comfy
 ) -> None:
     workflows = {path.stem: ui_workflow(path.stem) for path in sorted(WORKFLOWS.glob("*.json"))}
-    shown = browser.visit("browser.mjs", comfy, tmp_path, vue=False, drag=DISPLAY_NAMES[INFERENCE], draw=workflows)
+    shown = browser.visit("browser.mjs", comfy, vue=False, drag=DISPLAY_NAMES[INFERENCE], draw=workflows)
     assert shown["dragged"] == INFERENCE
     assert [(one["name"], one["vue"]) for one in shown["drawn"]] == [
         (n, vue) for vue in (False, True) for n in workflows

@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import Browser, changes, ui_workflow
+from browsing import Browser, changes, page_folder, ui_workflow
 from serving import Comfy
 from wan_pack.demo.example import BATCH, TEXT_TO_VIDEO, example, node_id, video_node
 
 CONFIG = "WanVideoDistributedConfig"
 NODES = ("LoadWanVideo", "WanVideo")
+pytestmark = pytest.mark.usefixtures("stay_warm")
 
 
-@pytest.fixture
-def shown_by(request: pytest.FixtureRequest) -> Comfy:
-    return request.getfixturevalue(request.param)
-
-
-@pytest.mark.parametrize("shown_by", ["comfy", "newest_page"], indirect=True)
+@pytest.mark.parametrize("version", ["oldest", "newest"])
 @pytest.mark.parametrize("name", [TEXT_TO_VIDEO, BATCH])
 def test_text_picture_and_players_are_there_in_every_run(
-    browser: Browser, shown_by: Comfy, tmp_path: Path, request: pytest.FixtureRequest, name: str
+    browser: Browser, comfy: Comfy, name: str, version: str
 ) -> None:
-    shipped, small = example(name), shown_by.example(name, sample_steps=16)
+    shipped, small = example(name), comfy.example(name, sample_steps=16)
     node, videos = node_id(shipped, video_node(shipped)), 2 if name == BATCH else 1
     values = changes(shipped, small)
     # Later runs are warm ones.
     for key, one in shipped.items():
         if one["class_type"] == CONFIG:
-            values[key]["keep_warm_seconds"] = 100
-    version = request.node.callspec.params["shown_by"]
+            values[key]["keep_warm_seconds"] = 300
+    # Each page begins in the renderer that most have there, and goes on in the other.
+    page = {"vue": True, "files": str(page_folder())} if version == "newest" else {"vue": False, "files": None}
     shown = browser.visit(
-        "screen.mjs", shown_by, tmp_path, name, node=node, values=values, seed=500, videos=videos,
-        runs=3 - videos,         title=f"{version}_{name}",
+        "screen.mjs", comfy, name, **page, node=node, values=values, seed=500 if version == "oldest" else 600,
+        videos=videos, runs=3 - videos, title=f"{version}_{name}",
     )  # fmt: skip
-    shown_by.server.request("/wan_distributed/release", {})
     assert shown["pageErrors"] == []
     # Small ones, two beside each other.
     pictures = ([56, 32], [114, 32]) if name == BATCH else ([56, 32],)
@@ -57,7 +52,7 @@ def test_text_picture_and_players_are_there_in_every_run(
         assert "wan_video" not in seen["sent"]
         assert "no.mkv is in the output folder; this browser does not play it" in seen["unplayable"]["other"]
         assert seen["unplayable"]["again"] == "plays"
-        check_overruled(seen["overruled"], name, hides=version == "newest_page")
+        check_overruled(seen["overruled"], name, hides=version == "newest")
 
 
 def check_live(live: dict[str, Any], pictures: tuple[list[int], ...]) -> None:

@@ -21,6 +21,7 @@ from serving import INFERENCE, Comfy, at_first_step, saving
 from wan_pack.demo.client import Refused, Run
 from wan_pack.demo.example import Prompt, node_id, node_of
 
+pytestmark = pytest.mark.usefixtures("stay_warm")
 NODES = (
     "LoadWanVideoModel",
     "WanVideoDistributedLora",
@@ -171,6 +172,7 @@ def test_interrupt_before_the_first_step(comfy: Comfy) -> None:
     run = comfy.run(comfy.example(seed=3), watch)
     assert run.ending[0] == "execution_interrupted", run.ending
     assert time.monotonic() - pressed[0] < AT_ONCE
+    comfy.wait_until_idle()
 
 
 def kill_rank_one(comfy: Comfy) -> None:
@@ -195,6 +197,7 @@ def test_rank_that_raises_is_quoted_first(comfy: Comfy) -> None:
         assert kept and Path(kept[0].rstrip(".,:;)")).exists(), message
     finally:
         vae.write_bytes(good)
+    comfy.wait_until_idle()
 
 
 def test_killed_rank_is_named_first_and_on_error_return_hands_that_out(comfy: Comfy) -> None:
@@ -206,6 +209,7 @@ def test_killed_rank_is_named_first_and_on_error_return_hands_that_out(comfy: Co
     assert re.match(r"error: rank 1 was killed by SIGKILL", status), status
     # The error did not stop the workflow, but there is no video to save.
     assert "save" not in outputs
+    comfy.wait_until_idle()
 
 
 @pytest.mark.parametrize(

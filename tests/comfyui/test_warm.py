@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 
 from patience import AT_ONCE
-from serving import Comfy
+from serving import Comfy, kept
 from wan_pack.demo.example import Prompt, node_of
 
 
 def warm_example(comfy: Comfy, seed: int) -> Prompt:
-    prompt = comfy.example(seed=seed)
-    node_of(prompt, "WanVideoDistributedConfig")["inputs"]["keep_warm_seconds"] = 300
-    return prompt
+    return kept(comfy.example(seed=seed))
 
 
 def run(comfy: Comfy, prompt: Prompt) -> None:

@@ -25,6 +25,8 @@ RANKS = {"run_ranks", "fork_ranks", "run_fresh", "run_tiny", "golden"}
 STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")
 SECONDS = {"browser": 20, "hosts": 15, "comfyui": 10, "ranks": 6, "processes": 2}
 """What a test of a kind takes, about; of none, next to nothing. The first that fits counts."""
+LONGER = {"test_soak": 80, "test_screen": 80, "test_meaning": 25}
+"""What files take whose tests are longer than others of their kind."""
 MAY_BE_ASKED = "nvidia-smi"
 """Looked for in vain on machines without a GPU."""
 
@@ -46,11 +48,25 @@ class Kinds:
             for name in _marks(item):
                 item.add_marker(name)
         # Files go to the processes of a run whole: those that take long first, or one is left with them at the end.
-        files: dict[os.PathLike[str], float] = {}
+        files = {item.path: float(LONGER.get(item.path.stem, 0)) for item in items}
         for item in items:
             takes = next((seconds for kind, seconds in SECONDS.items() if item.get_closest_marker(kind)), 0.05)
-            files[item.path] = files.get(item.path, 0.0) + takes
+            files[item.path] += takes
         items.sort(key=lambda item: -files[item.path])
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
+        from xdist.scheduler import LoadFileScheduling
+
+        class Scheduling(LoadFileScheduling):
+            """Files go to one process or the other, those of one ComfyUI and one browser together."""
+
+            def _split_scope(self, nodeid: str) -> str:
+                file: str = super()._split_scope(nodeid)
+                folder = os.path.dirname(file)
+                return folder if os.path.basename(folder) == "comfyui" else file
+
+        return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
@@ -67,7 +83,7 @@ def _marks(item: pytest.Item) -> Iterator[str]:
     folder = os.path.basename(os.path.dirname(item.path))
     if folder == "comfyui":
         yield "comfyui"
-    if item.path.stem == "test_browser":
+    if "browser" in item.fixturenames:
         yield "browser"
     if item.path.stem == "test_hosts_jobs":
         yield "hosts"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import COMES_UP
 from serving import Comfy
 from wan_pack.demo.comfyui import cache_folder
 from wan_pack.demo.example import TEXT_TO_VIDEO, WORKFLOWS, Prompt
@@ -23,39 +27,44 @@ NEWEST_PAGE = "1.58.1"
 """Of comfyui-frontend-package; ComfyUI itself brings 1.32.9 along."""
 SCRIPTS = Path(__file__).resolve().parents[2] / "comfyui"
 SCREENSHOTS = SCRIPTS / "output"
+PICTURES = "SCREENSHOTS"
+"""Set to 1, the visits leave pictures of what they see there."""
 REQUIRED = "CI_REQUIRE_BROWSER"
 
 
 @dataclass(frozen=True)
 class Browser:
-    """What a visit needs."""
+    """One Chromium for many visits: a page is loaded once, and each visit opens a workflow in it anew."""
 
-    chromium: str
-    node: str
-    playwright: Path
+    _visitor: subprocess.Popen[str]
 
-    def visit(
-        self, script: str, comfy: Comfy, tmp_path: Path, name: str = TEXT_TO_VIDEO, **plan: Any
-    ) -> dict[str, Any]:
+    def visit(self, script: str, comfy: Comfy, name: str = TEXT_TO_VIDEO, **plan: Any) -> dict[str, Any]:
         """Does what `script`, of tests/comfyui, says about `plan` with the example workflow `name`."""
-        SCREENSHOTS.mkdir(exist_ok=True)
         plan = {
+            "script": script,
             "url": comfy.server.url,
-            "chromium": self.chromium,
-            "playwright": str(self.playwright),
             "workflow": ui_workflow(name),
             "name": name,
-            "screenshots": str(SCREENSHOTS),
+            "screenshots": str(SCREENSHOTS) if os.environ.get(PICTURES) else None,
             **plan,
         }
-        (tmp_path / "plan.json").write_text(json.dumps(plan))
-        command = [self.node, str(SCRIPTS / script), str(tmp_path / "plan.json")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        stdin, stdout = self._visitor.stdin, self._visitor.stdout
+        assert stdin and stdout
+        patience = threading.Timer(300, self._visitor.kill)
+        patience.start()
+        try:
+            print(json.dumps(plan), file=stdin, flush=True)
+            line = stdout.readline()
+        finally:
+            patience.cancel()
+        assert line, "the visitor has ended, or was killed as it did not answer"
+        answer = json.loads(line)
+        assert "failed" not in answer, answer
+        return answer
 
 
-def find_browser() -> Browser:
+@contextlib.contextmanager
+def start_browser() -> Iterator[Browser]:
     """Skips the test, or fails it where it is required, if there is none."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     node, npm = shutil.which("node"), shutil.which("npm")
@@ -75,7 +84,17 @@ def find_browser() -> Browser:
             capture_output=True,
             timeout=300,
         )
-    return Browser(chromium, node, playwright)
+    SCREENSHOTS.mkdir(exist_ok=True)
+    command = [node, str(SCRIPTS / "visitor.mjs"), chromium, str(playwright)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as visitor:
+        try:
+            yield Browser(visitor)
+            assert visitor.stdin
+            # The visitor ends with its last plan.
+            visitor.stdin.close()
+            visitor.wait(COMES_UP)
+        finally:
+            visitor.kill()
 
 
 def page_folder(version: str = NEWEST_PAGE) -> Path:

@@ -17,7 +17,7 @@ from patience import AT_ONCE
 from PIL import Image
 from wan_pack.demo.client import Run, run_prompt
 from wan_pack.demo.comfyui import Server
-from wan_pack.demo.example import TEXT_TO_VIDEO, Prompt, TinyModel, node_id, small_example, video_node
+from wan_pack.demo.example import TEXT_TO_VIDEO, Prompt, TinyModel, node_id, node_of, small_example, video_node
 
 INFERENCE = "WanVideoDistributedInference"
 
@@ -80,6 +80,10 @@ class Comfy:
         """No process of a job is left, and no folder."""
         self._wait_until_none(lambda: [*self.job_processes(), *self.folders()])
 
+    def wait_until_at_rest(self) -> None:
+        """No job is left; processes may wait for the next."""
+        self._wait_until_none(self.job_folders)
+
     def wait_until_ended(self) -> None:
         """No process of a job is left: a ComfyUI that was killed leaves its folders to the next one."""
         self._wait_until_none(self.job_processes)
@@ -90,6 +94,12 @@ class Comfy:
         while left := list_left():
             assert time.monotonic() < deadline, f"left: {left}"
             time.sleep(0.02)
+
+
+def kept(prompt: Prompt, **config: Any) -> Prompt:
+    """Its processes wait for the next job. `config`: more of the config's values."""
+    node_of(prompt, "WanVideoDistributedConfig")["inputs"].update(keep_warm_seconds=300, **config)
+    return prompt
 
 
 def saving(prompt: Prompt) -> Prompt:
