@@ -29,8 +29,9 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
         yield comfy
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Not for longer: its pages are drawn over and over, whether anybody looks or not."""
     with start_browser() as browser:
         yield browser
 

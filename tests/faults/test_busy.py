@@ -108,10 +108,18 @@ def test_fault_37_what_is_older_than_the_group_is_not_looked_into(
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    watch = Watch(tmp_path)
-    with pytest.raises(JobCancelled):
-        run_stub(tmp_path, on_progress=watch, cancelled=lambda: bool(watch.at))
-    assert any(path.endswith("/environ") for path in looked)
+    # All of the group may have ended before anybody looks; this one has not.
+    younger: list[subprocess.Popen[bytes]] = []
+    watch = Watch(tmp_path, lambda folder: younger.append(subprocess.Popen(["sleep", str(LONG)])))
+    try:
+        with pytest.raises(JobCancelled):
+            run_stub(tmp_path, on_progress=watch, cancelled=lambda: bool(watch.at))
+        assert f"/proc/{younger[0].pid}/environ" in looked
+        assert younger[0].poll() is None, "it is not of the group"
+    finally:
+        for process in younger:
+            process.kill()
+            process.wait()
     # Such as this one, which is ComfyUI there.
     assert f"/proc/{os.getpid()}/environ" not in looked
 
