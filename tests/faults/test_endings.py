@@ -137,8 +137,8 @@ def test_fault_08_a_cancel_before_the_start_starts_nothing(run_fake: Callable[..
 
 @pytest.mark.processes
 def test_fault_08_a_cancel_while_the_agent_is_starting(stub_pack: StubPack, tmp_path: Path):
-    """0.2 s after it was spawned it is importing torch."""
-    stub_pack("good")
+    """0.2 s after it was spawned it is importing torch; its ranks, which need none here, may be at their work."""
+    stub_pack("stand still")
     others, spawned = set(descendants(os.getpid())), []
 
     def cancelled() -> bool:
