@@ -65,10 +65,11 @@ def test_smooth_latents_give_a_smooth_video(tmp_path: Path, name: str):
 
     vae = load_vae([random_models.write_model(tmp_path, name) / "vae.safetensors"])
     shape = LATENT_SPACES[vae.config.z_dim].shape(128, 96, 9)
-    latents = moving_picture(shape, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    latents = moving_picture(shape, generator)
     assert latents.std().item() == pytest.approx(1, abs=1e-3)
     video = torch.cat(list(decode_frames(vae, latents[None])), 1)
-    noise = torch.cat(list(decode_frames(vae, torch.randn(shape)[None])), 1)
+    noise = torch.cat(list(decode_frames(vae, torch.randn(shape, generator=generator)[None])), 1)
 
     def roughness(frames: torch.Tensor) -> float:
         steps = [frames.diff(dim=axis).abs().mean() for axis in (1, 2, 3)]
