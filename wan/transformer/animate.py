@@ -102,6 +102,8 @@ class Face:
     """[S] int64: the rank's tokens, one frame behind the other; None: they are so as they are."""
     runs: tuple[tuple[int, int], ...] = ()
     """In that order, of each run of tokens of one frame: which, and how many."""
+    here: Tensor | None = None
+    """The frames of `runs`, int64, on the device: brought there by each block, they would halt its stream."""
     _rows: Tensor | None = None
 
     def on_rank(self, split: Split, length: int) -> Face:
@@ -112,10 +114,11 @@ class Face:
         found, counts = frame[order].unique_consecutive(return_counts=True)
         sorted_already = bool((order == torch.arange(len(order))).all())
         runs = tuple(zip(found.tolist(), counts.tolist(), strict=True))
-        return Face(self.pictures, self.frames, None if sorted_already else order, runs)
+        return Face(self.pictures, self.frames, None if sorted_already else order, runs, found)
 
     def on_device(self, device: torch.device) -> Face:
-        return replace(self, order=None if self.order is None else self.order.to(device))
+        order, here = (None if one is None else one.to(device) for one in (self.order, self.here))
+        return replace(self, order=order, here=here)
 
     def for_expert(self, *, keep: bool) -> Face:
         """What is derived of it stays in any case: it is small."""
@@ -149,10 +152,10 @@ class FaceBlock(nn.Module):
             return None
         dim = (x.shape[1],)
         q = self._heads(self.linear1_q(F.layer_norm(x, dim, eps=EPS)), self.q_norm)
-        here = torch.tensor([frame for frame, _ in face.runs], device=x.device)
-        keys_values = self.linear1_kv(F.layer_norm(rows[here], dim, eps=EPS).flatten(0, 1))
+        assert face.here is not None, "the face is on a rank"
+        keys_values = self.linear1_kv(F.layer_norm(rows[face.here], dim, eps=EPS).flatten(0, 1))
         k, v = keys_values.chunk(2, dim=1)
-        k, v = (part.unflatten(0, (len(here), -1)) for part in (self._heads(k, self.k_norm), self._heads(v, None)))
+        k, v = (part.unflatten(0, (len(face.runs), -1)) for part in (self._heads(k, self.k_norm), self._heads(v, None)))
         q = q if face.order is None else q[face.order]
         runs = q.split([count for _, count in face.runs])
         attended = torch.cat(
