@@ -143,10 +143,10 @@ class Evaluation:
         ok = len(set(keys)) == len(keys) and {*self.texts, *kinds}.issuperset(keys)
         check(ok, "sent", keys, "texts and what else is told in this evaluation, each once")
         for one in self.sent:
-            if one.key in self.rows:
+            if (kind := kinds.get(one.key)) is None or kind.size is None:
                 one.check_rows()
             else:
-                one.check_volume(kinds[one.key], self.shape[2:])
+                one.check_volume(kind, self.shape[2:])
         size = sum(one.nbytes for one in self.sent)
         check(size <= MAX_SENT_BYTES, "bytes of what is sent", size, f"at most {MAX_SENT_BYTES}")
 

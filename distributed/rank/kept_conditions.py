@@ -70,7 +70,7 @@ class KeptConditions:
             values = torch.frombuffer(view, dtype=getattr(torch, sent.dtype)).view(sent.shape)
             kind = kinds.get(sent.key)
             taken = self._config.text_dim if kind is None else kind.channels(self._config)
-            given = sent.shape[-1] if sent.key in evaluation.rows else sent.shape[0]
+            given = sent.shape[-1] if kind is None or kind.size is None else sent.shape[0]
             if given != taken:
                 what = "text" if kind is None else kind.what
                 raise JobError(f"the {what} is of {given} channels; this model takes {taken}")
