@@ -13,17 +13,21 @@ from ...wan.model.latent_space import WAN21
 from ...wan.sampling.told import KINDS, Kind
 from ..host.core_model import CoreSampling
 from ..host.declared import kind_of, number
+from ..host.entry_keys import (
+    HIDDEN_STATES,
+    PICTURE,
+    PICTURE_MASK,
+    REFERENCES,
+    SEEN,
+    TEXT,
+    VACE_FRAMES,
+    VACE_MASKS,
+    VACE_STRENGTHS,
+)  # fmt: skip
 from ..host.tensors import tensor_of
 
 if TYPE_CHECKING:
     from ...wan.model.config import WanConfig
-
-TEXT, SEEN, PICTURE, MASK = "cross_attn", "clip_vision_output", "concat_latent_image", "concat_mask"
-FRAMES, MASKS, STRENGTHS = "vace_frames", "vace_mask", "vace_strength"
-REFERENCES = "reference_latents"
-"""Keys of an entry, as ComfyUI's nodes set them."""
-HIDDEN_STATES = "penultimate_hidden_states"
-"""Of what CLIP Vision Encode gives."""
 
 
 def check_conditioning(sampling: CoreSampling, config: WanConfig) -> None:
@@ -91,31 +95,34 @@ class _Told:
             )
 
     def check_picture(self) -> None:
-        """The latents behind what is sampled; ComfyUI scales rows and columns, and cuts off channels that are over."""
+        """The latents behind what is sampled; ComfyUI scales rows and columns. Channels that are over are refused: it
+        would cut them off and say nothing."""
         channels, encode = self._config.variant.image_latents * self._config.out_dim, f"encode it with the {self._vae}"
         if (picture := self._entry.get(PICTURE)) is not None:
             self._frames_fit(PICTURE, self._shape(PICTURE, picture, ("B", channels, "T", "h", "w"), encode)[2])
-        if (mask := self._entry.get(MASK)) is not None:
-            frames = self._shape(MASK, mask, ("B", "1 or 4", "T", "h", "w"), "take the node's that gives the picture")
+        if (mask := self._entry.get(PICTURE_MASK)) is not None:
+            frames = self._shape(
+                PICTURE_MASK, mask, ("B", "1 or 4", "T", "h", "w"), "take the node's that gives the picture"
+            )
             # What is missing of it ComfyUI adds.
-            self._frames_fit(MASK, max(frames[2], self._frames))
+            self._frames_fit(PICTURE_MASK, max(frames[2], self._frames))
 
     def check_controls(self) -> None:
         control, encode = self._config.control_dim, f"encode it with the {self._vae}"
-        frames, masks = (self._listed(key) for key in (FRAMES, MASKS))
-        for strength in self._listed(STRENGTHS):
-            number(f"{STRENGTHS} {self._where}", strength, -MAX_CONTROL_STRENGTH, MAX_CONTROL_STRENGTH)
+        frames, masks = (self._listed(key) for key in (VACE_FRAMES, VACE_MASKS))
+        for strength in self._listed(VACE_STRENGTHS):
+            number(f"{VACE_STRENGTHS} {self._where}", strength, -MAX_CONTROL_STRENGTH, MAX_CONTROL_STRENGTH)
         of_mask = WAN21.stride**2
         sizes = {
             f"{key} {self._where}": self._shape(key, one, ("B", channels, "T", "h", "w"), encode)[2:]
-            for key, ones, channels in ((FRAMES, frames, control - of_mask), (MASKS, masks, of_mask))
+            for key, ones, channels in ((VACE_FRAMES, frames, control - of_mask), (VACE_MASKS, masks, of_mask))
             for one in ones
         }
         if len(set(sizes.values())) > 1 or (frames and masks and len(frames) != len(masks)):
             raise ValueError(
-                f"{FRAMES} {self._where} are of {self._sizes(frames)} latent frames, rows and columns, and {MASKS} of "
-                f"{self._sizes(masks)}; all must be of one size: give every WanVaceToVideo the same width, height, "
-                "length and as many reference images"
+                f"{VACE_FRAMES} {self._where} are of {self._sizes(frames)} latent frames, rows and columns, and "
+                f"{VACE_MASKS} of {self._sizes(masks)}; all must be of one size: give every "
+                "WanVaceToVideo the same width, height, length and as many reference images"
             )
 
     def check_references(self) -> None:
@@ -145,7 +152,7 @@ class _Told:
         """
         name = f"{key} {self._where}"
         shown = f"[{listed(expected)}]"
-        shape = tuple(tensor_of(value, name, f"a tensor {shown}", mask=key in (MASK, MASKS)).shape)
+        shape = tuple(tensor_of(value, name, f"a tensor {shown}", mask=key in (PICTURE_MASK, VACE_MASKS)).shape)
         fits = len(shape) == len(expected) and 0 not in shape
         if not fits or any(
             isinstance(size, int) and size != given for size, given in zip(expected, shape, strict=True)

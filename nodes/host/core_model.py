@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .entry_keys import REFERENCES, TEXT, VACE_FRAMES
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -78,18 +80,18 @@ class CoreSampling:
     @property
     def controls(self) -> int:
         """Of a VACE model, that one sample has at most: ComfyUI makes an empty one where none is given."""
-        counts = (entry.get("vace_frames") for entries in self.conds.values() for entry in entries)
+        counts = (entry.get(VACE_FRAMES) for entries in self.conds.values() for entry in entries)
         return max((len(frames) for frames in counts if frames is not None), default=1)
 
     @property
     def references(self) -> bool:
         """Whether a picture may be in front of the video."""
-        return any(entry.get("reference_latents") for entries in self.conds.values() for entry in entries)
+        return any(entry.get(REFERENCES) for entries in self.conds.values() for entry in entries)
 
     @property
     def guided(self) -> bool:
         """Every step evaluates the prompt and the negative prompt, in one call as they have equally many tokens."""
-        texts = [[entry.get("cross_attn") for entry in self.conds.get(name, ())] for name in ("positive", "negative")]
+        texts = [[entry.get(TEXT) for entry in self.conds.get(name, ())] for name in ("positive", "negative")]
         counts = {None if text is None else text.shape[1] for side in texts for text in side}
         twice = self.guidance != 1 or bool(self.options.get("disable_cfg1_optimization"))
         return all(texts) and len(counts) == 1 and twice

@@ -14,10 +14,11 @@ from ...distributed.job.job import ModelFiles
 from ...wan.model.config import PICTURE_ROWS
 from ...wan.model.variants import takers
 from ..host.declared import kind_of
+from ..host.entry_keys import HIDDEN_STATES, SEEN
 from ..host.status import Status
 from ..host.tensors import tensor_of
 from .control_embeds import has_control
-from .embeds import CLIP_KEY, extras_of
+from .embeds import extras_of
 from .video_inputs import VideoInputs
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from ...wan.model.config import WanConfig
 
-FEATURES = "penultimate_hidden_states"
-"""Of a CLIP_VISION_OUTPUT."""
 OWN = ("clip_vision_start_image", "clip_vision_end_image")
 """The node's inputs."""
 FORM = "features [1, n, C] of CLIP Vision Encode"
@@ -69,13 +68,11 @@ def clip_tensors(asked: VideoInputs, config: WanConfig, status: Status) -> dict[
     if own:
         found[" and ".join(names)] = torch.cat(own)
     positive, negative = (extras_of(getattr(asked, name), name) for name in ("text_embeds", "negative_embeds"))
-    output = positive.get(CLIP_KEY)
+    output = positive.get(SEEN)
     if output is not None:
-        found["text_embeds"] = _of_output(output, f"{CLIP_KEY} of text_embeds")
-    if (other := negative.get(CLIP_KEY)) is not None and other is not output:
-        same = output is not None and torch.equal(
-            _of_output(other, f"{CLIP_KEY} of negative_embeds"), found["text_embeds"]
-        )
+        found["text_embeds"] = _of_output(output, f"{SEEN} of text_embeds")
+    if (other := negative.get(SEEN)) is not None and other is not output:
+        same = output is not None and torch.equal(_of_output(other, f"{SEEN} of negative_embeds"), found["text_embeds"])
         if not same:
             raise ValueError(
                 "negative_embeds carries other CLIP vision features than text_embeds; connect both outputs of the node "
@@ -112,7 +109,7 @@ def _of_no_picture(asked: VideoInputs, config: WanConfig, status: Status) -> dic
 
 def _of_output(value: Any, name: str) -> Tensor:
     """[n, C] of a CLIP_VISION_OUTPUT."""
-    states = getattr(value, FEATURES, None)
+    states = getattr(value, HIDDEN_STATES, None)
     if states is None:
         raise ValueError(f"{name} is {kind_of(value)}; it must be a CLIP_VISION_OUTPUT, as CLIP Vision Encode makes it")
     return _rows(states, name)

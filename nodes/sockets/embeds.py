@@ -15,6 +15,7 @@ from ...distributed.job.job import ModelFiles, Sampling, Text
 from ...wan.model.config import TEXT_LEN
 from ...wan.sampling.told import KINDS
 from ..host.declared import kind_of
+from ..host.entry_keys import PICTURE, PICTURE_MASK, PICTURE_MASK_INDEX, REFERENCES, SEEN, VACE_KEYS
 from ..host.status import Status
 from ..host.tensors import tensor_of
 from .video_inputs import VideoInputs
@@ -24,16 +25,13 @@ if TYPE_CHECKING:
 
 NOTES = "wan_distributed_notes"
 """Of WANVIDEOTEXTEMBEDS that WanVideo TextEncode made: lines for the status of the job."""
-IMAGE_KEYS = frozenset({"concat_latent_image", "concat_mask", "concat_mask_index"})
-"""Of a CONDITIONING's dict; images.py reads them."""
-REFERENCE_KEY = "reference_latents"
-"""The same; fun_inputs.py reads it."""
-TOLD_KEYS = frozenset(kind.entry for kind in KINDS.values() if kind.entry)
-"""The same; fun_inputs.py and animate_inputs.py read them."""
-CLIP_KEY = "clip_vision_output"
-"""The same; clip_vision.py reads it."""
-VACE_KEYS = ("vace_frames", "vace_mask", "vace_strength")
-"""The same; vace_inputs.py reads them."""
+FOLLOWED = frozenset(
+    {
+        *("pooled_output", PICTURE, PICTURE_MASK, PICTURE_MASK_INDEX, SEEN, REFERENCES, *VACE_KEYS),
+        *(kind.entry for kind in KINDS.values() if kind.entry),
+    }
+)
+"""Of a CONDITIONING's dict: what other files of this room read."""
 CHANGING = frozenset(
     {
         *("area", "mask", "mask_strength", "set_area_to_bounds", "control", "control_apply_to_uncond", "hooks"),
@@ -141,11 +139,7 @@ def _from_conditioning(value: Any, name: str) -> Embedding:
 
 def _read_extras(extras: dict[str, Any], name: str) -> list[str]:
     """Notes on what a conditioning carries beside the prompt. Raises ValueError for what would change the video."""
-    carried = (
-        {key for key, extra in extras.items() if extra is not None}
-        - IMAGE_KEYS
-        - {"pooled_output", CLIP_KEY, REFERENCE_KEY, *TOLD_KEYS, *VACE_KEYS}
-    )
+    carried = {key for key, extra in extras.items() if extra is not None} - FOLLOWED
     carried -= {
         key
         for key, value in NEUTRAL.items()

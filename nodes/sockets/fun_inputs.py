@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from ...distributed.job.control_inputs import CAMERA, REFERENCE_LATENT
 from ...wan.model.variants import takers
 from ..host.declared import kind_of
+from ..host.entry_keys import REFERENCES
 from ..host.tensors import tensor_of
 from .control_embeds import has_reference_embeds
-from .embeds import REFERENCE_KEY, extras_of
+from .embeds import extras_of
 from .latent_input import check_video_size
 from .video_inputs import VideoInputs
 
@@ -32,7 +33,7 @@ def has_reference(asked: VideoInputs, config: WanConfig) -> bool:
     """Whether the model computes a frame in front of the video, before any picture is looked at."""
     if REFERENCE_LATENT not in config.variant.takes:
         return False
-    carried = extras_of(asked.text_embeds, "text_embeds").get(REFERENCE_KEY)
+    carried = extras_of(asked.text_embeds, "text_embeds").get(REFERENCES)
     return asked.reference_images is not None or bool(carried) or has_reference_embeds(asked.image_embeds)
 
 
@@ -51,7 +52,7 @@ def reference_tensors(asked: VideoInputs, config: WanConfig) -> dict[str, Tensor
         return {}
     if REFERENCE_LATENT not in config.variant.takes:
         raise ValueError(
-            f"text_embeds carries {REFERENCE_KEY}, which this model ({config.variant.name}) does not take; choose a "
+            f"text_embeds carries {REFERENCES}, which this model ({config.variant.name}) does not take; choose a "
             f"{takers(REFERENCE_LATENT)} model, or take out the node that adds it"
         )
     if has_reference_embeds(asked.image_embeds):
@@ -104,14 +105,14 @@ def camera_tensors(asked: VideoInputs, sampling: Sampling) -> dict[str, Tensor]:
 
 def _last(value: Any, name: str, config: WanConfig) -> Tensor | None:
     """[C, 1, h, w]."""
-    held = extras_of(value, name).get(REFERENCE_KEY)
+    held = extras_of(value, name).get(REFERENCES)
     if held is None:
         return None
     if not isinstance(held, list) or not held:
-        raise ValueError(f"{REFERENCE_KEY} of {name} is {kind_of(held)}; it must be a list of latents")
+        raise ValueError(f"{REFERENCES} of {name} is {kind_of(held)}; it must be a list of latents")
     channels = config.out_dim
     allowed = f"a tensor [1, {channels}, 1, h, w]"
-    latents = tensor_of(held[-1], f"{REFERENCE_KEY} of {name}", allowed)
+    latents = tensor_of(held[-1], f"{REFERENCES} of {name}", allowed)
     if latents.ndim != 5 or tuple(latents.shape[:3]) != (1, channels, 1) or 0 in latents.shape:
-        raise ValueError(f"{REFERENCE_KEY} of {name} has shape {list(latents.shape)}; it must be {allowed}")
+        raise ValueError(f"{REFERENCES} of {name} has shape {list(latents.shape)}; it must be {allowed}")
     return latents[0].float()

@@ -14,6 +14,7 @@ from ...distributed.job.errors import check, listed
 from ...wan.model.latent_space import TEMPORAL_STRIDE, WAN21
 from ...wan.model.variants import MASK, Variant, takers
 from ..host.declared import is_set, kind_of
+from ..host.entry_keys import PICTURE, PICTURE_MASK, PICTURE_MASK_INDEX
 from ..host.status import Status
 from ..host.tensors import tensor_of
 from .control_embeds import KEY as CONTROL_EMBEDS
@@ -91,8 +92,8 @@ def _picture(value: Any, name: str, sampling: Sampling, status: Status) -> Tenso
 def _from_texts(asked: VideoInputs, sampling: Sampling, variant: Variant, status: Status) -> Tensor | None:
     """The image that comes with the prompt; a negative prompt from the same node carries it as well."""
     positive, negative = (extras_of(getattr(asked, name), name) for name in ("text_embeds", "negative_embeds"))
-    latents, mask = (positive.get(key) for key in ("concat_latent_image", "concat_mask"))
-    if negative.get("concat_latent_image") is not None and negative["concat_latent_image"] is not latents:
+    latents, mask = (positive.get(key) for key in (PICTURE, PICTURE_MASK))
+    if negative.get(PICTURE) is not None and negative[PICTURE] is not latents:
         if latents is None:
             raise ValueError(
                 "negative_embeds carries an image and text_embeds does not; "
@@ -101,7 +102,7 @@ def _from_texts(asked: VideoInputs, sampling: Sampling, variant: Variant, status
         status.warn("negative_embeds carries another image than text_embeds; that of text_embeds is used")
     if latents is None and mask is None:
         return None
-    return _from_core(latents, mask, positive.get("concat_mask_index", 0), sampling, variant)
+    return _from_core(latents, mask, positive.get(PICTURE_MASK_INDEX, 0), sampling, variant)
 
 
 def _from_core(latents: Any, mask: Any, index: Any, sampling: Sampling, variant: Variant) -> Tensor:
@@ -115,11 +116,11 @@ def _from_core(latents: Any, mask: Any, index: Any, sampling: Sampling, variant:
 
     masked = MASK in variant.image or not variant.image
     if latents is None or (masked and mask is None):
-        here, missing = ("concat_mask", "concat_latent_image")[:: 1 if latents is None else -1]
+        here, missing = (PICTURE_MASK, PICTURE)[:: 1 if latents is None else -1]
         raise ValueError(
             f"text_embeds carries {here} without {missing}; both are needed, as {_maker(variant)} adds them"
         )
-    name = "concat_latent_image of text_embeds"
+    name = f"{PICTURE} of text_embeds"
     # One without a place for it is refused later, with what it takes.
     space = variant.latents if variant.image else WAN21
     channels = space.channels * max(variant.image_latents, 1)
@@ -136,13 +137,13 @@ def _from_core(latents: Any, mask: Any, index: Any, sampling: Sampling, variant:
     if not masked:
         return torch.cat(parts).contiguous()
     check(
-        index == variant.mask_index, "concat_mask_index of text_embeds", index,
+        index == variant.mask_index, f"{PICTURE_MASK_INDEX} of text_embeds", index,
         f"{variant.mask_index} for {variant.name}, as {_maker(variant)} has it",
     )  # fmt: skip
-    mask = tensor_of(mask, "concat_mask of text_embeds", f"a tensor {[1, MASK_CHANNELS, *size]}", mask=True)
+    mask = tensor_of(mask, f"{PICTURE_MASK} of text_embeds", f"a tensor {[1, MASK_CHANNELS, *size]}", mask=True)
     if mask.ndim != 5 or mask.shape[0] != 1 or mask.shape[1] not in (1, MASK_CHANNELS) or tuple(mask.shape[2:]) != size:
         raise ValueError(
-            f"concat_mask of text_embeds has shape {list(mask.shape)}; "
+            f"{PICTURE_MASK} of text_embeds has shape {list(mask.shape)}; "
             f"it must be {[1, 1, *size]} or {[1, MASK_CHANNELS, *size]}"
         )
     known = 1 - mask[0].float().expand(MASK_CHANNELS, *size)

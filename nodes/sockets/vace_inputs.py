@@ -15,9 +15,10 @@ from ...distributed.job.control_inputs import MAX_CONTROL_STRENGTH, reference_fr
 from ...distributed.job.errors import check
 from ...wan.model.latent_space import TEMPORAL_STRIDE, WAN21
 from ..host.declared import is_set, kind_of, number
+from ..host.entry_keys import VACE_FRAMES, VACE_KEYS, VACE_MASKS, VACE_STRENGTHS
 from ..host.status import Status
 from ..host.tensors import tensor_of
-from .embeds import VACE_KEYS, extras_of
+from .embeds import extras_of
 from .latent_input import check_video_size
 from .video_inputs import VideoInputs
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from ...distributed.job.job import Sampling
     from ...wan.model.config import WanConfig
 
-FRAMES, MASKS, STRENGTHS = VACE_KEYS
 OWN = ("control_video", "control_mask", "reference_images")
 CONTEXT, SCALE, MORE = "vace_context", "vace_scale", "additional_vace_inputs"
 """Of WANVIDIMAGE_EMBEDS."""
@@ -195,19 +195,19 @@ def _core(value: Any, name: str) -> list[tuple[Tensor, float]]:
     if len({len(held) for held in lists.values()}) > 1:
         raise ValueError(f"{', '.join(VACE_KEYS)} of {name} are lists of different lengths")
     found = []
-    for frames, mask, strength in zip(lists[FRAMES], lists[MASKS], lists[STRENGTHS], strict=True):
-        latents = _latents(frames, f"{FRAMES} of {name}", 2 * WAN21.channels)
-        masks = _latents(mask, f"{MASKS} of {name}", WAN21.stride**2, mask=True)
+    for frames, mask, strength in zip(lists[VACE_FRAMES], lists[VACE_MASKS], lists[VACE_STRENGTHS], strict=True):
+        latents = _latents(frames, f"{VACE_FRAMES} of {name}", 2 * WAN21.channels)
+        masks = _latents(mask, f"{VACE_MASKS} of {name}", WAN21.stride**2, mask=True)
         if latents.shape[1:] != masks.shape[1:]:
             raise ValueError(
-                f"{FRAMES} and {MASKS} of {name} are of {list(latents.shape[1:])} and {list(masks.shape[1:])}; they "
-                "must be of one size"
+                f"{VACE_FRAMES} and {VACE_MASKS} of {name} are of {list(latents.shape[1:])} and "
+                f"{list(masks.shape[1:])}; they must be of one size"
             )
         parts = [normalise(part, WAN21.channels) for part in latents.split(WAN21.channels)]
         found.append(
             (
                 torch.cat([*parts, masks]),
-                number(f"{STRENGTHS} of {name}", strength, -MAX_CONTROL_STRENGTH, MAX_CONTROL_STRENGTH),
+                number(f"{VACE_STRENGTHS} of {name}", strength, -MAX_CONTROL_STRENGTH, MAX_CONTROL_STRENGTH),
             )
         )
     return found
