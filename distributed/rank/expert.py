@@ -79,12 +79,14 @@ def build_expert(
     attention: Attention = attention,
     exact_attention: Attention | None = None,
     ops: str = "plain",
+    slabs: Sequence[Tensor] = (),
 ) -> UnreadExpert:
     """One expert on `device`, parallelized over `mesh` as `parallel` says.
 
     Args:
         loras: to merge into the weights, or to keep beside them.
         expert: HIGH_NOISE or LOW_NOISE, for a LoRA file that holds both experts' changes.
+        slabs: see `BlockStream`.
     """
     checkpoint = Checkpoint(files)
     opened = _opened(loras, checkpoint, expert)
@@ -102,7 +104,7 @@ def build_expert(
         exact_blocks=numbers_in(parallel.exact_blocks),
     )  # fmt: skip
     if parallel.stream_blocks:
-        weights: Weights = BlockStream(model, device)
+        weights: Weights = BlockStream(model, device, slabs)
     else:
         take_memory(model, device)
         weights = HostParking(model)

@@ -275,21 +275,21 @@ class ExpertCache:
                 built.send()
 
             return PendingExpert(wanted, reading, finish)
-        # Its place on the device is taken: only the system can keep it.
-        ranks = parallel.gpus_per_host
+        ranks = parallel.gpus_per_host  # Its place on the device is taken: only the system can keep it.
         reading = prefetch_files(wanted.files, part=self._rank % ranks, parts=ranks)
 
         def take_the_place(on_read: OnRead) -> None:
             # What it has not read yet is not read faster by two.
             reading.stop()
             reading.check()
+            slabs = []
             for other in list(self.weights):
                 if parallel.stays:
                     self.weights[other].park()
-                else:
-                    # Nobody asks for it again.
+                else:  # Nobody asks for it again.
+                    slabs += self.weights[other].hand_over()
                     self._drop(other)
-            self._load(name, wanted, settings, on_read)
+            self._load(name, wanted, {**settings, "slabs": slabs}, on_read)
 
         return PendingExpert(wanted, reading, take_the_place)
 

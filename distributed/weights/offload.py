@@ -108,6 +108,10 @@ class HostParking:
         self.fetch()
         yield
 
+    def hand_over(self) -> list[Tensor]:
+        """As `BlockStream.hand_over`: nothing, for there is no host memory of a model that is on the device."""
+        return []
+
     def drop(self) -> None:
         """Frees both: the model is not needed any more."""
         for storage in self._storages:

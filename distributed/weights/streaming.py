@@ -6,7 +6,7 @@ block's parameters are views of its buffer for good, so that nothing that refers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,9 +31,10 @@ class BlockStream:
 
     Args:
         device: where the model computes. What is not in a block stays there.
+        slabs: from another stream's `hand_over`. Those of a block's size are used, the others freed.
     """
 
-    def __init__(self, model: WanModel, device: torch.device) -> None:
+    def __init__(self, model: WanModel, device: torch.device, slabs: Sequence[Tensor] = ()) -> None:
         self._blocks = model.units
         self._device = device
         self._layouts = [_Layout(block) for block in self._blocks]
@@ -43,10 +44,10 @@ class BlockStream:
             if module not in within:
                 take_memory(module, device, recurse=False)
         self._rest = HostParking(model, without=self._blocks)
-        self._slabs = [torch.empty(layout.size, dtype=torch.uint8) for layout in self._layouts]
         self._cuda = device.type == "cuda"
-        for slab in self._slabs if self._cuda else ():
-            lock_or_say(slab)
+        left = list(slabs)
+        self._slabs = [self._take(layout.size, left) for layout in self._layouts]
+        self._free(left)
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         self._buffers: list[Tensor] = []
         self._enter(self._slabs)
@@ -93,13 +94,36 @@ class BlockStream:
         """Frees everything: the model is not needed any more."""
         self._leave_buffers()
         self._rest.drop()
-        for slab in self._slabs:
+        self._free(self._slabs)
+
+    def hand_over(self) -> list[Tensor]:
+        """The host's memory for a model that takes this one's place: `drop` is what is left to do with this one.
+
+        To take 28 GB and lock their pages anew takes longer than to read them from the system's cache.
+        """
+        self._leave_buffers()
+        slabs, self._slabs = self._slabs, []
+        return slabs
+
+    def _take(self, size: int, left: list[Tensor]) -> Tensor:
+        for index, slab in enumerate(left):
+            if slab.numel() == size:
+                return left.pop(index)
+        slab = torch.empty(size, dtype=torch.uint8)
+        if self._cuda:
+            lock_or_say(slab)
+        return slab
+
+    def _free(self, slabs: Sequence[Tensor]) -> None:
+        for slab in slabs:
             if self._cuda:
                 unlock_pages(slab)
             slab.untyped_storage().resize_(0)
 
     def _leave_buffers(self) -> None:
-        if self._buffers and self._cuda:
+        if not self._buffers:
+            return
+        if self._cuda:
             torch.cuda.synchronize(self._device)
         self._buffers = []
         self._enter(self._slabs)

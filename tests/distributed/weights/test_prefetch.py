@@ -20,7 +20,7 @@ from wan_pack.distributed.rank import experts
 from wan_pack.distributed.rank.signs import RankFiles
 from wan_pack.distributed.rank.video_work import VideoWork
 from wan_pack.distributed.rank.worker import main as run_worker
-from wan_pack.distributed.weights import prefetch
+from wan_pack.distributed.weights import prefetch, streaming
 from wan_pack.distributed.weights.prefetch import Prefetch, read_ahead
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 
@@ -188,6 +188,25 @@ def test_an_expert_that_waits_its_turn_takes_the_place_of_the_other(
     assert held == [{}, {"high_noise": 0} if stays else {}]
     rank.session = None
     assert torch.equal(latents, rank.run(rank.job()))
+
+
+@pytest.mark.parametrize("stays", [{}, {"keep_warm_seconds": 300.0}], ids=str)
+def test_streamed_experts_of_one_video_share_the_hosts_memory(
+    rank: Rank, stays: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second takes the first one's, already locked, unless both stay."""
+    taken, lock = [], streaming.BlockStream._take
+
+    def watch(stream: streaming.BlockStream, size: int, left: list[torch.Tensor]) -> torch.Tensor:
+        slab = lock(stream, size, left)
+        taken.append(slab)
+        return slab
+
+    monkeypatch.setattr(streaming.BlockStream, "_take", watch)
+    rank.run(rank.job(**stays, stream_blocks=True))
+    places = {id(slab) for slab in taken}
+    assert len(taken) > 2
+    assert len(places) == (len(taken) if stays else len(taken) // 2)
 
 
 @pytest.mark.parametrize("offload_model", [False, True])

@@ -116,6 +116,31 @@ def test_weights_of_a_streamed_model_can_be_replaced(checkpoints: dict[int, str]
     assert torch.equal(velocity(model), changed)
 
 
+def test_a_model_takes_the_hosts_memory_of_another(checkpoints: dict[int, str]):
+    """As far as it is of the size; what is over is given back. The other one can be dropped then, or before."""
+    first, stream = load(checkpoints[4], stream_blocks=True)
+    expected = velocity(load(checkpoints[5])[0])
+    velocity(first)
+    slabs = stream.hand_over()
+    wrong = torch.empty(slabs[0].numel() + 1, dtype=torch.uint8)
+    stream.drop()
+    assert len(slabs) == 4 and all(slab.untyped_storage().nbytes() for slab in slabs)
+    files = [str(path) for path in Path(checkpoints[5]).glob("*.safetensors")]
+    held: list[Weights] = []
+    second = load_expert(
+        files, parallel=Parallel(gpu_count=1, mixed_precision="fp32", stream_blocks=True), mesh=None,
+        shard=SequenceShard(length=45), device=CPU, on_weights=held.append, slabs=[wrong, *slabs],
+    )  # fmt: skip
+    places = {slab.untyped_storage().data_ptr() for slab in slabs}
+    assert torch.equal(velocity(second), expected)
+    assert wrong.untyped_storage().nbytes() == 0
+    held[0].park()
+    now = {parameter.untyped_storage().data_ptr() for block in second.blocks for parameter in block.parameters()}
+    assert len(now) == 5 and places < now
+    held[0].drop()
+    assert not any(slab.untyped_storage().nbytes() for slab in slabs)
+
+
 def test_weights_outside_of_the_blocks_can_be_replaced_while_the_model_is_parked(checkpoints: dict[int, str]):
     """As a LoRA does that changes them, of the expert that waits."""
     model, stream = load(checkpoints[4], stream_blocks=True)
