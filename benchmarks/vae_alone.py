@@ -84,7 +84,7 @@ def run_rank(rank: int, world: int, arguments: argparse.Namespace, folder: Path)
 
 
 def _timed(bench: VaeRank, model: str) -> list[tuple[str, str, int, float]]:
-    """Way, size, GPUs and seconds until the result lies whole on the first GPU."""
+    """Way, size, GPUs and seconds from the host's memory, where it is given, until the result lies whole there."""
     from wan_pack.distributed.parallel.split_vae import RankVae
     from wan_pack.wan.vae.latents import normalise
 
@@ -97,11 +97,12 @@ def _timed(bench: VaeRank, model: str) -> list[tuple[str, str, int, float]]:
             vae = RankVae(file, dtype=bench.dtype, device=bench.device, group=bench.groups.get(gpus), ops=ops)
         size = arguments.sizes[0]
         for way in WAYS:
-            given = given_to(bench.folder, way, model, size).to(bench.device)
+            given = given_to(bench.folder, way, model, size)
             latents = normalise(given, given.shape[1]) if way == "decode" else given
 
             def run(vae: Any = vae, way: str = way, given: Tensor = latents) -> object:
-                return list(vae.decode(given, clamp=False)) if way == "decode" else vae.encode(given)
+                made = vae.decode(given, clamp=False) if way == "decode" else [vae.encode(given)]
+                return [None if part is None else part.cpu() for part in made]
 
             rows.append((way, size, gpus, bench.seconds(gpus, run)[0]))
     return rows

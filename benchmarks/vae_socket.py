@@ -2,14 +2,14 @@
 
     python benchmarks/vae_socket.py --folder /scratch/wan --gpus 1 2 --sizes 480p 720p --models t2v-A14B ti2v-5B
 
-First ranks that do nothing else (vae_alone.py) decode and encode the first size: seconds until all lies on the first
-GPU; with --exact diffusers' own VAE makes it in float32, too, which takes minutes. Then the way of Load VAE (N GPUs):
-latents and frames in memory that the ranks map, a job for each call, a group that stays. A line has the seconds that
-a caller waits, first and median of --repeats, and how much more that is than on ranks alone; the seconds of the
-ranks; those of ComfyUI's arithmetic on the frames behind a decode; peak memory beside what the plan had counted; how
-far the result is from that of the first number of GPUs and, with --exact, from diffusers' in float32. Lines go to
-benchmarks/results.jsonl. The first precision has all GPUs and sizes, others the first of each. Without a GPU, with
-`--models tiny --sizes 64x48x9 --precision fp32`, the same runs on CPU processes.
+First ranks that do nothing else (vae_alone.py) decode and encode the first size: seconds from the host's memory until
+all lies there; with --exact diffusers' own VAE makes it in float32, too, which takes minutes. Then the way of Load VAE
+(N GPUs): latents and frames in memory that the ranks map, a job for each call, a group that stays. A line has the
+seconds that a caller waits, first and median of --repeats, and how much more that is than on ranks alone; the seconds
+of the ranks; those of ComfyUI's arithmetic on the frames behind a decode; peak memory beside what the plan had
+counted; how far the result is from that of the first number of GPUs and, with --exact, from diffusers' in float32.
+Lines go to benchmarks/results.jsonl. The first precision has all GPUs and sizes, others the first of each. Without a
+GPU, with `--models tiny --sizes 64x48x9 --precision fp32`, the same runs on CPU processes.
 """
 
 from __future__ import annotations

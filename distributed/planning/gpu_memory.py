@@ -17,17 +17,17 @@ GIB = 2**30
 GATHERED_BLOCKS = 3
 """The one at work, the next, and the buffer that it arrives in."""
 STREAMED_BLOCKS = 2
-VAE_PIXEL_BYTES = 15_100
-"""Per pixel of a frame, decoding in bf16: 5.6 GiB were measured at 832x480."""
+DECODER_PIXEL_BYTES = {WAN21.channels: (14_200, 1), WAN22.channels: (12_900, 1)}
+"""Per pixel, decoding in bf16, by the latents' channels: what works on a few frames, and for each of all frames, their
+latents. What is alive at once, counted by the tests."""
 FRAME_BYTES = 3 * 2
 """Of a pixel of a decoded frame in bf16."""
-ENCODER_PIXEL_BYTES = {WAN21.channels: (7_100, 14), WAN22.channels: (3_300, 17)}
-"""Per pixel, encoding in bf16, by the latents' channels: what works on a few frames, and for each of all frames, those
-that are given and what the first stages make of them. What is alive at once, counted by the tests, and one of the
-convolutions' results more: that much two GPUs took beyond it (3.6 GiB at 1280x720), one did not (6.2)."""
+ENCODER_PIXEL_BYTES = {WAN21.channels: (7_200, 6), WAN22.channels: (3_500, 2)}
+"""The same of encoding, where each frame has what the first stages make of it; and one of the convolutions' results
+more: that much two GPUs took beyond what is alive, one did not."""
 DECODED_FRAMES = 16
-"""That exist at once where a VAE makes more pixels than it computes on: the last layer's four, put in order, gathered,
-and on their way to the file."""
+"""That exist at once, whole, beside what the VAE computes on: the last layer's, put in order, gathered, and on their
+way to the file."""
 CONTEXT_BYTES = int(0.6 * GIB)
 """A process's CUDA context and library handles, which torch's peak leaves out."""
 NCCL_BYTES = int(0.7 * GIB)
@@ -241,7 +241,7 @@ def peer_bytes(work: Workload, parallel: Parallel) -> int:
 
 def vae_decode_bytes(work: Workload, parallel: Parallel) -> int:
     """Bytes of the VAE and of one chunk of frames in it."""
-    working = picture_bytes(work.latents, work.width, work.height, work.vae_upscale, parallel)
+    working = picture_bytes(work.latents, work.width, work.height, work.num_frames, work.vae_upscale, parallel)
     return work.vae_bytes * vae_width(parallel) // 2 + working
 
 
@@ -269,15 +269,16 @@ def rank_pixels(latents: LatentSpace, width: int, height: int, parallel: Paralle
     return width * math.ceil(rows / split) * latents.stride
 
 
-def picture_bytes(latents: LatentSpace, width: int, height: int, upscale: int, parallel: Parallel) -> int:
-    """Bytes of one chunk of frames in the VAE.
+def picture_bytes(latents: LatentSpace, width: int, height: int, frames: int, upscale: int, parallel: Parallel) -> int:
+    """Bytes of one chunk of frames in the VAE, and of all latents.
 
     Args:
         upscale: pixels per row and column that are made for one of the video.
     """
-    more = (upscale**2 - 1) * DECODED_FRAMES * FRAME_BYTES * width * height
+    some, each = DECODER_PIXEL_BYTES[latents.channels]
     pixels = rank_pixels(latents, width, height, parallel)
-    return (pixels * VAE_PIXEL_BYTES + more) * vae_width(parallel) // 2
+    made = upscale**2 * DECODED_FRAMES * FRAME_BYTES * width * height
+    return (pixels * (some + each * frames) + made) * vae_width(parallel) // 2
 
 
 def process_bytes(parallel: Parallel, *changing: int) -> int:

@@ -31,7 +31,7 @@ def working_bytes(job: VaeJob) -> int:
     width, height = latents[4] * space.stride, latents[3] * space.stride
     if job.encode:
         return encoding_bytes(space, width, height, frames[2], job.parallel)
-    return picture_bytes(space, width, height, frames[4] // width, job.parallel)
+    return picture_bytes(space, width, height, frames[2], frames[4] // width, job.parallel)
 
 
 def needed_bytes(job: VaeJob) -> int:

@@ -16,6 +16,7 @@ from ..files.stored_model import open_model
 from ..model.latent_space import TEMPORAL_STRIDE, WAN22
 from .latents import denormalise, latent_statistics, normalise
 from .vae_coder import Decoder, Encoder
+from .vae_input import FrameParts
 from .vae_keys import EXPECTED, VaeInfo, module_names, vae_info, vae_weights
 from .vae_layers import ImageRows, Tools, WholePicture
 from .vae_ops import VAE_OPS
@@ -81,18 +82,14 @@ def encode(vae: AutoencoderKLWan, video: Tensor, *, rows: ImageRows | None = Non
     """Encodes frames to the mean of their latent distribution.
 
     Args:
-        video: [1, 3, F, H, W] in [-1, 1]; F is 4n + 1, H and W are multiples of the VAE's spatial stride.
+        video: [1, 3, F, H, W] in [-1, 1], on any device; F is 4n + 1, H and W are multiples of the VAE's stride.
         rows, ops: as for `decode_frames`.
     Returns:
         [1, z_dim, (F - 1) / 4 + 1, h, w], normalised, float32, on the VAE's device.
     """
-    from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
-
     check_video(vae, video)
-    video = video.to(vae.device, vae.dtype)
-    if vae.config["patch_size"] is not None:
-        video = patchify(video, patch_size=vae.config["patch_size"])
-    moments = Encoder(vae, _tools(rows, ops)).moments(video)
+    parts = FrameParts(video, dtype=vae.dtype, device=vae.device, patch=vae.config["patch_size"])
+    moments = Encoder(vae, _tools(rows, ops)).moments(parts)
     return normalise(moments[:, : vae.config["z_dim"]], vae.config["z_dim"])
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.latent_space import TEMPORAL_STRIDE
+from .vae_input import FrameParts
 from .vae_layers import Attention, CausalConv, Downsample, ResidualBlock, Tools, Upsample, pointwise
 from .vae_ops import Sum
 
@@ -52,9 +53,13 @@ class Stage:
         self._elements = tensors * widest
         self._started = False
 
-    def elements(self, x: Tensor, frames: int = 1) -> int:
-        """What is in use at once while so many frames like those of [T, H, W, C] go through."""
-        return frames * x.shape[1] * x.shape[2] * self._elements
+    def elements(self, positions: int, frames: int = 1) -> int:
+        """What is in use at once while so many frames of so many positions go through."""
+        return frames * positions * self._elements
+
+    def frames(self, positions: int, most: int) -> int:
+        """How many go through at once with at most so many elements in use; one may take more."""
+        return max(most // self.elements(positions), 1)
 
     def __call__(self, x: Sum) -> Sum:
         around = None
@@ -65,7 +70,12 @@ class Stage:
             x = block(x)
         if self.resample is not None:
             x = self.resample(x)
-        return x if around is None else Sum(self.ops.add(x, None), None, around)
+        if around is None:
+            return x
+        # Both are the largest that there is. Where the stage's result lies, as nobody else has it: two of them would
+        # wait while all that follows works on parts of them.
+        made = self.ops.add(x, x.x)
+        return Sum(self.ops.add(Sum(made, None, around), made))
 
     def _around(self, shortcut: nn.Module, x: Tensor) -> Tensor:
         first = {"first_chunk": not self._started} if self.up else {}
@@ -92,11 +102,17 @@ class Decoder:
     def frames(self, latents: Tensor) -> Iterator[Tensor]:
         """[1, z, T, rows, w] -> parts [1, C, n, rows, W] of the video."""
         x = pointwise(self.before, _channels_last(latents))
+        positions, doublings = _positions(x), sum(stage.up for stage in self.stages)
+        most = self.stages[-1].elements(positions, FRAMES_AT_ONCE * 4**doublings)
+        # The first stage's result waits while the second, which works on as many positions and more, takes its parts.
+        at_once = min(stage.frames(positions, most) for stage in self.stages[:2])
+        for part in Sum(x).split(at_once):
+            yield from self._through(self._entered(part.x), self.stages, most)
+
+    def _entered(self, x: Tensor) -> Sum:
         padded, inside = self.conv_in.room(*x.shape[:3])
         inside.copy_(x)
-        doublings = sum(stage.up for stage in self.stages)
-        most = self.stages[-1].elements(x, FRAMES_AT_ONCE * 4**doublings)
-        yield from self._through(self.conv_in(padded), self.stages, most)
+        return self.conv_in(padded)
 
     def _through(self, x: Sum, stages: list[Stage], most: int) -> Iterator[Tensor]:
         """What is left to do for these frames; each part goes all the way before the next one begins."""
@@ -104,7 +120,7 @@ class Decoder:
             yield self.head(x)
             return
         stage, *others = stages
-        for part in x.split(max(most // stage.elements(x.x), 1)):
+        for part in x.split(stage.frames(_positions(x.x), most)):
             yield from self._through(stage(part), others, most)
 
 
@@ -120,16 +136,19 @@ class Encoder:
         self.stages.append(Stage(_middle(encoder), None, tools))
         self.head = _Head(encoder, tools)
 
-    def moments(self, video: Tensor) -> Tensor:
+    def moments(self, video: FrameParts) -> Tensor:
         """[1, C, F, rows, W] -> [1, 2z, T, rows, w]: means, then logarithms of variances."""
+        frames, rows, columns = video.shape
         # What lasts is at full resolution; what halves the frames needs an even number of them.
         step = max(FRAMES_AT_ONCE // TEMPORAL_STRIDE, 1) * TEMPORAL_STRIDE
-        bounds = [0, *range(1 + step, video.shape[2], step), video.shape[2]]
-        halved = Sum.joined(self._halved(video[:, :, start:end]) for start, end in pairwise(bounds))
-        most = self.stages[0].elements(_channels_last(video), FRAMES_AT_ONCE)
+        bounds = [0, *range(1 + step, frames, step), frames]
+        halved = Sum.joined(self._halved(video.read(start, end)) for start, end in pairwise(bounds))
+        most = self.stages[0].elements(rows * columns, FRAMES_AT_ONCE)
+        # With the others goes what they kept of the last frames, at full resolution.
+        self.stages = self.stages[-2:]
         out = []
-        for part in halved.split(max(most // self.stages[-2].elements(halved.x), 1)):
-            for stage in self.stages[-2:]:
+        for part in halved.split(self.stages[0].frames(_positions(halved.x), most)):
+            for stage in self.stages:
                 part = stage(part)
             out.append(pointwise(self.after, _channels_last(self.head(part))))
         return torch.cat(out).permute(3, 0, 1, 2)[None]
@@ -189,6 +208,11 @@ def _down_stages(encoder: WanEncoder3d) -> list[tuple[list[nn.Module], WanResamp
         else:
             blocks.append(block)
     return [*stages, (blocks, None, None)] if blocks else stages
+
+
+def _positions(x: Tensor) -> int:
+    """Of a frame of [T, H, W, C]."""
+    return x.shape[1] * x.shape[2]
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
 from wan_pack.distributed.job.job import FileIdentity, Parallel, VaeJob
-from wan_pack.distributed.planning.gpu_memory import ENCODER_PIXEL_BYTES, GIB, process_bytes
+from wan_pack.distributed.planning.gpu_memory import ENCODER_PIXEL_BYTES, FRAME_BYTES, GIB, process_bytes
 from wan_pack.distributed.planning.vae_plan import held_bytes, needed_bytes, working_bytes
 from wan_pack.wan.model.latent_space import WAN21, WAN22, LatentSpace
 
@@ -37,12 +38,12 @@ def test_the_vae_and_what_it_works_with_are_counted_in_its_precision(space: Late
 
 
 @pytest.mark.parametrize("gpus", [1, 4])
-def test_frames_to_encode_are_counted_and_frames_that_are_decoded_are_not(gpus: int):
-    """Each rank has its rows; of every frame, what is given and what becomes of it. Decoded ones are not kept there."""
+def test_what_becomes_of_frames_is_counted_and_frames_are_not(gpus: int):
+    """Each rank has its rows: of every frame what the encoder makes, or the latents that it is decoded from."""
     long, short = (job(WAN21, encode=True, frames=frames, gpu_count=gpus) for frames in (81, 5))
     assert working_bytes(long) - working_bytes(short) == 76 * ENCODER_PIXEL_BYTES[16][1] * 832 * 480 // gpus
     long, short = (job(WAN21, encode=False, frames=frames, gpu_count=gpus) for frames in (81, 5))
-    assert working_bytes(long) == working_bytes(short)
+    assert working_bytes(long) - working_bytes(short) == 76 * 832 * 480 // gpus
 
 
 @pytest.mark.parametrize(
@@ -50,9 +51,10 @@ def test_frames_to_encode_are_counted_and_frames_that_are_decoded_are_not(gpus: 
     [((832, 480), 1, 2.84), ((1280, 720), 1, 6.2), ((832, 480), 2, 1.73), ((1280, 720), 2, 3.62)],
 )
 def test_encoding_takes_no_more_than_is_planned_and_not_much_less(size: tuple[int, int], gpus: int, gib: float):
-    """As measured with 81 frames, in bf16. On one GPU a convolution took less memory than on two."""
+    """As measured in bf16 when all 81 frames were on the GPU. On one GPU a convolution took less memory than on two."""
     asked = job(WAN21, encode=True, gpu_count=gpus, size=size)
     planned = (held_bytes(asked) + working_bytes(asked)) / GIB
+    gib -= 81 * FRAME_BYTES * math.prod(size) / gpus / GIB
     assert gib < planned < gib * (1.19 if gpus == 1 else 1.06)
 
 

@@ -1,4 +1,4 @@
-"""What a VAE's encoder has alive at once, counted on tensors without memory, beside what the plan says."""
+"""What a VAE has alive at once, counted on tensors without memory, beside what the plan says."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from plan_inputs import KINDS, workload
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from wan_pack.distributed.job.job import Parallel
-from wan_pack.distributed.planning.gpu_memory import encoding_bytes, vae_width
+from wan_pack.distributed.planning.gpu_memory import (
+    DECODER_PIXEL_BYTES,
+    encoding_bytes,
+    picture_bytes,
+    vae_decode_bytes,
+    vae_width,
+)
 from wan_pack.wan.model.latent_space import WAN21, WAN22, LatentSpace
 from wan_pack.wan.vae import vae_layers, vae_ops
-from wan_pack.wan.vae.autoencoder import _build, encode
+from wan_pack.wan.vae.autoencoder import _build, decode_frames, encode
 from wan_pack.wan.vae.vae_keys import VaeInfo
 from wan_pack.wan.vae.vae_ops import Sum, VaeOps
 
@@ -24,7 +31,7 @@ SIZE = (320, 192)
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of all tensors that exist.
+    """Counts the bytes of all tensors that exist without memory: those of the host are no GPU's.
 
     Attributes:
         most: at once.
@@ -44,7 +51,7 @@ class Alive(TorchDispatchMode):
 
     def _count(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
+        if key in self._known or storage.device.type != "meta":
             return
         self._known.add(key)
         self._now += size
@@ -84,17 +91,13 @@ FUSED = VaeOps(_add, lambda total, *_: total.x, lambda *_: None)
 """What the kernels allocate."""
 
 
-def alive(space: LatentSpace, frames: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Bytes at once, without the VAE's."""
+def counted_vae(space: LatentSpace, parallel: Parallel, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A VAE as on a GPU, without memory."""
     monkeypatch.setattr(vae_layers, "F", OnGpu())
     monkeypatch.setitem(vae_ops.VAE_OPS, "counted", lambda: FUSED)
     base, decoder = WIDTHS[space]
     info = VaeInfo(kind=space, base_dim=base, decoder_base_dim=decoder, upscale=1, prefix="", official=False)
-    vae = _build(info).to(dtype)
-    width, height = SIZE
-    with torch.no_grad(), Alive() as counted:
-        encode(vae, torch.empty(1, 3, frames, height, width, dtype=dtype, device="meta"), ops="counted")
-    return counted.most
+    return _build(info).to(torch.bfloat16 if vae_width(parallel) == 2 else torch.float32)
 
 
 @pytest.mark.parametrize("space", [WAN21, WAN22], ids=["Wan2.1", "Wan2.2"])
@@ -102,6 +105,44 @@ def alive(space: LatentSpace, frames: int, dtype: torch.dtype, monkeypatch: pyte
 def test_the_plan_is_as_much_as_the_encoder_has_at_once(
     space: LatentSpace, frames: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ):
+    """Frames are the host's, of which it has some at a time."""
     parallel = Parallel(gpu_count=1, mixed_precision=precision)
-    counted = alive(space, frames, torch.bfloat16 if vae_width(parallel) == 2 else torch.float32, monkeypatch)
-    assert counted * 0.99 < encoding_bytes(space, *SIZE, frames, parallel) < counted * 1.2, counted
+    vae, (width, height) = counted_vae(space, parallel, monkeypatch), SIZE
+    with torch.no_grad(), Alive() as counted:
+        encode(vae, torch.empty(1, 3, frames, height, width), ops="counted")
+    planned = encoding_bytes(space, *SIZE, frames, parallel)
+    assert counted.most < planned < counted.most * 1.2, counted.most
+
+
+@pytest.mark.parametrize("space", [WAN21, WAN22], ids=["Wan2.1", "Wan2.2"])
+@pytest.mark.parametrize(
+    ("frames", "precision"), [(81, "bf16"), (81, "fp32"), (121, "bf16"), (257, "bf16"), (1001, "bf16")]
+)
+def test_the_plan_is_as_much_as_the_decoder_has_at_once(
+    space: LatentSpace, frames: int, precision: str, monkeypatch: pytest.MonkeyPatch
+):
+    """How many frames go through a coarse stage at once depends on how many there are: 81 go in smaller parts."""
+    parallel = Parallel(gpu_count=1, mixed_precision=precision)
+    vae, (width, height) = counted_vae(space, parallel, monkeypatch), SIZE
+    with torch.no_grad(), Alive() as counted:
+        latents = torch.empty(1, *space.shape(width, height, frames), device="meta")
+        for _ in decode_frames(vae, latents, ops="counted"):
+            pass
+    planned = picture_bytes(space, *SIZE, frames, 1, parallel)
+    assert counted.most < planned < counted.most * 1.2, (counted.most, planned)
+
+
+def test_the_vae_is_split_where_there_are_rows_for_all():
+    some, each = DECODER_PIXEL_BYTES[16]
+    frame, vae, frames = 832 * 480 * (some + 81 * each), KINDS["t2v-A14B"][2], 832 * 480 * 16 * 6
+    for gpus, precision, height, expected in (
+        (1, "bf16", 480, frame + vae), (1, "fp32", 480, 2 * (frame + vae)), (2, "bf16", 480, frame // 2 + vae),
+        (8, "bf16", 480, frame * 8 // 60 + vae), (8, "bf16", 32, frame * 32 // 480 + vae),
+        (4, "bf16", 32, frame * 8 // 480 + vae),
+    ):  # fmt: skip
+        parallel = Parallel(gpu_count=gpus, mixed_precision=precision)
+        assert vae_decode_bytes(workload(height=height), parallel) == pytest.approx(
+            # Those that are made are whole on the first.
+            expected + frames * height // 480 * (2 if precision == "fp32" else 1),
+            rel=1e-6,
+        )
