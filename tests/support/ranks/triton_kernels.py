@@ -27,8 +27,8 @@ from wan_pack.wan.transformer.context import Context, pad_text  # noqa: E402
 from wan_pack.wan.transformer.transformer import WanModel, meta_model, parameter_dtype  # noqa: E402
 from wan_pack.wan.vae.vae_ops import VAE_OPS, Sum  # noqa: E402
 
-TOKENS, COLUMNS, HEAD = 3, 48, 8
-"""Of 6 heads; 48 columns do not fill a block of 64."""
+TOKENS, COLUMNS, HEAD = 3, 56, 8
+"""Of 7 heads; neither columns nor heads fill two blocks."""
 BF16 = torch.bfloat16
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TRITON = triton_ops()
@@ -78,8 +78,8 @@ def compare(values: torch.Generator) -> None:
     for rows in (x, y):
         near("rotate", TRITON.rotate(rows, weights[0], rope, HEAD), PLAIN.rotate(rows, weights[0], rope, HEAD))
     for size, loud in product((16, 32), (1.0, 50.0)):
-        # Enough heads for the matrix units; 320 columns do not fill a block of 512. The interpreter multiplies the bits
-        # of bfloat16 as if they were integers.
+        # Heads of 16 + 4 and of 8 + 2, of several tokens at a time: enough for the matrix units. The interpreter
+        # multiplies the bits of bfloat16 as if they were integers.
         rows, weight = (draw(TOKENS, 320) * 3).to(torch.float32 if DEVICE == "cpu" else BF16), draw(320)
         weight[::7] *= loud
         spread = rope_table((1, 1, TOKENS), size, device=DEVICE)
@@ -96,7 +96,7 @@ def compare(values: torch.Generator) -> None:
     for heads in (qkv[:, 2], qkv[:140, 1, 1:4], qkv[:, 0, :0]):
         near("quantise_heads", TRITON.quantise_heads(heads), tuple(PLAIN.quantise_heads(heads)))
     # Heads in any order and at any distance, as ranks' parts of a message are; what lies between is left alone.
-    table = torch.tensor([[16, 0, 640, 320, 24, 8], [32, 32, 8, 40, 32, 32]], device=DEVICE)
+    table = torch.tensor([[16, 0, 640, 320, 24, 8, 480], [32, 32, 8, 40, 32, 32, 8]], device=DEVICE)
     for rows, weight in product((x, y), (weights[0], None)):
         out, expected = (torch.full((100, HEAD), 7.0, dtype=rows.dtype, device=DEVICE) for _ in range(2))
         for ops, into in ((TRITON, out), (WRITING, expected)):

@@ -11,94 +11,151 @@ from ..codes import LARGEST, LEAST_BOUND, HeadCodes, hadamard
 from ..config import EPS
 from ..eight_bits import E4M3
 from ..ops import HeadPlaces, Rope
-from .rows import next_power, warps
+from .rows import pieces, warps
 
-CODE_ROWS = 8
-"""Per program of the kernel that writes codes, which takes the matrix once for all of them."""
+CODE_ROWS = 16
+"""Tokens, at least, per program of the kernel that writes codes, which takes the matrix once for all of them."""
+LEAST_ROWS = 16
+"""Of a product by the matrix units."""
 
 
 @triton.jit
-def _rotated_row(
-    x_ptr, weight_ptr, cos_ptr, sin_ptr, token, columns, eps,
-    HEAD: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, PAIRS: tl.constexpr,
+def _heads(x_ptr, token, first, heads, HEAD: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr):
+    """Heads of some tokens from number `first` on, [T, ROWS, HEAD] float32, 0 where there are none. FULL: all are."""
+    head = first + tl.arange(0, ROWS)
+    place = token[:, None, None] * (heads * HEAD) + head[None, :, None] * HEAD + tl.arange(0, HEAD)[None, None, :]
+    if FULL:
+        x = tl.load(x_ptr + place)
+    else:
+        x = tl.load(x_ptr + place, mask=(head < heads)[None, :, None], other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _squares(x):
+    """[T, ROWS, HEAD] -> [T]."""
+    return tl.sum(tl.sum(x * x, axis=2), axis=1)
+
+
+@triton.jit
+def _weights(weight_ptr, first, heads, HEAD: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr):
+    """[ROWS, HEAD]."""
+    head = first + tl.arange(0, ROWS)
+    place = head[:, None] * HEAD + tl.arange(0, HEAD)[None, :]
+    if FULL:
+        weight = tl.load(weight_ptr + place)
+    else:
+        weight = tl.load(weight_ptr + place, mask=(head < heads)[:, None], other=0.0)
+    return weight
+
+
+@triton.jit
+def _rotated(x, cos_ptr, sin_ptr, token, HEAD: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+    """x: [T, ROWS, HEAD]. All heads of a token turn alike: its angles are read once."""
+    first, second = tl.split(tl.reshape(x, (TOKENS, ROWS, HEAD // 2, 2)))
+    place = token[:, None, None] * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, None, :]
+    cos, sin = tl.load(cos_ptr + place), tl.load(sin_ptr + place)
+    return tl.interleave(first * cos - second * sin, first * sin + second * cos)
+
+
+@triton.jit
+def _offsets(
+    table_ptr, token, first, heads,
+    PLACES: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """The row of one token, float32, 0 where there are no columns."""
-    pair = tl.arange(0, PAIRS)
-    inside = 2 * pair < columns
-    both = tl.arange(0, 2 * PAIRS)
-    x = tl.load(x_ptr + token * columns + both, mask=both < columns, other=0.0).to(tl.float32)
-    if NORM:
-        x = x * tl.rsqrt(tl.sum(x * x, axis=0) / columns + eps)
-        x = x * tl.load(weight_ptr + both, mask=both < columns, other=0.0)
-    if ROTATE:
-        first, second = tl.split(tl.reshape(x, (PAIRS, 2)))
-        place = token * (HEAD // 2) + pair % (HEAD // 2)
-        cos = tl.load(cos_ptr + place, mask=inside, other=0.0)
-        sin = tl.load(sin_ptr + place, mask=inside, other=0.0)
-        x = tl.interleave(first * cos - second * sin, first * sin + second * cos)
-    return x
+    """Where heads of some tokens go, [T, ROWS, HEAD]: with PLACES by the table (`ops.HeadPlaces`)."""
+    head = first + tl.arange(0, ROWS)
+    if PLACES:
+        real = head < heads
+        start = tl.load(table_ptr + head, mask=real, other=0)
+        step = tl.load(table_ptr + heads + head, mask=real, other=0)
+        # Known to be a multiple, 16 bytes are stored at a time.
+        row = tl.multiple_of(start[None, :] + token[:, None] * step[None, :], [HEAD, HEAD])
+    else:
+        row = token[:, None] * (heads * HEAD) + head[None, :] * HEAD
+    return row[:, :, None] + tl.arange(0, HEAD)[None, None, :]
 
 
 @triton.jit
-def _head_offsets(table_ptr, token, heads, HEAD: tl.constexpr, ROWS: tl.constexpr):
-    """Where the heads of a token go (`ops.HeadPlaces`), [ROWS, HEAD], and which of the rows are heads, [ROWS, 1]."""
-    head = tl.arange(0, ROWS)
-    real = head < heads
-    start = tl.load(table_ptr + head, mask=real, other=0)
-    step = tl.load(table_ptr + heads + head, mask=real, other=0)
-    # Known to be a multiple, 16 bytes are stored at a time.
-    row = tl.multiple_of(start + token * step, [HEAD])
-    return row[:, None] + tl.arange(0, HEAD)[None, :], real[:, None]
+def _store(out_ptr, x, offset, first, heads, ROWS: tl.constexpr, FULL: tl.constexpr):
+    x = x.to(out_ptr.dtype.element_ty)
+    if FULL:
+        tl.store(out_ptr + offset, x)
+    else:
+        real = first + tl.arange(0, ROWS) < heads
+        tl.store(out_ptr + offset, x, mask=real[None, :, None])
 
 
 @triton.jit
 def _heads_kernel(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, table_ptr,
-    columns, eps,
-    HEAD: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, PLACES: tl.constexpr, PAIRS: tl.constexpr,
+    heads, columns, eps,
+    HEAD: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr, PLACES: tl.constexpr,
+    FIRST: tl.constexpr, REST: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Writes the row of one token: as it lies, or with PLACES head by head."""
-    token = tl.program_id(0).to(tl.int64)
-    x = _rotated_row(x_ptr, weight_ptr, cos_ptr, sin_ptr, token, columns, eps, HEAD, NORM, ROTATE, PAIRS)
-    x = x.to(out_ptr.dtype.element_ty)
-    if PLACES:
-        offset, real = _head_offsets(table_ptr, token, columns // HEAD, HEAD, 2 * PAIRS // HEAD)
-        tl.store(out_ptr + offset, tl.reshape(x, (2 * PAIRS // HEAD, HEAD)), mask=real)
-    else:
-        both = tl.arange(0, 2 * PAIRS)
-        tl.store(out_ptr + token * columns + both, x, mask=both < columns)
+    """Writes the row of one token, its heads in two pieces: as it lies, or with PLACES head by head."""
+    token = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    near = _heads(x_ptr, token, 0, heads, HEAD, FIRST, True)
+    far = _heads(x_ptr, token, FIRST, heads, HEAD, REST, FULL)
+    if NORM:
+        factor = tl.rsqrt((_squares(near) + _squares(far)) / columns + eps)[:, None, None]
+        near = near * factor * _weights(weight_ptr, 0, heads, HEAD, FIRST, True)[None, :, :]
+        far = far * factor * _weights(weight_ptr, FIRST, heads, HEAD, REST, FULL)[None, :, :]
+    if ROTATE:
+        near = _rotated(near, cos_ptr, sin_ptr, token, HEAD, FIRST, 1)
+        far = _rotated(far, cos_ptr, sin_ptr, token, HEAD, REST, 1)
+    _store(out_ptr, near, _offsets(table_ptr, token, 0, heads, PLACES, HEAD, FIRST, True), 0, heads, FIRST, True)
+    _store(out_ptr, far, _offsets(table_ptr, token, FIRST, heads, PLACES, HEAD, REST, FULL), FIRST, heads, REST, FULL)
+
+
+@triton.jit
+def _spread(
+    x, factor, weight, cos_ptr, sin_ptr, matrix, code, most, token,
+    HEAD: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """x: heads of some tokens [T, ROWS, HEAD] -> normed by factor [T] and weight, rotated, times the matrix and `code`
+    [ROWS], in the range of codes."""
+    x = _rotated(x * factor[:, None, None] * weight[None, :, :], cos_ptr, sin_ptr, token, HEAD, ROWS, TOKENS)
+    x = tl.dot(tl.reshape(x, (TOKENS * ROWS, HEAD)).to(matrix.dtype), matrix, input_precision="ieee")
+    x = tl.reshape(x, (TOKENS, ROWS, HEAD)) * code[None, :, None]
+    return tl.minimum(tl.maximum(x, -most), most)
 
 
 @triton.jit
 def _codes_kernel(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, matrix_ptr, out_ptr, scale_ptr, table_ptr,
-    tokens, columns, eps, bound, root, least, largest,
-    HEAD: tl.constexpr, PLACES: tl.constexpr, PAIRS: tl.constexpr, CODE_ROWS: tl.constexpr,
+    tokens, heads, columns, eps, bound, root, least, largest,
+    HEAD: tl.constexpr, PLACES: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, FULL: tl.constexpr,
+    TOKENS: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
-    """Writes rows as `codes.spread_codes`; bound is what a head's largest weight is multiplied by to be its scale."""
-    ROWS: tl.constexpr = 2 * PAIRS // HEAD
-    both = tl.arange(0, 2 * PAIRS)
+    """Writes rows as `codes.spread_codes`, TOKENS at a time, their heads in two pieces; bound is what a head's largest
+    weight is multiplied by to be its scale."""
     channel = tl.arange(0, HEAD)
-    head = tl.arange(0, ROWS)
-    heads = columns // HEAD
-    weight = tl.load(weight_ptr + both, mask=both < columns, other=0.0)
-    scale = tl.maximum(tl.max(tl.abs(tl.reshape(weight, (ROWS, HEAD))), axis=1) * bound, least)
-    if tl.program_id(0) == 0:
-        tl.store(scale_ptr + head, scale, mask=head < heads)
-    factor = 1.0 / (scale * root)
     matrix = tl.load(matrix_ptr + channel[:, None] * HEAD + channel[None, :])
-    for row in range(CODE_ROWS):
+    weight = _weights(weight_ptr, 0, heads, HEAD, FIRST, True)
+    near_scale = tl.maximum(tl.max(tl.abs(weight), axis=1) * bound, least)
+    weight = _weights(weight_ptr, FIRST, heads, HEAD, REST, FULL)
+    far_scale = tl.maximum(tl.max(tl.abs(weight), axis=1) * bound, least)
+    if tl.program_id(0) == 0:
+        tl.store(scale_ptr + tl.arange(0, FIRST), near_scale)
+        head = FIRST + tl.arange(0, REST)
+        tl.store(scale_ptr + head, far_scale, mask=head < heads)
+    near_code, far_code = 1.0 / (near_scale * root), 1.0 / (far_scale * root)
+    for turn in range(TURNS):
         # The last program may write the last row again.
-        token = tl.minimum(tl.program_id(0).to(tl.int64) * CODE_ROWS + row, tokens - 1)
-        x = _rotated_row(x_ptr, weight_ptr, cos_ptr, sin_ptr, token, columns, eps, HEAD, True, True, PAIRS)
-        x = tl.dot(tl.reshape(x, (ROWS, HEAD)).to(matrix.dtype), matrix, input_precision="ieee") * factor[:, None]
-        x = tl.minimum(tl.maximum(x, -largest), largest).to(out_ptr.dtype.element_ty)
-        if PLACES:
-            offset, real = _head_offsets(table_ptr, token, heads, HEAD, ROWS)
-        else:
-            offset = token * columns + head[:, None] * HEAD + channel[None, :]
-            real = (head < heads)[:, None]
-        tl.store(out_ptr + offset, x, mask=real)
+        token = (tl.program_id(0).to(tl.int64) * TURNS + turn) * TOKENS + tl.arange(0, TOKENS)
+        token = tl.minimum(token, tokens - 1)
+        near = _heads(x_ptr, token, 0, heads, HEAD, FIRST, True)
+        far = _heads(x_ptr, token, FIRST, heads, HEAD, REST, FULL)
+        factor = tl.rsqrt((_squares(near) + _squares(far)) / columns + eps)
+        weight = _weights(weight_ptr, 0, heads, HEAD, FIRST, True)
+        near = _spread(near, factor, weight, cos_ptr, sin_ptr, matrix, near_code, largest, token, HEAD, FIRST, TOKENS)
+        offset = _offsets(table_ptr, token, 0, heads, PLACES, HEAD, FIRST, True)
+        _store(out_ptr, near, offset, 0, heads, FIRST, True)
+        weight = _weights(weight_ptr, FIRST, heads, HEAD, REST, FULL)
+        far = _spread(far, factor, weight, cos_ptr, sin_ptr, matrix, far_code, largest, token, HEAD, REST, TOKENS)
+        offset = _offsets(table_ptr, token, FIRST, heads, PLACES, HEAD, REST, FULL)
+        _store(out_ptr, far, offset, FIRST, heads, REST, FULL)
 
 
 def write_heads(
@@ -129,7 +186,9 @@ def rotate_codes(x: Tensor, weight: Tensor, rope: Rope, head_dim: int) -> HeadCo
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """`ops.rms_norm`."""
     out = torch.empty_like(x)
-    _launch(x, weight, None, out, x.shape[1])
+    # As heads of any width.
+    columns = x.shape[1]
+    _launch(x, weight, None, out, columns & -columns)
     return out
 
 
@@ -138,13 +197,14 @@ def _launch(
 ) -> None:
     tokens, columns = x.shape
     assert x.is_contiguous() and out.is_contiguous() and columns % head_dim == 0, (x.stride(), columns, head_dim)
-    pairs = next_power(columns) // 2
+    heads = columns // head_dim
+    first, rest = pieces(heads)
     cos, sin = (x, x) if rope is None else rope
     _heads_kernel[(tokens,)](
         x, x if weight is None else weight, cos, sin, out, x if places is None else places.table,
-        columns, EPS,
-        HEAD=head_dim, NORM=weight is not None, ROTATE=rope is not None, PLACES=places is not None, PAIRS=pairs,
-        num_warps=warps(2 * pairs),
+        heads, columns, EPS,
+        HEAD=head_dim, NORM=weight is not None, ROTATE=rope is not None, PLACES=places is not None,
+        FIRST=first, REST=rest, FULL=first + rest == heads, num_warps=warps(first * head_dim),
     )  # fmt: skip
 
 
@@ -154,12 +214,16 @@ def _launch_codes(
     """Returns the scales, [H]."""
     tokens, columns = x.shape
     assert x.is_contiguous() and out.is_contiguous() and columns % head_dim == 0, (x.stride(), columns, head_dim)
-    scale = torch.empty(columns // head_dim, dtype=torch.float32, device=x.device)
-    pairs = next_power(columns) // 2
-    _codes_kernel[(triton.cdiv(tokens, CODE_ROWS),)](
+    heads = columns // head_dim
+    scale = torch.empty(heads, dtype=torch.float32, device=x.device)
+    first, rest = pieces(heads)
+    together = max(LEAST_ROWS // rest, 1)
+    turns = max(CODE_ROWS // together, 1)
+    _codes_kernel[(triton.cdiv(tokens, together * turns),)](
         x, weight, *rope, hadamard(head_dim, x.device, x.dtype), out, scale, x if places is None else places.table,
-        tokens, columns, EPS, columns**0.5 / LARGEST, head_dim**0.5, LEAST_BOUND, LARGEST,
-        HEAD=head_dim, PLACES=places is not None, PAIRS=pairs, CODE_ROWS=CODE_ROWS, num_warps=warps(2 * pairs),
+        tokens, heads, columns, EPS, columns**0.5 / LARGEST, head_dim**0.5, LEAST_BOUND, LARGEST,
+        HEAD=head_dim, PLACES=places is not None, FIRST=first, REST=rest, FULL=first + rest == heads,
+        TOKENS=together, TURNS=turns, num_warps=warps(together * first * head_dim),
         # Room for two programs on a multiprocessor: rows fetched ahead would take its shared memory for one.
         num_stages=1, maxnreg=128,
     )  # fmt: skip
