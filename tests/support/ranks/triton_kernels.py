@@ -77,6 +77,13 @@ def compare(values: torch.Generator) -> None:
     rope = rope_table((1, 1, TOKENS), HEAD, device=DEVICE)
     for rows in (x, y):
         near("rotate", TRITON.rotate(rows, weights[0], rope, HEAD), PLAIN.rotate(rows, weights[0], rope, HEAD))
+    # One piece with nothing behind it, two full ones, and the heads of the smaller models.
+    for count in (1, 2, 12, 24):
+        rows, weight = draw(TOKENS, count * HEAD), draw(count * HEAD)
+        near("rms_norm", TRITON.rms_norm(rows, weight), PLAIN.rms_norm(rows, weight))
+        near("rotate", TRITON.rotate(rows, weight, rope, HEAD), PLAIN.rotate(rows, weight, rope, HEAD))
+        near("norm", TRITON.norm(rows, weight, weight, BF16), PLAIN.norm(rows, weight, weight, BF16))
+        near("cast", TRITON.cast(rows.to(BF16), E4M3), PLAIN.cast(rows.to(BF16), E4M3))
     for size, loud in product((16, 32), (1.0, 50.0)):
         # Heads of 16 + 4 and of 8 + 2, of several tokens at a time: enough for the matrix units. The interpreter
         # multiplies the bits of bfloat16 as if they were integers.
