@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...wan.model.latent_space import FRAMES_AT_ONCE
 from ...wan.vae.autoencoder import check_video, decode_frames, encode, load_vae, upscale
 from ...wan.vae.vae_layers import channels_last
 from .image_rows import ImageShard
@@ -50,21 +51,22 @@ class RankVae:
         """Pixels per row and column of what `decode` makes for one of the video."""
         self._group, self._ops = group, ops
 
-    def decode(self, latents: Tensor, *, clamp: bool = True) -> Iterator[Tensor | None]:
+    def decode(self, latents: Tensor, *, clamp: bool = True, at_once: int = FRAMES_AT_ONCE) -> Iterator[Tensor | None]:
         """Decodes part by part, as `wan.vae.autoencoder.decode_frames` does. Every rank must run through all parts.
 
         Args:
             latents: the whole [1, z_dim, T, h, w], normalised.
-            clamp: as for `decode_frames`.
+            clamp, at_once: as for `decode_frames`.
         Yields:
             On rank 0 whole frames [3, n, H, W] in [-1, 1]. On the others None, or nothing if the picture is not split.
         """
         rows = self._rows(latents.shape[-2])
         if rows is None:
             if self._group is None or dist.get_rank(self._group) == 0:
-                yield from decode_frames(self._vae, latents, ops=self._ops, clamp=clamp)
+                yield from decode_frames(self._vae, latents, ops=self._ops, clamp=clamp, at_once=at_once)
             return
-        for frames in decode_frames(self._vae, rows.split(latents), rows=rows, ops=self._ops, clamp=clamp):
+        mine = rows.split(latents)
+        for frames in decode_frames(self._vae, mine, rows=rows, ops=self._ops, clamp=clamp, at_once=at_once):
             yield rows.gather_to_first(frames)
 
     def encode(self, video: Tensor) -> Tensor:

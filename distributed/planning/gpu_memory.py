@@ -10,21 +10,21 @@ import math
 from dataclasses import dataclass
 
 from ...wan.model.config import PICTURE_ROWS, TEXT_LEN, WanConfig
-from ...wan.model.latent_space import PATCH_SIZE, WAN21, WAN22, LatentSpace
+from ...wan.model.latent_space import FRAMES_AT_ONCE, PATCH_SIZE, WAN21, WAN22, LatentSpace
 from ..job.job import FFN_CHUNK, Parallel
 
 GIB = 2**30
 GATHERED_BLOCKS = 3
 """The one at work, the next, and the buffer that it arrives in."""
 STREAMED_BLOCKS = 2
-DECODER_PIXEL_BYTES = {WAN21.channels: (14_200, 1), WAN22.channels: (12_900, 1)}
-"""Per pixel, decoding in bf16, by the latents' channels: what works on a few frames, and for each of all frames, their
-latents. What is alive at once, counted by the tests."""
+DECODER_PIXEL_BYTES = {WAN21.channels: (5_600, 1_440, 1), WAN22.channels: (4_620, 1_380, 1)}
+"""Per pixel, decoding in bf16, by the latents' channels: what is kept of frames before, for each frame that is computed
+on at once, and for each of all frames, their latents. What is alive at once, counted by the tests."""
 FRAME_BYTES = 3 * 2
 """Of a pixel of a decoded frame in bf16."""
 ENCODER_PIXEL_BYTES = {WAN21.channels: (7_200, 6), WAN22.channels: (3_500, 2)}
-"""The same of encoding, where each frame has what the first stages make of it; and one of the convolutions' results
-more: that much two GPUs took beyond what is alive, one did not."""
+"""Encoding: what works on a few frames, and for each of all frames, what the first stages make of it. With one of the
+convolutions' results more: that much two GPUs took beyond what is alive, one did not."""
 DECODED_FRAMES = 16
 """That exist at once, whole, beside what the VAE computes on: the last layer's, put in order, gathered, and on their
 way to the file."""
@@ -116,8 +116,12 @@ class Estimate:
         return self.weights + self.gathered + self.text + self.activations + self.vae + self.process
 
 
-def estimate(work: Workload, parallel: Parallel) -> Estimate:
-    """The largest of a job's phases: prompts and pictures encoded, video denoised, video decoded."""
+def estimate(work: Workload, parallel: Parallel, free: int | None = None) -> Estimate:
+    """The largest of a job's phases: prompts and pictures encoded, video denoised, video decoded.
+
+    Args:
+        free: bytes on each GPU; as many frames are decoded at once as fit there. None: as many as ever are.
+    """
     warm = parallel.stays
     rest = weights_at_rest(work, parallel)
     waiting = rest if warm else 0
@@ -131,10 +135,18 @@ def estimate(work: Workload, parallel: Parallel) -> Estimate:
     ]  # fmt: skip
     if work.encode_frames:
         phases.append(((waiting, 0, 0, 0, vae_encode_bytes(work, parallel)), before))
+    estimates = [_phase(parallel, *phase) for phase in phases]
     if work.decode:
-        phases.append(((waiting, 0, 0, 0, vae_decode_bytes(work, parallel)), shared))
-    estimates = (Estimate(*phase, process_bytes(parallel, *phase[2:]) + held) for phase, held in phases)
+        for at_once in range(FRAMES_AT_ONCE, 0, -1):
+            decoding = _phase(parallel, (waiting, 0, 0, 0, vae_decode_bytes(work, parallel, at_once)), shared)
+            if free is None or decoding.total <= free:
+                break
+        estimates.append(decoding)
     return max(estimates, key=lambda e: e.total)
+
+
+def _phase(parallel: Parallel, parts: tuple[int, int, int, int, int], held: int) -> Estimate:
+    return Estimate(*parts, process_bytes(parallel, *parts[2:]) + held)
 
 
 def evaluation_bytes(work: Workload, parallel: Parallel) -> int:
@@ -239,9 +251,9 @@ def peer_bytes(work: Workload, parallel: Parallel) -> int:
     return int((3 * most + 4 + own) * rank_tokens(work, parallel) * work.config.dim * compute_bytes(parallel))
 
 
-def vae_decode_bytes(work: Workload, parallel: Parallel) -> int:
-    """Bytes of the VAE and of one chunk of frames in it."""
-    working = picture_bytes(work.latents, work.width, work.height, work.num_frames, work.vae_upscale, parallel)
+def vae_decode_bytes(work: Workload, parallel: Parallel, at_once: int = FRAMES_AT_ONCE) -> int:
+    """Bytes of the VAE and of a chunk of `at_once` frames in it."""
+    working = picture_bytes(work.latents, work.width, work.height, work.num_frames, work.vae_upscale, parallel, at_once)
     return work.vae_bytes * vae_width(parallel) // 2 + working
 
 
@@ -269,16 +281,18 @@ def rank_pixels(latents: LatentSpace, width: int, height: int, parallel: Paralle
     return width * math.ceil(rows / split) * latents.stride
 
 
-def picture_bytes(latents: LatentSpace, width: int, height: int, frames: int, upscale: int, parallel: Parallel) -> int:
-    """Bytes of one chunk of frames in the VAE, and of all latents.
+def picture_bytes(
+    latents: LatentSpace, width: int, height: int, frames: int, upscale: int, parallel: Parallel, at_once: int
+) -> int:
+    """Bytes of a chunk of `at_once` frames in the VAE, and of all latents.
 
     Args:
         upscale: pixels per row and column that are made for one of the video.
     """
-    some, each = DECODER_PIXEL_BYTES[latents.channels]
+    kept, now, each = DECODER_PIXEL_BYTES[latents.channels]
     pixels = rank_pixels(latents, width, height, parallel)
     made = upscale**2 * DECODED_FRAMES * FRAME_BYTES * width * height
-    return (pixels * (some + each * frames) + made) * vae_width(parallel) // 2
+    return (pixels * (kept + now * at_once + each * frames) + made) * vae_width(parallel) // 2
 
 
 def process_bytes(parallel: Parallel, *changing: int) -> int:

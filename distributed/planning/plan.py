@@ -119,7 +119,7 @@ def make_plan(
 
     best: tuple[tuple[object, ...], int, float, Parallel, tuple[Gpu, ...]] | None = None
     for count, ways in allowed.items():
-        needs = [(parallel, estimate(work, parallel).total) for parallel in ways if _in_host(work, parallel, host)]
+        needs = [(parallel, estimate(work, parallel, 0).total) for parallel in ways if _in_host(work, parallel, host)]
         for chosen in _choices(gpus, count, links):
             least = min(gpu.free_bytes for gpu in chosen)
             link = _slowest(chosen, links)
@@ -140,7 +140,8 @@ def make_plan(
     _, level, time, parallel, chosen = best
     parallel = dataclasses.replace(parallel, gpu_ids=tuple(gpu.index for gpu in chosen))
     reasons = tuple(_reasons(work, request, parallel, level, chosen, gpus, links))
-    return Plan(parallel, reasons, chosen, estimate(work, parallel), size, frames, time, level)
+    needed = estimate(work, parallel, min(gpu.free_bytes for gpu in chosen))
+    return Plan(parallel, reasons, chosen, needed, size, frames, time, level)
 
 
 def rank(plan: Plan) -> tuple[int, float]:
@@ -157,7 +158,7 @@ def _in_host(work: Workload, parallel: Parallel, host: int | None) -> bool:
 
 
 def _fits(work: Workload, parallel: Parallel, free: int, host: int | None) -> bool:
-    return _in_host(work, parallel, host) and estimate(work, parallel).total <= free
+    return _in_host(work, parallel, host) and estimate(work, parallel, free).total <= free
 
 
 def _choices(gpus: Sequence[Gpu], count: int, links: Links) -> Iterable[tuple[Gpu, ...]]:
@@ -211,11 +212,12 @@ def _does_not_fit(
 ) -> DoesNotFit:  # fmt: skip
     ways = [way for listed in allowed.values() for way in listed]
     held = [way for way in ways if _in_host(work, way, host)]
-    way = min(held or ways, key=lambda way: estimate(work, way).total - free[way.gpu_count - 1])
+    way = min(held or ways, key=lambda way: estimate(work, way, 0).total - free[way.gpu_count - 1])
+    needed, left = estimate(work, way, 0).total, free[way.gpu_count - 1]
     where = "the GPU" if way.gpu_count == 1 else f"each of {way.gpu_count} GPUs"
     text = (
         f"{work.width}x{work.height} with {work.num_frames} frames does not fit: it needs about "
-        f"{estimate(work, way).total / GIB:.1f} GiB on {where}, where {free[way.gpu_count - 1] / GIB:.1f} GiB are free"
+        f"{needed / GIB:.1f} GiB on {where}, where {left / GIB:.1f} GiB are free"
     )
     offers = []
     if size is not None:
@@ -271,7 +273,7 @@ def _reasons(
         parallel, use_fsdp=False, offload_model=False, stream_blocks=False,
         memory_optimization=base.memory_optimization,
     )  # fmt: skip
-    need = estimate(work, resident).total / GIB
+    need = estimate(work, resident, 0).total / GIB
     if parallel == resident:
         return
     yield f"everything on each GPU would take {need:.1f} of {free / GIB:.1f} GiB"

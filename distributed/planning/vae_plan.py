@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from ...wan.model.latent_space import LATENT_SPACES, LatentSpace
+from ...wan.model.latent_space import FRAMES_AT_ONCE, LATENT_SPACES, LatentSpace
 from ..job.errors import counted
 from ..job.job import VaeJob
 from ..machine.gpus import Gpu
@@ -25,29 +25,29 @@ def held_bytes(job: VaeJob) -> int:
     return space.vae_bytes * vae_width(job.parallel) // 2
 
 
-def working_bytes(job: VaeJob) -> int:
-    """On each GPU beside the VAE, for one of the videos."""
+def working_bytes(job: VaeJob, at_once: int = FRAMES_AT_ONCE) -> int:
+    """On each GPU beside the VAE, for one of the videos. at_once: frames that are decoded."""
     space, latents, frames = _sizes(job)
     width, height = latents[4] * space.stride, latents[3] * space.stride
     if job.encode:
         return encoding_bytes(space, width, height, frames[2], job.parallel)
-    return picture_bytes(space, width, height, frames[2], frames[4] // width, job.parallel)
+    return picture_bytes(space, width, height, frames[2], frames[4] // width, job.parallel, at_once)
 
 
-def needed_bytes(job: VaeJob) -> int:
+def needed_bytes(job: VaeJob, at_once: int = FRAMES_AT_ONCE) -> int:
     """On each GPU, of processes that hold nothing else."""
-    working = working_bytes(job)
+    working = working_bytes(job, at_once)
     return held_bytes(job) + working + process_bytes(job.parallel, working)
 
 
 def check_fits(job: VaeJob, gpus: Sequence[Gpu]) -> None:
-    """Raises DoesNotFit if one of the job's GPUs has less memory free than it needs.
+    """Raises DoesNotFit if one of the job's GPUs has less memory free than it needs, one frame at a time.
 
     Args:
         gpus: all that there are.
     """
     free = min(gpu.free_bytes for gpu in gpus if gpu.index in job.parallel.gpu_ids)
-    needed = needed_bytes(job)
+    needed = needed_bytes(job, 1)
     if needed > free:
         _, _, frames = _sizes(job)
         where = "the GPU" if job.parallel.gpu_count == 1 else f"each of {job.parallel.gpu_count} GPUs"

@@ -15,7 +15,7 @@ from ..job.job import JobError, VaeJob
 from ..machine.memory_file import OpenedMemory
 from ..planning.vae_plan import held_bytes, working_bytes
 from .report import gather_peaks, result_of
-from .work import Work
+from .work import Work, decoded
 
 
 class VaeWork(Work[VaeJob]):
@@ -69,7 +69,7 @@ class VaeWork(Work[VaeJob]):
         split = vae.splits(latents.shape[-2])
         before, total, done = number * frames, self.job.made[0] * frames, 0
         self.files.progress("decode", before, total)
-        for part in _arrived(vae.decode(normalise(latents[None], latents.shape[0]), clamp=False)):
+        for part in _arrived(decoded(self.session, self.job, normalise(latents, latents.shape[0]), clamp=False)):
             if part is not None:
                 place = out[:, done : done + part.shape[1]]
                 self.check_shape(part, place)

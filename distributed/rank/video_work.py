@@ -38,7 +38,7 @@ from .report import gather_peaks, result_of, video_of, video_size
 from .session import Session
 from .signs import MIN_INTERVAL, RankFiles
 from .video_start import VideoStart
-from .work import Work
+from .work import Work, decoded
 
 log = logging.getLogger(__name__)
 
@@ -270,7 +270,7 @@ class VideoWork(Work[Job]):
         latents = latents[:, -frames:]
         if self.rank > 0:
             with self.phase("decode"):
-                for _ in self.session.vae(self.job).decode(latents[None]):
+                for _ in decoded(self.session, self.job, latents):
                     pass
             return 0
         size = video_size(self.job, self.session)
@@ -282,9 +282,9 @@ class VideoWork(Work[Job]):
                 video_format=sampling.file_format, crf=sampling.crf, on_loss=self.files.end_process,
             ))  # fmt: skip
             with self.phase("decode"):
-                vae = self.session.vae(self.job)
+                parts = decoded(self.session, self.job, latents)
                 self.files.progress("decode", 0, sampling.num_frames)
-                for part in vae.decode(latents[None]):
+                for part in parts:
                     assert part is not None, "rank 0 gets whole frames"
                     video.write(part)
                     if kept is not None:

@@ -10,10 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+from torch import Tensor
+
+from ...wan.model.latent_space import FRAMES_AT_ONCE, LATENT_SPACES, TEMPORAL_STRIDE
 from ..group.group_folder import GroupDir
-from ..job.job import GroupJob, JobError
+from ..job.job import GroupJob, Job, JobError, VaeJob
 from ..job.job_folder import JobDir
-from ..parallel.sequence import gather_bytes
+from ..parallel.sequence import everywhere, gather_bytes
+from ..planning.gpu_memory import FRAGMENTATION, GIB, picture_bytes
+from ..weights.free_memory import reachable_bytes
 from .session import Session
 from .signs import RankFiles
 
@@ -65,3 +70,29 @@ class Work(ABC, Generic[J]):
         yield
         self.phase_seconds[name] = time.perf_counter() - start
         log.info("took %.2f s%s", self.phase_seconds[name], self.session.memory())
+
+
+def decoded(session: Session, job: Job | VaeJob, latents: Tensor, *, clamp: bool = True) -> Iterator[Tensor | None]:
+    """Parts of the video, as `RankVae.decode` yields them: of as many frames as every rank has memory for. Collective.
+
+    Args:
+        latents: [C, T, h, w], normalised.
+    """
+    vae = session.vae(job)
+    channels, frames, rows, columns = latents.shape
+    space = LATENT_SPACES[channels]
+    free = reachable_bytes(session.device, job.parallel.gpus_per_host)
+
+    def fits(at_once: int) -> bool:
+        working = picture_bytes(
+            space, columns * space.stride, rows * space.stride, (frames - 1) * TEMPORAL_STRIDE + 1, vae.upscale,
+            job.parallel, at_once,
+        )  # fmt: skip
+        needed = working + int(FRAGMENTATION * working)
+        room = free >= needed
+        if not room:
+            log.info("no room to decode %d frames at once: %.1f of %.1f GiB", at_once, free / GIB, needed / GIB)
+        return room if session.group is None else everywhere(room, session.group, session.device)
+
+    at_once = next((most for most in range(FRAMES_AT_ONCE, 1, -1) if fits(most)), 1)
+    return vae.decode(latents[None], clamp=clamp, at_once=at_once)

@@ -22,3 +22,11 @@ def free_bytes(device: torch.device, ranks: int) -> int:
         return free_host_bytes(ranks)
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
+
+
+def reachable_bytes(device: torch.device, ranks: int) -> int:
+    """As `free_bytes`, but what torch keeps stays with it: it gives that back by itself when it is short of memory."""
+    if device.type != "cuda":
+        return free_host_bytes(ranks)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept

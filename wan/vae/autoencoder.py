@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..files.module_weights import fill
 from ..files.stored_model import open_model
-from ..model.latent_space import TEMPORAL_STRIDE, WAN22
+from ..model.latent_space import FRAMES_AT_ONCE, TEMPORAL_STRIDE, WAN22
 from .latents import denormalise, latent_statistics, normalise
 from .vae_coder import Decoder, Encoder
 from .vae_input import FrameParts
@@ -51,8 +51,9 @@ def load_vae(
 
 @torch.no_grad()
 def decode_frames(
-    vae: AutoencoderKLWan, latents: Tensor, *, rows: ImageRows | None = None, ops: str = "plain", clamp: bool = True
-) -> Iterator[Tensor]:
+    vae: AutoencoderKLWan, latents: Tensor, *, rows: ImageRows | None = None, ops: str = "plain", clamp: bool = True,
+    at_once: int = FRAMES_AT_ONCE,
+) -> Iterator[Tensor]:  # fmt: skip
     """Decodes some frames after the other, so that the whole video is never held.
 
     Args:
@@ -60,6 +61,7 @@ def decode_frames(
         rows: where h are not all rows of the picture.
         ops: a name in `vae_ops.VAE_OPS`.
         clamp: off: what the VAE makes beyond [-1, 1] is left as it is.
+        at_once: frames of the video, at most; fewer take less memory and more time.
     Yields:
         Frames [3, n, H, W] in [-1, 1], in the VAE's dtype and on its device; n varies. All of them together equal
         `vae.decode`.
@@ -69,7 +71,7 @@ def decode_frames(
     if latents.dim() != 5 or latents.shape[0] != 1:
         raise ValueError(f"latents have shape {list(latents.shape)}; it must be [1, {vae.config['z_dim']}, T, h, w]")
     latents = denormalise(latents, vae.config["z_dim"]).to(vae.device, vae.dtype)
-    for frames in Decoder(vae, _tools(rows, ops)).frames(latents):
+    for frames in Decoder(vae, _tools(rows, ops)).frames(latents, at_once):
         if vae.config["patch_size"] is not None:
             frames = unpatchify(frames, patch_size=vae.config["patch_size"])
         elif (scale := upscale(vae)) > 1:

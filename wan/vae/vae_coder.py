@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..model.latent_space import TEMPORAL_STRIDE
+from ..model.latent_space import FRAMES_AT_ONCE, TEMPORAL_STRIDE
 from .vae_input import FrameParts
 from .vae_layers import Attention, CausalConv, Downsample, ResidualBlock, Tools, Upsample, pointwise
 from .vae_ops import Sum
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
         WanResample,
     )
 
-FRAMES_AT_ONCE = 6
-"""At the resolution of the video; coarser stages take as many as need no more memory. Fewer are slower, as each part
-copies what it keeps; the memory of more would pass what diffusers uses, and a video's last frames would be late."""
 ALIGNMENT = 8
 """Channels that convolutions take and give are a multiple of this: 16 bytes, as the fast ones need."""
 
@@ -99,14 +96,14 @@ class Decoder:
             self.stages.append(Stage(block.resnets, resample, tools, getattr(block, "avg_shortcut", None)))
         self.head = _Head(decoder, tools)
 
-    def frames(self, latents: Tensor) -> Iterator[Tensor]:
-        """[1, z, T, rows, w] -> parts [1, C, n, rows, W] of the video."""
+    def frames(self, latents: Tensor, at_once: int) -> Iterator[Tensor]:
+        """[1, z, T, rows, w] -> parts [1, C, n, rows, W] of the video, of n up to `at_once`."""
         x = pointwise(self.before, _channels_last(latents))
         positions, doublings = _positions(x), sum(stage.up for stage in self.stages)
-        most = self.stages[-1].elements(positions, FRAMES_AT_ONCE * 4**doublings)
+        most = self.stages[-1].elements(positions, at_once * 4**doublings)
         # The first stage's result waits while the second, which works on as many positions and more, takes its parts.
-        at_once = min(stage.frames(positions, most) for stage in self.stages[:2])
-        for part in Sum(x).split(at_once):
+        entering = min(stage.frames(positions, most) for stage in self.stages[:2])
+        for part in Sum(x).split(entering):
             yield from self._through(self._entered(part.x), self.stages, most)
 
     def _entered(self, x: Tensor) -> Sum:

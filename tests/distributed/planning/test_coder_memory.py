@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from plan_inputs import KINDS, workload
+from plan_inputs import KINDS, machine, plan, request, workload
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.planning.gpu_memory import (
     DECODER_PIXEL_BYTES,
+    GIB,
     encoding_bytes,
+    estimate,
     picture_bytes,
     vae_decode_bytes,
     vae_width,
@@ -116,25 +118,27 @@ def test_the_plan_is_as_much_as_the_encoder_has_at_once(
 
 @pytest.mark.parametrize("space", [WAN21, WAN22], ids=["Wan2.1", "Wan2.2"])
 @pytest.mark.parametrize(
-    ("frames", "precision"), [(81, "bf16"), (81, "fp32"), (121, "bf16"), (257, "bf16"), (1001, "bf16")]
+    ("frames", "at_once", "precision"),
+    [(81, 6, "bf16"), (81, 6, "fp32"), (121, 6, "bf16"), (257, 6, "bf16"), (1001, 6, "bf16")]
+    + [(93, at_once, "bf16") for at_once in (1, 2, 3, 4, 5, 6)],
 )
 def test_the_plan_is_as_much_as_the_decoder_has_at_once(
-    space: LatentSpace, frames: int, precision: str, monkeypatch: pytest.MonkeyPatch
+    space: LatentSpace, frames: int, at_once: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ):
     """How many frames go through a coarse stage at once depends on how many there are: 81 go in smaller parts."""
     parallel = Parallel(gpu_count=1, mixed_precision=precision)
     vae, (width, height) = counted_vae(space, parallel, monkeypatch), SIZE
     with torch.no_grad(), Alive() as counted:
         latents = torch.empty(1, *space.shape(width, height, frames), device="meta")
-        for _ in decode_frames(vae, latents, ops="counted"):
+        for _ in decode_frames(vae, latents, ops="counted", at_once=at_once):
             pass
-    planned = picture_bytes(space, *SIZE, frames, 1, parallel)
+    planned = picture_bytes(space, *SIZE, frames, 1, parallel, at_once)
     assert counted.most < planned < counted.most * 1.2, (counted.most, planned)
 
 
 def test_the_vae_is_split_where_there_are_rows_for_all():
-    some, each = DECODER_PIXEL_BYTES[16]
-    frame, vae, frames = 832 * 480 * (some + 81 * each), KINDS["t2v-A14B"][2], 832 * 480 * 16 * 6
+    kept, now, each = DECODER_PIXEL_BYTES[16]
+    frame, vae, frames = 832 * 480 * (kept + 6 * now + 81 * each), KINDS["t2v-A14B"][2], 832 * 480 * 16 * 6
     for gpus, precision, height, expected in (
         (1, "bf16", 480, frame + vae), (1, "fp32", 480, 2 * (frame + vae)), (2, "bf16", 480, frame // 2 + vae),
         (8, "bf16", 480, frame * 8 // 60 + vae), (8, "bf16", 32, frame * 32 // 480 + vae),
@@ -146,3 +150,15 @@ def test_the_vae_is_split_where_there_are_rows_for_all():
             expected + frames * height // 480 * (2 if precision == "fp32" else 1),
             rel=1e-6,
         )
+
+
+@pytest.mark.parametrize("free", [9.0, 10.0, 12.0, 16.0, 24.0])
+def test_a_video_is_decoded_by_fewer_frames_where_memory_is_short(free: float):
+    """Not refused for a decode of as many as there ever are, of which the estimate says what it comes to."""
+    work, way = workload(width=1280, height=720, num_frames=5), request(memory_optimization=True)
+    most = estimate(work, Parallel(gpu_count=1, stream_blocks=True, offload_model=True, memory_optimization=True))
+    assert 13 * GIB < most.total < 14.5 * GIB
+    chosen = plan(work, way, machine(free), "host")
+    assert chosen.estimate is not None and chosen.estimate.total <= free * GIB
+    assert (chosen.estimate.vae < most.vae) == (free < 14)
+    assert chosen.estimate.total > min(free - 1.7, 13) * GIB, "as many as fit"

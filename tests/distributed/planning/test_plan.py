@@ -115,8 +115,8 @@ def test_what_does_not_fit_is_refused_with_what_would():
 
 
 def test_fewer_frames_do_not_help_where_decoding_one_is_too_much():
-    with pytest.raises(DoesNotFit, match=r"what fits is 1\d+x\d+ with 81 frames$"):
-        plan(workload(width=1280, height=720), request(), machine(11.0), "host")
+    with pytest.raises(DoesNotFit, match=r"what fits is \d+x\d+ with 81 frames$"):
+        plan(workload(width=1280, height=720), request(), machine(7.0), "host")
 
 
 def test_sizes_that_would_fit_are_whole_tokens_of_the_model():

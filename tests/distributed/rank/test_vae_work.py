@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from wan_pack.distributed.job.job import JobError
+from wan_pack.distributed.job.job import JobError, Parallel
 from wan_pack.distributed.machine.memory_file import MemoryFile
 from wan_pack.distributed.planning.vae_plan import held_bytes, working_bytes
 from wan_pack.distributed.rank import vae_work
@@ -24,12 +24,13 @@ class Vae:
 
     def __init__(self) -> None:
         self.given: list[Tensor] = []
+        self.upscale = 1
 
     def splits(self, rows: int) -> bool:
         return True
 
-    def decode(self, latents: Tensor, *, clamp: bool) -> list[Tensor]:
-        assert not clamp
+    def decode(self, latents: Tensor, *, clamp: bool, at_once: int) -> list[Tensor]:
+        assert not clamp and at_once == 6
         self.given.append(latents)
         number = len(self.given)
         parts = torch.full((3, 9, 32, 32), float(number)) + torch.arange(9.0)[None, :, None, None] / 10
@@ -44,8 +45,10 @@ def work_with(vae: Vae, rank: int = 0, *, encode: bool = False) -> Any:
     work = object.__new__(VaeWork)
     work.rank = rank
     given, made = (FRAMES, LATENTS) if encode else (LATENTS, FRAMES)
-    work.job = SimpleNamespace(given=given, made=made, encode=encode)
-    work.session = SimpleNamespace(vae=lambda job: vae, check_stop=lambda folder, job: None)
+    work.job = SimpleNamespace(given=given, made=made, encode=encode, parallel=Parallel(gpu_count=1))
+    work.session = SimpleNamespace(
+        vae=lambda job: vae, check_stop=lambda folder, job: None, device=torch.device("cpu"), group=None
+    )
     work.folder = SimpleNamespace(stop=SimpleNamespace(exists=lambda: False))
     work.files = SimpleNamespace(progress=lambda *_: None)
     return work
@@ -64,7 +67,7 @@ def test_the_gpu_is_at_the_next_part_while_one_is_copied(monkeypatch: pytest.Mon
     """And ranks without a picture look for a cancel in the same places."""
     vae, happens = Vae(), []
 
-    def decode(latents: Tensor, *, clamp: bool) -> Iterator[Tensor | None]:
+    def decode(latents: Tensor, *, clamp: bool, at_once: int) -> Iterator[Tensor | None]:
         for number, frames in enumerate((1, 4, 4)):
             happens.append(f"begins {number}")
             # As a decoder on a GPU leaves it, in another order.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from wan_pack.distributed.job.job import JobError
+from wan_pack.distributed.job.job import JobError, Parallel
 from wan_pack.distributed.rank import video_work
 from wan_pack.distributed.rank.video_work import VideoWork
 from wan_pack.wan.model.variants import VARIANTS
@@ -19,9 +19,10 @@ class Vae:
     """Remembers what it is given; four frames of each latent one but the first."""
 
     def __init__(self, frames: int) -> None:
-        self.frames, self.latents = frames, torch.empty(0)
+        self.frames, self.latents, self.upscale = frames, torch.empty(0), 1
 
-    def decode(self, latents: Tensor) -> list[Tensor]:
+    def decode(self, latents: Tensor, *, clamp: bool, at_once: int) -> list[Tensor]:
+        assert clamp and at_once == 6
         self.latents = latents
         return [torch.zeros(3, 1, 16, 16), torch.zeros(3, self.frames - 1, 16, 16)]
 
@@ -47,10 +48,10 @@ def work_with(vae: Vae, rank: int = 0) -> Any:
     work = object.__new__(VideoWork)
     work.rank, work.device, work.phase_seconds = rank, torch.device("cpu"), {}
     sampling = SimpleNamespace(width=16, height=16, num_frames=9, fps=16.0, crf=18, file_format=FORMATS[H264])
-    work.job = SimpleNamespace(sampling=sampling, frames=False)
+    work.job = SimpleNamespace(sampling=sampling, frames=False, parallel=Parallel(gpu_count=1))
     work.folder = SimpleNamespace(video=lambda suffix: f"video{suffix}")
     work.config = SimpleNamespace(variant=VARIANTS["VACE"])
-    work.session = SimpleNamespace(vae=lambda job: vae, memory=lambda: "")
+    work.session = SimpleNamespace(vae=lambda job: vae, memory=lambda: "", device=torch.device("cpu"), group=None)
     work.files = SimpleNamespace(progress=lambda *_, **__: None, end_process=None)
     return work
 

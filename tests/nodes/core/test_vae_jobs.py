@@ -155,7 +155,7 @@ def test_processes_that_wait_are_taken(vae: Callable[..., VaeJobs], calls: Calls
     vae().decode(torch.zeros(1, 16, 1, 6, 8))
     vae(gpu_count=2).decode(torch.zeros(1, 16, 1, 6, 8))
     vae(gpu_ids="0").decode(torch.zeros(1, 16, 1, 6, 8))
-    printed.free = [12000, 12000]
+    printed.free = [7000, 7000]
     vae().decode(torch.zeros(FRAMES_720P))
     assert [layout(job)[1] for job in calls.jobs] == [("1",), ("0", "1"), ("0",), ("0", "1")]
 
