@@ -29,8 +29,8 @@ def stuck_in_a_test() -> None:
 def lose_ffmpeg(decode):  # type: ignore[no-untyped-def]
     """The next part takes long; meanwhile ffmpeg is killed."""
 
-    def decode_slowly(self, latents):  # type: ignore[no-untyped-def]
-        parts = decode(self, latents)
+    def decode_slowly(self, latents, **how):  # type: ignore[no-untyped-def]
+        parts = decode(self, latents, **how)
         yield next(parts)
         if os.environ["RANK"] == "0":
             (ffmpeg,) = [below for below in descendants(os.getpid()) if "ffmpeg" in command_of(below.pid)]
