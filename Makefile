@@ -5,7 +5,10 @@ READY := $(VENV)/.ready
 # A hundred processes import torch in the tests; told to keep no bytecode, each of them would compile it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick test soak mutants object-info lint types format clean
+# Of pytest, for all tests: on two cores, as most that a test starts is waited for half of the time.
+PROCESSES ?= 3
+
+.PHONY: demo quick test tests soak mutants object-info lint style types format clean
 
 # A tiny model through the whole path in a real ComfyUI, to an mp4. No GPU needed.
 demo: $(READY)
@@ -15,8 +18,12 @@ demo: $(READY)
 quick: $(READY)
 	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not (processes or ranks)"
 
-test: $(READY) lint
-	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30 --durations-min=5
+# The types beside the tests: without a cache mypy takes most of a minute.
+test: $(READY) style
+	$(MAKE) --no-print-directory -j 2 types tests
+
+tests: $(READY)
+	$(PYTHON_IN_VENV) -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --durations=30 --durations-min=5
 
 # Three hundred jobs in one ComfyUI, every tenth with a fault, of every kind in soak_faults.py.
 # Then a hundred samplings, every fifth with a fault; a hundred prompts of ComfyUI's own samplers, a third of them with
@@ -38,10 +45,11 @@ object-info: $(READY)
 mutants: $(READY)
 	$(PYTHON_IN_VENV) tests/mutation --seed 11 --count 200
 
-lint: $(READY)
+lint: style types
+
+style: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(MAKE) --no-print-directory types
 
 # A link to this folder under the name that `pyproject.toml` has for it: it may be called anything.
 types: $(READY)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import kinds
 import pytest
 from mount import ROOT
 
@@ -186,6 +187,14 @@ def test_places_that_contributing_names_are_there():
 
 OTHERS = {"main.py", "generate.py", "distributed_c10d.py", "_functional_collectives.py"}
 """Files of ComfyUI, of the official code and of torch."""
+
+
+def test_files_that_are_named_in_the_order_of_tests_are_there():
+    there = [path.stem for path in (ROOT / "tests").rglob("test_*.py")]
+    for name in kinds.MEASURED:
+        assert there.count(name) == 1, name
+    pages = {path.stem for path in (ROOT / "tests" / "comfyui").glob("test_*.py")}
+    assert pages > kinds.BROWSER
 
 
 def test_files_and_modules_that_the_code_speaks_of_are_there():

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import types
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,10 +24,17 @@ MARKS = {
 RANKS = {"run_ranks", "fork_ranks", "run_fresh", "run_tiny", "golden"}
 """What starts ranks, by its name where it is called."""
 STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")
-SECONDS = {"browser": 20, "hosts": 15, "comfyui": 10, "ranks": 6, "processes": 2}
+SECONDS = {"browser": 20, "hosts": 9, "comfyui": 5, "ranks": 3, "processes": 2}
 """What a test of a kind takes, about; of none, next to nothing. The first that fits counts."""
-LONGER = {"test_soak": 80, "test_screen": 80, "test_meaning": 25}
-"""What files take whose tests are longer than others of their kind."""
+MEASURED = {
+    "test_core_sampling": 130, "test_screen": 115, "test_browser": 80, "test_evaluations": 75, "test_golden": 45,
+    "test_soak": 40, "test_hosts_jobs": 40, "test_parallel": 40, "test_batch": 33, "test_core_variants": 35,
+    "test_installation": 31, "test_meaning": 30, "test_header_bounds": 18, "test_core_animate": 15,
+    "test_evaluation_soak": 15, "test_doctor_node": 15, "test_warm": 15,
+}  # fmt: skip
+"""What files take that are far from it: `make test` prints its slowest tests."""
+BROWSER = {"test_browser", "test_screen"}
+"""Files of the folder comfyui that are most of all in a page: they have a ComfyUI of their own."""
 MAY_BE_ASKED = "nvidia-smi"
 """Looked for in vain on machines without a GPU."""
 
@@ -47,24 +55,26 @@ class Kinds:
         for item in items:
             for name in _marks(item):
                 item.add_marker(name)
-        # Files go to the processes of a run whole: those that take long first, or one is left with them at the end.
-        files = {item.path: float(LONGER.get(item.path.stem, 0)) for item in items}
+        files = dict.fromkeys((item.path for item in items), 0.0)
         for item in items:
             takes = next((seconds for kind, seconds in SECONDS.items() if item.get_closest_marker(kind)), 0.05)
             files[item.path] += takes
-        items.sort(key=lambda item: -files[item.path])
+        files.update({path: MEASURED[path.stem] for path in files if path.stem in MEASURED})
+        groups = Counter[str]()
+        for path, seconds in files.items():
+            groups[_group(str(path))] += seconds
+        # Groups go to the processes of a run whole: those that take long first, or one is left with them at the end.
+        items.sort(key=lambda item: (-groups[_group(str(item.path))], -files[item.path]))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
         from xdist.scheduler import LoadFileScheduling
 
         class Scheduling(LoadFileScheduling):
-            """Files go to one process or the other, those of one ComfyUI and one browser together."""
+            """Files go to one process or another, those of one ComfyUI together."""
 
             def _split_scope(self, nodeid: str) -> str:
-                file: str = super()._split_scope(nodeid)
-                folder = os.path.dirname(file)
-                return folder if os.path.basename(folder) == "comfyui" else file
+                return _group(super()._split_scope(nodeid))
 
         return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
@@ -77,6 +87,14 @@ class Kinds:
     def _look(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self._running and event in STARTS and MAY_BE_ASKED not in str(arguments):
             raise AssertionError(f"this test starts a process ({event} {arguments[:2]}): mark it with processes")
+
+
+def _group(file: str) -> str:
+    """Of files that one process runs one after another, as they share what takes long to start."""
+    folder, name = os.path.split(file)
+    if os.path.basename(folder) != "comfyui":
+        return file
+    return f"{folder} browser" if os.path.splitext(name)[0] in BROWSER else folder
 
 
 def _marks(item: pytest.Item) -> Iterator[str]:
