@@ -44,9 +44,9 @@ def _compare_vaes(vae: RankVae, whole: torch.nn.Module, height: int, *, alone: b
     def watched(cls: type, method: str) -> mock._patch:
         original = getattr(cls, method)
 
-        def watch(coder: object, frames: torch.Tensor) -> object:
+        def watch(coder: object, frames: torch.Tensor, *how: int) -> object:
             seen.add(frames.shape[-2])
-            return original(coder, frames)
+            return original(coder, frames, *how)
 
         return mock.patch.object(cls, method, watch)
 
@@ -54,7 +54,7 @@ def _compare_vaes(vae: RankVae, whole: torch.nn.Module, height: int, *, alone: b
         for at_once in (1, 100):
             with mock.patch.object(vae_coder, "FRAMES_AT_ONCE", at_once):
                 _assert_near(vae.encode(video), encoded)
-                parts = list(vae.decode(latents))
+                parts = list(vae.decode(latents, at_once=at_once))
             if rank == 0:
                 _assert_near(torch.cat(parts, dim=1), decoded)
             else:
