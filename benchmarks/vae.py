@@ -34,7 +34,6 @@ X264 = (("faster", 16), ("veryfast", 16), ("veryfast", 14), ("superfast", 14))
 def run_rank(rank: int, world: int, arguments: argparse.Namespace, folder: Path) -> None:
     mount_pack()
     from vae_rank import VaeRank
-    from wan_pack.wan.vae import vae_coder
     from wan_pack.wan.video import video
     from wan_pack.wan.video.video_formats import CRF
 
@@ -80,9 +79,8 @@ def run_rank(rank: int, world: int, arguments: argparse.Namespace, folder: Path)
             bench.set_ops("plain")
             attempt(bench.decode, size, "after, plain kernels", few)
             bench.set_ops("triton")
-        for frames in (8, 12, 4, 24):
-            with mock.patch.object(vae_coder, "FRAMES_AT_ONCE", frames):
-                attempt(bench.decode, size, f"after, {frames} frames at once", few)
+        for frames in (8, 12, 4, 24, 2, 1):
+            attempt(bench.decode, size, f"after, {frames} frames at once", few, frames)
     for size in sizes[1:]:
         attempt(bench.encode, size)
     if rank == 0:

@@ -21,6 +21,7 @@ from moving_picture import moving_picture, quality
 from torch.profiler import ProfilerActivity, profile
 from wan_pack.distributed.parallel.image_rows import ImageShard
 from wan_pack.distributed.parallel.split_vae import RankVae
+from wan_pack.wan.model.latent_space import FRAMES_AT_ONCE
 from wan_pack.wan.vae.autoencoder import load_vae
 from wan_pack.wan.vae.vae_ops import PLAIN, VAE_OPS, Sum
 from wan_pack.wan.video import video
@@ -164,7 +165,7 @@ class VaeRank:
                          f"encode's {errors[2]:.2e}")  # fmt: skip
             torch.backends.cudnn.allow_tf32 = True
 
-    def decode(self, size: Size, name: str, numbers: list[int]) -> None:
+    def decode(self, size: Size, name: str, numbers: list[int], at_once: int = FRAMES_AT_ONCE) -> None:
         """Seconds on each number of GPUs; and whether all give the same."""
         latents = self.latents(size)
         first = None
@@ -174,8 +175,10 @@ class VaeRank:
 
             def run(gpus: int = gpus, rows: Any = rows, made: list[Any] = made) -> None:
                 made.clear()
-                old = name == "before"
-                made.extend(vae_before.decode(self.old, latents, rows) if old else self.new[gpus].decode(latents))
+                if name == "before":
+                    made.extend(vae_before.decode(self.old, latents, rows))
+                else:
+                    made.extend(self.new[gpus].decode(latents, at_once=at_once))
 
             seconds, peak = self.seconds(gpus, run)
             same = ""
