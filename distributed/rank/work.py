@@ -17,15 +17,12 @@ from ..group.group_folder import GroupDir
 from ..job.job import GroupJob, Job, JobError, VaeJob
 from ..job.job_folder import JobDir
 from ..parallel.sequence import everywhere, gather_bytes
-from ..planning.gpu_memory import GIB, picture_bytes
+from ..planning.gpu_memory import DECODER_FRAGMENTATION, GIB, picture_bytes
 from ..weights.free_memory import reachable_bytes
 from .session import Session
 from .signs import RankFiles
 
 log = logging.getLogger(__name__)
-FRAGMENTATION = 0.4
-"""Of a decode of several frames at once: its tensors are of many sizes, and few lie where others were. Of TI2V-5B at
-1280x704x121 on one GPU the 11.3 GiB that were alive did not fit into 15.2, those 9.4 of fewer frames not into 11.3."""
 J = TypeVar("J", bound=GroupJob)
 
 
@@ -91,7 +88,7 @@ def decoded(session: Session, job: Job | VaeJob, latents: Tensor, *, clamp: bool
             space, columns * space.stride, rows * space.stride, (frames - 1) * TEMPORAL_STRIDE + 1, vae.upscale,
             job.parallel, at_once,
         )  # fmt: skip
-        needed = working + int(FRAGMENTATION * working)
+        needed = working + int(DECODER_FRAGMENTATION * working)
         room = free >= needed
         if not room:
             log.info("no room to decode %d frames at once: %.1f of %.1f GiB", at_once, free / GIB, needed / GIB)

@@ -79,12 +79,20 @@ class CausalConv:
     def keep(self, frames: Tensor) -> None:
         """As if the last of these [T, H, W, C] had been convolved before. Only without rows around."""
         assert self.halo == 0
-        self._kept = frames[-self.back :].clone()
+        self._keep(frames)
+
+    def _keep(self, frames: Tensor) -> None:
+        last = frames[-self.back :]
+        if self._kept is None:
+            self._kept = last.clone()
+        else:
+            # Where they lie already: what stays among what comes and goes would cut the memory up.
+            self._kept.copy_(last)
 
     def __call__(self, padded: Tensor) -> Sum:
         if self.halo:
             self.rows.fill_halo(padded[self.back :], above=True)
-        self._kept = padded[-self.back :].clone()
+        self._keep(padded)
         y = F.conv3d(padded[None].permute(0, 4, 1, 2, 3), self.weight, None, self.stride, (0, 0, self.halo))
         return Sum(y.permute(0, 2, 3, 4, 1)[0].contiguous(), self.bias)
 

@@ -14,11 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.planning.gpu_memory import (
+    DECODER_FRAGMENTATION,
     DECODER_PIXEL_BYTES,
     GIB,
     encoding_bytes,
     estimate,
     picture_bytes,
+    process_bytes,
     vae_decode_bytes,
     vae_width,
 )
@@ -152,13 +154,25 @@ def test_the_vae_is_split_where_there_are_rows_for_all():
         )
 
 
-@pytest.mark.parametrize("free", [9.0, 10.0, 12.0, 16.0, 24.0])
+@pytest.mark.parametrize("free", [10.5, 12.0, 14.0, 16.0, 24.0])
 def test_a_video_is_decoded_by_fewer_frames_where_memory_is_short(free: float):
     """Not refused for a decode of as many as there ever are, of which the estimate says what it comes to."""
     work, way = workload(width=1280, height=720, num_frames=5), request(memory_optimization=True)
     most = estimate(work, Parallel(gpu_count=1, stream_blocks=True, offload_model=True, memory_optimization=True))
-    assert 13 * GIB < most.total < 14.5 * GIB
+    assert 18 * GIB < most.total < 19 * GIB
     chosen = plan(work, way, machine(free), "host")
     assert chosen.estimate is not None and chosen.estimate.total <= free * GIB
-    assert (chosen.estimate.vae < most.vae) == (free < 14)
-    assert chosen.estimate.total > min(free - 1.7, 13) * GIB, "as many as fit"
+    assert (chosen.estimate.vae < most.vae) == (free < 19)
+    assert chosen.estimate.total > min(free - 2, 18) * GIB, "as many as fit"
+
+
+def test_gaps_between_a_decodes_tensors_are_counted():
+    """TI2V-5B at 720p on 16 GiB: six frames at once, of 10.1 GiB alive, ran out of memory there; five have room."""
+    work = workload("ti2v-5B", experts=1, width=1280, height=704, num_frames=121)
+    parallel = Parallel(gpu_count=1)
+    decoding = [vae_decode_bytes(work, parallel, at_once) for at_once in (6, 5)]
+    needed = [process_bytes(parallel, size, gaps=DECODER_FRAGMENTATION) + size for size in decoding]
+    assert needed[0] > 17 * GIB and needed[1] < 16.5 * GIB
+    chosen = plan(work, request(), machine(16.0), "host")
+    assert chosen.estimate is not None and chosen.estimate.total < 16 * GIB
+    assert not (chosen.parallel.stream_blocks or chosen.parallel.offload_model), "weights whole"

@@ -61,7 +61,7 @@ def test_each_policy_takes_less_than_the_one_before():
 
 
 def test_streaming_holds_two_blocks():
-    work = workload()
+    work = workload(decode=False)
     parallel = Parallel(gpu_count=1, stream_blocks=True, offload_model=True)
     assert estimate(work, parallel).weights == work.outside_bytes + 2 * A14B[1]
     assert memory.parked_bytes(work, parallel) == A14B[0]

@@ -158,7 +158,7 @@ def test_a_little_more_or_less_memory_does_not_change_the_plan():
 def test_the_block_says_what_and_why():
     block = plan(workload(), request(), machine(23.0), "host", host_bytes=128 << 30).block()
     assert block.splitlines()[0] == "plan: GPU 0; blocks streamed from host memory"
-    assert "of 23.0 GiB free (weights 2.1, " in block
+    assert "of 23.0 GiB free (vae 5.6, process " in block
     assert "would fit: up to " in block
     assert "because stream_blocks is off, but nothing else fits, so it is on for this job" in block
     assert "because everything on each GPU would take " in block
@@ -202,7 +202,7 @@ def test_the_exchange_is_hidden_where_its_buffers_fit():
     """Where they do not, nothing that the user left off is turned on for them."""
     asked = request(2, use_fsdp=False, keep_warm_seconds=60.0)
     alone = Parallel(gpu_count=2, ulysses_engine="packed", keep_warm_seconds=60.0)
-    packed = estimate(workload(), alone).total / GIB
+    packed = estimate(workload(), alone, 0).total / GIB
     small, large = (plan(workload(), asked, machine(free, free), "host") for free in (packed + 0.3, packed + 2))
     assert small.parallel.ulysses_engine == "packed" and large.parallel.ulysses_engine == "symmetric"
     reason = "the buffers of a symmetric exchange do not fit: it is packed"

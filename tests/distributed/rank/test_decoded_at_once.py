@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from wan_pack.distributed.job.job import Parallel
-from wan_pack.distributed.planning.gpu_memory import picture_bytes
+from wan_pack.distributed.planning.gpu_memory import DECODER_FRAGMENTATION, picture_bytes
 from wan_pack.distributed.rank import work
 from wan_pack.wan.model.latent_space import WAN22
 
@@ -26,7 +26,7 @@ class Vae:
 
 def needed(at_once: int, gpus: int = 1) -> int:
     working = picture_bytes(*WHOLE, Parallel(gpu_count=gpus), at_once)
-    return working + int(work.FRAGMENTATION * working)
+    return working + int(DECODER_FRAGMENTATION * working)
 
 
 def asked(gpus: int = 1, *, clamp: bool = True) -> Any:
