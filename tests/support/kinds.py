@@ -27,10 +27,12 @@ STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")
 SECONDS = {"browser": 20, "hosts": 9, "comfyui": 5, "ranks": 3, "processes": 2}
 """What a test of a kind takes, about; of none, next to nothing. The first that fits counts."""
 MEASURED = {
-    "test_core_sampling": 130, "test_screen": 115, "test_browser": 80, "test_evaluations": 75, "test_golden": 45,
-    "test_soak": 40, "test_hosts_jobs": 40, "test_parallel": 40, "test_batch": 33, "test_core_variants": 35,
-    "test_installation": 31, "test_meaning": 30, "test_header_bounds": 18, "test_core_animate": 15,
-    "test_evaluation_soak": 15, "test_doctor_node": 15, "test_warm": 15,
+    "test_core_sampling": 130, "test_screen": 85, "test_naming": 75, "test_soak": 75, "test_evaluations": 75,
+    "test_golden": 50, "test_meaning": 50, "test_installation": 45, "test_core_variants": 45, "test_hosts_jobs": 45,
+    "test_browser": 45, "test_parallel": 40, "test_batch": 38, "test_endings": 38, "test_library_imports": 35,
+    "test_core_nodes": 35, "test_benchmarks": 30, "test_header_bounds": 23, "test_core_animate": 21,
+    "test_animate_ranks": 21, "test_warm": 19, "test_layouts": 18, "test_kernels": 16, "test_forwards_benchmark": 16,
+    "test_vace_ranks": 16, "test_evaluation_soak": 15, "test_resume": 14, "test_doctor_node": 11,
 }  # fmt: skip
 """What files take that are far from it: `make test` prints its slowest tests."""
 BROWSER = {"test_browser", "test_screen"}
