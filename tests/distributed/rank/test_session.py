@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from types import SimpleNamespace
 from typing import Any
@@ -165,3 +166,108 @@ def test_how_latents_look_is_fitted_once_for_each_vae(monkeypatch: pytest.Monkey
     first = rank.preview_map(job)
     assert rank.preview_map(dataclasses.replace(job, model=other)) is not first
     assert read[1:] == [["/models/other.safetensors"]]
+
+
+@pytest.mark.parametrize(
+    ("gpu_ids", "there", "count", "words"),
+    [
+        (("0", "1"), True, 1, "GPUs 0, 1 were chosen, but torch .* sees 1; the driver may be too old"),
+        (("0",), False, 0, "GPUs 0 were chosen, but torch .* sees 0; the driver may be too old"),
+        (("MIG-a", "MIG-b"), True, 1, "sees 1; CUDA shows a process one MIG slice only, .* set gpu_count to 1"),
+        (("MIG-a",), True, 1, "sees 1; the driver may be too old"),
+        (("MIG-a", "MIG-b"), False, 0, "sees 0; the driver may be too old"),
+    ],
+)
+def test_gpus_that_torch_does_not_see_are_an_error(
+    gpu_ids: tuple[str, ...], there: bool, count: int, words: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    with pytest.raises(JobError, match=words):
+        session._device(stub_job(gpu_count=len(gpu_ids), gpu_ids=gpu_ids))
+
+
+def test_a_rank_takes_the_gpu_of_its_number_on_its_machine(monkeypatch: pytest.MonkeyPatch):
+    taken: list[torch.device] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert session._device(stub_job(gpu_count=2, gpu_ids=("5", "7"))) == torch.device("cuda", rank)
+    assert taken == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert session._device(stub_job(gpu_count=2)) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "others", "stops"),
+    [(False, [b"\0", b"\0"], False), (True, [b"\1", b"\0"], True), (False, [b"\0", b"\1"], True), (True, None, True),
+     (False, None, False)],
+)  # fmt: skip
+def test_all_ranks_stop_at_the_step_at_which_one_has_seen_the_request(
+    asked: bool, others: list[bytes] | None, stops: bool, monkeypatch: pytest.MonkeyPatch
+):
+    told: list[bytes] = []
+    monkeypatch.setattr(session, "gather_bytes", lambda mine, device: (told.append(mine), others)[1])
+    rank = session_of(None if others is None else SimpleNamespace(cfg_size=1, group=None))
+    folder: Any = SimpleNamespace(stop=SimpleNamespace(exists=lambda: asked))
+    with pytest.raises(session.Stopped) if stops else contextlib.nullcontext():
+        rank.check_stop(folder, stub_job(gpu_count=2, keep_warm_seconds=60.0))
+    assert told == ([] if others is None else [b"\1" if asked else b"\0"])
+    # Processes that end with their job are ended from outside.
+    told.clear()
+    rank.check_stop(folder, stub_job(gpu_count=2, keep_warm_seconds=0.0))
+    assert told == []
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_vae_goes_before_the_models_where_there_is_no_room(room: bool, monkeypatch: pytest.MonkeyPatch):
+    rank, calls = session_of(None), []
+    rank.experts = SimpleNamespace(  # type: ignore[assignment]
+        has_room=lambda needed, ranks: (calls.append((needed, ranks)), room)[1],
+        make_room=lambda needed, **how: calls.append((needed, how, rank._vae is None)),
+    )
+    asked = 7, {"but": "a", "parks": True, "ranks": 4}
+    rank._vae = None
+    rank.make_room(7, but="a", parks=True)
+    assert calls == [(*asked, True)]
+    calls.clear()
+    rank._vae = object()  # type: ignore[assignment]
+    rank.make_room(7, but="a", parks=True)
+    assert calls == [(7, 4), (*asked, not room)]
+
+
+def test_a_rank_of_another_number_of_ranks_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(JobError, match="WORLD_SIZE is 3; the job was written for 2"):
+        session.Session.of(stub_job(gpu_count=2))
+
+
+def test_memory_of_a_gpu_is_told_in_gib(monkeypatch: pytest.MonkeyPatch):
+    rank = session_of(None)
+    assert rank.memory() == ""
+    rank.device = torch.device("cuda", 0)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 3 << 29)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 5 << 29)
+    assert rank.memory() == ", GPU memory 1.50 GiB, peak 2.50 GiB"
+
+
+def test_what_a_video_was_not_planned_with_goes_before_it_takes_memory(monkeypatch: pytest.MonkeyPatch):
+    done: list[str] = []
+    rank = session_of(None)
+    rank.experts = SimpleNamespace(  # type: ignore[assignment]
+        keep_only=lambda model: done.append("only its own"), prepare=lambda parallel: done.append("laid"),
+        park_later=lambda: done.append("parked"),
+    )  # fmt: skip
+    monkeypatch.setattr(rank.prompts, "drop", lambda: done.append("no prompts"))
+    vae: Any = object()
+    for parks, own in ((False, True), (True, False)):
+        job = stub_job(gpu_count=1, offload_model=parks)
+        rank._vae, rank._vae_made_of = vae, rank._vae_of(job) if own else ()
+        rank._prepare(job)
+        assert rank._vae is (vae if own else None)
+        assert done == ["only its own", "laid", *(["no prompts", "parked"] if parks else [])]
+        done.clear()
+    rank._prepare(SimpleNamespace(parallel=Parallel(gpu_count=1, offload_model=True)))  # type: ignore[arg-type]
+    assert done == ["laid"], "evaluations alone park nothing before they need it"
