@@ -14,6 +14,7 @@ from tiny import random_weights
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.checkpoint.weights import empty_model, read_weights
 from wan_pack.wan.files import stored_tensor
+from wan_pack.wan.files.block_scaled import _powers_of_two
 from wan_pack.wan.model.config import WanConfig
 
 CONFIG = WanConfig(dim=256, ffn_dim=192, num_heads=2, num_layers=2, in_dim=16, out_dim=16, text_dim=48, freq_dim=32)
@@ -59,8 +60,10 @@ def test_the_usual_group_is_256(tmp_path: Path):
 
 
 def test_a_block_scale_that_is_no_number_is_an_error(tmp_path: Path):
+    """The largest that is one, 2**127, is."""
     weights, path = random_weights(CONFIG), tmp_path / "m.safetensors"
     stored, _ = mxfp8(weights["blocks.0.self_attn.q.weight"])
+    assert _powers_of_two(torch.tensor([0, 127, 254], dtype=torch.uint8)).tolist() == [2.0**-127, 1.0, 2.0**127]
     stored["weight_scale"].view(-1)[0] = 255
     save_file(weights | {f"blocks.0.self_attn.q.{part}": tensor for part, tensor in stored.items()}, path)
     with pytest.raises(ValueError, match=r"m\.safetensors is damaged: a weight's scale"):

@@ -254,6 +254,10 @@ WRONG = {
         lambda w: (FORMATS["int4 ConvRot"](w)[0] | {"weight_scale": torch.ones(3)}, w),
         r"the scale of tensor .* has shape \(3,\)",
     ),
+    "int4 with scales of 8 bits": (
+        lambda w: (FORMATS["int4 ConvRot"](w)[0] | {"weight_scale": torch.ones(96, dtype=torch.uint8)}, w),
+        r"the scale of tensor .* has shape \(96,\)",
+    ),
     "w4a8": (said(FORMATS["nvfp4"], format="asym_w4a8_int8"), "quantised as asym_w4a8_int8"),
 }  # fmt: skip
 
