@@ -6,6 +6,7 @@ block's parameters are views of its buffer for good, so that nothing that refers
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -45,9 +46,8 @@ class BlockStream:
                 take_memory(module, device, recurse=False)
         self._rest = HostParking(model, without=self._blocks)
         self._cuda = device.type == "cuda"
-        left = list(slabs)
+        left = self._of_use(slabs)
         self._slabs = [self._take(layout.size, left) for layout in self._layouts]
-        self._free(left)
         self._stream = torch.cuda.Stream(device) if self._cuda else None
         self._buffers: list[Tensor] = []
         self._enter(self._slabs)
@@ -104,6 +104,17 @@ class BlockStream:
         self._leave_buffers()
         slabs, self._slabs = self._slabs, []
         return slabs
+
+    def _of_use(self, slabs: Sequence[Tensor]) -> list[Tensor]:
+        """Those of a size that is needed, as many as are. Others are freed: the host may have room for one model."""
+        needed, kept = Counter(layout.size for layout in self._layouts), []
+        for slab in slabs:
+            needed[slab.numel()] -= 1
+            if needed[slab.numel()] < 0:
+                self._free([slab])
+            else:
+                kept.append(slab)
+        return kept
 
     def _take(self, size: int, left: list[Tensor]) -> Tensor:
         for index, slab in enumerate(left):

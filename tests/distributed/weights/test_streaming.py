@@ -141,6 +141,25 @@ def test_a_model_takes_the_hosts_memory_of_another(checkpoints: dict[int, str]):
     assert not any(slab.untyped_storage().nbytes() for slab in slabs)
 
 
+def test_memory_of_no_use_goes_before_more_is_taken(checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch):
+    """Or the host would hold two models whose blocks are of other sizes, where one was planned for."""
+    slabs = [torch.empty(size, dtype=torch.uint8) for size in (7, 9, 11)]
+    left: list[list[int]] = []
+    take = BlockStream._take
+
+    def watch(stream: BlockStream, size: int, offered: list[torch.Tensor]) -> torch.Tensor:
+        left.append([slab.untyped_storage().nbytes() for slab in slabs])
+        return take(stream, size, offered)
+
+    monkeypatch.setattr(BlockStream, "_take", watch)
+    files = [str(path) for path in Path(checkpoints[4]).glob("*.safetensors")]
+    load_expert(
+        files, parallel=Parallel(gpu_count=1, mixed_precision="fp32", stream_blocks=True), mesh=None,
+        shard=SequenceShard(length=45), device=CPU, slabs=slabs,
+    )  # fmt: skip
+    assert left == [[0, 0, 0]] * 4
+
+
 def test_weights_outside_of_the_blocks_can_be_replaced_while_the_model_is_parked(checkpoints: dict[int, str]):
     """As a LoRA does that changes them, of the expert that waits."""
     model, stream = load(checkpoints[4], stream_blocks=True)
