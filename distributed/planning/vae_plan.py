@@ -9,15 +9,7 @@ from ...wan.model.latent_space import FRAMES_AT_ONCE, LATENT_SPACES, LatentSpace
 from ..job.errors import counted
 from ..job.job import VaeJob
 from ..machine.gpus import Gpu
-from .gpu_memory import (
-    DECODER_FRAGMENTATION,
-    FRAGMENTATION,
-    GIB,
-    encoding_bytes,
-    picture_bytes,
-    process_bytes,
-    vae_width,
-)
+from .gpu_memory import GIB, VAE_FRAGMENTATION, encoding_bytes, picture_bytes, process_bytes, vae_width
 from .plan import DoesNotFit
 
 
@@ -45,8 +37,7 @@ def working_bytes(job: VaeJob, at_once: int = FRAMES_AT_ONCE) -> int:
 def needed_bytes(job: VaeJob, at_once: int = FRAMES_AT_ONCE) -> int:
     """On each GPU, of processes that hold nothing else."""
     working = working_bytes(job, at_once)
-    gaps = FRAGMENTATION if job.encode else DECODER_FRAGMENTATION
-    return held_bytes(job) + working + process_bytes(job.parallel, working, gaps=gaps)
+    return held_bytes(job) + working + process_bytes(job.parallel, working, gaps=VAE_FRAGMENTATION)
 
 
 def check_fits(job: VaeJob, gpus: Sequence[Gpu]) -> None:

@@ -17,12 +17,14 @@ from ..group.group_folder import GroupDir
 from ..job.job import GroupJob, Job, JobError, VaeJob
 from ..job.job_folder import JobDir
 from ..parallel.sequence import everywhere, gather_bytes
-from ..planning.gpu_memory import DECODER_FRAGMENTATION, GIB, picture_bytes
+from ..planning.gpu_memory import GIB, VAE_FRAGMENTATION, picture_bytes
 from ..weights.free_memory import reachable_bytes
 from .session import Session
 from .signs import RankFiles
 
 log = logging.getLogger(__name__)
+PLAIN_KERNELS = 1.3
+"""That many times as much is alive, at most, where a VAE's layers between its convolutions are not fused."""
 J = TypeVar("J", bound=GroupJob)
 
 
@@ -88,11 +90,12 @@ def decoded(session: Session, job: Job | VaeJob, latents: Tensor, *, clamp: bool
             space, columns * space.stride, rows * space.stride, (frames - 1) * TEMPORAL_STRIDE + 1, vae.upscale,
             job.parallel, at_once,
         )  # fmt: skip
-        needed = working + int(DECODER_FRAGMENTATION * working)
+        needed = int(working * (1 + VAE_FRAGMENTATION) * (PLAIN_KERNELS if session.vae_ops == "plain" else 1))
         room = free >= needed
         if not room:
             log.info("no room to decode %d frames at once: %.1f of %.1f GiB", at_once, free / GIB, needed / GIB)
         return room if session.group is None else everywhere(room, session.group, session.device)
 
     at_once = next((most for most in range(FRAMES_AT_ONCE, 1, -1) if fits(most)), 1)
+    log.info("decoding %d frames at once", at_once)
     return vae.decode(latents[None], clamp=clamp, at_once=at_once)

@@ -10,8 +10,8 @@ TEMPORAL_STRIDE = 4
 """Frames per latent frame; the first latent frame is one frame."""
 FRAMES_AT_ONCE = 6
 """That a VAE computes on at the resolution of the video, at most; coarser stages take as many as need no more memory.
-Fewer are slower, as each part copies what it keeps; the memory of more would pass what diffusers uses, and a video's
-last frames would be late."""
+One takes a little longer, as each part copies what it keeps; the memory of more would pass what diffusers uses, and a
+video's last frames would be late."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

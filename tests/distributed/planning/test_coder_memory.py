@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.planning.gpu_memory import (
-    DECODER_FRAGMENTATION,
     DECODER_PIXEL_BYTES,
     GIB,
+    VAE_FRAGMENTATION,
     encoding_bytes,
     estimate,
     picture_bytes,
@@ -171,8 +171,18 @@ def test_gaps_between_a_decodes_tensors_are_counted():
     work = workload("ti2v-5B", experts=1, width=1280, height=704, num_frames=121)
     parallel = Parallel(gpu_count=1)
     decoding = [vae_decode_bytes(work, parallel, at_once) for at_once in (6, 5)]
-    needed = [process_bytes(parallel, size, gaps=DECODER_FRAGMENTATION) + size for size in decoding]
+    needed = [process_bytes(parallel, size, gaps=VAE_FRAGMENTATION) + size for size in decoding]
     assert needed[0] > 17 * GIB and needed[1] < 16.5 * GIB
     chosen = plan(work, request(), machine(16.0), "host")
     assert chosen.estimate is not None and chosen.estimate.total < 16 * GIB
     assert not (chosen.parallel.stream_blocks or chosen.parallel.offload_model), "weights whole"
+
+
+def test_what_is_decoded_at_once_goes_by_the_gpu_with_least_memory():
+    """Of several that work together, as all decode the same number of frames."""
+    work, asked = workload("ti2v-5B", 1, width=1280, height=704, num_frames=121), request(2, use_fsdp=True)
+    small, unequal = (plan(work, asked, machine(8.0, other)).estimate for other in (8.0, 140.0))
+    large = plan(work, asked, machine(140.0, 140.0)).estimate
+    assert small is not None and unequal is not None and large is not None
+    assert small.total == unequal.total <= 8 * 2**30
+    assert large.total > small.total

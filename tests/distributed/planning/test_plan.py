@@ -222,16 +222,6 @@ def test_of_unequal_gpus_the_ones_with_most_memory_are_named():
         plan(workload(), request(2), machine(3.0, 5.0, 4.0), "host")
 
 
-def test_what_is_decoded_at_once_goes_by_the_gpu_with_least_memory():
-    """Of several that work together, as all decode the same number of frames."""
-    work, asked = workload("ti2v-5B", 1, width=1280, height=704, num_frames=121), request(2, use_fsdp=True)
-    small, unequal = (plan(work, asked, machine(8.0, other)).estimate for other in (8.0, 140.0))
-    large = plan(work, asked, machine(140.0, 140.0)).estimate
-    assert small is not None and unequal is not None and large is not None
-    assert small.total == unequal.total <= 8 * 2**30
-    assert large.total > small.total
-
-
 def test_the_block_says_where_the_weights_are():
     for asked, weights in (
         ({"offload_model": True, "gpu_count": 1}, "weights whole, the idle expert in host memory"),

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from wan_pack.distributed.job.job import FileIdentity, Parallel, VaeJob
 from wan_pack.distributed.planning.gpu_memory import (
-    DECODER_FRAGMENTATION,
     ENCODER_PIXEL_BYTES,
     FRAME_BYTES,
     GIB,
+    VAE_FRAGMENTATION,
     process_bytes,
 )
 from wan_pack.distributed.planning.vae_plan import held_bytes, needed_bytes, working_bytes
@@ -41,7 +41,7 @@ def test_the_vae_and_what_it_works_with_are_counted_in_its_precision(space: Late
     working = working_bytes(asked)
     assert working == wide * working_bytes(job(space, encode=False))
     assert needed_bytes(asked) == held_bytes(asked) + working + process_bytes(
-        asked.parallel, working, gaps=DECODER_FRAGMENTATION
+        asked.parallel, working, gaps=VAE_FRAGMENTATION
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from wan_pack.distributed.job.job import Parallel
-from wan_pack.distributed.planning.gpu_memory import DECODER_FRAGMENTATION, picture_bytes
+from wan_pack.distributed.planning.gpu_memory import VAE_FRAGMENTATION, picture_bytes
 from wan_pack.distributed.rank import work
 from wan_pack.wan.model.latent_space import WAN22
 
@@ -24,14 +24,13 @@ class Vae:
         return tuple(latents.shape), clamp, at_once
 
 
-def needed(at_once: int, gpus: int = 1) -> int:
-    working = picture_bytes(*WHOLE, Parallel(gpu_count=gpus), at_once)
-    return working + int(DECODER_FRAGMENTATION * working)
+def needed(at_once: int, gpus: int = 1, kernels: float = 1.0) -> int:
+    return int(picture_bytes(*WHOLE, Parallel(gpu_count=gpus), at_once) * (1 + VAE_FRAGMENTATION) * kernels)
 
 
-def asked(gpus: int = 1, *, clamp: bool = True) -> Any:
+def asked(gpus: int = 1, *, clamp: bool = True, ops: str = "triton") -> Any:
     session: Any = SimpleNamespace(
-        vae=lambda job: Vae(), device=torch.device("cpu"), group=None if gpus == 1 else object()
+        vae=lambda job: Vae(), device=torch.device("cpu"), group=None if gpus == 1 else object(), vae_ops=ops
     )
     return work.decoded(session, SimpleNamespace(parallel=Parallel(gpu_count=gpus)), torch.empty(LATENTS), clamp=clamp)
 
@@ -45,6 +44,14 @@ def test_as_many_as_there_is_memory_for(free: int, at_once: int, clamp: bool, mo
     """And the way to try with too little memory for one is to try."""
     monkeypatch.setattr(work, "reachable_bytes", lambda device, ranks: free)
     assert asked(clamp=clamp) == ((1, *LATENTS), clamp, at_once)
+
+
+def test_kernels_that_are_not_fused_need_more(monkeypatch: pytest.MonkeyPatch):
+    """As those of most GPUs are not."""
+    assert needed(3, kernels=1.3) <= needed(6) < needed(4, kernels=1.3)
+    for free, at_once in ((needed(6), 3), (needed(6, kernels=1.3), 6), (needed(6, kernels=1.3) - 1, 5)):
+        monkeypatch.setattr(work, "reachable_bytes", lambda device, ranks, free=free: free)
+        assert asked(ops="plain")[2] == at_once
 
 
 def test_what_one_rank_has_no_memory_for_none_decodes(monkeypatch: pytest.MonkeyPatch):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from wan_pack.distributed.job.job import JobError, Parallel
 from wan_pack.distributed.machine.memory_file import MemoryFile
+from wan_pack.distributed.planning.gpu_memory import VAE_FRAGMENTATION
 from wan_pack.distributed.planning.vae_plan import held_bytes, working_bytes
 from wan_pack.distributed.rank import vae_work
 from wan_pack.distributed.rank.vae_work import VaeWork
@@ -47,7 +48,11 @@ def work_with(vae: Vae, rank: int = 0, *, encode: bool = False) -> Any:
     given, made = (FRAMES, LATENTS) if encode else (LATENTS, FRAMES)
     work.job = SimpleNamespace(given=given, made=made, encode=encode, parallel=Parallel(gpu_count=1))
     work.session = SimpleNamespace(
-        vae=lambda job: vae, check_stop=lambda folder, job: None, device=torch.device("cpu"), group=None
+        vae=lambda job: vae,
+        check_stop=lambda folder, job: None,
+        device=torch.device("cpu"),
+        group=None,
+        vae_ops="plain",
     )
     work.folder = SimpleNamespace(stop=SimpleNamespace(exists=lambda: False))
     work.files = SimpleNamespace(progress=lambda *_: None)
@@ -150,5 +155,8 @@ def test_models_make_room_for_the_work_and_for_a_vae_that_is_not_there_yet(
     monkeypatch.setattr(VaeWork, "opened", lambda work: (torch.zeros(0), torch.zeros(0)))
     with pytest.raises(Enough):
         work.run()
-    assert asked == [working_bytes(job) + (0 if held else held_bytes(job))] and held_bytes(job) > 0
+    # Of one frame at a time, with what lies between its tensors.
+    working = int(working_bytes(job, 1) * (1 + VAE_FRAGMENTATION))
+    assert asked == [working + (0 if held else held_bytes(job))] and 0 < working_bytes(job, 1) < working_bytes(job)
+    assert held_bytes(job) > 0
     assert vae_work.held_bytes is held_bytes

@@ -57,7 +57,9 @@ def work_with(vae: Vae, rank: int = 0) -> Any:
     work.job = SimpleNamespace(sampling=sampling, frames=False, parallel=Parallel(gpu_count=1))
     work.folder = SimpleNamespace(video=lambda suffix: f"video{suffix}")
     work.config = SimpleNamespace(variant=VARIANTS["VACE"])
-    work.session = SimpleNamespace(vae=lambda job: vae, memory=lambda: "", device=torch.device("cpu"), group=None)
+    work.session = SimpleNamespace(
+        vae=lambda job: vae, memory=lambda: "", device=torch.device("cpu"), group=None, vae_ops="plain"
+    )
     work.files = SimpleNamespace(progress=lambda *_, **__: None, end_process=None)
     return work
 

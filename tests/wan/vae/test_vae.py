@@ -66,15 +66,14 @@ def test_parts_of_any_size_give_what_diffusers_gives(case: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("case", [case for case, _, _ in CASES])
-def test_fewer_frames_at_once_are_the_same_bits(case: str) -> None:
-    """With torch's own convolutions. oneDNN and cuDNN may choose another kernel for another number of frames."""
+def test_fewer_frames_at_once_are_the_same_video(case: str) -> None:
+    """To rounding: libraries may choose another kernel for another number of frames."""
     latents, vae = load_file(GOLDEN / case / "io.safetensors")["latents"], load_vae([_model(case)])
-    with torch.backends.mkldnn.flags(enabled=False):
-        made = [list(decode_frames(vae, latents, at_once=most)) for most in (6, 2, 1)]
+    made = [list(decode_frames(vae, latents, at_once=most)) for most in (6, 2, 1)]
     assert [max(part.shape[1] for part in parts) for parts in made] == [5, 2, 1]
     whole, *others = (torch.cat(parts, dim=1) for parts in made)
     for other in others:
-        assert torch.equal(whole, other)
+        torch.testing.assert_close(other, whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("case", "kind", "z_dim"), CASES)
