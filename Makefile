@@ -5,8 +5,8 @@ READY := $(VENV)/.ready
 # A hundred processes import torch in the tests; told to keep no bytecode, each of them would compile it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Of pytest, for all tests: on two cores, as most that a test starts is waited for half of the time.
-PROCESSES ?= 3
+# Of pytest, for all tests. On two cores three take as long as two: what a test starts keeps them busy.
+PROCESSES ?= 2
 
 .PHONY: demo quick test tests soak mutants object-info lint style types format clean
 

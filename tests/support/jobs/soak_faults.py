@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from patience import until
 from serving import Comfy, at_first_step
 from soak import LONG, Soak, at_phase, message, small_disk, unfinished
 from wan_pack.demo.client import Run
@@ -57,7 +58,17 @@ def kill_an_idle_process(soak: Soak, seed: int) -> None:
     """Nobody is told: the next job starts other processes."""
     for pid in soak.processes()[:1]:
         os.kill(pid, signal.SIGKILL)
+        # On a busy machine a killed process may live on for a moment, in which its ranks would take the job.
+        assert until(lambda pid=pid: _is_dead(pid))
     soak.good(seed)
+
+
+def _is_dead(pid: int) -> bool:
+    """Whoever started it may not have asked yet how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def kill_ffmpeg(soak: Soak, seed: int) -> None:
