@@ -18,6 +18,7 @@ from soak import LONG, Soak, at_phase, message, small_disk, unfinished
 from wan_pack.demo.client import Run
 from wan_pack.demo.comfyui import Server
 from wan_pack.demo.example import ROOT, node_of
+from wan_pack.distributed.machine.processes import Process
 
 DISK_MIB = 160
 """Enough for a small job to start."""
@@ -56,19 +57,11 @@ def cancel(soak: Soak, seed: int) -> None:
 
 def kill_an_idle_process(soak: Soak, seed: int) -> None:
     """Nobody is told: the next job starts other processes."""
-    for pid in soak.processes()[:1]:
-        os.kill(pid, signal.SIGKILL)
+    for process in filter(None, map(Process.of, soak.processes()[:1])):
+        process.kill()
         # On a busy machine a killed process may live on for a moment, in which its ranks would take the job.
-        assert until(lambda pid=pid: _is_dead(pid))
+        assert until(lambda process=process: not process.alive())
     soak.good(seed)
-
-
-def _is_dead(pid: int) -> bool:
-    """Whoever started it may not have asked yet how it ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 def kill_ffmpeg(soak: Soak, seed: int) -> None:
