@@ -12,6 +12,7 @@ GPU, with `--models tiny tiny-i2v`, the same runs on CPU processes.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import sys
@@ -29,6 +30,9 @@ from real_jobs import PICTURES, Shape, another_seed, difference, make_inputs, ma
 
 GUIDANCE = {"off": False, "cfg": True, "ulysses": True}
 """off: one pass a step. With two: half of the GPUs each (CFG parallel), or all of them one after the other."""
+TEXTS = ("given", "encoded")
+OF_SHAPE = {"size": str, "pictures": str, "steps": int}
+"""What a change can be of beside `guidance` and the settings of Parallel."""
 KEEP_WARM = 900.0
 READ_THREADS = 8
 
@@ -40,6 +44,20 @@ def combinations(arguments: argparse.Namespace, gpus: int) -> Iterator[tuple[Sha
     ):
         if ("i2v" in model.split("-")) == (pictures != "none") and not (guidance == "cfg" and gpus % 2):
             yield Shape(model, size, steps, pictures, GUIDANCE[guidance], arguments.text == "encoded"), guidance
+
+
+def changed(shape: Shape, guidance: str, text: str) -> tuple[Shape, str, str]:
+    """What a change NAME=VALUE,... makes of a job: its shape, how it is guided, and what is left, of Parallel."""
+    fields, left = {}, []
+    for setting in text.split(","):
+        name, _, value = setting.partition("=")
+        if name in OF_SHAPE:
+            fields[name] = OF_SHAPE[name](value)
+        elif name == "guidance":
+            guidance, fields["guided"] = value, GUIDANCE[value]
+        else:
+            left.append(setting)
+    return dataclasses.replace(shape, **fields), guidance, ",".join(left)
 
 
 def read_rate(files: list[Path], threads: int, gib: int) -> float:
@@ -106,7 +124,7 @@ class Runner:
         line: dict[str, Any] = {
             "benchmark": "whole_job", "label": self.arguments.label, "model": shape.model, "gpus": self.gpus,
             "size": "x".join(map(str, shape.pixels)), "steps": shape.steps, "pictures": shape.pictures,
-            "guidance": guidance, "text": self.arguments.text, "seed": shape.seed,
+            "guidance": guidance, "text": TEXTS[shape.encodes], "seed": shape.seed,
             "start": self.start_of(shape, guidance, change, kept=warm), "kept_group": warm, "seconds": spans,
             "first_step_done": round(phases.seen.get("step 1", 0.0), 3),
             "start_spans": phases.start_spans(info.get("spans", ())),
@@ -173,13 +191,14 @@ def main() -> None:
     parser.add_argument("--pictures", nargs="+", default=list(PICTURES), choices=list(PICTURES))
     parser.add_argument("--guidance", nargs="+", default=["off"], choices=list(GUIDANCE))
     parser.add_argument("--steps", type=int, nargs="+", default=[4])
-    parser.add_argument("--text", default="given", choices=["given", "encoded"], help="rows, or a prompt for umT5")
+    parser.add_argument("--text", default="given", choices=TEXTS, help="rows, or a prompt for umT5")
     parser.add_argument("--repeats", type=int, default=2, help="jobs of each combination in a group")
     parser.add_argument("--plain-read", type=int, default=8, help="GiB of an expert's files to time plain reads of")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of Parallel")
     parser.add_argument(
-        "--changes", nargs="*", default=[], metavar="NAME=VALUE,...", help="one after another, and back"
-    )
+        "--changes", nargs="*", default=[], metavar="NAME=VALUE,...",
+        help="of the last job: size, pictures, steps, guidance, settings of Parallel; each is taken back",
+    )  # fmt: skip
     parser.add_argument("--pack", type=Path, default=ROOT, help="another checkout to measure, to compare with")
     parser.add_argument("--label", default="", help="what is measured, for the lines")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -202,7 +221,9 @@ def main() -> None:
                 for shape, guidance in combinations(arguments, gpus)
                 for seed in range(arguments.repeats)
             ]
-            jobs += [(*jobs[-1][:2], text) for change in arguments.changes for text in (change, "")]
+            as_it_was = jobs[-1]
+            for change in arguments.changes:
+                jobs += [changed(*as_it_was[:2], change), as_it_was]
             for shape, guidance, change in jobs:
                 line, latents = runner.run(shape, guidance, change)
                 line["plain_read_gb_per_s"] = rates[shape.model]

@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,24 @@ def test_changes_of_a_plan_follow_the_last_combination_each_taken_back(tmp_path:
     monkeypatch.setattr(whole_job.Runner, "run", run)
     monkeypatch.setattr(whole_job, "write_model", lambda *_: tmp_path)
     monkeypatch.setattr(whole_job, "read_rate", lambda *_: 1.0)
-    fast, apart = "ulysses_engine=packed,memory_optimization=true", "use_fsdp=true"
+    fast, apart, other = "ulysses_engine=packed,memory_optimization=true", "use_fsdp=true", "size=720p,guidance=ulysses"
     arguments = ["--folder", str(tmp_path), "--results", str(tmp_path / "lines"), "--models", "tiny", "--gpus", "1"]
-    monkeypatch.setattr(sys, "argv", ["whole_job.py", *arguments, "--changes", fast, apart])
+    monkeypatch.setattr(sys, "argv", ["whole_job.py", *arguments, "--changes", fast, apart, other])
     whole_job.main()
     assert asked == [
         (0, "", "cold"), (1, "", "warm"), (1, fast, fast), (1, "", f"{fast} taken back"),
         (1, apart, apart), (1, "", f"{apart} taken back"),
+        (1, "", "480p -> 720p, guidance off -> ulysses"), (1, "", "720p -> 480p, guidance ulysses -> off"),
     ]  # fmt: skip
+
+
+def test_a_change_of_the_job_is_told_from_one_of_its_plan():
+    import whole_job
+    from real_jobs import Shape
+
+    shape, guidance, left = whole_job.changed(Shape("tiny", seed=1), "off", "steps=40,use_fsdp=true,guidance=cfg")
+    assert (shape, guidance, left) == (Shape("tiny", steps=40, guided=True, seed=1), "cfg", "use_fsdp=true")
+    assert whole_job.changed(shape, guidance, "pictures=start")[0] == replace(shape, pictures="start")
 
 
 @pytest.mark.parametrize("missed", ["encode", "load"])
