@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 FORMAT = "%(asctime)s rank {rank} %(phase)-7s | %(message)s"
 """Of every line of the log, the pack's own and libraries'."""
+SWITCH_INTERVAL = 0.0005
+"""Seconds that a thread may wait for Python while another one computes in it; Python's own is 0.005. Threads that read
+weights ask for it after every piece of a few milliseconds, while the main one imports."""
 LOOK_AGAIN = 5.0
 """Seconds after which a rank looks for its next job although nobody rang."""
 
@@ -34,6 +37,7 @@ LOOK_AGAIN = 5.0
 def main(group: GroupDir) -> NoReturn:
     """Runs the rank that torchrun's environment names, job after job, and ends the process."""
     die_with_parent(int(os.environ[AGENT_VARIABLE]))
+    sys.setswitchinterval(SWITCH_INTERVAL)
     session: Session | None = None
     for number in itertools.count(1):
         folder = _wait_for_job(group, number)
