@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import mmap
 from contextlib import suppress
 
 import torch
@@ -9,6 +11,16 @@ from torch import Tensor
 
 PORTABLE_AND_MAPPED = 3
 """Every device's streams find it, also what is no copy."""
+
+
+def take_locked(nbytes: int) -> Tensor:
+    """uint8 [nbytes] of new host memory, its pages locked; where they cannot be, copies are slower, not wrong."""
+    host = torch.empty(nbytes, dtype=torch.uint8)
+    # Locking has the system find and clear the pages one after the other; touched first, all of torch's threads do.
+    host[:: mmap.PAGESIZE].zero_()
+    if not lock_pages(host):
+        logging.getLogger(__name__).warning("host memory could not be page-locked; copies to the GPU are slower")
+    return host
 
 
 def lock_pages(host: Tensor, *, mapped: bool = False) -> bool:

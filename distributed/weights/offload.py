@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...wan.checkpoint.weights import local_rows
-from ..parallel.page_locks import lock_pages, unlock_pages
+from ..parallel.page_locks import take_locked, unlock_pages
 
 
 class HostParking:
@@ -49,9 +48,8 @@ class HostParking:
             return
         if self._host is None:
             self._sizes = [storage.nbytes() for storage in self._storages]
-            self._host = torch.empty(sum(self._sizes), dtype=torch.uint8)
-            if self._on_cuda:
-                lock_or_say(self._host)
+            nbytes = sum(self._sizes)
+            self._host = take_locked(nbytes) if self._on_cuda else torch.empty(nbytes, dtype=torch.uint8)
             for storage, copy in zip(self._storages, self._host.split(self._sizes), strict=True):
                 copy.copy_(_bytes_of(storage))
         for storage in self._storages:
@@ -126,12 +124,6 @@ class HostParking:
         if self._on_cuda and self._host is not None:
             unlock_pages(self._host)
         self._host = None
-
-
-def lock_or_say(host: Tensor) -> None:
-    """`lock_pages`; without it a copy is slower, not wrong."""
-    if not lock_pages(host):
-        logging.getLogger(__name__).warning("host memory could not be page-locked; copies to the GPU are slower")
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:

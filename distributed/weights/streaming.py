@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ...wan.checkpoint.weights import take_memory
 from ...wan.transformer.transformer import WanModel
-from ..parallel.page_locks import unlock_pages
-from .offload import HostParking, lock_or_say
+from ..parallel.page_locks import take_locked, unlock_pages
+from .offload import HostParking
 
 ALIGNMENT = 256
 """Bytes between the beginnings of a block's tensors: what the fastest kernels ask for."""
@@ -120,10 +120,7 @@ class BlockStream:
         for index, slab in enumerate(left):
             if slab.numel() == size:
                 return left.pop(index)
-        slab = torch.empty(size, dtype=torch.uint8)
-        if self._cuda:
-            lock_or_say(slab)
-        return slab
+        return take_locked(size) if self._cuda else torch.empty(size, dtype=torch.uint8)
 
     def _free(self, slabs: Sequence[Tensor]) -> None:
         for slab in slabs:

@@ -10,10 +10,8 @@ import torch
 from ranks import run_ranks
 from tiny import TINY, TINY_VACE, random_weights, write_official
 from wan_pack.distributed.job.job import Parallel
-from wan_pack.distributed.parallel.page_locks import unlock_pages
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank.expert import Weights, load_expert, relora_expert
-from wan_pack.distributed.weights.offload import lock_or_say
 from wan_pack.distributed.weights.streaming import BlockStream
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.rope import rope_table
@@ -170,35 +168,6 @@ def test_weights_outside_of_the_blocks_can_be_replaced_while_the_model_is_parked
         model.head.head.weight.mul_(2)
         model.head.head.bias.mul_(2)
     torch.testing.assert_close(velocity(model), 2 * before)
-
-
-def test_memory_that_cannot_be_locked_leaves_no_error_for_the_next_kernel(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    """CUDA reports a failed call once more, at the next check: something must take it before a forward does."""
-    pending: list[str] = []
-
-    class Cudart:
-        def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
-            pending.append("cudaErrorNotPermitted")
-            return 800
-
-        def cudaHostUnregister(self, pointer: int) -> int:
-            pending.append("cudaErrorHostMemoryNotRegistered")
-            return 713
-
-    def ones(*shape: int, device: str) -> None:
-        if pending:
-            raise RuntimeError(f"CUDA error: {pending.pop()}")
-
-    monkeypatch.setattr(torch.cuda, "cudart", Cudart)
-    host = torch.empty(8)
-    monkeypatch.setattr(torch, "ones", ones)
-    lock_or_say(host)
-    assert not pending
-    assert "could not be page-locked" in caplog.text
-    unlock_pages(host)
-    assert not pending
 
 
 def test_compiled_segments_read_the_buffers(checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch):
