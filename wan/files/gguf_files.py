@@ -86,7 +86,7 @@ class GgufFile:
                     raise ValueError(f"{path} is not a GGUF file: it is {describe_file(path)}")
                 try:
                     self._parse(_Header(file))
-                except (ValueError, struct.error) as error:
+                except ValueError as error:
                     raise ValueError(f"{path} is a damaged or truncated GGUF file: {brief(error)}") from error
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -208,7 +208,7 @@ class GgufFile:
         import gguf
         import numpy as np
 
-        for type_name, (_, size) in sorted({(tensor.type_name, tensor.block) for tensor in self.tensors.values()}):
+        for type_name, (_, size) in dict.fromkeys((tensor.type_name, tensor.block) for tensor in self.tensors.values()):
             try:
                 gguf.quants.dequantize(np.zeros((1, size), dtype=np.uint8), gguf.GGMLQuantizationType[type_name])
             except NotImplementedError as error:
@@ -219,7 +219,7 @@ class GgufFile:
 
 
 class _Header:
-    """Reads values in order, never more than the file or a header has. Raises ValueError, struct.error or OSError."""
+    """Reads values in order, never more than the file or a header has. Raises ValueError or OSError."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -236,8 +236,11 @@ class _Header:
         if size > self._end - self.position:
             limit = "the file" if self._end == self.file_size else f"a header's limit of {MAX_HEADER_BYTES} bytes"
             raise ValueError(f"its header needs {size} bytes at byte {self.position}, beyond {limit}")
+        data = self._file.read(size)
+        if len(data) < size:
+            raise ValueError(f"it ended at byte {self.position + len(data)} while it was read")
         self.position += size
-        return self._file.read(size)
+        return data
 
     def numbers(self, formats: str) -> tuple[Any, ...]:
         return struct.unpack("<" + formats, self.take(struct.calcsize("<" + formats)))

@@ -42,7 +42,7 @@ def sentencepiece_model(gguf: GgufFile) -> bytes:
     assert carries_tokenizer(gguf)
     try:
         return _put_together(gguf)
-    except (ValueError, OverflowError, struct.error) as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{gguf.path} carries a damaged tokenizer: {brief(error)}") from error
 
 

@@ -24,7 +24,7 @@ def clean(text: str) -> str:
     else:
         text = ftfy.fix_text(text)
     # Twice: text copied from web pages is often escaped twice.
-    text = html.unescape(html.unescape(text)).strip()
+    text = html.unescape(html.unescape(text))
     return re.sub(r"\s+", " ", text).strip()
 
 

@@ -64,12 +64,8 @@ def _check_size(nbytes: int, limit: int) -> None:
 def _varint(data: bytes, position: int) -> tuple[int, int]:
     """A number in sevens of bits, lowest first, and the position behind it."""
     value = 0
-    for shift in range(0, 70, 7):
-        if position >= len(data):
-            break
-        byte = data[position]
-        position += 1
-        value |= (byte & 127) << shift
+    for number, byte in enumerate(data[position : position + 10]):
+        value |= (byte & 127) << 7 * number
         if byte < 128:
-            return value, position
+            return value, position + number + 1
     raise ValueError("it is not a SentencePiece model, or cut")
