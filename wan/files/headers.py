@@ -137,7 +137,7 @@ def describe_file(path: str | Path) -> str:
         return "a zip archive (a PyTorch checkpoint, .pth or .pt, is one)"
     if start.startswith(b"GGUF"):
         return "a GGUF file"
-    if start[:1] == b"\x80" and 2 <= start[1] <= 5:
+    if start[:1] == b"\x80" and b"\x02" <= start[1:2] <= b"\x05":
         return "a Python pickle"
     if text.startswith((b"{", b"[")):
         return "a JSON file"
