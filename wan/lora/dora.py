@@ -35,8 +35,9 @@ class Decomposed:
             changed = base.clone()
             add_change(changed, start, base)
             # A row of zeros has no direction; it stays one.
-            found = torch.linalg.vector_norm(changed, dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-            changed.mul_(lengths[start : start + rows.shape[0]] / found)
+            found = torch.linalg.vector_norm(changed, dim=1, keepdim=True).clamp_min(torch.finfo(changed.dtype).tiny)
+            # Not by their quotient, which may be beyond all floats.
+            changed.div_(found).mul_(lengths[start : start + rows.shape[0]])
             rows.add_(changed.sub_(base), alpha=self.strength)
 
         return add
