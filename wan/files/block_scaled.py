@@ -80,7 +80,7 @@ class BlockScaled(Unpacked):
         if self.factor is not None:
             factor = torch.empty(self.factor.shape, dtype=self.factor.dtype)
             self.factor.read_into(factor)
-            values = values * factor.float().view(())
+            values = values * factor.view(())
         if not values.isfinite().all():
             raise ValueError(f"{self.scales.path} is damaged: a weight's scale is not a finite number")
         return values.view(across)
