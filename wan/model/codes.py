@@ -68,9 +68,9 @@ def spread_codes(x: Tensor, weight: Tensor, dtype: torch.dtype) -> HeadCodes:
         dtype: of the products with the matrix.
     """
     head_dim = x.shape[-1]
-    bound = torch.linalg.vector_norm(weight.float().unflatten(0, (-1, head_dim)), ord=float("inf"), dim=1)
+    bound = torch.linalg.vector_norm(weight.unflatten(0, (-1, head_dim)), ord=float("inf"), dim=1)
     scale = (bound * (math.sqrt(weight.numel()) / LARGEST)).clamp_min(LEAST_BOUND)
-    spread = (x.to(dtype) @ hadamard(head_dim, x.device, dtype)).float()
+    spread = x.to(dtype) @ hadamard(head_dim, x.device, dtype)
     codes = spread * (1 / (scale * math.sqrt(head_dim)))[:, None]
     return HeadCodes(codes.clamp(-LARGEST, LARGEST).to(E4M3), scale)
 

@@ -170,4 +170,4 @@ def _multiply_unpacked(
     y = F.linear(x.codes.float(), weight.float()) * x.scale
     if scale is not None:
         y = y * scale.t()
-    return (y if bias is None else y + bias.float()).to(out)
+    return (y if bias is None else y + bias).to(out)

@@ -85,19 +85,20 @@ def add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """x: [S, C] -> normed over all heads together and times `weight` [C], in float32, then in the dtype of x."""
-    return F.rms_norm(x.float(), weight.shape, weight.float(), EPS).to(x.dtype)
+    """x: [S, C] -> normed over all heads together and times `weight` [C] float32, then in the dtype of x."""
+    return F.rms_norm(x.float(), weight.shape, weight, EPS).to(x.dtype)
 
 
 def rotate(x: Tensor, weight: Tensor, rope: Rope, head_dim: int) -> Tensor:
-    """x: [S, C], a projection to queries or keys -> [S, H, D]: normed over all heads, rotated, rounded to x's dtype."""
-    normed = F.rms_norm(x.float(), weight.shape, weight.float(), EPS)
+    """x: [S, C], a projection to queries or keys -> [S, H, D]: normed over all heads, with `weight` [C] in float32,
+    rotated, rounded to the dtype of x."""
+    normed = F.rms_norm(x.float(), weight.shape, weight, EPS)
     return apply_rope(normed.unflatten(-1, (-1, head_dim)), *rope).to(x.dtype)
 
 
 def rotate_codes(x: Tensor, weight: Tensor, rope: Rope, head_dim: int) -> HeadCodes:
     """What `rotate` returns, times the Hadamard matrix, as codes (codes.spread_codes)."""
-    normed = F.rms_norm(x.float(), weight.shape, weight.float(), EPS)
+    normed = F.rms_norm(x.float(), weight.shape, weight, EPS)
     return spread_codes(apply_rope(normed.unflatten(-1, (-1, head_dim)), *rope), weight, x.dtype)
 
 

@@ -39,14 +39,14 @@ def rope_table(
     third = head_dim // 6
     angles = []
     for position, pairs in zip(positions, (head_dim // 2 - 2 * third, third, third), strict=True):
-        exponent = torch.arange(pairs, dtype=torch.float64, device=device) / max(pairs, 1)
+        exponent = torch.arange(pairs, dtype=torch.float64, device=device) / pairs
         angles.append(torch.outer(position.double(), THETA**-exponent))
     angle = torch.cat(angles, dim=1).masked_fill_(padding[:, None], 0.0)
     return angle.cos().float(), angle.sin().float()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates interleaved channel pairs. x: [S, H, D], any float dtype; cos, sin: [S, D/2]. Returns float32."""
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    """Rotates interleaved channel pairs. x: [S, H, D], float32; cos, sin: [S, D/2]."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)

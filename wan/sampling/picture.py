@@ -26,8 +26,7 @@ def fit_image(image: Tensor, width: int, height: int, variant: Variant) -> Tenso
     if image.dim() != 3 or image.shape[-1] != 3:
         raise ValueError(f"the image has shape {list(image.shape)}; it must be [H, W, 3]")
     rows, cols = image.shape[:2]
-    scale = max(width / cols, height / rows)
-    covering = max(round(rows * scale), height), max(round(cols * scale), width)
+    covering = _covering(rows, cols, width, height)
     if variant.image_channels and max(covering[0] - height, covering[1] - width) < STRETCHED:
         covering = height, width
     picture = image.float().cpu().permute(2, 0, 1)
@@ -40,12 +39,17 @@ def fit_image(image: Tensor, width: int, height: int, variant: Variant) -> Tenso
 def fit_mask(mask: Tensor, width: int, height: int) -> Tensor:
     """Scales masks [F, H, W] to cover the frame and cuts off what is over, as `fit_image` does to a picture."""
     rows, cols = mask.shape[1:]
-    scale = max(width / cols, height / rows)
-    covering = max(round(rows * scale), height), max(round(cols * scale), width)
+    covering = _covering(rows, cols, width, height)
     if covering != (rows, cols):
         mask = F.interpolate(mask[:, None], size=covering, mode="bilinear")[:, 0]
     top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
     return mask[:, top : top + height, left : left + width].clamp(0, 1)
+
+
+def _covering(rows: int, cols: int, width: int, height: int) -> tuple[int, int]:
+    """Rows and columns of the smallest picture of a shape that covers the frame."""
+    scale = max(width / cols, height / rows)
+    return round(rows * scale), round(cols * scale)
 
 
 def _bicubic(picture: Tensor, size: tuple[int, int]) -> Tensor:
@@ -58,4 +62,4 @@ def _lanczos(picture: Tensor, size: tuple[int, int]) -> Tensor:
 
     pixels = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     resized = Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1) / 255

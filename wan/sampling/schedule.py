@@ -135,7 +135,8 @@ class DPMSolverPlusPlus(Solver):
 
 
 def _log_snr(sigma: float) -> float:
-    return math.inf if sigma == 0 else -math.inf if sigma >= 1 else math.log1p(-sigma) - math.log(sigma)
+    """Of a level over 0."""
+    return -math.inf if sigma >= 1 else math.log1p(-sigma) - math.log(sigma)
 
 
 class Euler(LibrarySolver):

@@ -10,6 +10,7 @@ that a threshold means the same; the means are over all tokens of the first pass
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,6 +18,14 @@ from .denoise import Predict
 
 START, END = 0.15, 0.95
 """Part of the schedule's steps from which on, and up to which, one may be reused."""
+
+
+class _Evaluation(NamedTuple):
+    tokens: Tensor
+    velocities: Sequence[Tensor]
+    """Of each pass."""
+    size: float
+    """The mean one of the first pass's."""
 
 
 class StepCache:
@@ -41,12 +50,9 @@ class StepCache:
 
     def _begin(self, expert: str) -> None:
         self._expert = expert
-        self._tokens: Tensor | None = None
-        self._velocity: Tensor | None = None
-        self._size = 0.0
+        self._last: _Evaluation | None = None
         self._rate: float | None = None
         self._moved = 0.0
-        self._differences: list[Tensor] = []
 
     def __call__(self, expert: str, tokens: Tensor, timestep: float, passes: tuple[bool, ...]) -> Sequence[Tensor]:
         """One step: see `Predict`."""
@@ -57,18 +63,16 @@ class StepCache:
         within = START * self._schedule_steps <= index < END * self._schedule_steps
         if not within or self._threshold == 0:
             return self._predict(expert, tokens, timestep, passes)
-        moved = None
-        if self._tokens is not None:
-            moved = self._mean(tokens - self._tokens)
-            if self._rate is not None and self._size > 0:
-                self._moved += self._rate * moved / self._size
-                if self._moved < self._threshold:
-                    self.reused.append(index)
-                    return [tokens + difference for difference in self._differences]
-                self._moved = 0.0
+        last = self._last
+        moved = 0.0 if last is None else self._mean(tokens - last.tokens)
+        if last is not None and self._rate is not None and last.size > 0:
+            self._moved += self._rate * moved / last.size
+            if self._moved < self._threshold:
+                self.reused.append(index)
+                return [tokens + (velocity - last.tokens) for velocity in last.velocities]
+            self._moved = 0.0
         velocities = self._predict(expert, tokens, timestep, passes)
-        if moved and self._velocity is not None:
-            self._rate = self._mean(velocities[0] - self._velocity) / moved
-        self._tokens, self._velocity, self._size = tokens, velocities[0], self._mean(velocities[0])
-        self._differences = [velocity - tokens for velocity in velocities]
+        if last is not None and moved > 0:
+            self._rate = self._mean(velocities[0] - last.velocities[0]) / moved
+        self._last = _Evaluation(tokens, velocities, self._mean(velocities[0]))
         return velocities

@@ -83,11 +83,11 @@ class Camera:
         """x: a rank's tokens as embedded, [S, C] float32."""
         assert self.rows is not None, "the camera is on a rank"
         if self._embedded is not None:
-            return x + self._embedded.float()
+            return x + self._embedded
         # Frame by frame: a video's are as large as its residual stream many times over.
         frames = [adapter(frame.to(x.device)) for frame in self.values]
         embedded = torch.cat(frames)[self.rows]
         del frames
         if self.keep:
             self._embedded = embedded
-        return x + embedded.float()
+        return x + embedded

@@ -85,8 +85,7 @@ def upsample(total: Sum, of: int, out: Tensor) -> None:
         total: [T, H, W, of * C]; each frame holds `of` frames that follow each other.
     """
     x = add(total)
-    frames, height, width, channels = x.shape
-    x = x.view(frames, height, width, of, channels // of).permute(0, 3, 1, 2, 4).flatten(0, 1)
+    x = x.unflatten(-1, (of, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
     out.copy_(x.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2))
 
 
