@@ -48,6 +48,29 @@ def test_a_reference_picture_is_encoded_by_itself_and_one_that_is_encoded_stays_
     assert build({}).conditions.reference is None
 
 
+def test_nothing_stays_but_what_a_model_keeps_and_is_given():
+    """A picture stays in the latents of models that keep frames, and a mask is of given latents."""
+    picture, mask = torch.rand(3, 32, 48), torch.zeros(3, 4, 6)
+    assert build({"start_image": picture, "noise_mask": mask}).known is None
+    samples = {"samples": torch.zeros(16, 3, 4, 6)}
+    assert build(samples).known is None and build(samples | {"noise_mask": mask}).known_mask is not None
+
+
+def test_a_vace_model_that_is_given_nothing_makes_all_of_the_videos_frames():
+    sizes = []
+
+    def watched(video: torch.Tensor) -> torch.Tensor:
+        sizes.append(video.shape)
+        return encode(video)
+
+    made = build_conditioning(
+        {}, torch.zeros(16, 3, 4, 6), variant=VARIANTS["VACE"], num_frames=9, sigma=1.0, add_noise=True, encode=watched
+    ).conditions
+    (control,) = made.controls
+    assert sizes == [(1, 3, 9, 32, 48)] * 2 and control.strength == 1 and made.image is None
+    assert control.values.shape == (96, 3, 4, 6) and not control.values[:32].any() and control.values[32:].eq(1).all()
+
+
 def test_what_a_step_expects_keeps_what_is_known():
     """Also where the model says otherwise of it."""
     start, mask = torch.randn(4, 64), torch.zeros(4, 64, dtype=torch.bool)
@@ -73,7 +96,13 @@ def test_what_a_vae_of_another_precision_encodes_is_float32(dtype: torch.dtype):
     (control,) = build_controls(
         {"control_video": torch.rand(3, 9, 32, 48), "reference_images": pictures}, (9, 32, 48), other
     )
-    (plain,) = build_controls({"control_video": torch.rand(3, 9, 32, 48)}, (9, 32, 48), other)
+    mask = torch.ones(9, 32, 48, dtype=dtype)
+    (plain,) = build_controls({"control_video": torch.rand(3, 9, 32, 48), "control_mask": mask}, (9, 32, 48), other)
+    first = build_conditioning(
+        {"start_image": pictures[0]}, torch.zeros(48, 3, 2, 3), variant=VARIANTS["TI2V-5B"], num_frames=9, sigma=1.0,
+        add_noise=True, encode=lambda video: torch.full((1, 48, 1, 2, 3), 0.5, dtype=dtype),
+    )  # fmt: skip
+    assert first.known is not None and first.known.dtype == torch.float32 and first.known[:, 0].eq(0.5).all()
     made = build(
         {"reference_images": pictures, "start_image": pictures[0], "control_video": pictures.transpose(0, 1)},
         encode=other,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -76,3 +76,31 @@ def test_latents_that_stand_still_are_no_division_by_zero():
     for index in range(10):
         cache(HIGH_NOISE, torch.ones(2, 3), float(index), (True,))
     assert cache.reused == []
+
+
+def reused_by(answer: Callable[[Tensor], Tensor], threshold: float) -> list[int]:
+    """Steps 0 to 19 of 20, with tokens that go up by 1 a step."""
+    cache = StepCache(
+        lambda expert, tokens, timestep, passes: [answer(tokens)], threshold=threshold, steps=range(20),
+        schedule_steps=20, mean=mean,
+    )  # fmt: skip
+    for index in range(20):
+        cache(HIGH_NOISE, torch.full((2, 3), float(index)), float(index), (True,))
+    return cache.reused
+
+
+def test_what_moves_as_much_as_the_threshold_is_asked_for():
+    """Half of what the input moves: 0.5 of an output of 2 at step 4, that is 0.25, exactly."""
+    assert reused_by(lambda tokens: tokens / 2, 0.25)[0] == 6
+    assert reused_by(lambda tokens: tokens / 2, 0.26)[0] == 5
+
+
+def test_a_model_that_says_nothing_is_no_division_by_zero():
+    assert reused_by(torch.zeros_like, 1e9) == []
+
+
+def test_an_expert_begins_as_if_no_other_had_been():
+    """With nothing of what the other's tokens had moved since it was asked."""
+    joint = run(0.07, range(20), 20, experts="h" * 7 + "l" * 13)[1]
+    alone = run(0.07, range(7, 20), 20, experts="l" * 13)[1]
+    assert joint == [5, 6, *alone] and alone[0] == 9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +51,26 @@ def test_sizes_follow_from_the_latents():
     assert KINDS["face"].shape(TINY_ANIMATE, LATENTS) == (3, 5, 512, 512)
     # A single latent frame is who is shown.
     assert not KINDS["pose"].fits((16, 1, 6, 8), (1, 6, 8), WAN21.stride)
+
+
+def test_kinds_are_said_by_what_they_count():
+    config = replace(TINY_ANIMATE, camera_dim=24 * 64, control_dim=96, reference_dim=16)
+    found = {
+        name: (kind.channels(config), kind.axes, kind.of_several_sizes, kind.most, kind.in_front)
+        for name, kind in KINDS.items()
+    }
+    assert found == {
+        "picture": (64, "latent frames, rows, columns", False, 1, 0),
+        "controls": (96, "latent frames, rows, columns", False, 16, 0),
+        "reference": (16, "latent frames, rows, columns", True, 1, 1),
+        "camera": (24, "latent frames, height, width", False, 1, 0),
+        "pose": (16, "latent frames, rows, columns", True, 1, 0),
+        "face": (3, "frames, 512, 512", True, 1, 0),
+    }
+    picture = KINDS["picture"]
+    assert [picture.fits(shape, LATENTS, 8) for shape in ((257, 64), (1, 257, 64), (64,))] == [True, False, False]
+    assert not KINDS["face"].fits((3, 5, 512), LATENTS, 8)
+    assert [bool(kind.needed) for kind in KINDS.values()] == [True, True, False, False, False, False]
 
 
 def words_of(path: Path) -> set[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from wan_pack.distributed.parallel.sequence import SequenceShard
+from wan_pack.wan.transformer.animate import Pose
+from wan_pack.wan.transformer.camera import Camera
 from wan_pack.wan.transformer.conditions import NONE, Conditions
 from wan_pack.wan.transformer.patch_embedding import PatchEmbedding
 from wan_pack.wan.transformer.reference import Reference
@@ -45,6 +47,26 @@ def test_every_rank_has_its_tokens_of_the_picture(world: int, shuffled: bool):
         assert int((reference.taken_out(torch.ones_like(x))[:, 0] == 0).sum()) == len(reference.values)
     whole = torch.cat(parts)[:45]
     torch.testing.assert_close(whole, expected if order is None else expected[order])
+
+
+def test_what_is_put_into_the_residual_is_float32_whatever_the_products_are_in():
+    """Also behind a camera and a pose."""
+    latents, x = noise(3, 16, 1, 6, 10), noise(4, 45, 8)
+
+    def here(tokens: torch.Tensor) -> torch.Tensor:
+        return tokens
+
+    exact = Reference(latents).on_rank(here, 45).put_into(x, embedding())
+    rounded = Reference(latents).on_rank(here, 45).put_into(x, embedding().bfloat16())
+    assert rounded.dtype == torch.float32 and torch.equal(rounded[15:], x[15:])
+    torch.testing.assert_close(rounded, exact, rtol=2e-2, atol=0.2)
+    pose = Pose(noise(5, 16, 2, 6, 10)).on_rank(here, 45)
+    added = [pose.added_to(x, embedding().to(dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    assert added[1].dtype == torch.float32 and torch.equal(added[1][:15], x[:15])
+    torch.testing.assert_close(added[1], added[0], rtol=2e-2, atol=0.2)
+    camera = Camera(noise(6, 2, 3, 48, 80), 8).on_rank(here, 45)
+    for _ in range(2):
+        assert camera.added_to(x, lambda frame: torch.ones(15, 8).bfloat16()).equal(x + 1)
 
 
 def test_what_is_sampled_is_the_video_alone():

@@ -18,6 +18,7 @@ from wan_pack.wan.files.diffusers_keys import to_official
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.config import config_from_shapes
 from wan_pack.wan.model.linear import FP8_PRODUCTS
+from wan_pack.wan.model.patch import patchify
 from wan_pack.wan.model.rope import rope_table
 from wan_pack.wan.transformer.conditions import Beside
 from wan_pack.wan.transformer.context import Context, pad_text
@@ -92,6 +93,13 @@ def test_text_is_kept_for_both_kinds_of_blocks():
     first, second = (model(noise(3, 45, 64), torch.tensor([700.0]), text, rope, beside=told) for _ in range(2))
     assert torch.equal(first, second)
     assert len(text._keys_values) == len(TINY_VACE.block_names)
+
+
+def test_a_ranks_part_of_a_control_is_no_part_of_the_memory_of_the_whole():
+    latents = noise(1, 96, 3, 6, 10)
+    part = Control(latents, 0.5).on_rank(lambda tokens: tokens[15:30], 45)
+    assert part.strength == 0.5 and torch.equal(part.values, patchify(latents)[15:30])
+    assert part.values.untyped_storage().nbytes() == 15 * 4 * 96 * 4
 
 
 # Files

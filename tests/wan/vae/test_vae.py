@@ -62,6 +62,10 @@ def test_parts_of_any_size_give_what_diffusers_gives(case: str, monkeypatch: pyt
         assert _difference(torch.cat(parts, dim=1)[None], decoded) < 2e-6, size
         assert _difference(encode(vae, io["video"]), encoded) < 1e-6, size
         channels_last(vae)
+    for conv in vae.modules():
+        if isinstance(conv, (torch.nn.Conv2d, torch.nn.Conv3d)):
+            flat = isinstance(conv, torch.nn.Conv2d)
+            assert conv.weight.is_contiguous(memory_format=torch.channels_last if flat else torch.channels_last_3d)
     assert lengths == {1, 2, 9}
 
 
