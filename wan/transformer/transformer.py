@@ -165,7 +165,7 @@ class WanModel(nn.Module):
                 main.append(Stream(x if added is None else x + added))
                 del x, added
             if controls and i in self.config.vace_layers:
-                streams = streams or [self.vace_patch_embedding(control.values).float() for control in controls]
+                streams = streams or [self.vace_patch_embedding(control.values) for control in controls]
                 strengths = [control.strength for control in controls]
                 vace = self.vace_blocks[self.config.vace_layers.index(i)]
                 hint = vace(streams, begin, strengths, e6, which, rope, attended)

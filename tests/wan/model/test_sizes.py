@@ -90,6 +90,7 @@ def test_models_that_are_called_the_same_are_told_apart_by_all_that_differs():
     [
         (WAN21, (832, 480, 81), (16, 21, 60, 104), 16), (WAN22, (1280, 704, 121), (48, 31, 44, 80), 32),
         (WAN21, (16, 32, 1), (16, 1, 4, 2), 16),
+        (WAN21, (839, 487, 84), (16, 21, 60, 104), 16),
     ],
 )  # fmt: skip
 def test_latents_of_a_video(space, size: tuple[int, int, int], shape: tuple[int, ...], token: int):

@@ -65,6 +65,8 @@ def test_its_last_norm_is_computed_in_float32():
     # What a norm in float32 makes of rows is of mean 0 to its precision.
     plain = (made - last.bias) / last.weight
     assert plain.mean(1).abs().max() < 1e-4
+    # And so is the first one, whatever the features come in.
+    assert torch.equal(model.img_emb(features.half()), model.img_emb(features.half().float()))
 
 
 @pytest.mark.parametrize("config", [I2V, FLF2V], ids=["I2V", "FLF2V"])

@@ -15,7 +15,7 @@ from wan_pack.wan.model.patch import patchify, token_grid
 from wan_pack.wan.sampling.denoise import Guidance, Known, denoise
 from wan_pack.wan.sampling.schedule import make_solver
 from wan_pack.wan.vae.autoencoder import load_vae
-from wan_pack.wan.vae.preview import PreviewMap, fit_preview, is_due, preview_of_vae, smooth_noise
+from wan_pack.wan.vae.preview import PreviewMap, fit_preview, is_due, preview_of_vae, smooth_noise, training_video
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -151,3 +151,42 @@ def test_the_noise_that_a_preview_is_fitted_to_varies_in_every_channel():
     rows = made.flatten(2)[0]
     assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 0.7, "each its own"
     assert (made[..., 1:] - made[..., :-1]).square().mean() < 1.0, "neighbours are alike"
+
+
+def test_the_wish_for_a_small_map_weighs_as_much_as_a_channel_of_that_mean_square():
+    """A channel of mean square 1/1000, and nothing else to go by: half of what would fit it."""
+    signs = torch.tensor([1.0, -1.0]).repeat(8).view(1, 1, 4, 4)
+    latents = signs * 1e-3**0.5
+    frames = signs.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(3, 1, 32, 32)
+    weight = fit_preview(latents, frames, 8).weight
+    assert weight.dtype == torch.float32 and weight.shape == (2, 12)
+    torch.testing.assert_close(weight[0], torch.full((12,), 0.5 * 1e-3**-0.5))
+    torch.testing.assert_close(weight[1], torch.zeros(12), rtol=0, atol=1e-6)
+
+
+def test_a_map_is_fitted_on_patches_of_every_size_down_to_its_pixels():
+    video = training_video(64)
+    assert video.shape == (1, 3, 5, 64, 64) and video.abs().max() < 1 and torch.equal(video, training_video(64))
+    assert torch.equal(video, video[:, :, :1].expand_as(video)), "a still picture"
+    cells = video[0, :, 0].unflatten(2, (16, 4)).unflatten(1, (16, 4))
+    assert torch.equal(cells, cells[:, :, :1, :, :1].expand_as(cells))
+    cells = cells[:, :, 0, :, 0].double()
+    # The mean of four cells says no more of a cell than the coarser patches: each scale adds its own.
+    for side in (16, 8, 4, 2):
+        inside = cells.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        cells = inside.mean((2, 4))
+        assert (inside - cells[:, :, None, :, None]).std() > 0.1, side
+
+
+def test_pictures_of_bf16_latents_are_those_of_the_same_in_float32():
+    preview = fit_preview(noise(16, 2, 16, 16), noise(3, 2, 128, 128, seed=1).clamp(-1, 1), 8)
+    latents = noise(16, 4, 6).bfloat16()
+    picture = preview.picture(latents)
+    assert picture.dtype == torch.uint8 and torch.equal(picture, preview.picture(latents.float()))
+
+
+def test_levels_of_a_picture_are_rounded_and_end_at_black_and_white():
+    weight = torch.zeros(2, 3)
+    weight[0] = 1.0
+    made = PreviewMap(weight).picture(torch.tensor([[[-2.0, -1.0, 0.0], [0.005, 1.0, 2.0]]]))
+    assert made[..., 0].tolist() == [[0, 0, 128], [128, 255, 255]] and made.shape == (2, 3, 3)

@@ -75,3 +75,25 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
         writer._file = Full()  # type: ignore[assignment]
         writer.write(_frames())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_frames_of_half_precision_are_rounded_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    frames = _frames().to(dtype)
+    for name, given in (("half", frames), ("float", frames.float())):
+        with FramesWriter(tmp_path / name) as writer:
+            writer.write(given)
+    assert (tmp_path / "half").read_bytes() == (tmp_path / "float").read_bytes()
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "frames"
+    with FramesWriter(path) as writer:
+        writer.write(_frames())
+    size = path.stat()
+    path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(Path, "stat", lambda self, **more: size)
+    with pytest.raises(ValueError, match="frames has become shorter"):
+        read_frames(path, **SIZE)
