@@ -27,14 +27,12 @@ class Stream(NamedTuple):
 
     x: Tensor
     """[S, C], float32."""
-    y: Tensor | None = None
-    """[S, C], in the dtype of the products; None: x is all of it."""
-    gate: Tensor | None = None
-    """[1, C] or [S, C]."""
+    added: tuple[Tensor, Tensor] | None = None
+    """y, [S, C] in the dtype of the products, and its gate, [1, C] or [S, C]; None: x is all of it."""
 
     def sum(self, ops: Ops) -> Tensor:
         """[S, C], float32."""
-        return self.x if self.y is None or self.gate is None else ops.add(self.x, self.y, self.gate)
+        return self.x if self.added is None else ops.add(self.x, *self.added)
 
 
 class Block(nn.Module):
@@ -84,7 +82,7 @@ class Block(nn.Module):
         y = attn.o(ops.cast(y.flatten(-2), attn.o.input_dtype))
         x, normed = ops.add_norm(x, y, gate, norm3.weight, norm3.bias, cross.q.input_dtype)
         x, normed = ops.add_norm(x, cross(normed, kv, ops), None, 1 + scale, shift, self._ffn_layers()[0].input_dtype)
-        return Stream(x, self._feed_forward(normed), ffn_gate)
+        return Stream(x, (self._feed_forward(normed), ffn_gate))
 
     def _ffn_layers(self) -> tuple[Linear, Linear]:
         up, _, down = self.ffn
@@ -110,11 +108,12 @@ class Block(nn.Module):
         Args:
             attended: the text and the picture, as the model embeds them.
         """
-        x, y, gate = streams.pop()
-        if y is None or gate is None:
+        x, added = streams.pop()
+        if added is None:
             inputs = self.attention_inputs(x, e, which)
         else:
-            x, inputs = self.summed_inputs(x, y, gate, e, which)
+            x, inputs = self.summed_inputs(x, *added, e, which)
+        del added
         y = self.self_attn.attend(inputs, rope, self.ops)
         del inputs
         return self.attention_outputs(x, y, e, which, self.cross_attn.keys_values(attended))

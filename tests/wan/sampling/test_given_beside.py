@@ -21,9 +21,11 @@ def encode(video: torch.Tensor) -> torch.Tensor:
     return video.mean() * torch.ones(1, 16, frames, video.shape[3] // 8, video.shape[4] // 8)
 
 
-def build(inputs: dict[str, torch.Tensor], encode: Callable[[torch.Tensor], torch.Tensor] = encode) -> Conditioning:
+def build(
+    inputs: dict[str, torch.Tensor], encode: Callable[[torch.Tensor], torch.Tensor] = encode, name: str = "Fun-Control"
+) -> Conditioning:
     return build_conditioning(
-        inputs, torch.zeros(16, 3, 4, 6), variant=VARIANTS["Fun-Control"], num_frames=9, sigma=1.0, add_noise=True,
+        inputs, torch.zeros(16, 3, 4, 6), variant=VARIANTS[name], num_frames=9, sigma=1.0, add_noise=True,
         encode=encode,
     )  # fmt: skip
 
@@ -107,5 +109,7 @@ def test_what_a_vae_of_another_precision_encodes_is_float32(dtype: torch.dtype):
         {"reference_images": pictures, "start_image": pictures[0], "control_video": pictures.transpose(0, 1)},
         encode=other,
     ).conditions
+    whole = build({"start_image": pictures[0]}, other, "I2V").conditions.image
+    assert whole is not None and whole.dtype == torch.float32
     assert made.image is not None and made.reference is not None
     assert {each.dtype for each in (control.values, plain.values, made.image, made.reference.values)} == {torch.float32}

@@ -89,6 +89,18 @@ def test_a_sum_left_to_the_next_block_has_the_bits_of_one_made_at_once(monkeypat
     assert len(sums) == 1 + TINY.num_layers and torch.equal(left, at_once)
 
 
+def test_what_is_normed_is_float32_from_the_first_block_on():
+    model, dtypes = tiny_model(torch.bfloat16), set()
+    counting = dataclasses.replace(
+        PLAIN, norm=lambda x, *given: (dtypes.add(x.dtype), PLAIN.norm(x, *given))[1],
+        add_norm=lambda x, y, *given: (dtypes.add(x.dtype), PLAIN.add_norm(x, y, *given))[1],
+    )  # fmt: skip
+    for block in model.running_order:
+        block.ops = counting
+    evaluate(model, Context(prompt()))
+    assert dtypes == {torch.float32}
+
+
 def test_kept_text_changes_nothing():
     model = tiny_model()
     kept = Context(prompt())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from wan_pack.wan.vae import vae_coder, vae_ops
 from wan_pack.wan.vae.autoencoder import decode_frames, encode, load_vae
-from wan_pack.wan.vae.vae_coder import Decoder, Encoder
+from wan_pack.wan.vae.vae_coder import ALIGNMENT, Decoder, Encoder, Stage
 from wan_pack.wan.vae.vae_input import FrameParts
 from wan_pack.wan.vae.vae_layers import CausalConv, Tools, WholePicture
 from wan_pack.wan.vae.vae_ops import PLAIN, VAE_OPS, Sum, VaeOps
@@ -134,6 +134,26 @@ def test_what_a_stage_holds_is_counted() -> None:
     assert [stage.up for stage in decoder.stages] == [False, True, True, True, False]
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 6])
+def test_no_stage_takes_more_at_once_than_the_last_one_may(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many elements as the last one holds of that many frames; and the first waits for the second."""
+    decoder = Decoder(loaded("vae_wan21"), Tools(WholePicture(), PLAIN))
+    taken: dict[int, list[int]] = {}
+    call = Stage.__call__
+
+    def counted(self: Stage, x: Sum) -> Sum:
+        taken.setdefault(decoder.stages.index(self), []).append(len(x.x))
+        most = decoder.stages[-1].elements(2 * 2 * 8 * 8, at_once)
+        assert self.elements(x.x.shape[1] * x.x.shape[2], len(x.x)) <= most or len(x.x) == 1
+        return call(self, x)
+
+    monkeypatch.setattr(Stage, "__call__", counted)
+    with torch.no_grad():
+        assert sum(part.shape[2] for part in decoder.frames(noise(1, 16, 9, 2, 2), at_once)) == 33
+    assert taken[0] == {1: [3, 3, 3], 2: [4, 5], 6: [9]}[at_once] and sum(taken[4]) == 33
+    assert max(taken[4]) == {1: 1, 2: 2, 6: 6}[at_once]
+
+
 @pytest.mark.parametrize(("at_once", "reads"), [(6, [0, 5, 9, 13, 17]), (9, [0, 9, 17]), (1, [0, 5, 9, 13, 17])])
 def test_an_encoder_reads_a_few_frames_at_a_time(
     at_once: int, reads: list[int], monkeypatch: pytest.MonkeyPatch
@@ -150,3 +170,19 @@ def test_an_encoder_reads_a_few_frames_at_a_time(
         expected = vae.encode(video).latent_dist.parameters
     assert seen == list(pairwise(reads))
     torch.testing.assert_close(moments, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_channels_of_both_ends_are_as_many_as_fast_convolutions_take() -> None:
+    """Those beyond a picture's are zeros, in the layout that they are read in."""
+    vae = loaded("vae_wan21")
+    tools = Tools(WholePicture(), PLAIN)
+    for conv, own in (
+        (Encoder(vae, tools).conv_in, vae.encoder.conv_in), (Decoder(vae, tools).head.conv, vae.decoder.conv_out),
+    ):  # fmt: skip
+        weight = conv.weight
+        assert weight.shape[0] % ALIGNMENT == (own.out_channels if own is vae.encoder.conv_in else 0) % ALIGNMENT
+        assert weight.is_contiguous(memory_format=torch.channels_last_3d)
+        outputs, inputs = own.weight.shape[:2]
+        assert torch.equal(weight[:outputs, :inputs], own.weight) and torch.equal(conv.bias[:outputs], own.bias)
+        assert not weight[outputs:].any() and not weight[:, inputs:].any() and not conv.bias[outputs:].any()
+    assert Encoder(vae, tools).conv_in.weight.shape[1] == Decoder(vae, tools).head.conv.weight.shape[0] == 8
