@@ -55,9 +55,9 @@ def resharded(
 
     def fill(empty: Tensor, taken: Tensor) -> None:
         source, _ = local_rows(held[names[id(empty)]])
-        rows, start = local_rows(taken)
+        rows, row = local_rows(taken)
         if sharded:
-            rows.copy_(source.view(-1)[start : start + rows.numel()].view(rows.shape))
+            rows.copy_(source[row : row + rows.shape[0]])
         else:
             _gather(source, rows, mesh.group)
         # By the stream that has just been told to read it.

@@ -119,22 +119,23 @@ def read_weights(
         return recoded or changes(loras, name, without_products=name in kept and kept[name].lora_rank > 0)
 
     def read(name: str) -> None:
-        rows, start = local_rows(parameters[name])
+        rows, row = local_rows(parameters[name])
         if rows.numel() == 0:
             return
+        start = row * rows[0].numel()
         if mine.staging is None:
             mine.staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=on_cuda)
         layer, _, kind = name.rpartition(".")
         weight = name if kind not in _BESIDE_WEIGHT else f"{layer}.weight"
         if kind in LORA_FACTORS:
-            read_factor(loras, weight, kind, rows, start // rows[0].numel())
+            read_factor(loras, weight, kind, rows, row)
         elif weight == name:
             if name in kept:
                 rows = rows.view(kept[name].dtype)
             if made_here(name):
                 scale = parameters.get(f"{name}_scale")
                 scales = None if scale is None else local_rows(scale)[0]
-                _read_merged(checkpoint, loras, name, kept.get(name), rows, start, scales, mine.staging, device)
+                _read_merged(checkpoint, loras, name, kept.get(name), rows, row, scales, mine.staging, device)
             else:
                 checkpoint.read_into(name, rows, start=start, staging=mine.staging)
         # The scale of such a weight is a new one, written with the weight.
@@ -203,7 +204,7 @@ def _read_merged(
     name: str,
     kept: KeptWeight | None,
     rows: Tensor,
-    start: int,
+    row: int,
     scales: Tensor | None,
     staging: Tensor,
     device: torch.device,
@@ -212,8 +213,11 @@ def _read_merged(
 
     A row of the file's own codes keeps its scale there if what it becomes fits it: what is not changed keeps its bits.
     Computes on `device`, also for rows that wait in host memory.
+
+    Args:
+        row: number of the first of them in the whole weight.
     """
-    per_row = rows.numel() // rows.shape[0]
+    per_row = rows[0].numel()
     stored = checkpoint.codes.get(name)
 
     def read_rows(first: int, count: int) -> Tensor:
@@ -226,10 +230,10 @@ def _read_merged(
     for first in range(0, rows.shape[0], count):
         part = rows[first : first + count]
         values = torch.empty(part.shape, dtype=torch.float32, device=device)
-        checkpoint.read_into(name, values, start=start + first * per_row, staging=staging)
+        checkpoint.read_into(name, values, start=(row + first) * per_row, staging=staging)
         negative = values.signbit()
         merge(
-            loras, name, values, start // per_row + first, read_rows,
+            loras, name, values, row + first, read_rows,
             without_products=kept is not None and kept.lora_rank > 0,
         )  # fmt: skip
         # Zeros have signs in fp8, which they lose in a sum.
@@ -239,7 +243,7 @@ def _read_merged(
             if stored is not None and stored.dtype == kept.dtype:
                 own = torch.ones(part.shape[0], 1, device=device)
                 if stored.scaled:
-                    checkpoint.read_into(f"{name}_scale", own, start=start // per_row + first)
+                    checkpoint.read_into(f"{name}_scale", own, start=row + first)
             if kept.rotated_by:
                 values = rotate_inputs(values, kept.rotated_by)
             values, scales[first : first + count] = quantise_rows(values, kept.dtype, own)
@@ -247,7 +251,7 @@ def _read_merged(
 
 
 def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
-    """This rank's part of a parameter, and the flat index of its first element in the whole."""
+    """This rank's part of a parameter, and the number of its first row in the whole."""
     # A DTensor, known by its placements: naming the class would import it, two seconds that only FSDP needs.
     placements = getattr(parameter, "placements", None)
     if placements is None:
@@ -257,4 +261,4 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
     sharded: Any = parameter
     per_rank = -(-parameter.shape[0] // sharded.device_mesh.size())
     row = min(sharded.device_mesh.get_local_rank() * per_rank, parameter.shape[0])
-    return sharded.to_local(), row * (parameter.numel() // parameter.shape[0])
+    return sharded.to_local(), row

@@ -89,9 +89,9 @@ def fsdp_keeps_only_its_rows(rank: int, world: int, *, folder: str) -> dict[str,
     assert all(isinstance(unit, FSDPModule) for unit in model.units), "each is gathered by itself"
     whole = {name: t for file in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(file).items()}
     for name, parameter in model.named_parameters():
-        rows, start = local_rows(parameter)
-        expected = whole[name].flatten()[start : start + rows.numel()]
-        assert torch.equal(rows.flatten(), expected.to(rows.dtype)), name
+        rows, row = local_rows(parameter)
+        expected = whole[name][row : row + rows.shape[0]]
+        assert torch.equal(rows, expected.to(rows.dtype)), name
     kept = sum(local_rows(p)[0].numel() for p in model.parameters())
     return {"kept": kept, "whole": sum(t.numel() for t in whole.values())}
 

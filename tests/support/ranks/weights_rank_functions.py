@@ -69,9 +69,9 @@ def merged_shards(
     sharded = load_expert(files, loras, parallel=parallel, mesh=mesh, shard=SequenceShard(length=45), device=CPU)
     parameters = dict(whole.named_parameters())
     for name, parameter in sharded.named_parameters():
-        rows, start = local_rows(parameter)
-        expected = parameters[name].flatten()[start : start + rows.numel()]
-        assert torch.equal(rows.flatten().float(), expected.float()), name
+        rows, row = local_rows(parameter)
+        expected = parameters[name][row : row + rows.shape[0]]
+        assert torch.equal(rows.float(), expected.float()), name
     return {name: len(local_rows(parameter)[0]) for name, parameter in sharded.named_parameters()}
 
 

@@ -130,10 +130,10 @@ def test_a_ranks_part_begins_where_the_one_before_ends():
     for rows in (1, 2, 7, 8):
         begin = 0
         for rank in range(4):
-            part, start = local_rows(Shard(torch.zeros(rows, 3), rank, 4))
-            assert start == begin
-            begin += part.numel()
-        assert begin == rows * 3
+            part, row = local_rows(Shard(torch.zeros(rows, 3), rank, 4))
+            assert row == begin
+            begin += part.shape[0]
+        assert begin == rows
     whole = torch.zeros(4, 2)
     assert local_rows(whole)[1] == 0 and local_rows(whole)[0].data_ptr() == whole.data_ptr()
 
