@@ -17,6 +17,7 @@ from wan_pack.wan.lora.alpha import NO_CONFIG, read_adapter_config
 from wan_pack.wan.lora.beside import lora_rank, products, read_factor
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.lora.merging import merge
+from wan_pack.wan.lora.module_names import ModuleNames
 from wan_pack.wan.lora.origin import describe_origin
 from wan_pack.wan.lora.updates import Adder, LowRank, ReadRows
 
@@ -255,3 +256,30 @@ def test_a_report_counts_and_gives_an_example(tmp_path: Path) -> None:
     )
     (update,) = lora.updates[f"{Q}.weight"]
     assert isinstance(update, LowRank) and update.scale == -0.25
+
+
+UNDERSCORED = {
+    "condition_embedder_image_embedder_norm1": "img_emb.proj.0",
+    "condition_embedder_image_embedder_ff_net_0_proj": "img_emb.proj.1",
+    "condition_embedder_image_embedder_ff_net_2": "img_emb.proj.3",
+    "condition_embedder_image_embedder_norm2": "img_emb.proj.4",
+    "condition_embedder_text_embedder_linear_2": "text_embedding.2",
+    "condition_embedder_time_embedder_linear_1": "time_embedding.0",
+    "condition_embedder_time_proj": "time_projection.1",
+    "blocks_1_attn2_add_k_proj": "blocks.1.cross_attn.k_img",
+    "blocks_1_attn2_add_v_proj": "blocks.1.cross_attn.v_img",
+    "blocks_1_attn2_norm_added_k": "blocks.1.cross_attn.norm_k_img",
+    "blocks_1_attn1_norm_k": "blocks.1.self_attn.norm_k",
+    "blocks_0_norm2": "blocks.0.norm3",
+    "vace_blocks_1_attn1_to_out_0": "vace_blocks.1.self_attn.o",
+    "vace_blocks_0_proj_in": "vace_blocks.0.before_proj",
+    "vace_blocks_1_proj_out": "vace_blocks.1.after_proj",
+    "vace_blocks_1_ffn_net_0_proj": "vace_blocks.1.ffn.0",
+}
+
+
+def test_underscored_names_of_every_branch_are_found() -> None:
+    names = ModuleNames([f"{official}.weight" for official in UNDERSCORED.values()])
+    assert {spelled: names.find(spelled) for spelled in UNDERSCORED} == UNDERSCORED
+    assert all(names.find(official.replace(".", "_")) == official for official in UNDERSCORED.values())
+    assert names.find("blocks_2_attn1_to_q") is None

@@ -90,6 +90,7 @@ def test_a_carried_tokenizer_wins(spiece: bytes, tmp_path: Path) -> None:
     )
     assert check_text_encoder_files([tmp_path / "x.safetensors"], [foreign]).spiece_model == "spiece_model"
     encoder = load_text_encoder([tmp_path / "x.safetensors"], [foreign])
+    assert encoder.model.dtype == torch.bfloat16, "as the official code has it"
     assert encoder.tokenizer("a cat") == Tokenizer(spiece)("a cat")
 
 

@@ -177,3 +177,18 @@ def test_rows_of_a_tensor_may_be_read_in_parts(tmp_path: Path):
     out = torch.empty(3)
     _Rows(stored, (2, 4), 8).read_into(out, start=5)
     assert out.tolist() == [13.0, 14.0, 15.0]
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cuda", torch.float16)])
+def test_a_gpu_looks_in_half_precision_as_the_official_code(
+    monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype
+):
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(seen_pictures, "load_clip", lambda files, **how: asked.append(how))
+    monkeypatch.setattr(seen_pictures, "encode_pictures", lambda model, given: torch.zeros(len(given) * 257, 4))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append({"emptied": True}))
+    said: list[str] = []
+    seen = SeenPictures(torch.device(device)).features(["clip"], torch.zeros(2, 3, 224, 224), say=said.append)
+    assert seen.shape == (2 * 257, 4) and said[-1] == "looking at the pictures"
+    loaded, *emptied = asked
+    assert loaded == {"dtype": dtype, "device": torch.device(device)} and len(emptied) == (device == "cuda")
