@@ -97,7 +97,7 @@ def _read(path: Path, file: BinaryIO) -> tuple[dict[str, TensorInfo], int]:
         folder = lists[0].removesuffix("data.pkl")
         # The entry's own head comes before it.
         bounded.left = MAX_INDEX_BYTES + (1 << 17)
-        order = archive.read(f"{folder}byteorder")[:8] if f"{folder}byteorder" in entries else b"little"
+        order = archive.read(f"{folder}byteorder") if f"{folder}byteorder" in entries else b"little"
         if order != b"little":
             raise ValueError(f"its numbers have the byte order {brief(order)}; it must be little")
         listed = interpret(archive.read(index))

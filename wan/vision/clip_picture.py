@@ -29,4 +29,4 @@ def fit_clip_picture(image: Tensor) -> Tensor:
     if picture.shape != CLIP_PICTURE:
         picture = F.interpolate(picture[None], size=CLIP_PICTURE[1:], mode="bicubic")[0]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return ((picture - mean) / std).contiguous()
+    return (picture - mean) / std

@@ -110,10 +110,11 @@ def test_folders_of_experts_are_offered_in_order(tmp_path: Path) -> None:
 def test_the_log_counts_what_is_kept(tmp_path: Path) -> None:
     path, weights = tmp_path / "m.safetensors", random_weights(SINGLE)
     values = {name: tensor.bfloat16() if "blocks.1" in name else tensor for name, tensor in weights.items()}
+    values["head.head.weight"] = values["head.head.weight"].half()
     save_file(values, path)
     kinds = Counter(tensor.dtype for tensor in values.values() if tensor.dim() > 1)
     checkpoint = Checkpoint([path])
-    told = f"{path}: {kinds[torch.float32]} weights in F32, {kinds[torch.bfloat16]} weights in BF16"
+    told = f"{path}: {kinds[torch.float32]} weights in F32, {kinds[torch.bfloat16]} weights in BF16, 1 weights in F16"
     assert kinds[torch.float32] > kinds[torch.bfloat16] and checkpoint.describe() == told
     large = 2 * len(FP8_PRODUCTS)
     for precision in ("fp8", "int8"):

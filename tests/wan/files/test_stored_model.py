@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tiny import random_weights
 from torch import Tensor
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
-from wan_pack.wan.files import stored_model, stored_tensor
+from wan_pack.wan.files import regular_files, stored_model, stored_tensor
 from wan_pack.wan.files.headers import DTYPE_BITS, read_header
 from wan_pack.wan.files.module_weights import fill
 from wan_pack.wan.files.pth_files import _Global, _made, _storage, interpret, read_pth
@@ -253,3 +253,32 @@ def test_every_dtype_is_the_one_that_safetensors_writes_by_that_name(tmp_path: P
         save_file({"x": torch.zeros(3, dtype=dtype)}, tmp_path / "x.safetensors")
         assert read_header(tmp_path / "x.safetensors").tensors["x"].dtype == name
         assert 8 * dtype.itemsize == DTYPE_BITS[name], name
+
+
+def test_a_range_is_read_however_little_comes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A system gives as much as it likes; the end of a file is said by its place."""
+    (tmp_path / "x").write_bytes(bytes(range(10)))
+    original = os.preadv
+    monkeypatch.setattr(regular_files.os, "preadv", lambda fd, parts, offset: original(fd, [parts[0][:3]], offset))
+    out = bytearray(7)
+    with open(tmp_path / "x", "rb") as file:
+        regular_files.read_range(file.fileno(), memoryview(out), 2, "it")
+        assert out == bytes(range(2, 9))
+        with pytest.raises(OSError, match=r"^it ended at byte 10, 2 bytes early$"):
+            regular_files.read_range(file.fileno(), memoryview(out), 5, "it")
+
+
+@pytest.mark.parametrize(("dtype", "nbytes"), [(torch.bfloat16, 7), (torch.float32, 15), (torch.float64, 8)])
+def test_values_are_cast_through_a_buffer_of_any_length(tmp_path: Path, dtype: torch.dtype, nbytes: int):
+    save_file({"x": torch.arange(10, dtype=dtype)}, tmp_path / "x.safetensors")
+    tensor = open_model([tmp_path / "x.safetensors"], "a model").weights({"x": "x"})["x"]
+    out = torch.empty(8, dtype=torch.float16)
+    tensor.read_into(out, start=2, staging=torch.empty(nbytes, dtype=torch.uint8))
+    assert out.tolist() == list(range(2, 10))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".ckpt", ".bin", ".PTH"])
+def test_a_pickle_is_known_by_each_of_its_endings(tmp_path: Path, suffix: str):
+    wrapped = "module._orig_mod._fsdp_wrapped_module.a._checkpoint_wrapped_module.weight"
+    torch.save({wrapped: torch.ones(2)}, tmp_path / f"x{suffix}")
+    assert open_model([tmp_path / f"x{suffix}"], "a model").shapes == {"module.a.weight": (2,)}

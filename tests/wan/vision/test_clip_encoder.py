@@ -85,6 +85,7 @@ def test_the_last_layer_is_not_read(tmp_path: Path):
     names = list(model.state_dict())
     assert not any(f"layers.{LAYERS - 1}." in name or "post_layernorm" in name for name in names)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    assert encode_pictures(model, prepared(1)).dtype == torch.float32
     counted = sum(Tensor.numel(parameter) for parameter in model.parameters())
     assert counted == sum(torch.Size(shape).numel() for shape in check_clip_files([path]).shapes.values())
 
