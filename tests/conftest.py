@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 from fault_report import FaultReport
+from kept_memory import keep_freed_memory
 from kinds import Kinds
 from mount import GOLDEN, mount_pack
 from patience import AT_ONCE
 
 mount_pack()
+keep_freed_memory()
 # Two cores, several processes: more threads each only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

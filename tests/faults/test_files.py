@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from jobs import run_stub
+from kept_memory import give_back_freed_memory
 from mount import SUPPORT
 from patience import AT_ONCE, COMES_UP
 from wan_pack.distributed.group.leftovers import claim, keep_failed, remove_abandoned
@@ -190,6 +191,7 @@ def test_fault_18_redrawn_lines_collapse_and_the_undecodable_is_replaced():
 
 
 def resident_bytes() -> int:
+    give_back_freed_memory()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
