@@ -1,4 +1,4 @@
-"""Predicts the time of a forward on more GPUs than were measured, from runs on one and on two.
+"""Predicts the time of a forward on eight GPUs from runs on one, two and four.
 
     python benchmarks/scaling.py [results.jsonl]
 
@@ -8,31 +8,35 @@ one sequence:
     seconds(P) = compute / P + exchange(P) + rest(P)
 
 compute is all of the time on one GPU. exchange(P) is two all-to-alls per layer, 4 * S / P * C elements of which the
-share (P - 1) / P goes to others, at the rate measured between two GPUs. rest(2) is what is left of the time measured on
-two. What it does on more GPUs is not known: either it shrinks with the tokens of a GPU, as packing, norms and rotations
-do, or it stays, as gaps between kernels and ranks that wait for each other do. The prediction is the range between.
+share (P - 1) / P goes to others, at the rate measured between four GPUs. rest(P) is what is left of a time that was
+measured: kernels on fewer tokens and heads, gaps between them, ranks that wait for each other. What it does on more
+GPUs is not known: either it shrinks with the tokens of a GPU, or it stays. The prediction is the range between, from
+the rest on the most GPUs that were measured. The same from one and two alone says how far such a range is to be
+trusted: four were measured.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
 from typing import Any
 
 from breakdown import floor_seconds
+from forward import parse_size
 from pack import mount_pack
 from table import replace_marked
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- scaling: made by scaling.py -->", "<!-- scaling: end -->"
 GPUS = (1, 2, 4, 8)
-EXCHANGE_BYTES = 257e9
-"""Per second: one packed all-to-all of q, k and v at 32,760 tokens between two H200 (NCCL, NVLink)."""
-ELEMENT_BYTES = 2
-WIDTH, HEIGHT, MARGIN = 640, 320, 50
+MEASURED = GPUS[:-1]
+MODEL = "t2v-A14B"
+COLOURS = {"480p": "#4c72b0", "720p": "#dd8452"}
+WIDTH, HEIGHT, MARGIN = 640, 400, 50
 """Pixels of the plot and of the room for its axes."""
 
 
@@ -41,95 +45,123 @@ class Scaling:
     """Of one model and size.
 
     Args:
-        one, two: seconds of a forward, measured on one and on two GPUs.
+        seconds: of a forward, by the number of GPUs on which it was measured; one and four among them.
         floor: seconds on one GPU of the matrix products and the attention alone.
-        exchanged: bytes that all ranks together hold of q, k, v and the attention's result, over all layers.
+        exchange_of_four: seconds that the all-to-alls of a forward take on four GPUs, measured alone.
     """
 
-    one: float
-    two: float
+    seconds: Mapping[int, float]
     floor: float
-    exchanged: float
+    exchange_of_four: float
 
     def exchange(self, gpus: int) -> float:
         """Seconds in all-to-alls."""
-        return self.exchanged / gpus * (gpus - 1) / gpus / EXCHANGE_BYTES
+        return self.exchange_of_four * (gpus - 1) / gpus**2 / (3 / 16)
 
-    @property
-    def rest(self) -> float:
-        """Seconds on two GPUs that neither half of the compute nor the exchange accounts for."""
-        return max(0.0, self.two - self.one / 2 - self.exchange(2))
+    def rest(self, gpus: int) -> float:
+        """Seconds of those measured that neither a share of the compute nor the exchange accounts for."""
+        return max(0.0, self.seconds[gpus] - self.seconds[1] / gpus - self.exchange(gpus))
 
-    def predict(self, gpus: int) -> tuple[float, float]:
-        """Seconds if the rest shrinks with a GPU's tokens, and if it stays. Of one and two: as measured."""
-        if gpus <= 2:
-            measured = self.one if gpus == 1 else self.two
-            return measured, measured
-        known = self.one / gpus + self.exchange(gpus)
-        return known + self.rest * 2 / gpus, known + self.rest
+    def predict(self, gpus: int, most: int) -> tuple[float, float]:
+        """Seconds if the rest on `most` GPUs, which were measured, shrinks with a GPU's tokens, and if it stays."""
+        known = self.seconds[1] / gpus + self.exchange(gpus)
+        return known + self.rest(most) * most / gpus, known + self.rest(most)
+
+    def range(self, gpus: int) -> tuple[float, float]:
+        """As measured, or as predicted from the most that were."""
+        if gpus in self.seconds:
+            return self.seconds[gpus], self.seconds[gpus]
+        return self.predict(gpus, max(self.seconds))
 
 
-def read_scaling(path: Path) -> Scaling:
-    """From the fastest pair of A14B runs of real_size.py at 832x480x81, without FSDP.
+def read_scalings(path: Path) -> dict[str, Scaling]:
+    """By size, in the order of the file: the newest line of each number of GPUs.
 
     Raises:
-        ValueError: there is no such pair.
+        ValueError: a size lacks a run, or the exchange between four.
     """
     from wan_pack.benchmarks.released_sizes import WAN_CONFIGS
 
-    best: dict[int, float] = {}
+    seconds: dict[str, dict[int, float]] = {}
+    exchange: dict[str, float] = {}
     for text in path.read_text().splitlines():
         line: dict[str, Any] = json.loads(text)
-        if (line["benchmark"], line.get("model"), line.get("size")) == ("real_size", "t2v-A14B", "832x480x81") and not (
-            line["settings"]["fsdp"]
-        ):
-            best[line["gpus"]] = min(line["seconds_per_step"], best.get(line["gpus"], float("inf")))
-    if not {1, 2} <= best.keys():
-        raise ValueError(f"{path} holds runs on {sorted(best)} GPUs; one and two are needed")
-    config = WAN_CONFIGS["t2v-A14B"]
-    tokens = 21 * 30 * 52
-    floor = floor_seconds(config, tokens, 1, attention="fa3", precision="full")
-    return Scaling(best[1], best[2], floor, 4.0 * tokens * config.dim * ELEMENT_BYTES * config.num_layers)
+        if line["benchmark"] == "scaling" and line["model"] == MODEL:
+            seconds.setdefault(line["size"], {})[line["gpus"]] = line["seconds"]
+        elif line["benchmark"] == "exchange" and line["gpus"] == 4:
+            exchange[line["size"]] = sum(line["block_ms"].values()) / 1000
+    config = WAN_CONFIGS[MODEL]
+    scalings = {}
+    for size, measured in seconds.items():
+        if set(measured) != set(MEASURED) or size not in exchange:
+            lacking = "" if size in exchange else " and no exchange"
+            raise ValueError(
+                f"{path} holds runs at {size} on {sorted(measured)} GPUs{lacking}; "
+                f"{list(MEASURED)} and the exchange between four are needed"
+            )
+        width, height, frames = parse_size(size)
+        tokens = (frames + 3) // 4 * (height // 16) * (width // 16)
+        floor = floor_seconds(config, tokens, 1, attention="fa3", precision="full")
+        scalings[size] = Scaling(measured, floor, exchange[size] * config.num_layers)
+    if not scalings:
+        raise ValueError(f"{path} holds no run on {list(MEASURED)} GPUs")
+    return scalings
 
 
-def table(scaling: Scaling) -> str:
-    """Markdown."""
-    rows = ["| GPUs | s per forward | times one GPU | guided step, Ulysses | guided step, CFG 2 x Ulysses | floor |",
-            "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
-    for gpus in GPUS:
-        low, high = scaling.predict(gpus)
-        halves = scaling.predict(gpus // 2) if gpus > 1 else None
-        cells = [
-            gpus, _range(low, high, 3), _range(scaling.one / high, scaling.one / low, 2), _range(2 * low, 2 * high, 2),
-            "-" if halves is None else _range(*halves, 2), f"{scaling.floor / gpus:.3f}",
-        ]  # fmt: skip
-        rows.append(f"| {' | '.join(map(str, cells))} |")
+def table(scalings: Mapping[str, Scaling]) -> str:
+    """Markdown: what is measured and predicted, then how well fewer GPUs would have predicted four."""
+    head = ["size", "GPUs", "s per forward", "times one GPU", "guided step, Ulysses"]
+    head += ["guided step, CFG 2 x Ulysses", "floor"]
+    rows = [f"| {' | '.join(head)} |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for size, scaling in scalings.items():
+        for gpus in GPUS:
+            low, high = scaling.range(gpus)
+            one = scaling.seconds[1]
+            cells = [
+                size, gpus, _range(low, high, 3), _range(one / high, one / low, 2), _range(2 * low, 2 * high, 2),
+                _range(*scaling.range(gpus // 2), 2) if gpus > 1 else "-", f"{scaling.floor / gpus:.3f}",
+            ]  # fmt: skip
+            rows.append(f"| {' | '.join(map(str, cells))} |")
+    head = ["size", "exchange on four, s", "rest on two, on four", "four, predicted from one and two", "four, measured"]
+    rows += ["", f"| {' | '.join(head)} |", "| --- | --- | --- | --- | --- |"]
+    for size, scaling in scalings.items():
+        predicted = _range(*scaling.predict(4, 2), 3)
+        rest = f"{scaling.rest(2):.3f}, {scaling.rest(4):.3f}"
+        rows.append(f"| {size} | {scaling.exchange(4):.3f} | {rest} | {predicted} | {scaling.seconds[4]:.3f} |")
     return "\n".join(rows)
 
 
-def plot(scaling: Scaling) -> str:
-    """SVG: seconds against GPUs, both to the power of two, with the floor below."""
-    top, bottom = scaling.one * 1.1, scaling.floor / GPUS[-1] / 1.2
+def plot(scalings: Mapping[str, Scaling]) -> str:
+    """SVG: seconds against GPUs, both to the power of two, with the floors below."""
+    top = max(scaling.seconds[1] for scaling in scalings.values()) * 1.2
+    bottom = min(scaling.floor for scaling in scalings.values()) / GPUS[-1] / 1.5
 
     def at(index: int, seconds: float) -> str:
         y = log(top / seconds) / log(top / bottom)
         x = index / (len(GPUS) - 1)
         return f"{MARGIN + x * (WIDTH - 2 * MARGIN):.1f},{MARGIN / 2 + y * (HEIGHT - 1.5 * MARGIN):.1f}"
 
-    lows = [at(i, scaling.predict(gpus)[0]) for i, gpus in enumerate(GPUS)]
-    highs = [at(i, scaling.predict(gpus)[1]) for i, gpus in enumerate(GPUS)]
-    floor = " ".join(at(i, scaling.floor / gpus) for i, gpus in enumerate(GPUS))
-    parts = [
-        f'<polygon points="{" ".join(lows + highs[::-1])}" fill="#4c72b0" fill-opacity="0.3"/>',
-        f'<polyline points="{" ".join(highs[:2])}" fill="none" stroke="#4c72b0" stroke-width="2"/>',
-        f'<polyline points="{floor}" fill="none" stroke="#999" stroke-dasharray="4"/>',
-    ]
+    parts = []
+    for size, scaling in scalings.items():
+        colour = COLOURS.get(size, "#555")
+        lows, highs = ([at(i, scaling.range(gpus)[end]) for i, gpus in enumerate(GPUS)] for end in (0, 1))
+        floor = " ".join(at(i, scaling.floor / gpus) for i, gpus in enumerate(GPUS))
+        known = len(scaling.seconds)
+        fan = " ".join(lows[known - 1 :] + highs[: known - 1 : -1])
+        parts += [
+            f'<polygon points="{fan}" fill="{colour}" fill-opacity="0.3"/>',
+            f'<polyline points="{" ".join(highs[:known])}" fill="none" stroke="{colour}" stroke-width="2"/>',
+            f'<polyline points="{floor}" fill="none" stroke="#999" stroke-dasharray="4"/>',
+            f'<text x="{MARGIN + 8}" y="{float(highs[0].split(",")[1]) + 22:.1f}" fill="{colour}">{size}</text>',
+        ]
+        for place, gpus in zip(highs, GPUS, strict=True):
+            x, y = place.split(",")
+            text = f"{_range(*scaling.range(gpus), 2)} s"
+            parts.append(f'<text x="{x}" y="{float(y) - 8:.1f}" text-anchor="middle">{text}</text>')
     for i, gpus in enumerate(GPUS):
-        low, high = scaling.predict(gpus)
-        x, y = at(i, high).split(",")
+        x = at(i, top).split(",")[0]
         parts.append(f'<text x="{x}" y="{HEIGHT - 10}" text-anchor="middle">{gpus} GPU</text>')
-        parts.append(f'<text x="{x}" y="{float(y) - 8:.1f}" text-anchor="middle">{_range(low, high, 2)} s</text>')
-    parts.append(f'<text x="{MARGIN}" y="{HEIGHT - 40}">dashed: matrix products and attention alone</text>')
+    parts.append(f'<text x="{MARGIN}" y="{HEIGHT - 30}">dashed: matrix products and attention alone</text>')
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" '
@@ -143,10 +175,10 @@ def _range(low: float, high: float, digits: int) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    scaling = read_scaling(Path(arguments[0]) if arguments else HERE / "results.jsonl")
-    (HERE / "scaling.svg").write_text(plot(scaling))
+    scalings = read_scalings(Path(arguments[0]) if arguments else HERE / "results.jsonl")
+    (HERE / "scaling.svg").write_text(plot(scalings))
     readme = HERE / "README.md"
-    readme.write_text(replace_marked(readme.read_text(), table(scaling), BEGIN, END))
+    readme.write_text(replace_marked(readme.read_text(), table(scalings), BEGIN, END))
 
 
 if __name__ == "__main__":

@@ -120,33 +120,48 @@ def test_kernels_are_sorted_by_kind_and_idling_is_what_none_covers():
     assert busy([(5, 7), (0, 2), (1, 3), (6, 6.5)]) == 5
 
 
-def test_scaling_is_bounded_by_the_floor_and_by_what_was_measured():
-    """The prediction passes through the two measured points, and never promises more than the work divided."""
+def test_scaling_starts_from_what_was_measured():
+    """It passes through one, two and four, never promises more than the work divided, and had four nearly right."""
     import scaling
 
-    measured = scaling.read_scaling(BENCHMARKS / "results.jsonl")
-    assert measured.predict(1) == (measured.one, measured.one) == (2.545, 2.545)
-    assert measured.predict(2) == (measured.two, measured.two) == (1.434, 1.434)
-    known = measured.one / 2 + measured.exchange(2) + measured.rest
-    assert known == pytest.approx(measured.two)
-    for gpus in (4, 8):
-        low, high = measured.predict(gpus)
-        assert measured.floor / gpus < measured.one / gpus < low < high < measured.two
-    # 4 * 32,760 * 5120 elements of two bytes in 40 layers: half on each of two ranks, half of that sent.
-    assert measured.exchange(2) == pytest.approx(4 * 32760 * 5120 * 2 * 40 / 4 / 257e9)
-    text = scaling.table(measured)
-    assert text.count("\n") == 1 + len(scaling.GPUS)
+    scalings = scaling.read_scalings(BENCHMARKS / "results.jsonl")
+    assert list(scalings) == ["480p", "720p"]
+    assert [scalings["480p"].range(gpus) for gpus in (1, 2, 4)] == [(2.394,) * 2, (1.350,) * 2, (0.679,) * 2]
+    # 40 layers, of whose exchange each rank of P sends (P - 1) / P of its P-th.
+    assert scalings["480p"].exchange(4) == pytest.approx(40 * (0.61e-3 + 0.22e-3))
+    assert scalings["480p"].exchange(8) == pytest.approx(40 * 0.83e-3 * (7 / 64) / (3 / 16))
+    for measured in scalings.values():
+        for gpus in (2, 4):
+            known = measured.seconds[1] / gpus + measured.exchange(gpus) + measured.rest(gpus)
+            assert known == pytest.approx(measured.seconds[gpus])
+            assert measured.predict(gpus, gpus)[1] == pytest.approx(measured.seconds[gpus])
+        low, high = measured.range(8)
+        assert measured.seconds[1] / 8 < low < high < measured.seconds[4]
+        assert low == pytest.approx(measured.seconds[1] / 8 + measured.exchange(8) + measured.rest(4) / 2)
+        low, high = measured.predict(4, 2)
+        assert 0.985 * low < measured.seconds[4] < 1.01 * high
+    text = scaling.table(scalings)
     assert f"{(BENCHMARKS / 'README.md').read_text()}".count(text) == 1, "scaling.py was not run after a change"
-    ElementTree.fromstring(scaling.plot(measured))
+    svg = scaling.plot(scalings)
+    assert (BENCHMARKS / "scaling.svg").read_text() == svg
+    texts = [text.text for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert "0.34 to 0.37 s" in texts and "2.47 s" in texts
 
 
-def test_scaling_needs_both_measurements(tmp_path: Path):
+def test_scaling_needs_all_measurements(tmp_path: Path):
     import scaling
 
-    line = {"benchmark": "real_size", "model": "t2v-A14B", "size": "832x480x81", "gpus": 1, "seconds_per_step": 2.5}
-    (tmp_path / "results.jsonl").write_text(json.dumps({**line, "settings": {"fsdp": False}}) + "\n")
-    with pytest.raises(ValueError, match=r"holds runs on \[1\] GPUs; one and two are needed"):
-        scaling.read_scaling(tmp_path / "results.jsonl")
+    results = tmp_path / "results.jsonl"
+    lines = [
+        {"benchmark": "scaling", "model": "t2v-A14B", "size": "480p", "gpus": gpus, "seconds": 2.5 / gpus}
+        for gpus in (1, 4)
+    ]
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"at 480p on \[1, 4\] GPUs and no exchange; \[1, 2, 4\] and the exchange"):
+        scaling.read_scalings(results)
+    results.write_text("")
+    with pytest.raises(ValueError, match=r"holds no run on \[1, 2, 4\] GPUs"):
+        scaling.read_scalings(results)
 
 
 @pytest.mark.processes
