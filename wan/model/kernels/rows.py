@@ -50,8 +50,11 @@ def codes(x, scale):
 
 @triton.jit
 def _gelu(x):
-    # 0.5 x (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3).
-    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    # 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3); here exp(-2u) = 2^v.
+    v = x * (-2.302208198144325 - 0.1029432395800235 * (x * x))
+    # The square of a reciprocal root takes two instructions, a quotient six. Of infinity it is 0, as it must be.
+    root = tl.rsqrt(1.0 + tl.exp2(v))
+    return x * root * root
 
 
 @triton.jit
