@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..codes import LARGEST, HeadCodes
 from ..eight_bits import E4M3
+from .rows import codes, safe_scale
 
 TOKENS = 64
 """Per program."""
@@ -37,25 +38,23 @@ def _codes_kernel(
 ):  # fmt: skip
     x, token, inside = _tile(x_ptr, tokens, token_stride, head_stride, TOKENS, HEAD)
     head = tl.program_id(1)
-    scale = tl.load(largest_ptr + head).to(tl.float32, bitcast=True) / most
-    scale = tl.where(scale > 0.0, scale, 1.0)
+    scale = safe_scale(tl.load(largest_ptr + head).to(tl.float32, bitcast=True) / most)
     if tl.program_id(0) == 0:
         tl.store(scale_ptr + head, scale)
-    x = tl.minimum(tl.maximum(x / scale, -most), most)
     place = (token[:, None] * heads + head) * HEAD + tl.arange(0, HEAD)[None, :]
-    tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + place, codes(x, scale).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def quantise_heads(x: Tensor) -> HeadCodes:
     """`ops.quantise_heads`."""
     tokens, heads, head_dim = x.shape
     assert x.stride(2) == 1, x.stride()
-    codes = torch.empty(x.shape, dtype=E4M3, device=x.device)
+    made = torch.empty(x.shape, dtype=E4M3, device=x.device)
     scale = torch.empty(heads, dtype=torch.float32, device=x.device)
     largest = torch.zeros(heads, dtype=torch.int32, device=x.device)
     grid = triton.cdiv(tokens, TOKENS), heads
     if x.numel():
         size = {"TOKENS": TOKENS, "HEAD": head_dim}
         _largest_kernel[grid](x, largest, tokens, x.stride(0), x.stride(1), **size)
-        _codes_kernel[grid](x, largest, codes, scale, tokens, x.stride(0), x.stride(1), heads, LARGEST, **size)
-    return HeadCodes(codes, scale)
+        _codes_kernel[grid](x, largest, made, scale, tokens, x.stride(0), x.stride(1), heads, LARGEST, **size)
+    return HeadCodes(made, scale)

@@ -110,21 +110,22 @@ def _heads_kernel(
 
 @triton.jit
 def _spread(
-    x, factor, weight, cos_ptr, sin_ptr, matrix, code, most, token,
+    x, factor, weight, cos_ptr, sin_ptr, matrix, code, token,
     HEAD: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """x: heads of some tokens [T, ROWS, HEAD] -> normed by factor [T] and weight, rotated, times the matrix and `code`
-    [ROWS], in the range of codes."""
+    [ROWS]: what rounds to codes."""
     x = _rotated(x * factor[:, None, None] * weight[None, :, :], cos_ptr, sin_ptr, token, HEAD, ROWS, TOKENS)
     x = tl.dot(tl.reshape(x, (TOKENS * ROWS, HEAD)).to(matrix.dtype), matrix, input_precision="ieee")
-    x = tl.reshape(x, (TOKENS, ROWS, HEAD)) * code[None, :, None]
-    return tl.minimum(tl.maximum(x, -most), most)
+    # No bound: none is over 448 by more than a rounding to bfloat16 (`codes.spread_codes`), and all below 464 rounds
+    # to 448.
+    return tl.reshape(x, (TOKENS, ROWS, HEAD)) * code[None, :, None]
 
 
 @triton.jit
 def _codes_kernel(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, matrix_ptr, out_ptr, scale_ptr, table_ptr,
-    tokens, heads, columns, eps, bound, root, least, largest,
+    tokens, heads, columns, eps, bound, root, least,
     HEAD: tl.constexpr, PLACES: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, FULL: tl.constexpr,
     TOKENS: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
@@ -149,11 +150,11 @@ def _codes_kernel(
         far = _heads(x_ptr, token, FIRST, heads, HEAD, REST, FULL)
         factor = tl.rsqrt((_squares(near) + _squares(far)) / columns + eps)
         weight = _weights(weight_ptr, 0, heads, HEAD, FIRST, True)
-        near = _spread(near, factor, weight, cos_ptr, sin_ptr, matrix, near_code, largest, token, HEAD, FIRST, TOKENS)
+        near = _spread(near, factor, weight, cos_ptr, sin_ptr, matrix, near_code, token, HEAD, FIRST, TOKENS)
         offset = _offsets(table_ptr, token, 0, heads, PLACES, HEAD, FIRST, True)
         _store(out_ptr, near, offset, 0, heads, FIRST, True)
         weight = _weights(weight_ptr, FIRST, heads, HEAD, REST, FULL)
-        far = _spread(far, factor, weight, cos_ptr, sin_ptr, matrix, far_code, largest, token, HEAD, REST, TOKENS)
+        far = _spread(far, factor, weight, cos_ptr, sin_ptr, matrix, far_code, token, HEAD, REST, TOKENS)
         offset = _offsets(table_ptr, token, FIRST, heads, PLACES, HEAD, REST, FULL)
         _store(out_ptr, far, offset, FIRST, heads, REST, FULL)
 
@@ -221,7 +222,7 @@ def _launch_codes(
     turns = max(CODE_ROWS // together, 1)
     _codes_kernel[(triton.cdiv(tokens, together * turns),)](
         x, weight, *rope, hadamard(head_dim, x.device, x.dtype), out, scale, x if places is None else places.table,
-        tokens, heads, columns, EPS, columns**0.5 / LARGEST, head_dim**0.5, LEAST_BOUND, LARGEST,
+        tokens, heads, columns, EPS, columns**0.5 / LARGEST, head_dim**0.5, LEAST_BOUND,
         HEAD=head_dim, PLACES=places is not None, FIRST=first, REST=rest, FULL=first + rest == heads,
         TOKENS=together, TURNS=turns, num_warps=warps(together * first * head_dim),
         # Room for two programs on a multiprocessor: rows fetched ahead would take its shared memory for one.

@@ -38,14 +38,21 @@ def store_piece(ptr, column, columns, piece, FULL: tl.constexpr):
 def code_scale(first, rest):
     """Of a row in two pieces, float32, 0 where there are no columns: its scale in e4m3 (`linear.quantise_rows`)."""
     scale = tl.maximum(tl.max(tl.abs(first), axis=0), tl.max(tl.abs(rest), axis=0)) / 448.0
-    return tl.where(scale > 0.0, scale, 1.0)
+    return safe_scale(scale)
+
+
+@triton.jit
+def safe_scale(scale):
+    # One over a smaller one is infinite: such values become zeros, as if all were.
+    return tl.where(scale > 1e-37, scale, 1.0)
 
 
 @triton.jit
 def codes(x, scale):
-    """x: float32 -> in e4m3's range."""
-    # One division for all: each would take as long as three products.
-    return tl.minimum(tl.maximum(x * (1.0 / scale), -448.0), 448.0)
+    """x: float32 -> what rounds to its codes."""
+    # One division for all: each would take as long as three products. No bound: the largest comes out at 448 but for
+    # the last bits of float32, and all below 464 rounds to 448, here as in `linear.quantise_rows`. NaN stays NaN.
+    return x * (1.0 / scale)
 
 
 @triton.jit
