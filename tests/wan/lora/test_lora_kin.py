@@ -144,6 +144,20 @@ def test_changes_that_depend_on_the_weight_see_it_without_the_others(tmp_path: P
         assert_close(rows, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_only_rows_of_the_blocks_that_are_turned_are_read(tmp_path: Path):
+    """Of 16 rows each; those of other ranks too."""
+    lora, weight = Lora(write(tmp_path / "l.safetensors", oft()[0]), STRENGTH, TARGETS), random_weights()[WEIGHT]
+    for first, count, read in ((20, 5, (16, 16)), (30, 4, (16, 32)), (48, 16, (48, 16)), (79, 1, (64, 16))):
+        asked: list[tuple[int, int]] = []
+
+        def rows(start: int, number: int, asked: list[tuple[int, int]] = asked) -> Tensor:
+            asked.append((start, number))
+            return weight[start : start + number].clone()
+
+        merge([lora], WEIGHT, weight[first : first + count].clone(), first, rows)
+        assert asked == [read]
+
+
 @pytest.mark.parametrize("case", ["DoRA", "OFT"])
 def test_a_weight_in_fewer_bits_is_rounded_once(tmp_path: Path, case: str):
     lora = Lora(write(tmp_path / "l.safetensors", CASES[case]()[0]), STRENGTH, TARGETS)
