@@ -61,5 +61,5 @@ Attended = tuple[Context, Tensor]
 
 def pad_text(tokens: Tensor) -> Tensor:
     """[n, text_dim] -> [512, text_dim]: zeros at the end, or cut. The model attends to them too."""
-    tokens = tokens[:TEXT_LEN]
+    # Fewer than none are rows that are cut.
     return F.pad(tokens, (0, 0, 0, TEXT_LEN - tokens.shape[0]))

@@ -11,7 +11,7 @@ from tiny import TINY, TINY_VACE
 from wan_pack.wan.model.config import MAX_LAYERS, WanConfig, config_from_shapes
 from wan_pack.wan.model.latent_space import LATENT_SPACES, WAN21, WAN22
 from wan_pack.wan.model.patch import patchify, token_grid
-from wan_pack.wan.model.variants import VARIANTS, takers
+from wan_pack.wan.model.variants import VARIANTS, check_runs, takers
 from wan_pack.wan.transformer.transformer import WanModel
 from wan_pack.wan.vae.vae_keys import VaeInfo, vae_shapes
 
@@ -120,3 +120,14 @@ def test_where_the_mask_is_among_the_channels_behind_the_latents():
     given = {"I2V": (1, 0), "Fun-Control": (2, 16), "Wan2.1 Fun-Control": (2, 0), "Fun-Camera": (1, 0)}
     given |= {"T2V": (0, 0), "Fun-InP 5B": (1, 0), "Fun-Control 5B": (2, 48), "Wan2.1 Fun-Camera": (1, 0)}
     assert {name: found[name] for name in given} == given
+
+
+def test_a_tensor_of_another_rank_says_nothing_of_the_channels():
+    """That it is damaged is said where sizes are read."""
+    embedding, head = (32, 17, 1, 2, 2), (64, 32)
+    for shapes in ({"patch_embedding.weight": embedding}, {"head.head.weight": head},
+                   {"patch_embedding.weight": embedding, "head.head.weight": ()},
+                   {"patch_embedding.weight": (), "head.head.weight": head}):  # fmt: skip
+        check_runs(shapes)
+    with pytest.raises(ValueError, match="it is a Wan variant with 17 latent channels in and 16 out"):
+        check_runs({"patch_embedding.weight": embedding, "head.head.weight": head})

@@ -9,8 +9,12 @@ import torch
 from diffusers.models.transformers.transformer_wan_animate import WanAnimateFaceEncoder, WanAnimateMotionEncoder
 from tiny import TINY_ANIMATE
 from torch import Tensor, nn
-from wan_pack.wan.transformer.animate import FACE_ROWS, Face, FaceBlock, FaceEncoder
+from wan_pack.wan.transformer.animate import FACE_ROWS, Face, FaceBlock, FaceEncoder, Pose
+from wan_pack.wan.transformer.camera import Camera
+from wan_pack.wan.transformer.context import Context
 from wan_pack.wan.transformer.motion_encoder import COORDINATES, HALVINGS, MotionEncoder
+from wan_pack.wan.transformer.reference import Reference
+from wan_pack.wan.transformer.vace import Control
 
 BF16 = torch.bfloat16
 WIDTH = 64
@@ -86,3 +90,21 @@ def test_pictures_reach_the_encoder_a_few_at_a_time():
     made = [face.rows(Motion(), nn.Unflatten(1, (1, 1)), torch.device("cpu")) for _ in range(2)]
     assert seen == [[0, 1, 2, 3], [4, 5, 6, 7], [8]] and made[0] is made[1]
     assert made[0].flatten().tolist() == [0, *range(9)]
+
+
+def test_what_every_evaluation_reads_is_on_the_device_and_what_is_read_once_is_not():
+    meta, order = torch.device("meta"), torch.tensor([1, 0])
+    face = Face(torch.zeros(3, 1, 1, 1), 2, order, ((0, 1), (1, 1)), order).on_device(meta)
+    assert face.order is not None and face.here is not None
+    assert (face.order.device, face.here.device, face.pictures.device.type) == (meta, meta, "cpu")
+    assert face.frames == 2 and face.runs == ((0, 1), (1, 1))
+    pose = Pose(torch.zeros(2, 64), order).on_device(meta)
+    assert pose.rows is not None and (pose.values.device, pose.rows.device) == (meta, meta)
+    camera = Camera(torch.zeros(1, 1, 2, 8), 8, order).on_device(meta)
+    assert camera.rows is not None and (camera.values.device.type, camera.rows.device) == ("cpu", meta)
+    reference = Reference(torch.zeros(2, 64), order).on_device(meta)
+    assert reference.rows is not None and (reference.values.device, reference.rows.device) == (meta, meta)
+    assert Control(torch.zeros(2, 384), 0.5).on_device(meta).values.device == meta
+    assert Context(torch.zeros(2, 4), keep=False).on_device(meta).tokens.device == meta
+    for part in (Face(face.pictures, 2), Pose(face.pictures), Camera(face.pictures, 8), Reference(face.pictures)):
+        part.on_device(meta)
