@@ -57,10 +57,10 @@ class Sampling(SamplingSettings):
 
     def __post_init__(self) -> None:
         frames = self.num_frames
-        below = frames // 4 * 4 + 1 if frames > 0 else 1
+        below = max((frames - 1) // 4 * 4 + 1, 1)
         check(
             frames > 0 and frames % 4 == 1,
-            "num_frames", frames, f"4n + 1 (the nearest are {below} and {max(frames, 0) // 4 * 4 + 5})",
+            "num_frames", frames, f"4n + 1 (the nearest are {below} and {below + 4})",
         )  # fmt: skip
         check_settings(self, but=("start_step", "end_step"))
         self._check_range()

@@ -125,7 +125,7 @@ def _from_core(latents: Any, mask: Any, index: Any, sampling: Sampling, variant:
     space = variant.latents if variant.image else WAN21
     channels = space.channels * max(variant.image_latents, 1)
     latents = tensor_of(latents, name, f"a tensor [1, {channels}, T, h, w]")
-    if latents.ndim != 5 or tuple(latents.shape[:2]) != (1, channels):
+    if latents.ndim != 5 or tuple(latents.shape[:2]) != (1, channels) or 0 in latents.shape:
         raise ValueError(
             f"{name} has shape {list(latents.shape)}; Wan {variant.name} takes [1, {channels}, T, h, w]"
             if variant.image_latents > 1

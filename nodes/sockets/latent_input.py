@@ -82,7 +82,7 @@ def _samples(value: Any) -> Tensor:
     if not isinstance(value, dict) or value.get("samples") is None:
         raise ValueError(f"samples is {kind_of(value)}; it must be {allowed}")
     samples = tensor_of(value.get("samples"), "samples", allowed)
-    if samples.ndim != 5:
+    if samples.ndim != 5 or 0 in samples.shape:
         raise ValueError(f"samples is of shape {list(samples.shape)}; it must be {allowed}")
     if samples.shape[0] != 1:
         raise ValueError(f"samples hold {samples.shape[0]} videos; this node makes one. Set batch_size to 1")
@@ -96,7 +96,7 @@ def _noise_mask(value: dict[str, Any], size: Sequence[int]) -> Tensor | None:
     if value.get("noise_mask") is None:
         return None
     mask = tensor_of(value["noise_mask"], "noise_mask of samples", f"a tensor {[1, 1, *size]}", mask=True)
-    if bool(mask.eq(1).all()):
+    if mask.numel() and bool(mask.eq(1).all()):
         return None
     if tuple(mask.shape) != (1, 1, *size):
         raise ValueError(

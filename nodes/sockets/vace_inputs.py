@@ -60,7 +60,7 @@ def carried_control(asked: VideoInputs) -> dict[str, Tensor]:
             f"the VACE controls have the shapes {[list(context.shape) for context in contexts]}; they must have one "
             "size, and as many reference images each"
         )
-    return {"vace_context": torch.stack(contexts).float(), "vace_strength": torch.tensor(strengths)}
+    return {"vace_context": torch.stack(contexts).float().contiguous(), "vace_strength": torch.tensor(strengths)}
 
 
 def check_length(control: dict[str, Tensor], sampling: Sampling, config: WanConfig) -> None:
@@ -218,7 +218,7 @@ def _latents(value: Any, name: str, channels: int, *, mask: bool = False) -> Ten
     tensor = tensor_of(value, name, f"a tensor [1, {channels}, T, h, w]", mask=mask)
     if tensor.ndim != 5 or tuple(tensor.shape[:2]) != (1, channels) or 0 in tensor.shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be [1, {channels}, T, h, w]")
-    return tensor[0].float()
+    return tensor[0]
 
 
 def _from_embeds(embeds: dict[str, Any]) -> Iterator[tuple[Tensor, float]]:
