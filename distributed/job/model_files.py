@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
@@ -77,7 +76,8 @@ class LoraFile:
         check(ok, "blocks", blocks, f"at most {MAX_BLOCKS} numbers under {MAX_BLOCKS}")
         ok = len(without) <= MAX_PARTS and all(part and len(part) <= MAX_PART for part in without)
         check(ok, "without", without, f"at most {MAX_PARTS} parts of names, of 1 to {MAX_PART} characters")
-        ok = math.isfinite(self.strength) and -MAX_STRENGTH <= self.strength <= MAX_STRENGTH
+        # NaN is not between anything.
+        ok = -MAX_STRENGTH <= self.strength <= MAX_STRENGTH
         check(ok, "strength", self.strength, f"{-MAX_STRENGTH} to {MAX_STRENGTH}")
 
 

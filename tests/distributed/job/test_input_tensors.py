@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from jobs import stub_job
 from tiny import TINY, TINY_VACE
-from wan_pack.distributed.job.input_tensors import check_inputs
+from wan_pack.distributed.job.input_tensors import check_inputs, latents_shape
 from wan_pack.wan.model.variants import VARIANTS
 
 TEXT = {"context": (7, TINY.text_dim)}
@@ -203,3 +203,50 @@ def test_animate_takes_a_pose_and_a_face_of_the_video_or_shorter_ones():
         check(ANIMATE, start_image=(3, 48, 64), clip_features=(257, 64))
     with pytest.raises(ValueError, match=r"face_video_pixels is given, .*\(T2V\) follows no such control"):
         check(TINY, face_video_pixels=(3, 5, 512, 512))
+
+
+FOLLOWS = dataclasses.replace(TINY, in_dim=52, parts=frozenset({"ref_conv"}), reference_dim=16)
+
+
+def test_a_control_video_may_be_shorter_where_no_mask_says_what_is_behind_it():
+    for frames in (1, 5):
+        check(FOLLOWS, control_video=(3, frames, 48, 64))
+    for frames in (0, 2, 3, 4, 9):
+        with pytest.raises(ValueError, match=r"control_video has shape .* call for \[3, 5, 48, 64\]"):
+            check(FOLLOWS, control_video=(3, frames, 48, 64))
+    for shape in ((3,), (3, 1), (3, 1, 64, 48)):
+        with pytest.raises(ValueError, match="control_video has shape"):
+            check(FOLLOWS, control_video=shape)
+    with pytest.raises(ValueError, match="control_video has shape"):
+        check(TINY_VACE, control_video=(3, 1, 48, 64))
+    with pytest.raises(ValueError, match="control_video and image conditioning are both given"):
+        check(FOLLOWS, control_video=(3, 5, 48, 64), image_conditioning=(36, 2, 6, 8))
+    check(FOLLOWS, image_conditioning=(36, 2, 6, 8))
+    with pytest.raises(ValueError, match=r"connect start_image, control_video, or conditioning that holds one"):
+        check(FOLLOWS)
+
+
+def test_a_reference_picture_is_one_latent_frame_of_the_videos_size():
+    video = {"control_video": (3, 5, 48, 64)}
+    check(FOLLOWS, **video, reference_latent=(16, 6, 8))
+    check(FOLLOWS, **video, reference_images=(1, 3, 48, 64))
+    for name, shape in (
+        ("reference_latent", (16, 8, 6)), ("reference_latent", (15, 6, 8)), ("reference_latent", (1, 16, 6, 8)),
+        ("reference_images", (1, 3, 64, 48)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} has shape"):
+            check(FOLLOWS, **video, **{name: shape})
+    with pytest.raises(ValueError, match="reference_images and a reference of text_embeds or image_embeds are both"):
+        check(FOLLOWS, **video, reference_images=(1, 3, 48, 64), reference_latent=(16, 6, 8))
+
+
+@pytest.mark.parametrize(
+    ("config", "shapes", "frames"),
+    [
+        (TINY, {}, 2), (TINY_VACE, {}, 2), (TINY_VACE, {"reference_images": (2, 3, 48, 64)}, 4),
+        (TINY_VACE, {"vace_context": (1, 96, 5, 6, 8)}, 5), (TINY_VACE, {"vace_context": (1, 96, 1, 6, 8)}, 2),
+        (FOLLOWS, {"reference_images": (1, 3, 48, 64)}, 2), (ANIMATE, {}, 3),
+    ],
+)  # fmt: skip
+def test_what_is_sampled_has_the_pictures_in_front(config: Any, shapes: dict[str, Any], frames: int):
+    assert latents_shape(stub_job(), config, shapes) == (16, frames, 6, 8)

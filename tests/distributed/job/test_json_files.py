@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from wan_pack.distributed.job import job_folder
 from wan_pack.distributed.job.errors import JobError
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.job.json_files import MAX_JSON_BYTES, read_bounded, read_json, replace_text, write_json
@@ -17,6 +18,9 @@ def test_what_is_written_is_read(tmp_path: Path):
     value = {"text": "狐狸 \u00e9 \U0001f98a", "n": [1, 2.5, None, True], "deep": {"a": {"b": []}}}
     write_json(tmp_path / "x.json", value)
     assert read_json(tmp_path / "x.json") == value
+    # People read them, too.
+    text = (tmp_path / "x.json").read_text()
+    assert "狐狸" in text and len(text.splitlines()) > len(value)
     assert os.listdir(tmp_path) == ["x.json"] and (tmp_path / "x.json").stat().st_mode & 0o777 == 0o600
 
 
@@ -54,6 +58,44 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one_and_no_draft(tmp_path:
     with pytest.raises(OSError):
         replace_text(tmp_path / "folder", "new")
     assert (tmp_path / "x").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["folder", "x"]
+
+
+@pytest.mark.parametrize("tries", [1, 3, 20])
+def test_a_folder_that_is_written_into_meanwhile_is_removed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tries: int
+):
+    """By a rank that stays; one that nobody can remove is left after a second."""
+    folder = JobDir.create(tmp_path / "jobs")
+    folder.lock = folder.owner.open("wb")
+    removed: list[Path] = []
+    waited: list[float] = []
+
+    def remove(path: Path, *, ignore_errors: bool) -> None:
+        assert ignore_errors
+        removed.append(path)
+        if len(removed) == tries < 20:
+            path.rename(tmp_path / "gone")
+
+    monkeypatch.setattr(job_folder.shutil, "rmtree", remove)
+    monkeypatch.setattr(job_folder.time, "sleep", waited.append)
+    folder.remove()
+    assert removed == [folder.path] * tries and waited == [0.05] * (tries if tries == 20 else tries - 1)
+    assert folder.lock.closed
+    monkeypatch.undo()
+    folder.remove()
+
+
+def test_names_in_a_folder(tmp_path: Path):
+    folder = JobDir.create(tmp_path / "new" / "jobs")
+    assert folder.path.name.startswith("wan-job-") and folder.logs.stat().st_mode & 0o777 == 0o700
+    paths = [folder.bell(2), folder.alive(2), folder.error(2), folder.log(2), folder.video(".mp4")]
+    assert [path.relative_to(folder.path).as_posix() for path in paths] == [
+        "bell-2", "rank2.alive", "rank2.error.json", "logs/rank2.log", "video.mp4"
+    ]  # fmt: skip
+    other = JobDir.create(tmp_path / "new" / "jobs")
+    assert other.path != folder.path
+    for one in (folder, other):
+        one.remove()
 
 
 GOOD = {"phase": "denoise", "step": 3, "total": 20, "seconds_per_step": 1.5, "message": "expert"}

@@ -30,6 +30,17 @@ def test_progress_is_never_over_its_phase():
     assert sum(SHARES.values()) == pytest.approx(1)
 
 
+def test_every_phase_has_its_share_and_its_words():
+    shown = {phase: (round(Progress(phase=phase, step=1, total=2).fraction, 3), Progress(phase=phase).text)
+             for phase in [*SHARES, "something new"]}  # fmt: skip
+    assert shown == {
+        "start": (0.01, "starting"), "encode": (0.035, "encoding"), "load": (0.125, "loading"),
+        "denoise": (0.525, "sampling"), "decode": (0.92, "decoding"), "write": (0.995, "writing the video"),
+        "done": (1.0, "finishing"), "something new": (0.0, "something new"),
+    }  # fmt: skip
+    assert Progress(phase="decode", seconds_per_step=0.0).text == "decoding - 0.00 s/it - ETA 0:00"
+
+
 def test_long_jobs_have_hours():
     assert Progress(phase="denoise", step=1, total=11, seconds_per_step=400).text.endswith("400.00 s/it - ETA 1:06:40")
     assert Progress(phase="denoise", step=1, total=2, seconds_per_step=9).text.endswith("ETA 0:09")
