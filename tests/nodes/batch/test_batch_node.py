@@ -17,6 +17,7 @@ from wan_pack.distributed.job.job import Job
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.launch.launcher import MAX_LOG, JobFailed
 from wan_pack.nodes.batch.batch import WanVideoDistributedBatch
+from wan_pack.nodes.host import host
 from wan_pack.nodes.host.status import Status
 from wan_pack.nodes.inference import inference as inference_module
 from wan_pack.nodes.inference import saved_video
@@ -67,7 +68,7 @@ def test_results_come_in_the_order_of_the_prompts(node: Node, tiny_models: Path)
     assert log == "\n".join(f"{title}\nthe log" for title in titles)
     last = node.said[-1]
     assert (last["text"], last["ended"], last["videos"]) == ("4 of 4 done in 0 s", True, made["ui"]["video"])
-    assert {picture for pictures in node.pictures for picture in pictures} == {b"7", b"8"}
+    assert {picture for pictures in node.pictures for picture in pictures} == {b"7", b"8"} and all(node.pictures)
 
 
 def test_every_job_is_the_one_of_the_inference_node(node: Node) -> None:
@@ -124,6 +125,45 @@ def test_a_failure_can_be_returned_instead(node: Node) -> None:
     assert status.startswith("error: 1 of 3 videos failed\n")
     assert "\n\nvideo 2 of 3 (seed 8)\nerror: rank 0: ValueError: no\n" in status
     assert "video 2 of 3 (seed 8)\nits log" in log
+
+
+def test_what_failed_and_what_is_done_are_told_in_order(node: Node) -> None:
+    """Each failure in a line, the first in full; one that ran out of memory is enough for ComfyUI's own exception."""
+
+    def act(job: Job) -> None:
+        for seed in (10, 8):
+            fail_on(seed, out_of_memory=seed == 10)(job)
+
+    node.act = act
+    with pytest.raises(OutOfMemory) as raised:
+        node.run(text_embeds=BOTH, batch_count=4)
+    lines = str(raised.value).splitlines()
+    assert lines[:3] == [
+        "video 2 of 4 (seed 8) failed: rank 0: ValueError: no", "last lines of its log",
+        "video 4 of 4 (seed 10) failed: rank 0: ValueError: no",
+    ]  # fmt: skip
+    assert [line.partition(" is done: ")[0] for line in lines[3:]] == ["video 1 of 4 (seed 7)", "video 3 of 4 (seed 9)"]
+    _, _, log, status, _ = node.run(text_embeds=BOTH, batch_count=4, on_error="return")["result"]
+    own = {1: "the log", 2: "its log", 3: "the log", 4: "its log"}
+    assert log.splitlines() == [line for n, said in own.items() for line in (f"video {n} of 4 (seed {n + 6})", said)]
+    assert status.startswith("error: 2 of 4 videos failed\n")
+    with pytest.raises(OutOfMemory, match=r"is done: latents only, which on_error return hands on"):
+        node.run(text_embeds=BOTH, batch_count=4, decode_video=False)
+
+
+def test_where_the_videos_go_is_looked_at_first(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(saved_video, "check_prefix", lambda *given: seen.append(given) or tmp_path / "output")
+    monkeypatch.setattr(host, "free_memory", lambda: seen.append("free"))
+    save = saved_video.save_video
+    monkeypatch.setattr(saved_video, "save_video", lambda *given, **more: seen.append(more) or save(*given, **more))
+    monkeypatch.setattr(host, "log", lambda line: None)
+    more = {"workflow_prompt": {"1": {}}, "extra_pnginfo": {"workflow": {"nodes": []}}}
+    node.run(text_embeds=BOTH, filename_prefix="fox", plan="as set", **more)
+    assert seen == [
+        ("fox", 64, 48, ".mp4"), "free",
+        {"width": 64, "height": 48, "workflow": {"prompt": {"1": {}}, "workflow": {"nodes": []}}},
+    ]  # fmt: skip
 
 
 def test_out_of_memory_is_comfyuis_own_exception(node: Node) -> None:
@@ -190,9 +230,9 @@ def test_latents_without_videos_are_handed_on(node: Node) -> None:
 
 
 def test_logs_of_many_videos_are_no_longer_than_one(node: Node) -> None:
-    node.log = "x" * MAX_LOG
+    node.log = "x" * MAX_LOG + "the end"
     log = node.run(text_embeds=BOTH, batch_count=4)["result"][2]
-    assert MAX_LOG * 0.9 < len(log) < MAX_LOG + 4 * 100
+    assert MAX_LOG * 0.9 < len(log) < MAX_LOG + 4 * 100 and log.count("the end") == 4
 
 
 def test_a_deleted_video_makes_the_node_run_once_more(node: Node) -> None:

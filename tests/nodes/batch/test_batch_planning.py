@@ -94,12 +94,12 @@ def test_all_videos_have_the_size_that_fits_every_group(node: Node, monkeypatch:
     def build(asked: VideoInputs, status: Status) -> Any:
         """The second group's GPUs are the smaller ones: dynamic_resolution lowers its video."""
         built.append(asked.sampling.width)
-        small = {"width": 32} if len(built) == 2 else {}
+        small = {"width": 80, "height": 16} if len(built) == 2 else {}
         sampling = dataclasses.replace(asked.sampling, **small)
         return inference_module.build_job(dataclasses.replace(asked, sampling=sampling), status)
 
     monkeypatch.setattr(batch, "build_job", build)
     status = node.run(text_embeds=BOTH, batch_count=2, gpu_count=2)["result"][3]
-    assert built == [64, 64, 32, 32]
-    assert {job.sampling.width for job in node.jobs} == {32}
-    assert "  - batch: all videos are 32x48, which fits every group of GPUs" in status.splitlines()
+    assert built == [64, 64, 80, 80]
+    assert {(job.sampling.width, job.sampling.height) for job in node.jobs} == {(80, 16)}
+    assert "  - batch: all videos are 80x16, which fits every group of GPUs" in status.splitlines()

@@ -139,16 +139,16 @@ def test_a_failed_video_does_not_end_the_others(batch: Batch) -> None:
             raise JobFailed("rank 0: ValueError: no", rank=0, out_of_memory=False, folder=None, log="")
         if job.sampling.seed == 2:
             raise OSError("disk full")
+        if job.sampling.seed == 4:
+            raise ValueError("a GPU is gone")
 
     batch.act = act
-    batch.run(4, [("0",)])
+    batch.run(5, [("0",)])
     assert sorted(batch.results) == [0, 3]
-    assert {index: str(error) for index, error in batch.failures.items()} == {
-        1: "rank 0: ValueError: no",
-        2: "disk full",
-    }
+    said = {1: "rank 0: ValueError: no", 2: "disk full", 4: "a GPU is gone"}
+    assert {index: str(error) for index, error in batch.failures.items()} == said
     assert len(batch.pool.taken) == 3, "a group ends with the video that failed on it"
-    assert len(batch.pool.gone) == 2
+    assert len(batch.pool.gone) == 3
 
 
 def test_a_group_that_died_between_two_videos_is_replaced(batch: Batch) -> None:

@@ -9,7 +9,7 @@ from wan_pack.distributed.job.job import FileIdentity, ModelFiles
 from wan_pack.distributed.machine import gpus
 from wan_pack.distributed.machine.gpus import Gpu
 from wan_pack.nodes.batch.requests import MAX_SEED, Request, requests_of, split_prompts
-from wan_pack.nodes.batch.split import splits
+from wan_pack.nodes.batch.split import fewest_gpus, splits
 from wan_pack.nodes.host.status import Status
 from wan_pack.nodes.settings.spread import DistributedConfig
 
@@ -20,6 +20,7 @@ from wan_pack.nodes.settings.spread import DistributedConfig
         ("a fox\n\n  a cat  \n", ["a fox", "a cat"]),
         ("a fox\nin snow\n---\na cat", ["a fox\nin snow", "a cat"]),
         ("---\na fox\nin snow\n ---\n---\n", ["a fox\nin snow"]),
+        (" a fox\n in snow\n --- \n a cat", ["a fox\n in snow", "a cat"]),
         ("a --- fox\n----", ["a --- fox", "----"]),
         (" \n", []),
     ],
@@ -40,12 +41,17 @@ def test_requests_that_cannot_be_made_are_refused() -> None:
     assert requests_of("a fox", MAX_SEED, 1, embeds_connected=False)[0].seed == MAX_SEED
     with pytest.raises(ValueError, match=f"seed is {MAX_SEED} and batch_count 2"):
         requests_of("a fox", MAX_SEED, 2, embeds_connected=False)
+    assert len(requests_of("fox\n" * 10, 0, 100, embeds_connected=False)) == 1000
+    words = "11 prompts and batch_count 91 make 1001 videos; a batch makes at most 1000"
+    with pytest.raises(ValueError, match=words):
+        requests_of("fox\n" * 11, 0, 91, embeds_connected=False)
 
 
 def test_long_prompts_are_cut_in_the_status() -> None:
     assert str(Request("a fox\nin  snow", 3)) == "seed 3, a fox in snow"
     assert str(Request("", 3)) == "seed 3"
-    assert len(str(Request("x" * 500, 3))) == len("seed 3, ") + 80
+    assert str(Request("x" * 80, 3)) == f"seed 3, {'x' * 80}"
+    assert str(Request("x" * 81, 3)) == f"seed 3, {'x' * 77}..."
 
 
 GIB = 2**30
@@ -96,6 +102,36 @@ def test_as_few_gpus_per_video_as_keep_all_busy(
     found, notes = shared_out(monkeypatch, machine=machine, videos=videos, **values)
     assert found == [(len(ids.split(",")), ids) for ids in groups]
     assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "memory", "fewest"),
+    [
+        # 60 % of the smallest GPU: 18 GiB, of which 10 and 30 take three, and the larger alone two.
+        ({}, (30, 80, 80, 80), 3), ({"offload_model": True}, (80, 30, 80, 80), 2), ({}, (30, 30), 2),
+        ({"use_fsdp": False}, (30, 80, 80, 80), 1), ({}, (30, 0, 80), 1), ({}, (), 1), ({}, (70,), 1),
+    ],
+)  # fmt: skip
+def test_the_fewest_gpus_that_hold_the_weights(settings: dict[str, Any], memory: tuple[int, ...], fewest: int) -> None:
+    high, low = ((FileIdentity(path="/e", size=size * GIB, mtime_ns=1),) for size in (10, 30))
+    model = ModelFiles(high_noise=high, low_noise=low, vae=low)
+    chosen = DistributedConfig(**{"gpu_count": 0, "use_fsdp": True, **settings})
+    cards = [Gpu(index=str(i), uuid="", name="", total_bytes=size * GIB, free_bytes=0) for i, size in enumerate(memory)]
+    assert fewest_gpus(model, chosen, cards) == fewest
+
+
+def test_gpus_that_are_not_the_batchs_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [10, 141, 141]
+    listing = [
+        Gpu(index=str(i), uuid=f"GPU-{i}", name="any", total_bytes=size * GIB, free_bytes=0)
+        for i, size in enumerate(sizes)
+    ]
+    expert = (FileIdentity(path="/expert.safetensors", size=28 * GIB, mtime_ns=1),)
+    monkeypatch.setattr(gpus, "list_gpus", lambda: listing)
+    chosen = DistributedConfig(gpu_count=0, use_fsdp=True, gpu_ids="1,2")
+    model = ModelFiles(high_noise=expert, low_noise=expert, vae=expert)
+    ways = list(splits(chosen, 2, 0, model=model, visible=None, status=Status()))
+    assert [[group.gpu_ids for group in way] for way in ways] == [["1", "2"], ["1,2"]]
 
 
 @pytest.mark.parametrize(

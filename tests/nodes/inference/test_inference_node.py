@@ -90,6 +90,14 @@ def test_connected_embeddings_win_over_the_prompt(model: ModelFiles) -> None:
     assert text is None
     assert {name: len(tensor) for name, tensor in tensors.items()} == {"context": 3, "context_null": 4}
     assert status.warnings == ["text_embeds is connected: prompt of this node had no effect"]
+    for texts, names in (
+        ({"prompt": " ", "negative_prompt": "\n"}, None), ({"negative_prompt": "x"}, "negative_prompt"),
+        ({"prompt": "a fox", "negative_prompt": "x"}, "prompt and negative_prompt"),
+    ):  # fmt: skip
+        status = Status()
+        text_of(model, status, text_embeds=both, **texts)
+        said = [f"text_embeds is connected: {names} of this node had no effect"]
+        assert status.warnings == (said if names else [])
 
 
 def test_negative_embeds_win_over_the_ones_that_travel_along(model: ModelFiles) -> None:

@@ -93,3 +93,4 @@ def test_a_negative_prompt_without_guidance(both: ModelFiles, inputs: dict[str, 
 
 def test_a_negative_prompt_beside_embeds_is_said_elsewhere(both: ModelFiles) -> None:
     assert said(TINY, both, guided=False, negative_prompt="grey", text_embeds=object()) == []
+    assert said(TINY, both, guided=False, negative_prompt=" \n") == []
