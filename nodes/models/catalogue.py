@@ -150,9 +150,9 @@ def _gguf_files(key: str) -> dict[str, Path]:
     for root in host.model_folders(key):
         # Through links, as ComfyUI walks its model folders.
         for folder, _, names in os.walk(root, followlinks=True):
-            for path in (Path(folder, name) for name in sorted(names) if name.endswith(".gguf")):
+            for path in (Path(folder, name) for name in names if name.endswith(".gguf")):
                 found.setdefault(path.relative_to(root).as_posix(), path)
-    return found
+    return dict(sorted(found.items()))
 
 
 def _expert_folders() -> dict[str, Path]:
@@ -169,7 +169,7 @@ def _expert_folders() -> dict[str, Path]:
 def _subfolders(root: Path, depth: int) -> Iterator[Path]:
     if depth == 0 or not root.is_dir():
         return
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    for folder in (path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
         yield folder
         yield from _subfolders(folder, depth - 1)
 
@@ -188,7 +188,7 @@ def _beside_experts(file: str, folder: str) -> dict[str, Path]:
     for name, expert in _expert_folders().items():
         # TI2V-5B's official folder is its transformer's folder.
         for home, shown in ((expert.parent, Path(name).parent), (expert, Path(name))):
-            for path in sorted(home.glob(file)):
+            for path in home.glob(file):
                 found.setdefault((shown / path.name).as_posix(), path)
         if any((expert.parent / folder).glob("*.safetensors")):
             found.setdefault((Path(name).parent / folder).as_posix(), expert.parent / folder)

@@ -252,4 +252,4 @@ def _given_frames(entry: Any) -> tuple[Tensor, int]:
     index = entry.get("index")
     check(isinstance(index, int) and not isinstance(index, bool), f"index of {name}", index, "a whole number")
     assert isinstance(index, int), index
-    return tensor_of(entry.get("samples"), f"samples of {name}", "a tensor [1, C, T, h, w]").float(), index
+    return tensor_of(entry.get("samples"), f"samples of {name}", "a tensor [1, C, T, h, w]"), index

@@ -171,15 +171,6 @@ def test_the_block_says_what_and_why():
     assert "because the slowest link between these GPUs is pcie" in two
 
 
-def test_a_plan_as_set_has_only_its_reason():
-    parallel = dataclasses.replace(request().base, gpu_count=2, use_fsdp=True)
-    made = as_set(parallel, "there is no GPU")
-    assert made.parallel is parallel
-    assert made.block() == (
-        "plan: 2 processes (Ulysses 2); weights sharded (FSDP), gathered one block at a time\nbecause there is no GPU"
-    )
-
-
 def test_settings_that_no_number_of_gpus_goes_with():
     with pytest.raises(ValueError, match="no number of GPUs from 3 to 3 goes with cfg_parallel on"):
         plan(workload(), request(3, cfg_parallel="on"), machine(*[79.0] * 3))

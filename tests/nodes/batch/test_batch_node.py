@@ -93,6 +93,7 @@ def test_connected_embeddings_win_over_the_prompts(node: Node) -> None:
     status = node.run(text_embeds=BOTH, prompts="a fox\na cat", batch_count=2)["result"][3]
     assert len(node.jobs) == 2
     assert "  - text_embeds is connected: prompts of this node had no effect" in status.splitlines()
+    assert "had no effect" not in node.run(text_embeds=BOTH, prompts=" \n")["result"][3]
 
 
 def fail_on(seed: int, out_of_memory: bool = False) -> Callable[[Job], None]:

@@ -126,12 +126,36 @@ def test_official_5b_folder_is_one_transformer_with_its_vae(folders: Path) -> No
     write_config(top, "WanModel")
     assert catalogue.expert_names() == ["Wan2.2-TI2V-5B"]
     assert catalogue.expert_files("Wan2.2-TI2V-5B") == (top / TRANSFORMER,)
+    assert catalogue.vae_names() == ["Wan2.2-TI2V-5B/Wan2.2_VAE.pth"]
     assert catalogue.vae_files("Wan2.2-TI2V-5B/Wan2.2_VAE.pth") == (top / "Wan2.2_VAE.pth",)
     _, tokenizer = catalogue.text_encoder_files("Wan2.2-TI2V-5B/models_t5_umt5-xxl-enc-bf16.pth")
     assert tokenizer == (top / "google" / "umt5-xxl" / "spiece.model",)
 
 
+def test_files_of_a_kind_are_listed_by_name(folders: Path) -> None:
+    names = ["a.gguf", "b/a.gguf", "b/c.gguf", "b/z/a.gguf", "c.gguf", "d.gguf"]
+    for key in ("diffusion_models", "vae", "text_encoders"):
+        make(folders / key, *names[::-1], *names)
+    assert catalogue.expert_names() == catalogue.vae_names() == catalogue.text_encoder_names() == names
+    kinds = (
+        "Wan2.1_VAE.pth",
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+    )
+    for home in ("c", "a", "b"):
+        make(folders / "wan", f"{home}/high_noise_model/{TRANSFORMER}", *(f"{home}/{kind}" for kind in kinds))
+        write_config(folders / "wan" / home / "high_noise_model", "WanModel")
+    assert catalogue.expert_names()[-3:] == [f"{home}/high_noise_model" for home in "abc"]
+    listed = catalogue.vae_names()[6:], catalogue.text_encoder_names()[6:], catalogue.clip_vision_names()
+    for found, kind in zip(listed, kinds, strict=True):
+        assert found == [f"{home}/{kind}" for home in "abc"]
+
+
 def test_folders_of_other_models_are_not_listed(folders: Path) -> None:
+    write_config(folders / "diffusers" / "no files" / "transformer", "WanTransformer3DModel")
+    make(folders / "diffusers", f".hidden/transformer/{TRANSFORMER}", f"too/deep/in/{TRANSFORMER}")
+    for hidden in (".hidden/transformer", "too/deep/in"):
+        write_config(folders / "diffusers" / hidden, "WanTransformer3DModel")
     make(folders / "diffusers", f"Flux/transformer/{TRANSFORMER}", f"damaged/transformer/{TRANSFORMER}")
     write_config(folders / "diffusers" / "Flux" / "transformer", "FluxTransformer2DModel")
     (folders / "diffusers" / "damaged" / "transformer" / "config.json").write_text("[" * 100_000)

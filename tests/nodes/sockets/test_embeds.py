@@ -44,6 +44,18 @@ def test_more_than_one_conditioning_entry_is_said() -> None:
     assert found.notes == ("text_embeds has 2 conditioning entries; the first one is used",)
 
 
+def test_tokens_lie_together() -> None:
+    tokens = torch.rand(8, 5).mT
+    found = embeds.prompt_of([[tokens[None], {}]], "text_embeds").tokens
+    assert found.is_contiguous() and torch.equal(found, tokens)
+
+
+def test_what_asks_for_another_video_is_named_in_order() -> None:
+    extras = {"hooks": 1, "area": (1, 1, 0, 0), "strength": 0.5, "guidance": 1.0, "clip_end_percent": 1.0}
+    with pytest.raises(ValueError, match="text_embeds carries area, hooks, strength, which this node does not support"):
+        embeds.prompt_of([[rows(3)[None], extras]], "text_embeds")
+
+
 def test_what_has_no_effect_is_said() -> None:
     extras = {"pooled_output": rows(1), "guidance": 3.5, "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
     found = embeds.prompt_of([[rows(3)[None], extras]], "text_embeds")

@@ -26,10 +26,14 @@ SIZE, SIZE_5B = (2, 6, 8), (2, 3, 4)
 I2V = replace(TINY, in_dim=36)
 TI2V = replace(TINY, in_dim=48, out_dim=48)
 CONTROL = replace(TINY, in_dim=52, parts=frozenset({"ref_conv"}))
+WITHOUT_MASK = replace(TINY, in_dim=48, parts=frozenset({"img_emb"}))
 ANIMATE = replace(TINY, in_dim=36, parts=VARIANTS["Animate"].parts, face_blocks=1)
 WITH_CLIP = replace(I2V, parts=frozenset({"img_emb"}), clip_dim=64)
 PICTURE, MASK = torch.rand(1, 16, *SIZE), torch.rand(1, 4, *SIZE).movedim(-3, -1).contiguous().movedim(-1, -3)
 """The mask with a pixel's frames behind one another."""
+
+
+BESIDE = {"image_embeds": torch.rand(*SIZE, 16).movedim(-1, 0), "mask": MASK[0]}
 
 
 def asked(**inputs: Any) -> VideoInputs:
@@ -82,6 +86,10 @@ SOCKETS = {
         lambda it: images(I2V, text(concat_latent_image=it, concat_mask=MASK)), (1, 16, *SIZE),
         r"concat_latent_image of text_embeds has shape .* takes \[1, 16, T, h, w\]",
     ),
+    "concat_latent_image of Wan2.1": Socket(
+        lambda it: images(WITHOUT_MASK, text(concat_latent_image=it)), (1, 32, *SIZE),
+        r"concat_latent_image of text_embeds has shape .* takes \[1, 32, T, h, w\]",
+    ),
     "concat_mask": Socket(
         lambda it: images(I2V, text(concat_latent_image=PICTURE, concat_mask=it)), (1, 4, *SIZE),
         r"concat_mask of .* must be \[1, 1, 2, 6, 8\] or \[1, 4, 2, 6, 8\]",
@@ -107,7 +115,7 @@ SOCKETS = {
         r"face_video_pixels of text_embeds has shape .* must be a tensor \[1, 3, F, 512, 512\]",
     ),
     "control_images": Socket(
-        lambda it: images(CONTROL, asked(image_embeds=control(control_images=it))), (16, *SIZE),
+        lambda it: images(CONTROL, asked(image_embeds={**BESIDE, **control(control_images=it)})), (16, *SIZE),
         r"control_images of control_embeds has shape .* must be a tensor \[16, T, h, w\]",
     ),
     "image_embeds and control_embeds": Socket(
@@ -148,6 +156,12 @@ SOCKETS = {
             asked(clip_vision_start_image=SimpleNamespace(penultimate_hidden_states=it)), WITH_CLIP, Status()
         )["clip_features"],
         (1, 257, 64), r"clip_vision_start_image has the shape .* must be features \[1, n, C\]",
+    ),
+    "clip_vision_output": Socket(
+        lambda it: clip_tensors(
+            text(clip_vision_output=SimpleNamespace(penultimate_hidden_states=it)), WITH_CLIP, Status()
+        )["clip_features"],
+        (1, 257, 64), r"clip_vision_output of text_embeds has the shape .* must be features \[1, n, C\]",
     ),
     "start_image": Socket(
         lambda it: images(I2V, asked(start_image=it)), (1, 48, 64, 3),
@@ -190,7 +204,7 @@ def test_another_shape_is_refused(name: str):
     value = torch.rand(socket.shape)
     wrong = [value[None], *(value.narrow(place, 0, 0) for place in range(value.ndim))]
     # Rows of what CLIP sees may come by themselves.
-    wrong += [] if name == "clip_vision_start_image" else [value[0]]
+    wrong += [] if name.startswith("clip_vision") else [value[0]]
     wrong += [] if socket.several else [torch.cat([value, value])]
     for one in wrong:
         with pytest.raises(ValueError, match=socket.name):

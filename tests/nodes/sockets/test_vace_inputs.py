@@ -165,6 +165,14 @@ def test_one_mask_is_that_of_every_frame_that_there_is():
     mask = own_control(inputs, sampling(), TINY_VACE, status)["control_mask"]
     assert mask[:2].eq(0).all() and mask[2:].eq(1).all()
     assert status.notes == ["control_video has 2 frames; those behind are made without one"]
+    # A mask of whole numbers is stretched as one of fractions.
+    halves = torch.zeros(1, 24, 32)
+    halves[..., 16:] = 1
+    masks = [
+        own_control(asked(control_video=torch.ones(2, 48, 64, 3), control_mask=it), sampling(), TINY_VACE, Status())
+        for it in (halves, halves.bool(), halves.half())
+    ]
+    assert all(torch.equal(one["control_mask"], masks[0]["control_mask"]) for one in masks)
 
 
 def test_a_control_of_a_longer_video_is_not_taken_for_references():

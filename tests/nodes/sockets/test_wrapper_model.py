@@ -144,6 +144,12 @@ def test_patches_without_a_list_are_refused(loaded: Loaded) -> None:
     model.patches = {"blocks.0.self_attn.q.weight": [("lora",)]}
     with pytest.raises(ValueError, match="model has 1 LoRAs patched into it, and names the files of 0"):
         files_of(model, None, AUTO, Status())
+    # Of one LoRA that is named and two that are not, on some of the weights.
+    identity(loaded.experts.parent / "loras" / "fox.safetensors")
+    model = loaded(NAMES.high_noise, lora=[{"path": "fox", "strength": 1.0, "name": "fox", "blocks": {}}])
+    model.patches = {"q": [1], "k": [1, 2, 3], "v": None}
+    with pytest.raises(ValueError, match="model has 3 LoRAs patched into it, and names the files of 1"):
+        files_of(model, None, AUTO, Status())
 
 
 def test_another_object_is_refused(folders: Path) -> None:
