@@ -91,4 +91,4 @@ def _remove_abandoned(folder: Path) -> None:
     for path in folder.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError), path.open("rb") as file:
             if try_lock(file):
-                path.unlink(missing_ok=True)
+                path.unlink()

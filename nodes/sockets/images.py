@@ -86,7 +86,7 @@ def _picture(value: Any, name: str, sampling: Sampling, status: Status) -> Tenso
             status.note(f"{name} is {cols}x{rows}; it was scaled to {size}")
         else:
             status.warn(f"{name} is {cols}x{rows}; it was scaled to cover {size} and cut to it")
-    return value[0, :, :, :3].float()
+    return value[0, :, :, :3]
 
 
 def _from_texts(asked: VideoInputs, sampling: Sampling, variant: Variant, status: Status) -> Tensor | None:

@@ -132,7 +132,7 @@ def _only_fitting_vae(transformer: Any) -> str:
         try:
             if check_vae_file(host.model_path("vae", name)).z_dim == channels:
                 fitting.append(name)
-        except (ValueError, OSError):
+        except ValueError:
             # Not a Wan VAE: the folder holds those of other models too.
             continue
     if len(fitting) != 1:

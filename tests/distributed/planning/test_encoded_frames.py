@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,7 @@ from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.planning import gpu_memory as memory
 from wan_pack.distributed.planning import workload as workload_module
 from wan_pack.distributed.planning.gpu_memory import estimate
-from wan_pack.distributed.planning.plan import as_set
+from wan_pack.distributed.planning.plan import DoesNotFit, as_set
 from wan_pack.nodes.host.status import Status
 from wan_pack.nodes.inference import planning
 from wan_pack.wan.model.variants import VARIANTS
@@ -90,3 +92,71 @@ def test_the_plan_is_told_of_what_the_inputs_have_encoded(
         control=carried, encodes_text=False, status=Status(),
     )  # fmt: skip
     assert (told["encode_frames"], told["decode"]) == (frames, decode)
+
+
+@pytest.mark.parametrize(
+    ("variant", "given", "clip", "expected"),
+    [
+        ("T2V", {}, (), {"encodes_text": False, "looks": False, "given_frames": False, "controls": 0, "references": 0}),
+        ("I2V", {"start_image": PICTURE}, ("clip",), {"looks": True, "given_frames": False}),
+        ("TI2V-5B", {"start_image": PICTURE}, (), {"given_frames": True}),
+        ("TI2V-5B", {"end_image": PICTURE}, (), {"given_frames": False}),
+        ("VACE", {"reference_images": PICTURE}, (), {"controls": 1, "references": 1}),
+        ("Fun-Control", {"reference_images": PICTURE}, (), {"controls": 0, "references": 1}),
+        ("Fun-Control", {}, (), {"controls": 0, "references": 0}),
+        ("Animate", {}, (), {"controls": 0, "references": 1}),
+        ("T2V", {"encodes": True}, (), {"encodes_text": True}),
+    ],
+)
+def test_the_plan_is_told_of_what_else_runs(
+    variant: str, given: dict[str, Any], clip: tuple[str, ...], expected: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any,
+):  # fmt: skip
+    use_model_folders(tmp_path, monkeypatch)
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(workload_module, "workload_of", lambda *_, **sizes: told.update(sizes))
+    ground = SimpleNamespace(plan=lambda work, request: as_set(Parallel(gpu_count=1), "of a test"))
+    monkeypatch.setattr(planning, "ground_for", lambda *_, **__: ground)
+    monkeypatch.setattr(planning, "shown", lambda plan, status: plan.parallel)
+    asked = asked_for(**{name: value for name, value in given.items() if name != "encodes"})
+    planning.planned(
+        asked, lambda: Parallel(gpu_count=1), SimpleNamespace(clip_vision=clip, low_noise=(), high_noise=()),  # type: ignore[arg-type]
+        sampling(), config=SimpleNamespace(variant=VARIANTS[variant]),  # type: ignore[arg-type]
+        control={}, encodes_text="encodes" in given, status=Status(),
+    )  # fmt: skip
+    assert {name: told[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("given", ["", "samples", "image_embeds", "camera_conditions", "control", "too small", "off"])
+def test_a_video_is_made_smaller_where_nothing_has_a_size_of_its_own(
+    given: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+):
+    use_model_folders(tmp_path, monkeypatch)
+    planned: list[tuple[int, int]] = []
+
+    def plan(work: Any, request: Any) -> Any:
+        planned.append((work.width, work.height))
+        if len(planned) == 1:
+            raise DoesNotFit("does not fit", None if given == "too small" else (48, 32))
+        return as_set(Parallel(gpu_count=1), "of a test")
+
+    monkeypatch.setattr(workload_module, "workload_of", lambda *_, **__: workload(width=64, height=48))
+    monkeypatch.setattr(planning, "ground_for", lambda *_, **__: SimpleNamespace(plan=plan))
+    monkeypatch.setattr(planning, "shown", lambda plan, status: plan.parallel)
+    asked = asked_for(dynamic_resolution=given != "off", **({given: {}} if given[:1] in "si" and given else {}))
+    asked = dataclasses.replace(asked, camera_conditions=PICTURE if given == "camera_conditions" else None)
+    status = Status()
+    ask = functools.partial(
+        planning.planned, asked, lambda: Parallel(gpu_count=1),
+        SimpleNamespace(clip_vision=(), low_noise=(), high_noise=()),
+        sampling(), config=SimpleNamespace(variant=VARIANTS["VACE"]), encodes_text=False, status=status,
+        control={"vace_context": torch.zeros(1, 96, 2, 6, 8)} if given == "control" else {},
+    )  # fmt: skip
+    if given:
+        with pytest.raises(DoesNotFit, match="does not fit"):
+            ask()
+        assert planned == [(64, 48)] and status.warnings == []
+    else:
+        _, lowered = ask()
+        assert planned == [(64, 48), (48, 32)] and (lowered.width, lowered.height) == (48, 32)
+        assert status.warnings == ["dynamic_resolution lowered the video from 64x48 to 48x32, the largest that fits"]

@@ -15,8 +15,9 @@ from wan_pack.distributed.job.errors import SHOWN_AS
 from wan_pack.distributed.job.job import Job, ModelFiles
 from wan_pack.distributed.launch import pool
 from wan_pack.distributed.launch.pool import Pool
-from wan_pack.distributed.machine import gpu_locks, nvidia_smi
+from wan_pack.distributed.machine import gpu_locks, gpus, nvidia_smi
 from wan_pack.distributed.machine.gpu_locks import wait_for_gpus
+from wan_pack.distributed.machine.gpus import Gpu
 from wan_pack.nodes.host import host, warm
 from wan_pack.nodes.host.status import Status
 from wan_pack.nodes.inference import ground
@@ -245,3 +246,22 @@ def test_links_that_the_driver_did_not_tell_in_time_are_asked_for_again(monkeypa
         assert [ground._links().link("0", "1") for _ in range(3)] == ["unknown", "nvlink", "nvlink"]
     finally:
         ground._fixed_links.cache_clear()
+
+
+@pytest.mark.parametrize("unknown", [(0,), (1,), (0, 1)])
+def test_a_gpu_whose_memory_is_not_told_is_not_planned_with(
+    make: Make, monkeypatch: pytest.MonkeyPatch, unknown: tuple[int, ...]
+):
+    sizes = [0 if index in unknown else 24 << 30 for index in range(2)]
+    cards = [Gpu(index=str(i), uuid=f"GPU-{i}", name="", total_bytes=size, free_bytes=size)
+             for i, size in enumerate(sizes)]  # fmt: skip
+    monkeypatch.setattr(gpus, "list_gpus", lambda: cards)
+    _, status = make(gpu_count=2)
+    assert "nvidia-smi does not tell the memory of every GPU" in status.plan
+
+
+def test_two_passes_are_no_way_to_share_work_where_both_others_are_off(make: Make, smi: SimpleNamespace):
+    smi.printed = listing(23, 23)
+    for settings in ({"plan": "as set"}, {}):
+        with pytest.raises(ValueError, match=r"use_ulysses|cfg_parallel"):
+            make(gpu_count=2, use_ulysses=False, use_fsdp=False, **settings)

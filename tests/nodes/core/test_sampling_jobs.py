@@ -202,37 +202,47 @@ def test_a_context_window_is_what_must_fit(job_of: Callable[..., ForwardsJob]) -
     job_of(sampling(endless, options={"context_handler": SimpleNamespace(context_length=7, dim=2)}))
 
 
-@pytest.mark.parametrize(("variant", "frames", "counted"), [("VACE", 2, 2), ("VACE", 0, 1), ("T2V", 2, 0)])
-def test_the_controls_of_a_chain_are_planned(
-    job_of: Callable[..., ForwardsJob], variant: str, frames: int, counted: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of the longer one; a VACE model that is given none follows ComfyUI's empty one."""
-    planned: list[int] = []
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What plans are made for."""
+    made: list[dict[str, Any]] = []
 
-    def workload(*given: Any, controls: int, **more: Any) -> Workload:
-        planned.append(controls)
-        return workload_of_forwards(*given, **more)
+    def workload(files: Any, shape: tuple[int, ...], parallel: Any, **more: Any) -> Workload:
+        made.append({"shape": shape, **more})
+        return workload_of_forwards(files, shape, parallel, **more)
 
     monkeypatch.setattr("wan_pack.distributed.planning.workload.workload_of_forwards", workload)
+    return made
+
+
+@pytest.mark.parametrize(("variant", "frames", "counted"), [("VACE", 2, 2), ("VACE", 0, 1), ("T2V", 2, 0)])
+def test_the_controls_of_a_chain_are_planned(
+    job_of: Callable[..., ForwardsJob], planned: list[dict[str, Any]], variant: str, frames: int, counted: int
+) -> None:
+    """Of the longer one; a VACE model that is given none follows ComfyUI's empty one."""
     followed = {"vace_frames": [torch.zeros(1, 32, 2, 6, 8)] * frames} if frames else {}
     job_of(sampling(conds={"positive": [entry(9), entry(9) | followed], "negative": [entry(9)]}), variant=variant)
-    assert planned == [counted]
+    assert [one["controls"] for one in planned] == [counted]
 
 
 @pytest.mark.parametrize(("variant", "frames"), [("Fun-Control", 3), ("T2V", 2)])
 def test_a_picture_in_front_is_planned_where_there_is_a_place_for_it(
-    job_of: Callable[..., ForwardsJob], variant: str, frames: int, monkeypatch: pytest.MonkeyPatch
+    job_of: Callable[..., ForwardsJob], planned: list[dict[str, Any]], variant: str, frames: int
 ) -> None:
-    planned: list[tuple[int, ...]] = []
-
-    def workload(files: Any, shape: tuple[int, ...], *given: Any, **more: Any) -> Workload:
-        planned.append(shape)
-        return workload_of_forwards(files, shape, *given, **more)
-
-    monkeypatch.setattr("wan_pack.distributed.planning.workload.workload_of_forwards", workload)
     pictured = entry(9) | {"reference_latents": [torch.zeros(1, 16, 1, 6, 8)]}
     job_of(sampling(conds={"positive": [pictured], "negative": [pictured]}), variant=variant)
-    assert planned == [(1, 16, frames, 6, 8)]
+    assert [one["shape"] for one in planned] == [(1, 16, frames, 6, 8)]
+
+
+@pytest.mark.parametrize(("sigmas", "steps"), [(torch.linspace(1, 0, 5), 4), (torch.zeros(1), 1), (torch.zeros(0), 1)])
+def test_steps_guidance_and_expert_are_planned(
+    job_of: Callable[..., ForwardsJob], planned: list[dict[str, Any]], sigmas: torch.Tensor, steps: int
+) -> None:
+    job_of(sampling(sigmas=sigmas))
+    job_of(sampling(sigmas=sigmas, guidance=1.0), name=NAMES.low_noise)
+    told = [{name: one[name] for name in ("steps", "guided", "expert", "loras")} for one in planned]
+    of = {"steps": steps, "loras": ()}
+    assert told == [{**of, "guided": True, "expert": "high_noise"}, {**of, "guided": False, "expert": "low_noise"}]
 
 
 def test_loras_of_both_doors_come_in_order(job_of: Callable[..., ForwardsJob], tiny_models: Path) -> None:
