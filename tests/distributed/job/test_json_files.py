@@ -92,6 +92,11 @@ def test_names_in_a_folder(tmp_path: Path):
     assert [path.relative_to(folder.path).as_posix() for path in paths] == [
         "bell-2", "rank2.alive", "rank2.error.json", "logs/rank2.log", "video.mp4"
     ]  # fmt: skip
+    names = {"job": "job.json", "inputs": "inputs.safetensors", "evaluations": "evaluations.json",
+             "pictures": "pictures.json", "progress": "progress.json", "preview": "preview.jpg", "stop": "stop.json",
+             "result": "result.json", "latents": "latents.safetensors", "frames": "frames.int16", "logs": "logs",
+             "done_bell": "done-bell", "owner": "owner.lock", "failures": "failures.json"}  # fmt: skip
+    assert {name: getattr(folder, name).relative_to(folder.path).as_posix() for name in names} == names
     other = JobDir.create(tmp_path / "new" / "jobs")
     assert other.path != folder.path
     for one in (folder, other):

@@ -56,6 +56,20 @@ def test_what_asks_for_another_video_is_named_in_order() -> None:
         embeds.prompt_of([[rows(3)[None], extras]], "text_embeds")
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "area", "mask", "mask_strength", "set_area_to_bounds", "control", "control_apply_to_uncond", "hooks", "gligen",
+        "reference_motion", "reference_audio_embeds", "control_video", "model_conds", "audio_embed",
+        "audio_embed_scale", "time_dim_concat", "unclip_conditioning", "track_path", "lora_strengths",
+        "timestep_start", "timestep_end", "noise_mask",
+    ],
+)  # fmt: skip
+def test_what_asks_for_another_video_is_refused_by_name(key: str) -> None:
+    with pytest.raises(ValueError, match=f"text_embeds carries {key}, which this node does not support"):
+        embeds.prompt_of([[rows(3)[None], {key: 1}]], "text_embeds")
+
+
 def test_what_has_no_effect_is_said() -> None:
     extras = {"pooled_output": rows(1), "guidance": 3.5, "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
     found = embeds.prompt_of([[rows(3)[None], extras]], "text_embeds")

@@ -100,7 +100,8 @@ def test_without_a_control_there_is_none():
         (both({**core(1.0), "vace_strength": [1.0, 1.0]}), "lists of different lengths"),
         (both({**core(1.0), "vace_strength": ["x"]}), "vace_strength of text_embeds is 'x'"),
         (both({**core(1.0), "vace_frames": [noise(1, 16, *SIZE)]}), r"\[1, 16, 2, 6, 8\]; it must be \[1, 32"),
-        (both({**core(1.0), "vace_mask": [noise(1, 64, 1, 6, 8)]}), "must be of one size"),
+        (both({**core(1.0), "vace_mask": [noise(1, 64, 1, 6, 8)]}),
+         r"vace_frames and vace_mask of text_embeds are of \[2, 6, 8\] and \[1, 6, 8\]; they must be of one size"),
         (both({**core(1.0), "vace_frames": ["x"]}), "vace_frames of text_embeds is str"),
         (
             {**both(core(1.0)), "negative_embeds": both(core(0.5))["negative_embeds"]},
