@@ -79,7 +79,7 @@ def write_model(folder: Path, name: str, threads: int = THREADS) -> Path:
     files = {part: store / f"{_digest(own)}.safetensors" for part, own in parts.items()}
     numbers = bank()
     jobs = [
-        (files[part], own, lambda key, out: _fill_transformer(key, out, numbers))
+        (files[part], own, lambda key, out: fill_transformer(key, out, numbers))
         for part, own in parts.items()
         if not files[part].exists()
     ]
@@ -122,7 +122,7 @@ def write_text_encoder(folder: Path, text_dim: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         numbers = bank()
         extra = {"spiece_model": train_tokenizer()}
-        write_tensors(path, shapes, lambda key, out: _fill_transformer(key, out, numbers), extra)
+        write_tensors(path, shapes, lambda key, out: fill_transformer(key, out, numbers), extra)
     return path
 
 
@@ -180,12 +180,13 @@ def fill_random(name: str, out: Tensor, std: float, numbers: Tensor) -> None:
         done, at = done + len(piece), 0
 
 
-def _fill_transformer(name: str, out: Tensor, numbers: Tensor) -> None:
-    """The statistics of an initialised network, but for the head."""
+def fill_transformer(name: str, out: Tensor, numbers: Tensor) -> None:
+    """The statistics of an initialised network, but for the head; `out` as `fill_random`."""
     if name.endswith("weight") and out.dim() > 1:
         fill_random(name, out, HEAD_STD if name == "head.head.weight" else WEIGHT_STD, numbers)
     else:
-        out.fill_(float("norm" in name and name.endswith("weight")))
+        # A weight of one axis is a norm's, whatever it is called (`img_emb.proj.0`): of zeros nothing would pass.
+        out.fill_(float(name.endswith("weight")))
 
 
 def vae_shapes(name: str, z_dim: int) -> dict[str, tuple[int, ...]]:
