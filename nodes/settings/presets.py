@@ -27,7 +27,8 @@ class Preset:
     guidance_high: float
 
 
-# From the official configuration files and generate.py; Fun's from their makers' examples (VideoX-Fun, wan2.2_fun),
+# From the official configuration files and generate.py; Fun's from their makers' examples (VideoX-Fun, wan2.2_fun
+# and wan2.1_fun, whose own shift is read by other samplers than the one they choose),
 # Lightning from its own repository.
 PRESETS: dict[str, Preset] = {
     "official T2V-A14B": Preset(
@@ -70,6 +71,18 @@ PRESETS: dict[str, Preset] = {
     ),
     "Fun-Camera 5B": Preset(
         variant="Fun-Camera 5B", solver="euler", steps=50, shift=5.0, guidance_low=6.0, guidance_high=6.0
+    ),
+    "Wan2.1 Fun-Control": Preset(
+        variant="Wan2.1 Fun-Control", solver="euler", steps=50, shift=5.0, guidance_low=6.0, guidance_high=6.0
+    ),
+    "Wan2.1 Fun-Control V1.1": Preset(
+        variant="Wan2.1 Fun-Control V1.1", solver="euler", steps=50, shift=5.0, guidance_low=6.0, guidance_high=6.0
+    ),
+    "Wan2.1 Fun InP": Preset(
+        variant="Wan2.1 I2V", solver="euler", steps=50, shift=5.0, guidance_low=6.0, guidance_high=6.0
+    ),
+    "Wan2.1 Fun-Camera V1.1": Preset(
+        variant="Wan2.1 Fun-Camera", solver="euler", steps=50, shift=5.0, guidance_low=6.0, guidance_high=6.0
     ),
     "Lightning 4 steps": Preset(variant=None, solver="euler", steps=4, shift=5.0, guidance_low=1.0, guidance_high=1.0),
 }

@@ -35,6 +35,10 @@ OWN = SamplingSettings(
         ("Fun-Control 5B", "Fun-Control 5B", ("euler", 40, 5.0, 6.0, 6.0, 0.5)),
         ("Fun InP 5B", "Fun-InP 5B", ("euler", 50, 5.0, 6.0, 6.0, 0.5)),
         ("Fun-Camera 5B", "Fun-Camera 5B", ("euler", 50, 5.0, 6.0, 6.0, 0.5)),
+        ("Wan2.1 Fun-Control", "Wan2.1 Fun-Control", ("euler", 50, 5.0, 6.0, 6.0, 0.5)),
+        ("Wan2.1 Fun-Control V1.1", "Wan2.1 Fun-Control V1.1", ("euler", 50, 5.0, 6.0, 6.0, 0.5)),
+        ("Wan2.1 Fun InP", "Wan2.1 I2V", ("euler", 50, 5.0, 6.0, 6.0, 0.5)),
+        ("Wan2.1 Fun-Camera V1.1", "Wan2.1 Fun-Camera", ("euler", 50, 5.0, 6.0, 6.0, 0.5)),
         ("Lightning 4 steps", "T2V", ("euler", 4, 5.0, 1.0, 1.0, 0.875)),
         ("Lightning 4 steps", "I2V", ("euler", 4, 5.0, 1.0, 1.0, 0.9)),
         ("Lightning 4 steps", "TI2V-5B", ("euler", 4, 5.0, 1.0, 1.0, 0.5)),
@@ -66,3 +70,7 @@ def test_preset_of_another_model_is_said() -> None:
 
 def test_presets_name_solvers_that_exist() -> None:
     assert {preset.solver for preset in PRESETS.values()} <= set(SOLVERS)
+
+
+def test_every_variant_has_a_preset() -> None:
+    assert VARIANTS.keys() == {preset.variant for preset in PRESETS.values()} - {None}
