@@ -9,7 +9,7 @@ from ...distributed.job.control_inputs import MAX_CONTROL_STRENGTH
 from ...distributed.job.errors import listed
 from ...distributed.job.input_tensors import MAX_PICTURES
 from ...wan.model.config import PICTURE_ROWS
-from ...wan.model.latent_space import WAN21
+from ...wan.model.latent_space import LATENT_SPACES, WAN21
 from ...wan.sampling.told import KINDS, Kind
 from ..host.core_model import CoreSampling
 from ..host.declared import kind_of, number
@@ -97,9 +97,19 @@ class _Told:
     def check_picture(self) -> None:
         """The latents behind what is sampled; ComfyUI scales rows and columns. Channels that are over are refused: it
         would cut them off and say nothing."""
-        channels, encode = self._config.variant.image_latents * self._config.out_dim, f"encode it with the {self._vae}"
+        variant, own = self._config.variant, self._config.out_dim
+        channels = variant.image_latents * own
         if (picture := self._entry.get(PICTURE)) is not None:
-            self._frames_fit(PICTURE, self._shape(PICTURE, picture, ("B", channels, "T", "h", "w"), encode)[2])
+            # As many as another VAE would have given, or as the node of another model adds.
+            others = [variant.image_latents * space for space in LATENT_SPACES if space != own]
+            given = getattr(picture, "shape", ())[1:2]
+            of_a_vae = given in [(channels,), *((other,) for other in others)]
+            advice = (
+                f"encode it with the {self._vae}"
+                if of_a_vae
+                else f"it is of a node for another model, take the one for {variant.name}"
+            )
+            self._frames_fit(PICTURE, self._shape(PICTURE, picture, ("B", channels, "T", "h", "w"), advice)[2])
         if (mask := self._entry.get(PICTURE_MASK)) is not None:
             frames = self._shape(
                 PICTURE_MASK, mask, ("B", "1 or 4", "T", "h", "w"), "take the node's that gives the picture"

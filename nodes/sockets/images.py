@@ -132,6 +132,13 @@ def _from_core(latents: Any, mask: Any, index: Any, sampling: Sampling, variant:
             else f"{name} has shape {list(latents.shape)}; Wan I2V takes [1, {channels}, T, h, w]"
         )
     size = tuple(latents.shape[2:])
+    more = size[0] - space.shape(sampling.width, sampling.height, sampling.num_frames)[1]
+    if more > variant.frames_in_front > 0:
+        raise ValueError(
+            f"{name} has {more} latent frames more than this node's video of {sampling.num_frames} frames; this model "
+            f"({variant.name}) takes {variant.frames_in_front} in front, of one picture: give reference_image of "
+            f"{_maker(variant)} a single picture, and length the frames of this node"
+        )
     check_video_size(name, (size[0] - variant.frames_in_front, *size[1:]), space.stride, sampling)
     parts = [normalise(part, space.channels) for part in latents[0].split(space.channels)]
     if not masked:

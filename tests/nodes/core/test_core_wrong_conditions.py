@@ -88,6 +88,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         picture(48),
         rf"concat_latent_image .* is \[1, 48, 3, 6, 8\]; .*I2V\) takes \[B, 16, T, h, w\]: {OTHER_VAE}",
     ),
+    (
+        "I2V",
+        picture(32),
+        r"is \[1, 32, .*I2V\) takes \[B, 16, T, h, w\]: it is of a node for another model, take the one for I2V",
+    ),
     ("I2V", picture(value=NAN), r"concat_latent_image .* holds 2304 values of 2304 that are NaN or infinite"),
     ("I2V", {**picture(), "concat_mask": volume(1, 4, 6, 8)}, "concat_mask .* is of 4 latent frames, and .* of 3"),
     ("I2V", {**picture(), "concat_mask": volume(1, value=NAN)}, "concat_mask .* NaN or infinite"),

@@ -86,3 +86,13 @@ def test_the_latents_have_a_frame_in_front() -> None:
     short = asked(text_embeds=text(concat_latent_image=latents[:, :, 1:], concat_mask=mask[:, :, 1:]))
     with pytest.raises(ValueError, match="concat_latent_image of text_embeds is for 64x48, 5 frames; this node makes"):
         image_tensors(short, SAMPLING, ANIMATE, Status())
+
+
+@pytest.mark.parametrize("pictures", [2, 3])
+def test_who_is_shown_is_one_picture(pictures: int) -> None:
+    """Of more than one ComfyUI's node makes further latent frames in front, which are no other length of the video."""
+    frames = 3 + pictures
+    told = text(concat_latent_image=torch.zeros(1, 16, frames, 6, 8), concat_mask=torch.ones(1, 4, frames, 6, 8))
+    words = rf"{pictures} latent frames more than .* 9 frames; .*Animate\) takes 1 in front, .* a single picture"
+    with pytest.raises(ValueError, match=words):
+        image_tensors(asked(text_embeds=told), SAMPLING, ANIMATE, Status())
