@@ -13,10 +13,9 @@ from ...wan.video.arriving import Arriving
 from ..job.errors import listed
 from ..job.job import JobError, VaeJob
 from ..machine.memory_file import OpenedMemory
-from ..planning.gpu_memory import VAE_FRAGMENTATION
 from ..planning.vae_plan import held_bytes, working_bytes
 from .report import gather_peaks, result_of
-from .work import Work, decoded
+from .work import Work, decoded, vae_needs
 
 
 class VaeWork(Work[VaeJob]):
@@ -32,7 +31,7 @@ class VaeWork(Work[VaeJob]):
             new = not self.session.holds_vae(job)
             self.files.say("loading the VAE" if new else "")
             # A model that is there stays if one frame at a time fits beside it: little slower than several.
-            needed = int(working_bytes(job, 1) * (1 + VAE_FRAGMENTATION)) + (held_bytes(job) if new else 0)
+            needed = vae_needs(self.session, working_bytes(job, 1)) + (held_bytes(job) if new else 0)
             self.session.experts.make_room(needed, but="", parks=False, ranks=self.session.world)
             self.session.vae(job)
         with self.phase("encode" if job.encode else "decode"):

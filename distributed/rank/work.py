@@ -74,6 +74,11 @@ class Work(ABC, Generic[J]):
         log.info("took %.2f s%s", self.phase_seconds[name], self.session.memory())
 
 
+def vae_needs(session: Session, working: int) -> int:
+    """Bytes that must be free for a VAE whose tensors take `working`: with the allocator's gaps, by its kernels."""
+    return int(working * (1 + VAE_FRAGMENTATION) * (PLAIN_KERNELS if session.vae_ops == "plain" else 1))
+
+
 def decoded(session: Session, job: Job | VaeJob, latents: Tensor, *, clamp: bool = True) -> Iterator[Tensor | None]:
     """Parts of the video, as `RankVae.decode` yields them: of as many frames as every rank has memory for. Collective.
 
@@ -90,7 +95,7 @@ def decoded(session: Session, job: Job | VaeJob, latents: Tensor, *, clamp: bool
             space, columns * space.stride, rows * space.stride, (frames - 1) * TEMPORAL_STRIDE + 1, vae.upscale,
             job.parallel, at_once,
         )  # fmt: skip
-        needed = int(working * (1 + VAE_FRAGMENTATION) * (PLAIN_KERNELS if session.vae_ops == "plain" else 1))
+        needed = vae_needs(session, working)
         room = free >= needed
         if not room:
             log.info("no room to decode %d frames at once: %.1f of %.1f GiB", at_once, free / GIB, needed / GIB)

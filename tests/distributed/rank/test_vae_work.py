@@ -127,9 +127,9 @@ def test_frames_of_another_size_or_too_few_are_an_error() -> None:
         work.decode(0, torch.randn(16, 3, 4, 4), torch.zeros(3, 13, 32, 32))
 
 
-@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(("held", "ops", "kernels"), [(False, "triton", 1), (True, "triton", 1), (True, "plain", 1.3)])
 def test_models_make_room_for_the_work_and_for_a_vae_that_is_not_there_yet(
-    held: bool, monkeypatch: pytest.MonkeyPatch
+    held: bool, ops: str, kernels: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from wan_pack.distributed.job.job import FileIdentity, Parallel, VaeJob
 
@@ -147,7 +147,7 @@ def test_models_make_room_for_the_work_and_for_a_vae_that_is_not_there_yet(
     work = object.__new__(VaeWork)
     work.rank, work.job, work.phase_seconds = 0, job, {}
     experts = SimpleNamespace(make_room=make_room)
-    work.session = SimpleNamespace(world=1, experts=experts, holds_vae=lambda job: held, memory=lambda: "")
+    work.session = SimpleNamespace(world=1, experts=experts, holds_vae=lambda job: held, vae_ops=ops, memory=lambda: "")
     work.files = SimpleNamespace(progress=lambda *_, **__: None, say=lambda text: None)
     work.folder = SimpleNamespace(job=SimpleNamespace(read_bytes=lambda: b""))
     monkeypatch.setattr(VaeWork, "begin", lambda work: None)
@@ -155,8 +155,8 @@ def test_models_make_room_for_the_work_and_for_a_vae_that_is_not_there_yet(
     monkeypatch.setattr(VaeWork, "opened", lambda work: (torch.zeros(0), torch.zeros(0)))
     with pytest.raises(Enough):
         work.run()
-    # Of one frame at a time, with what lies between its tensors.
-    working = int(working_bytes(job, 1) * (1 + VAE_FRAGMENTATION))
+    # Of one frame at a time, with what lies between its tensors; kernels that are not fused leave more of those alive.
+    working = int(working_bytes(job, 1) * (1 + VAE_FRAGMENTATION) * kernels)
     assert asked == [working + (0 if held else held_bytes(job))] and 0 < working_bytes(job, 1) < working_bytes(job)
     assert held_bytes(job) > 0
     assert vae_work.held_bytes is held_bytes
