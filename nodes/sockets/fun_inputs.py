@@ -115,4 +115,4 @@ def _last(value: Any, name: str, config: WanConfig) -> Tensor | None:
     latents = tensor_of(held[-1], f"{REFERENCES} of {name}", allowed)
     if latents.ndim != 5 or tuple(latents.shape[:3]) != (1, channels, 1) or 0 in latents.shape:
         raise ValueError(f"{REFERENCES} of {name} has shape {list(latents.shape)}; it must be {allowed}")
-    return latents[0].float()
+    return latents[0]

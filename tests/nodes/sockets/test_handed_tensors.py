@@ -33,7 +33,7 @@ PICTURE, MASK = torch.rand(1, 16, *SIZE), torch.rand(1, 4, *SIZE).movedim(-3, -1
 """The mask with a pixel's frames behind one another."""
 
 
-BESIDE = {"image_embeds": torch.rand(*SIZE, 16).movedim(-1, 0), "mask": MASK[0]}
+BESIDE = {"image_embeds": PICTURE[0].movedim(-3, -1).contiguous().movedim(-1, -3), "mask": MASK[0]}
 
 
 def asked(**inputs: Any) -> VideoInputs:
