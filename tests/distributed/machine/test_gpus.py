@@ -25,7 +25,10 @@ def machine(monkeypatch: pytest.MonkeyPatch, listing: str | None) -> None:
 def test_listing(monkeypatch: pytest.MonkeyPatch):
     machine(monkeypatch, LISTING)
     assert [gpu.index for gpu in list_gpus()] == ["0", "1", "2", "3"]
-    assert list_gpus()[1].free_bytes == 139999 << 20
+    assert str(list_gpus()[1]) == "1 NVIDIA H200 (137 of 140 GiB free)"
+    assert (list_gpus()[1].free_bytes, list_gpus()[1].total_bytes) == (139999 << 20, 143771 << 20)
+    machine(monkeypatch, "name, GPU-000, H200, 1, 1\n7, GPU-777, H200\n" + LISTING)
+    assert [gpu.uuid for gpu in list_gpus()] == ["GPU-000", "GPU-111", "GPU-222", "GPU-333"]
     machine(monkeypatch, "No devices were found")
     assert list_gpus() == []
 
@@ -47,6 +50,10 @@ def test_a_gpu_that_shares_the_hosts_memory_is_one(monkeypatch: pytest.MonkeyPat
         (1, "", "GPU-3", ("3",)),
         (0, "", "1,-1,2", ("1",)),
         (0, "", "MIG-8a1f", ("MIG-8a1f",)),
+        (3, "", "MIG-8a1f, 1 ,MIG-9", ("MIG-8a1f", "1", "MIG-9")),
+        (0, "", "", ()),
+        (0, "", "2,,3", ("2",)),
+        (3, " 3, GPU-111 ,,0, ", None, ("3", "1", "0")),
         (0, "", "-1", ()),
     ],
 )
@@ -56,6 +63,10 @@ def test_choice(monkeypatch: pytest.MonkeyPatch, count: int, ids: str, visible: 
 
 
 def test_a_small_gpu_is_only_taken_when_asked_for(monkeypatch: pytest.MonkeyPatch):
+    machine(monkeypatch, LISTING + f"\n4, GPU-444, NVIDIA A, {143771 // 2}, 4000")
+    assert choose_gpus(0) == (4, ("0", "1", "2", "3"))
+    machine(monkeypatch, LISTING + f"\n4, GPU-444, NVIDIA A, {143771 // 2 + 1}, 4000")
+    assert choose_gpus(0) == (5, tuple("01234")), "half of the largest one's memory"
     machine(monkeypatch, LISTING + "\n4, GPU-444, NVIDIA T400, 4096, 4000")
     assert choose_gpus(0) == (4, ("0", "1", "2", "3"))
     assert choose_gpus(0, "4") == (1, ("4",))
@@ -74,6 +85,7 @@ def test_a_small_gpu_is_only_taken_when_asked_for(monkeypatch: pytest.MonkeyPatc
         (0, "1; rm -rf /", None, "must name different GPUs"),
         (-1, "", None, r"gpu_count is -1"),
         (65, "", None, r"gpu_count is 65"),
+        (0, ",".join(map(str, range(65))), None, "gpu_ids is .*; it must be at most 64 GPUs"),
     ],
 )
 def test_bad_choices(monkeypatch: pytest.MonkeyPatch, count: int, ids: str, visible: str | None, words: str):
@@ -86,7 +98,8 @@ def test_without_a_gpu_there_are_cpu_processes(monkeypatch: pytest.MonkeyPatch):
     for listing in (None, ""):
         machine(monkeypatch, listing)
         assert choose_gpus(0) == (1, ())
-        assert choose_gpus(3) == (3, ())
+        assert choose_gpus(3) == (3, ()) and choose_gpus(8) == (8, ())
+        assert choose_gpus(0, visible="7") == (1, ()), "a variable that names nothing is no error where nothing is"
         with pytest.raises(ValueError, match="gpu_count is 9; without a GPU"):
             choose_gpus(9)
         with pytest.raises(ValueError, match="gpu_ids is '0', but no GPU"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,3 +56,25 @@ def test_a_process_is_known_by_more_than_its_pid(monkeypatch: pytest.MonkeyPatch
     for state in "ZX":
         monkeypatch.setattr(processes, "_stat", lambda pid, state=state: (state, 1, 700))
         assert not seen.alive(), "it only waits to be reaped"
+
+
+@pytest.mark.parametrize(("timeout", "looks"), [(1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0.1, [0.0, 0.1])])
+def test_what_does_not_end_is_looked_for_now_and_then_as_long_as_is_said(
+    timeout: float, looks: list[float], monkeypatch: pytest.MonkeyPatch
+):
+    """By all processes of the machine: not over and over, also when one of several has ended."""
+    clock = SimpleNamespace(now=50.0, slept=[])
+    stuck, ended = Made(lives=float("inf")), Made()
+    seen: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        clock.slept.append(seconds)
+        clock.now += seconds
+
+    def listing() -> Any:
+        seen.append(clock.now - 50.0)
+        return [stuck, ended]
+
+    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
+    assert kill_all(listing, timeout) == [stuck]
+    assert seen == pytest.approx(looks, abs=0.06) and set(clock.slept) == {0.01}

@@ -103,6 +103,23 @@ def test_what_is_over_at_once_waits_for_no_reading(monkeypatch: pytest.MonkeyPat
     assert read == [] and not monitor._thread.is_alive()
 
 
+@pytest.mark.parametrize(("first", "interval"), [(600.0, 0.01), (0.01, 600.0)])
+def test_the_first_reading_comes_soon_and_the_others_at_their_intervals(
+    first: float, interval: float, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(usage, "FIRST", first)
+    came = threading.Event()
+    monitor = UsageMonitor(lambda: came.set() or [], interval=interval)
+    waits: list[float | None] = []
+    wait = monitor._stop.wait
+    monkeypatch.setattr(monitor._stop, "wait", lambda seconds: (waits.append(seconds), wait(seconds))[1])
+    monitor.start()
+    assert came.wait(AT_ONCE)
+    monitor.stop()
+    monitor._thread.join(AT_ONCE)
+    assert waits[:2] == [0.01, interval] and monitor._thread.daemon
+
+
 def test_a_process_that_has_ended_hides_no_other(monkeypatch: pytest.MonkeyPatch):
     """Ranks keep their names. What is being reaped has an empty file, or none."""
 
