@@ -145,7 +145,7 @@ class AnsweringEnd(_End):
         return Request.from_json(data), hashlib.sha256(data).digest()
 
     def parts(self, evaluation: Evaluation) -> tuple[memoryview, memoryview, list[memoryview]]:
-        """Latents, timesteps and what was sent, where they lie: to be copied before the answer."""
+        """Latents, timesteps and what was sent, where they lie: to be read before the answer."""
         places = self._places(evaluation)
         memory = memoryview(self._memory)
         return memory[places.latents], memory[places.timesteps], [memory[place] for place in places.sent]

@@ -106,7 +106,7 @@ class ForwardsWork(Work[ForwardsJob]):
         """Waits for it, giving signs of life. Raises Stopped if the job is cancelled, on all ranks."""
         told, interval = time.monotonic(), min(SIGN_SECONDS, self.job.parallel.stall_timeout / 4)
         while not (stop := self.folder.stop.exists()) and self.memory.asked == self.done:
-            bell.wait(min(IDLE_SECONDS, interval))
+            bell.wait(IDLE_SECONDS)
             if time.monotonic() - told >= interval:
                 told = time.monotonic()
                 self.report()
@@ -129,8 +129,8 @@ class ForwardsWork(Work[ForwardsJob]):
             raise JobError(f"the latents have {channels} channels; this model takes {self.config.in_dim}")
         self.conditions.check(evaluation)
         views = self.memory.parts(evaluation)
-        latents = torch.frombuffer(views[0], dtype=torch.float32).view(evaluation.shape).to(self.device, copy=True)
-        timesteps = torch.frombuffer(views[1], dtype=torch.float32).view(evaluation.shape[0], -1).clone()
+        latents = torch.frombuffer(views[0], dtype=torch.float32).view(evaluation.shape).to(self.device)
+        timesteps = torch.frombuffer(views[1], dtype=torch.float32).view(evaluation.shape[0], -1)
         in_front = evaluation.in_front
         frames, *sides = size
         grid = token_grid((channels, frames + in_front, *sides))
