@@ -81,6 +81,7 @@ def test_a_request_is_read_as_it_was_written():
         ({"told": [told("controls", (KEYS[2], "x"), KEYS[2:3])]}, "keys of 64 hexadecimal digits"),
         ({"told": [told("controls", *[KEYS[2:3]] * 2, count=2)]}, "one for each of controls"),
         ({"told": [told("controls", *[KEYS[2:3]] * 2, strength=float("nan"))]}, "finite"),
+        ({"told": [told("controls", *[KEYS[2:4]] * 2) | {"strengths": [[1.0, 1.0], [1.0, float("inf")]]}]}, "finite"),
         ({"texts": (KEYS[0], "../../x")}, "keys of 64 hexadecimal digits"),
         ({"sent": (TEXT, TEXT)}, "each once"),
         ({"sent": (dataclasses.replace(TEXT, key=KEYS[5]),)}, "texts and what else is told in this evaluation"),
@@ -255,6 +256,13 @@ def test_both_ends_count_what_was_sent_alike(most: int):
         kept = (kept | set(used)) - set(dropped)
         assert set(used) <= kept and size(kept) <= max(most, size(set(used)))
         assert not dropped or size(kept) + sizes[dropped[-1]] > most, "none goes that there is room for"
+
+
+def test_what_an_evaluation_is_told_is_counted_by_sample_and_kind():
+    assert (ONE.count("controls"), ONE.count("reference"), ONE.in_front) == (2, 0, 0)
+    assert ONE.rows == (KEYS[0], KEYS[1]) and ONE.volumes == (KEYS[2], KEYS[3])
+    assert (ONE.latent_bytes, ONE.timestep_count) == (2 * 3 * 2 * 4 * 6 * 4, 4)
+    assert dataclasses.replace(ONE, by_frame=False).timestep_count == 2
 
 
 def test_what_was_used_longest_ago_makes_room():

@@ -29,7 +29,10 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path):
         ("a slots=2\nb slots=4\n", r"different slots \(a 2, b 4\)"),
         ("a\n", "the line 'a'; it must be NAME slots=N"),
         ("a slots=2; reboot\n", "it must be NAME slots=N"),
-        ("x" * 70_000, "over 65536 bytes"),
+        ("x" * 70_000, r"^the hostfile .* cannot be read: .*over 65536 bytes"),
+        ("a slots=1000\n", "the line 'a slots=1000'; it must be NAME slots=N"),
+        ("x" * 100, "the line '" + "x" * 80 + "'; it must be"),
+        ("".join(f"h{number} slots=1\n" for number in range(65)), "names more than 64 machines; it must name 1 to 64"),
     ],
 )
 def test_a_hostfile_that_is_wrong_is_refused_with_its_name_and_line(tmp_path: Path, text: str, says: str):
@@ -37,6 +40,8 @@ def test_a_hostfile_that_is_wrong_is_refused_with_its_name_and_line(tmp_path: Pa
     with pytest.raises(ValueError, match=says) as caught:
         read_hostfile(tmp_path / "cluster")
     assert "cluster" in str(caught.value)
+    with pytest.raises(ValueError, match=r"^the hostfile .*gone cannot be read: "):
+        read_hostfile(tmp_path / "gone")
 
 
 @pytest.mark.parametrize("name", ["-oProxyCommand=id", "a,b", "root@a", "a b", "$(id)", "[1-9]", ""])
@@ -76,3 +81,37 @@ def test_lines_may_be_indented_and_commented(tmp_path: Path):
     file = tmp_path / "two"
     file.write_text("# machines\n\n  a slots=2\t\n\tb   slots=2   # the other\n   # and no more\n")
     assert hosts.read_hostfile(file) == hosts.Hosts(("a", "b"), 2)
+
+
+def test_as_many_machines_as_a_job_may_have_are_read(tmp_path: Path):
+    file = tmp_path / "many"
+    file.write_text("".join(f"h{number} slots=1\n" for number in range(64)))
+    assert read_hostfile(file) == Hosts(tuple(f"h{number}" for number in range(64)), 1)
+
+
+@pytest.mark.parametrize(("slots", "guided", "asked", "cfg"), [
+    (2, True, None, True), (2, False, None, False), (1, True, None, False), (2, True, False, False),
+    (2, False, True, True),
+])  # fmt: skip
+def test_settings_go_over_to_other_machines(
+    slots: int, guided: bool, asked: bool | None, cfg: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Each computes on its first GPUs, or on those that are named; where this one has none, on CPU processes."""
+    base = Parallel(gpu_count=1, keep_warm_seconds=60.0, attention="flash")
+    three, first, named = Hosts(("a", "b", "c"), slots), ("0", "1")[:slots], ("5", "7")[:slots]
+    for present, asked_for, gpu_ids in (([], (), ()), ([1], (), first), ([1], named, named)):
+        monkeypatch.setattr(hosts, "list_gpus", lambda present=present: present)
+        found = hosts.over_hosts(base, three, gpu_ids=asked_for, cfg_parallel=asked, guided=guided)
+        assert (found.hosts, found.gpu_count, found.gpu_ids) == (three.names, 3 * slots, gpu_ids)
+        assert (found.keep_warm_seconds, found.cfg_parallel, found.attention) == (0.0, cfg, "flash")
+
+
+def test_of_one_machine_there_is_nothing_to_say_and_of_several_what_their_network_carries():
+    warn = hosts.host_warnings
+    assert warn(Parallel(gpu_count=2, hosts=("a",), use_fsdp=True)) == []
+    half = Parallel(gpu_count=4, hosts=("a", "b"), cfg_parallel=True)
+    assert warn(half) == []
+    assert len(warn(dataclasses.replace(half, use_fsdp=True))) == 1
+    assert len(warn(dataclasses.replace(half, cfg_parallel=False))) == 1
+    assert len(warn(dataclasses.replace(half, cfg_parallel=False, use_fsdp=True))) == 2
+    assert warn(Parallel(gpu_count=2, hosts=("a", "b"), cfg_parallel=True)) == []

@@ -226,6 +226,7 @@ def test_an_idle_group_makes_room_where_the_next_job_computes_and_only_there(gro
     first = groups.give_back(groups.take(gpu_count=1, gpu_ids=("0",)))
     second = groups.give_back(groups.take(gpu_count=1, gpu_ids=("1",)))
     assert not first.ended and len(groups.pool.view()) == 2
+    assert all(0 < view.seconds_left <= 600 for view in groups.pool.view())
     third = groups.take(gpu_count=2, gpu_ids=("1", "2"))
     assert not first.ended and second.removed
     # A busy one stays, whatever is asked for: the job waits for its GPUs, which is cancelled here.
@@ -248,7 +249,7 @@ def test_a_busy_group_that_is_released_ends_with_its_job(groups: Any, meant: str
     name = {"all": None, "this one": group.folder.path.name, "another one": "group-of-another"}[meant]
     assert groups.pool.release(name) == 0 and not group.ended
     (view,) = groups.pool.view()
-    assert view.released is (meant != "another one")
+    assert view.released is (meant != "another one") and view.seconds_left is None
     groups.give_back(group)
     assert group.removed is view.released
     assert groups.pool.release(name) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,3 +118,56 @@ def test_the_negative_prompt_is_the_jobs_own_and_wans_where_it_has_none(job: Job
     assert torch.equal(dog, prompts.encode(dataclasses.replace(job, text=Text(prompt="a dog")), negative=False)[0])
     assert torch.equal(default, negative(text_encoder.DEFAULT_NEGATIVE_PROMPT))
     assert dog.shape != default.shape
+
+
+def test_on_a_gpu_it_is_in_bfloat16_and_waits_in_host_memory(job: Job, monkeypatch: pytest.MonkeyPatch):
+    """As long as the host has room for it twice, or holds it already."""
+    made: list[dict[str, Any]] = []
+    happens: list[str] = []
+    size = sum(file.size for file in job.model.text_encoder)
+
+    class Parked:
+        def __init__(self, model: Any, *, keep: bool) -> None:
+            assert model == "umT5" and keep
+            self.has_copy = False
+
+        def fetch(self) -> None:
+            happens.append("fetched")
+
+        def park(self) -> None:
+            happens.append("parked")
+            self.has_copy = True
+
+        def drop(self) -> None:
+            happens.append("dropped")
+
+    tokenizer = SimpleNamespace(notes=lambda **prompts: [f"{name}: {text}" for name, text in prompts.items()])
+    encoder = SimpleNamespace(model="umT5", tokenizer=tokenizer, encode=list)
+    monkeypatch.setattr(
+        text_encoder, "load_text_encoder", lambda *files, **how: (made.append({"files": files, **how}), encoder)[1]
+    )
+    monkeypatch.setattr(module, "HostParking", Parked)
+    monkeypatch.setattr(module, "available_bytes", lambda: available)
+    gpu, said = torch.device("cuda", 1), []
+    prompts, available = PromptEncoder(gpu), 2 * size + 1
+    assert prompts.encode(job, negative=False, say=said.append) == ["a cat walks on the grass"]
+    assert said == ["loading the text encoder", "encoding the prompt"]
+    assert prompts.notes == ["prompt: a cat walks on the grass"]
+    available = 0
+    prompts.encode(job, negative=True)
+    assert happens == ["parked", "fetched", "parked"], "the host has it"
+    assert prompts.notes[1] == f"negative_prompt: {text_encoder.DEFAULT_NEGATIVE_PROMPT}"
+    files = tuple([file.path for file in some] for some in (job.model.text_encoder, job.model.tokenizer))
+    assert made == [{"files": files, "dtype": torch.bfloat16, "device": gpu}]
+    prompts.drop()
+    happens.clear()
+    available = 2 * size
+    prompts.encode(job, negative=False)
+    assert happens == ["dropped"] and len(made) == 2
+    monkeypatch.setattr(module, "available_bytes", lambda: None)
+    prompts.encode(job, negative=False)
+    assert happens[1:] == ["parked"], "a system that does not tell"
+    cpu = PromptEncoder(torch.device("cpu"))
+    cpu.encode(job, negative=False)
+    assert made[-1] == {"files": files, "dtype": torch.float32, "device": torch.device("cpu")}
+    assert happens[1:] == ["parked"], "there it is in host memory anyway"

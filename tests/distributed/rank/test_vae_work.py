@@ -79,7 +79,12 @@ def test_the_gpu_is_at_the_next_part_while_one_is_copied(monkeypatch: pytest.Mon
             made = torch.full((frames, 32, 32, 3), float(number)).permute(3, 0, 1, 2)
             yield made if work.rank == 0 else None
 
+    def arriving(part: Tensor) -> Any:
+        assert part.is_contiguous(), "a GPU puts pixels in order faster than a core"
+        return SimpleNamespace(there=lambda: part)
+
     monkeypatch.setattr(vae, "decode", decode)
+    monkeypatch.setattr(vae_work, "Arriving", arriving)
     for rank in (0, 1):
         work, out = work_with(vae, rank), torch.full(FRAMES, -1.0)
         work.session.check_stop = lambda folder, job: happens.append("looks")
@@ -160,3 +165,71 @@ def test_models_make_room_for_the_work_and_for_a_vae_that_is_not_there_yet(
     assert asked == [working + (0 if held else held_bytes(job))] and 0 < working_bytes(job, 1) < working_bytes(job)
     assert held_bytes(job) > 0
     assert vae_work.held_bytes is held_bytes
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_a_decode_is_told_in_frames_of_all_videos_and_stops_between_two_parts(split: bool) -> None:
+    """Where one rank decodes alone it stops by itself: the others wait for it behind the loop."""
+    vae, told, looks = Vae(), [], []
+    work, out = work_with(vae), torch.zeros(FRAMES)
+    vae.splits = lambda rows: (looks.append(rows), split)[1]  # type: ignore[method-assign]
+    work.files = SimpleNamespace(progress=lambda *given: told.append(given))
+    work.session.check_stop = lambda folder, job: looks.append("all")
+    work.decode(1, torch.randn(16, 3, 4, 4), out[1])
+    assert told == [("decode", done, 18) for done in (9, 10, 14, 18)]
+    assert looks == [4, *["all"] * 3 * split]
+    told.clear()
+    work.folder = SimpleNamespace(stop=SimpleNamespace(exists=lambda: True))
+    work.decode(0, torch.randn(16, 3, 4, 4), out[0])
+    assert told == [("decode", done, 18) for done in ((0, 1, 5, 9) if split else (0, 1))]
+
+
+def test_what_is_encoded_is_told_video_by_video() -> None:
+    told: list[tuple[Any, ...]] = []
+    work = work_with(Vae(), encode=True)
+    work.files = SimpleNamespace(progress=lambda *given: told.append(given))
+    work.encode(1, torch.rand(FRAMES[1:]), torch.zeros(LATENTS[1:]))
+    assert told == [("encode", 1, 2), ("encode", 2, 2)]
+    with pytest.raises(JobError, match=r"the VAE made \[16, 3, 4, 4\]; ComfyUI expects \[16, 3, 4, 5\]"):
+        work.encode(0, torch.rand(FRAMES[1:]), torch.zeros(16, 3, 4, 5))
+
+
+@pytest.mark.parametrize("encode", [False, True])
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2)])
+def test_a_call_goes_through_its_phases_video_by_video(
+    rank: int, world: int, encode: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happens: list[Any] = []
+    given, made = torch.arange(2.0), torch.arange(2.0) + 5
+    work: Any = object.__new__(VaeWork)
+    work.rank, work.phase_seconds = rank, {}
+    shapes = (FRAMES, LATENTS) if encode else (LATENTS, FRAMES)
+    parallel = Parallel(gpu_count=world)
+    work.job = SimpleNamespace(given=shapes[0], made=shapes[1], encode=encode, parallel=parallel, files=())
+    experts = SimpleNamespace(make_room=lambda needed, **how: happens.append(how))
+    work.session = SimpleNamespace(
+        world=world, experts=experts, holds_vae=lambda job: rank == 1, memory=lambda: "",
+        vae=lambda job: happens.append("VAE"), check_stop=lambda folder, job: happens.append("looks"),
+    )  # fmt: skip
+    work.files = SimpleNamespace(
+        progress=lambda phase, *_, message: happens.append((phase, message)), say=happens.append
+    )  # fmt: skip
+    work.folder = SimpleNamespace(result="result", write_json=lambda *written: happens.append(written))
+    for name in ("begin", "check_same_job"):
+        setattr(work, name, lambda name=name: happens.append(name))
+    work.opened = lambda: (given, made)
+    for name in ("encode", "decode"):
+        setattr(work, name, lambda number, one, out, name=name: happens.append((name, number, one + out)))
+    for name in ("working_bytes", "held_bytes"):
+        monkeypatch.setattr(vae_work, name, lambda *_: 1)
+    monkeypatch.setattr(vae_work, "gather_peaks", lambda session: "peaks")
+    monkeypatch.setattr(vae_work, "result_of", lambda job, session, **told: told)
+    work.run()
+    name = "encode" if encode else "decode"
+    assert happens[:10] == [
+        ("start", "" if world == 1 else "connecting the processes"), "begin", "check_same_job", ("load", ""),
+        "loading the VAE" if rank == 0 else "", {"but": "", "parks": False, "ranks": world}, "VAE", (name, ""),
+        (name, 0, 5.0), "looks",
+    ]  # fmt: skip
+    told = {"phases": work.phase_seconds, "step_seconds": [], "peaks": "peaks"}
+    assert happens[10:] == [(name, 1, 7.0), "looks", *([("result", told)] if rank == 0 else [])]
