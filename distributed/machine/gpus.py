@@ -88,7 +88,7 @@ def suitable_gpus(gpu_count: int, gpu_ids: str = "", visible: str | None = None)
         raise ValueError(f"gpu_count is {brief(gpu_count)}; it must be 0 (all) to {MAX_GPUS}")
     present = list_gpus()
     gpus = _visible(present, visible)
-    if present and not gpus and visible not in ("", "-1", None):
+    if present and not gpus and visible not in ("", "-1"):
         raise ValueError(
             f"CUDA_VISIBLE_DEVICES is {visible!r}, which names none of: {'; '.join(map(str, present))}. Correct it, "
             "or set it to -1 to run on CPU processes"

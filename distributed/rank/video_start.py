@@ -88,7 +88,7 @@ class VideoStart:
             return False
         parallel, sampling = self._job.parallel, self._job.sampling
         parameters = sum(map(math.prod, self._checkpoint.shapes.values()))
-        weights = int(parameters * compute_bytes(parallel) * OTHER_PARAMETERS)
+        weights = parameters * compute_bytes(parallel) * OTHER_PARAMETERS
         if not parallel.parks_experts:
             weights *= experts
         latents = config.variant.latents

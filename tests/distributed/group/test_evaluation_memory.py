@@ -89,7 +89,10 @@ def test_a_request_is_read_as_it_was_written():
         ({"sent": (dataclasses.replace(TEXT, shape=(MAX_ROWS + 1, 4)),)}, "rows of a text is 8193"),
         ({"sent": (dataclasses.replace(TEXT, shape=(3, 1 << 15)),)}, "channels of a text is 32768"),
         ({"sent": (dataclasses.replace(CONTROL, shape=(96, 3, 4, 6)),)}, "shape of a VACE control"),
-        ({"sent": (dataclasses.replace(CONTROL, shape=(257, 2, 4, 6)),)}, "shape of a VACE control"),
+        (
+            {"sent": (dataclasses.replace(CONTROL, shape=(257, 2, 4, 6)),)},
+            r"be 1 to 256 channels.* beside latents of \[2, 4, 6\]",
+        ),
         ({"sent": (dataclasses.replace(CONTROL, shape=(3, 4)),)}, "shape of a VACE control"),
         ({"sent": (dataclasses.replace(CONTROL, dtype="bfloat16"),)}, "dtype of a VACE control is 'bfloat16'"),
     ],

@@ -57,6 +57,10 @@ def test_the_origin_is_told_from_what_followed():
     # In the agent's whole seconds, one second is no order.
     almost = RankFailure(rank=0, signal="SIGKILL", seconds=101.0)
     assert root_cause([ORIGINS[0], almost]) is almost
+    # In all of torch's words.
+    for kind in ("torch.distributed.DistNetworkError", "torch._C._DistBackendError"):
+        echo = own(0, "Broken pipe", kind)
+        assert echo.echo and root_cause([echo, own(3)]).rank == 3  # type: ignore[union-attr]
     # No words of a peer, whatever they say: memory, and errors that torch does not raise.
     for cause in (own(3, "CUDA out of memory: timeout", "torch.distributed.DistBackendError"), own(3, "timed out")):
         assert root_cause([ORIGINS[3], cause]) is cause

@@ -125,6 +125,19 @@ def test_what_each_change_of_a_plan_needs(groups: Any):
     assert dataclasses.replace(alone, use_fsdp=True).weights_lie == alone.weights_lie
 
 
+def test_a_job_without_a_transformer_says_nothing_of_how_one_lies():
+    said = {
+        "attention", "cfg_parallel", "gpu_count", "gpu_ids", "hosts", "keep_warm_seconds", "kernels", "master_port",
+        "mixed_precision", "more_follow", "sparse_tau", "stall_timeout", "start_timeout", "torch_compile",
+    }  # fmt: skip
+    assert {field.name for field in dataclasses.fields(Parallel)} - group_kind.OF_TRANSFORMER == said
+    sharded = stub_job(use_fsdp=True, gather="expert", exact_steps=2, mixed_precision="fp32", master_port=2000).parallel
+    plain = group_kind.without_weights(sharded)
+    assert plain == Parallel(
+        gpu_count=2, mixed_precision="fp32", master_port=2000, start_timeout=60.0, stall_timeout=60.0
+    )
+
+
 def test_what_a_video_is_made_of_needs_no_other_processes(groups: Any, tmp_path: Path):
     """Another size, length, schedule, prompt or seed, a picture while it is made: all on what is loaded."""
     first, how = stub_job(keep_warm_seconds=600.0), {"cancelled": lambda: True, "on_wait": lambda text: None}

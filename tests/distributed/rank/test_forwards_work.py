@@ -12,6 +12,7 @@ from wan_pack.distributed.job.sampling import RoundedTimesteps
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank import forwards_work
 from wan_pack.distributed.rank.forwards_work import KEPT_GRIDS, ForwardsWork
+from wan_pack.wan.model.rope import rope_table
 from wan_pack.wan.transformer.conditions import NOTHING
 
 
@@ -37,6 +38,10 @@ def test_places_of_the_sizes_that_were_used_last_are_kept(work: Any, monkeypatch
         assert found.length == len(cos) == grid[0] * 6
     # Of the four kept the second was used longest ago when the fifth came.
     assert made == [*grids, grids[1]]
+    # Of a rank behind the first one its own.
+    work.session.shard = lambda job, grid: SequenceShard(length=12, rank=1, world=2)
+    (_, places), whole = work.places((2, 3, 2)), rope_table((2, 3, 2), 8)
+    assert all(torch.equal(one, all_of_them[6:]) for one, all_of_them in zip(places, whole, strict=True))
     assert len(work.placed) == KEPT_GRIDS
 
 

@@ -148,6 +148,14 @@ def test_a_symmetric_exchange_is_told_with_its_way(monkeypatch: pytest.MonkeyPat
     assert told["sequence parallel"] == "Ulysses over 2 GPUs, symmetric by copies"
 
 
+def test_of_attention_that_is_sparse_it_is_told_how_and_in_how_many_steps(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Session, "sparse", SimpleNamespace(tau=2.5, steps=range(1, 3)))
+    told = report.settings_of(stub_job(gpu_count=1), SESSION)["attention"]
+    assert told == f"cpu ({KERNELS['cpu'].reason}), tau 2.5, in 2 of 4 steps"
+    forwards = ForwardsJob(id="ab", parallel=stub_job().parallel, model=stub_job().model.transformer)
+    assert "tau" not in str(report.settings_of(forwards, SESSION)["attention"])
+
+
 @pytest.mark.parametrize(("reused", "threshold", "words"), [
     ([1, 3], 0.05, "2 of 4 (reuse_threshold 0.05)"), ([], 0.5, "0 of 4 (reuse_threshold 0.5)"), ([], 0.0, None),
 ])  # fmt: skip

@@ -152,6 +152,9 @@ def test_where_attention_is_sparse_neighbours_follow_one_another(monkeypatch: py
     assert shard.world == world and entered == [0] and sparse.steps == sparse_steps(range(10), 10, 60) != range(0)
     assert rank.shard(job, (1, 4, 5)).order is None and not sparse.steps, "a short one"
     entered.clear()
+    rank.shard(stub_job(gpu_count=world, steps=10, start_step=4), (3, 4, 5))
+    assert entered == [4] and sparse.steps == sparse_steps(range(4, 10), 10, 60)
+    entered.clear()
     assert rank.shard(vae_job(gpu_count=world), (3, 4, 5)).order is None and not entered
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from patience import AT_ONCE
+from wan_pack.distributed.job.errors import JobError
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.rank import signs
 from wan_pack.distributed.rank.signs import RankFiles
@@ -62,3 +64,37 @@ def test_what_a_start_consists_of_is_noted_with_its_times(tmp_path: Path):
     assert outer[1] <= inner[1] and inner[2] <= outer[2]
     # As old as the system says, give or take its clock's ticks.
     assert abs(process[1] + process[2] - outer[1]) < AT_ONCE and process[2] > 0
+
+
+def test_an_error_is_kept_in_the_ranks_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """With where it was; of what is very long the beginning of the message and the end of the traceback."""
+    kept: list[dict[str, Any]] = []
+    monkeypatch.setattr(signs, "leave_words", lambda path, record: kept.append(record | {"path": path}))
+    monkeypatch.setattr(signs.time, "time_ns", lambda: 77)
+    folder = JobDir(tmp_path)
+    errors = (ValueError("a" * 20_000), "ValueError"), (JobError("b"), f"{JobError.__module__}.JobError")
+    for number, (error, name) in enumerate(errors):
+        files = RankFiles(folder, number)
+        files.phase, files.step = "load", 3
+        files.error(error)
+        record = kept[number]
+        assert (record["rank"], record["type"], record["phase"], record["step"]) == (number, name, "load", 3)
+        assert record["time_ns"] == 77 and record["path"] == folder.error(number)
+    first, second = kept
+    assert first["message"] == "a" * (16 << 10) and first["traceback"] == "a" * ((8 << 10) - 1) + "\n"
+    assert second["message"] == "b" and second["traceback"].endswith("JobError: b\n")
+    capfd.readouterr()
+
+
+def test_who_reads_the_log_has_gone_and_the_error_is_kept_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def gone(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    kept: list[str] = []
+    monkeypatch.setattr("builtins.print", gone)
+    monkeypatch.setattr(signs, "leave_words", lambda path, record: kept.append(record["message"]))
+    monkeypatch.setattr(signs.os, "_exit", lambda code: kept.append(f"ends with {code}"))
+    RankFiles(JobDir(tmp_path), 0).end_process(ValueError("no"))
+    assert kept == ["no", "ends with 1"]
