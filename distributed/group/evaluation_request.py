@@ -232,9 +232,7 @@ class SentKeys:
             self._bytes.pop(key, None)
             self._bytes[key] = known.get(key, KEPT_AT_LEAST)
         size, dropped = sum(self._bytes.values()), []
-        for key in list(self._bytes):
-            if size <= self._most or key in keys:
-                break
-            size -= self._bytes.pop(key)
-            dropped.append(key)
+        while size > self._most and (oldest := next(iter(self._bytes))) not in keys:
+            size -= self._bytes.pop(oldest)
+            dropped.append(oldest)
         return dropped

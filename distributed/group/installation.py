@@ -31,7 +31,7 @@ PACKAGES = {
 """Module that a job imports -> the name under which pip installs it."""
 ENCODER_ONLY = ("transformers", "sentencepiece", "ftfy")
 """Of these, what only encoding a prompt needs; the first of them CLIP too."""
-DISTRIBUTED = Path(__file__).resolve().parent.parent
+DISTRIBUTED = Path(__file__).parent.parent
 TIMEOUT = 180.0
 """Seconds to import all of them from a cold disk."""
 _good: dict[str, set[str]] = {}
@@ -148,7 +148,7 @@ def _remembered(stamp: Path | None, key: str) -> set[str]:
 def _remember(stamp: Path, key: str, good: set[str]) -> None:
     try:
         stamp.parent.mkdir(parents=True, exist_ok=True)
-        write_json(stamp, {"installation": key, "good": sorted(good)})
+        write_json(stamp, {"installation": key, "good": [*good]})
     except OSError:
         # It is asked again next time.
         return

@@ -17,7 +17,7 @@ from ..machine.prerequisites import check_switches
 
 IMPORT_PATHS = "import paths"
 """Beside the versions: the folders in which the machine that starts the job finds its packages."""
-PACK = Path(__file__).resolve().parent.parent.parent
+PACK = Path(__file__).parent.parent.parent
 
 
 def versions() -> dict[str, str]:

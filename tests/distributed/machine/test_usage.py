@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from patience import AT_ONCE
@@ -137,3 +138,22 @@ def test_a_process_that_has_ended_hides_no_other(monkeypatch: pytest.MonkeyPatch
     found = process_usage([Process(pid, 7) for pid in (1, 2, 3, 4, 5)])
     page = os.sysconf("SC_PAGE_SIZE")
     assert [(one.name, one.used_bytes // page) for one in found] == [("rank 0", 3), ("rank 4", 5)]
+
+
+def test_how_often_and_how_long_nvidia_smi_is_asked(monkeypatch: pytest.MonkeyPatch):
+    """After half a second and then every two; no longer than five; and what it said ten seconds ago says nothing."""
+    asked: list[float] = []
+    now, waits = [100.0], list[float]()
+    monkeypatch.setattr(nvidia_smi, "ask", lambda *_, timeout: (asked.append(timeout), LISTING)[1])
+    monkeypatch.setattr(usage, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monitor = UsageMonitor(lambda: gpu_usage("0", all_gpus()))
+    monkeypatch.setattr(monitor._stop, "wait", lambda seconds: (waits.append(seconds), len(waits) > 2)[1])
+    monitor._run()
+    assert waits == [0.5, 2.0, 2.0] and asked == [5.0, 5.0]
+    for now[0], there in ((109.9, 1), (110.0, 0)):
+        assert len(monitor.latest()) == there
+    joined: list[Any] = []
+    monitor._thread = SimpleNamespace(is_alive=lambda: not joined, join=joined.append)  # type: ignore[assignment]
+    monitor.stop()
+    monitor.stop()
+    assert joined == [0.2] and monitor._stop.is_set()

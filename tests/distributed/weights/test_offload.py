@@ -72,3 +72,26 @@ def test_what_is_left_alone_stays_wherever_it_stands():
     parking.fetch()
     assert parking.resident_bytes == 64 + 16 + 16
     assert all(torch.equal(now, before) for now, before in zip(model.parameters(), values, strict=True))
+
+
+def test_where_there_is_nothing_to_park_nothing_is_done():
+    parking = HostParking(nn.Identity())
+    parking.park()
+    parking.fetch()
+    assert parking.resident_bytes == 0
+
+
+def test_what_is_parked_or_there_already_stays_so():
+    """And what is dropped is gone from both places; of what is on the device no host memory can be handed on."""
+    model = layers(0)
+    values, parking = copies(model), HostParking(model, keep=True)
+    parking.fetch()
+    assert not parking.has_copy and parking.hand_over() == []
+    for _ in range(2):
+        parking.park()
+        assert parking.resident_bytes == 0 and parking.has_copy
+    with parking.writable():
+        assert parking.resident_bytes == sum(value.nbytes for value in values)
+        assert all(torch.equal(now, before) for now, before in zip(model.parameters(), values, strict=True))
+    parking.drop()
+    assert parking.resident_bytes == 0 and not parking.has_copy

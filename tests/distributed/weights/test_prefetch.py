@@ -82,6 +82,37 @@ def test_processes_of_a_machine_read_every_byte_once(tmp_path: Path, monkeypatch
         read_ahead([str(tmp_path / "none")], lambda done, total: None)
 
 
+def test_who_waits_is_told_now_and_then_how_far_it_is() -> None:
+    go, told, waits = threading.Event(), list[tuple[int, int]](), list[float]()
+
+    def read(on_read: Callable[[int, int], None]) -> None:
+        go.wait(SECONDS)
+        on_read(3, 4)
+
+    reading = Prefetch(read)
+    join = reading._thread.join
+    reading._thread.join = lambda seconds: (waits.append(seconds), join(seconds))[1]  # type: ignore[method-assign]
+
+    def on_read(done: int, total: int) -> None:
+        told.append((done, total))
+        go.set()
+
+    reading.wait(on_read)
+    assert told[0] == (0, 1) and told[-1] == (3, 4) and set(waits) == {0.1} and reading._thread.daemon
+
+
+@pytest.mark.parametrize(("available", "paths"), [(None, 2), (30, 2), (29, 0)])
+def test_files_are_read_ahead_where_the_hosts_memory_holds_all_of_them(
+    available: int | None, paths: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+    monkeypatch.setattr(prefetch, "read_ahead", lambda paths, on_read, **share: read.append((paths, share)))
+    monkeypatch.setattr(prefetch, "available_bytes", lambda: available)
+    files = [FileIdentity(path=f"/{name}", size=size, mtime_ns=1) for name, size in (("a", 10), ("b", 20))]
+    prefetch.prefetch_files(files, part=1, parts=3).wait(lambda done, total: None)
+    assert read == [(["/a", "/b"][:paths], {"part": 1, "parts": 3})]
+
+
 class Rank:
     """The only rank of its jobs, in this process: latents, no video."""
 

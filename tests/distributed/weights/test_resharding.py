@@ -117,7 +117,7 @@ def small_model() -> WanModel:
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_what_all_ranks_have_together_is_the_whole_and_its_shards_are_let_go(
-    rank: int, monkeypatch: pytest.MonkeyPatch
+    rank: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of 32 rows 11, 11 and 10, of 80 27, 27 and 26; of a single one only the first rank has some."""
     layout, model = Layout(rank, monkeypatch), small_model()
@@ -137,7 +137,11 @@ def test_what_all_ranks_have_together_is_the_whole_and_its_shards_are_let_go(
 
     monkeypatch.setattr(resharding.dist, "all_gather_into_tensor", gather)
     parallel = Parallel(gpu_count=3, use_fsdp=False, mixed_precision="fp32")
-    found = resharding.resharded(model, layout.mesh, parallel, torch.device("cpu"))
+    clock = iter([3.0, 5.5])
+    monkeypatch.setattr(resharding, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    with caplog.at_level("INFO"):
+        found = resharding.resharded(model, layout.mesh, parallel, torch.device("cpu"))
+    assert caplog.messages == ["weights that lay here are now whole on every rank, after 2.50 s"]
     assert found is not None and len(gathered) == len(whole)
     moved, weights = found
     assert all(torch.equal(parameter, whole[name]) for name, parameter in moved.named_parameters())
