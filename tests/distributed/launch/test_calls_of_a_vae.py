@@ -78,6 +78,10 @@ def test_memory_that_is_not_there_is_said_before_anything_starts(
         if more < 0:
             with pytest.raises(JobError, match="decode or encode fewer frames at a time"):
                 calls.run(JOB, torch.zeros(JOB.given))
+            monkeypatch.setattr(vae_calls, "available_bytes", lambda: 3 << 30)
+            large = dataclasses.replace(JOB, made=(1, 3, 100, 2048, 2048))
+            with pytest.raises(JobError, match=r"take 4\.7 GiB of memory, where 3\.0 GiB are available; decode"):
+                calls.run(large, torch.zeros(JOB.given))
         else:
             calls.run(JOB, torch.zeros(JOB.given))
     assert len(calls.started) == 1 + more
@@ -127,3 +131,40 @@ def test_after_a_failure_its_memory_is_nobodys(calls: Any, tmp_path: Path, monke
     with calls.together(), pytest.raises(JobError, match="rank 0"):
         calls.run(JOB, torch.zeros(JOB.given))
     assert not calls.there()
+
+
+def test_a_call_is_a_job_of_the_group_that_is_held(calls: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With what its caller gave for all of them; its folder goes, and what it tells stays."""
+    seen: list[dict[str, Any]] = []
+    run = vae_calls.run_job
+    monkeypatch.setattr(vae_calls, "run_job", lambda job, write, **how: (seen.append(how), run(job, write))[1])
+    calls._failed, told = tmp_path / "failed", {"_on_progress": print, "_on_log_line": repr, "_cancelled": bool}
+    for name, value in told.items():
+        setattr(calls, name, value)
+    with calls.together():
+        held = calls._held
+        calls.run(JOB, torch.zeros(JOB.given))
+    assert seen == [{
+        "parent": tmp_path, "failed": tmp_path / "failed", "pool": held, "on_progress": print, "on_log_line": repr,
+        "cancelled": bool,
+    }]  # fmt: skip
+    assert held is not None and calls._held is None
+    assert calls.result is not None and not calls.result.path.exists()
+
+
+def test_memory_that_the_system_refuses_is_said(calls: Any, monkeypatch: pytest.MonkeyPatch):
+    def refuses(memory: MemoryFile, size: int) -> None:
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr(vae_calls, "available_bytes", lambda: None)
+    monkeypatch.setattr(MemoryFile, "map", refuses)
+    large = dataclasses.replace(JOB, made=(1, 3, 100, 2048, 2048))
+    words = r"^there is no memory for 4\.7 GiB of latents and frames: Cannot allocate memory$"
+    with calls.together(), pytest.raises(JobError, match=words):
+        calls.run(large, torch.zeros(JOB.given))
+    assert not calls.there() and calls.started == []
+
+
+def test_a_call_moves_to_where_the_pool_says(calls: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Pool, "moved", lambda pool, job: ("moved", job))
+    assert calls.moved(JOB) == ("moved", JOB)

@@ -1,7 +1,8 @@
-"""What the sampling loop's question becomes for the model: models that only note what they are asked."""
+"""How a model is built for a job, and what the sampling loop's question becomes for it: models that only note it."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,14 @@ import pytest
 import torch
 from tiny import TINY
 from torch import Tensor
+from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.job.sampling import RoundedTimesteps
 from wan_pack.distributed.parallel.sequence import SequenceShard
+from wan_pack.distributed.rank import expert
 from wan_pack.distributed.rank.expert import VelocityPredictor, take_turn
+from wan_pack.distributed.weights.warm_up import BesideReading
 from wan_pack.wan.model.rope import rope_table
+from wan_pack.wan.model.selection import EVERYTHING
 from wan_pack.wan.transformer.conditions import Beside, Conditions
 from wan_pack.wan.transformer.context import Context, pad_text
 
@@ -129,8 +134,8 @@ def test_an_expert_takes_over_once_and_lets_go_what_was_gathered_before(
     """Steps at the ends of the schedule are exact."""
     asking = predictor(models, happens)
     released = [("high_noise", "released"), ("low_noise", "released")]
-    for expert, timestep in (("high_noise", 950.0), ("high_noise", 700.0), ("low_noise", 20.0)):
-        asking.predict(expert, torch.zeros(4, 64), timestep, (True,))
+    for name, timestep in (("high_noise", 950.0), ("high_noise", 700.0), ("low_noise", 20.0)):
+        asking.predict(name, torch.zeros(4, 64), timestep, (True,))
     assert happens == [
         *released, ("high_noise", "arrives"), ("high_noise", "exact"), ("high_noise", "rounded"),
         *released, ("low_noise", "arrives"), ("low_noise", "exact"),
@@ -177,3 +182,61 @@ def test_the_others_leave_the_device_before_one_comes(
     asking = predictor(models, happens, weights=weights)
     asking.predict("high_noise", torch.zeros(4, 64), 1.0, (True,))
     assert happens[-2:] == ["high_noise comes", ("high_noise", "exact")]
+
+
+def test_all_that_a_job_says_reaches_the_model_that_is_built(monkeypatch: pytest.MonkeyPatch):
+    seen: dict[str, Any] = {}
+    device = torch.device("cpu")
+    checkpoint = SimpleNamespace(describe=lambda weights: f"of {weights}", shapes={"w": (1,)})
+    monkeypatch.setattr(expert, "Checkpoint", lambda files: (seen.update(files=files), checkpoint)[1])
+    loras: list[Any] = []
+    monkeypatch.setattr(expert, "Lora", lambda *of, **how: (loras.append((*of, how)), SimpleNamespace(report=str))[1])
+    keeping = SimpleNamespace(weights=lambda checkpoint, loras: len(loras))
+    monkeypatch.setattr(expert, "keeping_of", lambda parallel: keeping)
+    monkeypatch.setattr(expert, "empty_model", lambda *of: (seen.update(empty=of[1:]), "model")[1])
+    monkeypatch.setattr(expert, "parallelize_wan", lambda *of, **how: seen.update(of=of, how=how))
+    reading = SimpleNamespace(
+        read=lambda *of, **how: seen.update(read=(*of, how)), send=lambda *of, **how: seen.update(sent=(*of, how))
+    )  # fmt: skip
+    monkeypatch.setattr(expert, "SharedReading", SimpleNamespace(of=lambda *of: (seen.update(shared=of), reading)[1]))
+    parallel = Parallel(
+        gpu_count=2, mixed_precision="fp16", gather="expert", ulysses_engine="packed", torch_compile=True,
+        memory_optimization=True, exact_blocks="2", stream_blocks=True,
+    )  # fmt: skip
+    monkeypatch.setattr(expert, "BlockStream", lambda *of: (seen.update(stream=of), Stream())[1])
+    spans: list[str] = []
+
+    class Stream:
+        def writable(self) -> Any:
+            return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def span(name: str) -> Any:
+        spans.append(name)
+        yield
+
+    told: list[Any] = []
+    beside = BesideReading(use=lambda model: told.append(model), span=span)
+    made = expert.load_expert(
+        ["f"], [("a", 0.5), ("b", 1.0, "some")], parallel=parallel, mesh="mesh", shard="shard", device=device,
+        expert="low_noise", attention="kernel", exact_attention="exact", ops="own", slabs=["slab"], on_tensor="tensors",
+        beside=beside, on_send="sending", on_weights=told.append,
+    )  # fmt: skip
+    assert made == "model" and seen["files"] == ["f"] and seen["empty"][:1] == (torch.float16,)
+    assert seen["empty"][2] is keeping and len(seen["empty"][1]) == 2
+    assert loras == [
+        ("a", 0.5, {"w": (1,)}, {"expert": "low_noise", "selection": EVERYTHING}),
+        ("b", 1.0, {"w": (1,)}, {"expert": "low_noise", "selection": "some"}),
+    ]  # fmt: skip
+    assert seen["of"] == ("model", "mesh") and seen["how"] == {
+        "shard": "shard", "attention": "kernel", "use_fsdp": False, "gather": "expert", "ulysses_engine": "packed",
+        "torch_compile": True, "memory_optimization": True, "ops": "own", "exact_attention": "exact",
+        "exact_blocks": (2,),
+    }  # fmt: skip
+    assert seen["stream"] == ("model", device, ["slab"]) and seen["shared"] == (parallel, "mesh", device)
+    model, opened, how = seen["read"]
+    assert (model, opened, how["device"], how["on_tensor"]) == ("model", checkpoint, device, "tensors")
+    how["meanwhile"]()
+    assert told[0].__class__ is Stream and told[1] == "model"
+    assert len(how["loras"]) == 2 and seen["sent"] == ("model", {"on_send": "sending"})
+    assert spans == ["model built", "weights read", "weights shared"]
