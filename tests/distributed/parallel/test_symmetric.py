@@ -175,6 +175,18 @@ def test_ranks_that_cannot_reach_each_other_exchange_as_packed(monkeypatch: pyte
     assert asked == [1]
 
 
+def test_a_group_that_is_let_go_finds_its_memory_anew(monkeypatch: pytest.MonkeyPatch):
+    """The other one's places stay."""
+    known: dict[str, Any] = {"row": 1, "another": 2}
+    closed: list[Any] = []
+    monkeypatch.setattr(symmetric, "_layouts", known)
+    monkeypatch.setattr(symmetric, "close_memory", lambda *of: closed.append(of))
+    group: Any = SimpleNamespace(group_name="row")
+    for _ in range(2):
+        symmetric.let_go(group, torch.device("cpu"))
+    assert known == {"another": 2} and closed == [(group, torch.device("cpu"))] * 2
+
+
 @pytest.mark.parametrize(
     ("places", "variables", "found"),
     [
