@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from wan_pack.distributed.job.job import FileIdentity
+from wan_pack.distributed.job.job import FileIdentity, Parallel
 from wan_pack.distributed.job.model_files import ExpertFiles, LoraFile
+from wan_pack.distributed.parallel.parallelize import Computing
+from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank import experts
 from wan_pack.distributed.rank.expert import PendingExpert
 from wan_pack.distributed.rank.experts import ExpertCache
+from wan_pack.distributed.weights.warm_up import BesideReading
 from wan_pack.wan.model.attention import attention
 
 
@@ -126,3 +130,144 @@ def test_room_is_what_every_rank_has(cache: ExpertCache, monkeypatch: pytest.Mon
     cache._mesh = SimpleNamespace(group="all")  # type: ignore[assignment]
     monkeypatch.setattr(experts, "everywhere", lambda *given: (said.append(given), False)[1])
     assert not cache.has_room(10, 3) and said == [(True, "all", torch.device("cpu"))]
+
+
+class Loads:
+    """A cache whose models are made up, and what is done with them."""
+
+    def __init__(self, cache: ExpertCache, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cache, self.happens = cache, []
+        cache.compute_by("kernel", "own", "exact")  # type: ignore[arg-type]
+        monkeypatch.setattr(cache, "_load", self._load)
+        monkeypatch.setattr(cache, "_read_ahead", lambda *given: (self.happens.append(("ahead", *given)), "pending")[1])
+        monkeypatch.setattr(experts, "compute_as", lambda *given: self.happens.append(("computes", *given)))
+        monkeypatch.setattr(experts, "set_shard", lambda *given: self.happens.append(("shard", *given)))
+        for name, weights in cache.weights.items():
+            weights.park = lambda name=name: self.happens.append(("parks", name))  # type: ignore
+            weights.fetch = lambda name=name: self.happens.append(("comes", name))  # type: ignore
+
+    def _load(self, name: str, wanted: Any, settings: Any, report: Any, beside: Any, on_send: Any) -> None:
+        self.happens.append(("loads", name, wanted, settings, beside.use, on_send))
+
+    def __call__(self, names: tuple[str, ...], wanted: dict[str, ExpertFiles], **settings: Any) -> list[Any]:
+        self.parallel = Parallel(gpu_count=2, **settings)
+        self.told: list[Any] = []
+        self.beside = BesideReading(use=lambda model: None)
+        self.cache.load(
+            names, wanted, self.parallel, "mesh", SHARD, lambda *given: self.told.append(given), self.beside  # type: ignore
+        )  # fmt: skip
+        happens, self.happens[:] = list(self.happens), []
+        return happens
+
+
+SHARD = SequenceShard(length=6, rank=1, world=2)
+
+
+def with_lora(name: str) -> ExpertFiles:
+    return ExpertFiles(files(name), (LoraFile(file=files("lora")[0], strength=1.0),), None)
+
+
+@pytest.mark.parametrize("parks", [True, False])
+def test_what_is_stale_is_read_and_all_get_the_tokens_of_the_job(
+    parks: bool, cache: ExpertCache, monkeypatch: pytest.MonkeyPatch
+):
+    """Both of them were there; the one that runs first is read last, and what goes on beside the first reading."""
+    loads = Loads(cache, monkeypatch)
+    wanted = {"a": with_lora("a"), "b": with_lora("b")}
+    happens = loads(("a", "b"), wanted, offload_model=parks)
+    computing = Computing.of(loads.parallel, "kernel", "own", "exact")  # type: ignore[arg-type]
+    models = dict(cache.models)
+    settings = {
+        "parallel": loads.parallel, "mesh": "mesh", "shard": SHARD, "device": torch.device("cpu"),
+        "attention": "kernel", "exact_attention": "exact", "ops": "own",
+    }  # fmt: skip
+    told = [("computes", models[name], "mesh", SHARD, computing) for name in "abc"]
+    assert happens[:3] == told
+    read = [one for one in happens if one[0] == "loads"]
+    assert [one[1:4] for one in read] == [(name, wanted[name], settings) for name in "ba"]
+    assert [one[4] for one in read] == [loads.beside.use, experts.NOTHING_BESIDE.use]
+    read[0][5]()
+    assert loads.told == [("sharing the weights", 0, 0)]
+    parked = [one[1] for one in happens if one[0] == "parks"]
+    assert sorted(parked) == (["a", "b", "c", "c"] if parks else [])
+    assert [one for one in happens if one[0] in ("shard", "comes")] == (
+        [("shard", models["a"], SHARD), ("shard", models["b"], SHARD)] if parks else
+        [("shard", models["a"], SHARD), ("comes", "a"), ("shard", models["b"], SHARD), ("comes", "b")]
+    )  # fmt: skip
+    # A second time nothing is told anew, and what is there stays.
+    cache._made_of |= wanted
+    again = loads(("b",), wanted, offload_model=parks)
+    assert again == [("shard", models["b"], SHARD), *([] if parks else [("comes", "b")])]
+    other = loads(("b",), wanted, offload_model=parks, memory_optimization=True)
+    assert [one[0] for one in other[:3]] == ["computes"] * 3
+
+
+def test_the_second_of_two_new_experts_is_read_while_the_first_runs(
+    cache: ExpertCache, monkeypatch: pytest.MonkeyPatch
+):
+    loads = Loads(cache, monkeypatch)
+    wanted = {name: ExpertFiles(files(name), (), None) for name in ("c", "d", "e")}
+    happens = loads(("c", "e"), wanted)
+    assert [(one[0], one[1]) for one in happens if one[0] != "computes"][-1] == ("ahead", "e")
+    ahead = happens[-1]
+    assert ahead[2] == wanted["e"] and ahead[3]["shard"] == SHARD and cache._pending == {"e": "pending"}
+    assert not [one for one in happens if one[0] == "loads"], "the first is there"
+
+
+def test_a_model_in_whose_place_another_file_lies_is_let_go_before_anything_is_loaded(
+    cache: ExpertCache, monkeypatch: pytest.MonkeyPatch
+):
+    loads = Loads(cache, monkeypatch)
+    (file,) = files("b")
+    held = cache.weights["b"]
+    loads(("a",), {"a": ExpertFiles(files("a"), (), None), "x": ExpertFiles((replace(file, size=2),), (), None)})
+    assert held.dropped and list(cache.models) == ["a", "c"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_an_expert_that_takes_the_place_of_the_others_gets_their_memory(
+    stays: bool, cache: ExpertCache, monkeypatch: pytest.MonkeyPatch
+):
+    """Its files are read ahead by the ranks of each machine together; it stops when it is wanted."""
+    happens: list[Any] = []
+    cache._rank = 3
+    for name in "abc":
+        cache.weights[name].park = lambda name=name: happens.append(("parks", name))  # type: ignore
+        cache.weights[name].hand_over = lambda name=name: [f"slab of {name}"]  # type: ignore
+    reading = SimpleNamespace(stop=lambda: happens.append("stops"), check=lambda: happens.append("looks"))
+    monkeypatch.setattr(experts, "prefetch_files", lambda files, **how: (happens.append((files, how)), reading)[1])
+    monkeypatch.setattr(cache, "_load", lambda *given: happens.append(given))
+    parallel = Parallel(gpu_count=4, hosts=(), offload_model=True, keep_warm_seconds=9.0 if stays else 0.0)
+    wanted = with_lora("d")
+    pending = cache._read_ahead("d", wanted, {"parallel": parallel, "x": 1})
+    assert happens == [(wanted.files, {"part": 3, "parts": 4})] and pending.made_of is wanted
+    happens.clear()
+    pending.finish(print)
+    slabs = [] if stays else ["slab of a", "slab of b", "slab of c"]
+    assert happens == [
+        "stops", "looks", *([("parks", name) for name in "abc"] if stays else []),
+        ("d", wanted, {"parallel": parallel, "x": 1, "slabs": slabs}, print),
+    ]  # fmt: skip
+    assert bool(cache.models) is stays
+
+
+def test_an_expert_that_has_its_own_place_is_built_at_once_and_shared_when_it_is_read(
+    cache: ExpertCache, monkeypatch: pytest.MonkeyPatch
+):
+    happens: list[Any] = []
+
+    def read(*, on_tensor: Any) -> None:
+        on_tensor(2, 3)
+        happens.append("read")
+
+    built = SimpleNamespace(model="model", weights="weights", read=read, send=lambda: happens.append("shared"))
+    monkeypatch.setattr(experts, "build_expert", lambda *of, **how: (happens.append((of, how)), built)[1])
+    wanted = ExpertFiles(files("d"), (), "low_noise")
+    pending = cache._read_ahead("d", wanted, {"parallel": Parallel(gpu_count=2), "ops": "own"})
+    assert (cache.models["d"], cache.weights["d"]) == ("model", "weights")
+    assert happens[0] == (
+        (wanted.paths, wanted.specs), {"expert": "low_noise", "parallel": Parallel(gpu_count=2), "ops": "own"}
+    )  # fmt: skip
+    told: list[Any] = []
+    pending.finish(lambda *given: told.append(given))
+    assert happens[1:] == ["read", "shared"] and set(told) <= {(0, 1), (2, 3)}

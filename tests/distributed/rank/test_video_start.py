@@ -1,7 +1,8 @@
-"""When pictures are encoded: while weights are read, where both have room."""
+"""What a video starts from: its schedule, and its pictures, encoded while weights are read, where both have room."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,14 +11,21 @@ from typing import Any
 import pytest
 import torch
 from jobs import stub_job
+from safetensors.torch import save_file
 from tiny import TINY
 from torch import Tensor
 from wan_pack.distributed.job.input_tensors import CLIP_FEATURES, CLIP_PICTURES
 from wan_pack.distributed.job.job_folder import JobDir
-from wan_pack.distributed.rank import video_start
+from wan_pack.distributed.parallel.sequence import SequenceShard
+from wan_pack.distributed.rank import video_start, video_work
 from wan_pack.distributed.rank.signs import RankFiles
 from wan_pack.distributed.rank.video_start import VideoStart
+from wan_pack.distributed.rank.video_work import VideoWork
 from wan_pack.wan.model.config import WanConfig
+from wan_pack.wan.model.patch import patchify
+from wan_pack.wan.sampling.denoise import Guidance, draw_noise
+from wan_pack.wan.sampling.schedule import make_solver
+from wan_pack.wan.transformer.conditions import Conditions
 
 I2V = replace(TINY, in_dim=36)
 PICTURE = {"start_image": torch.zeros(3, 48, 64)}
@@ -130,3 +138,114 @@ def test_one_rank_looks_at_the_pictures_and_all_have_what_it_saw(
     other = start(ROOM)
     other.look()
     assert len(asked) == (rank == 0), "nothing came for it"
+
+
+@pytest.mark.parametrize(("settings", "sigma"), [({}, 1.0), ({"start_step": 2}, None)])
+def test_a_video_is_prepared_by_its_schedule(
+    settings: dict[str, Any], sigma: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole one starts from pure noise; a part of one where its first step does."""
+    sampling = {"steps": 6, "seed": 77, "solver": "euler", "shift": 3.0, "guidance_low": 1.5, "guidance_high": 2.5}
+    job = stub_job(gpu_count=1, boundary=0.7, **sampling, **settings)
+    made: list[Any] = []
+    checkpoint = SimpleNamespace(config="config")
+    monkeypatch.setattr(video_work, "Checkpoint", lambda files: (made.append(files), checkpoint)[1])
+    monkeypatch.setattr(video_work, "latents_shape", lambda *of: (made.append(of), (16, 2, 6, 8))[1])
+    monkeypatch.setattr(video_work, "VideoStart", lambda *of: (made.append(of), "start")[1])
+    work = object.__new__(VideoWork)
+    work.job, work.session, work.files, work.folder = job, "session", "files", JobDir(tmp_path)  # type: ignore
+    for given in ({}, {"context": torch.zeros(3, 4)}):
+        if given:
+            save_file(given, work.folder.inputs)
+        work.prepare()
+        shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+        assert made[:2] == [[file.path for file in job.model.transformer], (job, "config", shapes)]
+        assert work.inputs.keys() == given.keys()
+        first = work.solver.sigmas[2] if sigma is None else sigma
+        assert 0 < first <= 1 and made[2][:4] == (job, "session", "files", checkpoint)
+        assert made[2][4] is work.inputs and made[2][5] is work.noise and made[2][6] == first
+        assert torch.equal(work.noise, draw_noise((16, 2, 6, 8), 77)) and work.start == "start"
+        made.clear()
+    assert work.steps == job.sampling.step_range and work.steps.start == settings.get("start_step", 0)
+    solver = make_solver("euler", 6, 3.0, work.steps.start)
+    assert list(work.solver.timesteps) == list(solver.timesteps) and type(work.solver) is type(solver)
+    assert work.guidance == Guidance(low=1.5, high=2.5, boundary=0.7)
+    work.job = replace(job, model=replace(job.model, low_noise=()))
+    work.prepare()
+    assert work.guidance.only == "high_noise"
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("parks", [True, False])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_all_that_a_video_has_reaches_its_steps(
+    given: bool, parks: bool, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts, conditions and frames that are given; afterwards experts go where the processes do."""
+    seen: dict[str, Any] = {}
+    shard = SequenceShard(length=12)
+    job = replace(
+        stub_job(gpu_count=ranks, offload_model=parks, memory_optimization=given, reuse_threshold=0.25), preview=given
+    )
+    work = object.__new__(VideoWork)
+    work.job, work.rank, work.device, work.phase_seconds = job, 0, torch.device("cpu"), {}
+    work.step_seconds, work.steps, work._preview_map = [], job.sampling.step_range, None
+    work.solver, work.guidance = SimpleNamespace(timesteps=[900.0] * 4), "guidance"  # type: ignore[assignment]
+    latents = torch.randn(16, 3, 4, 4)
+    known = torch.ones(16, 3, 4, 4) if given else None
+    mask = torch.zeros(1, 3, 4, 4, dtype=torch.bool) if given else None
+    conditions = Conditions()
+    conditioning = SimpleNamespace(conditions=conditions, latents=latents, known=known, known_mask=mask)
+    work.start = SimpleNamespace(grid=lambda: (3, 2, 2), conditioning=lambda: conditioning)  # type: ignore[assignment]
+    cache = SimpleNamespace(
+        models="models", weights="weights", drop=lambda: seen.update(dropped=True),
+        load=lambda *of: seen.update(load=of),
+    )  # fmt: skip
+    mesh = None if ranks == 1 else SimpleNamespace(ulysses_group="row")
+    kernel = SimpleNamespace(activate=contextlib.nullcontext)
+    work.session = SimpleNamespace(  # type: ignore[assignment]
+        shard=lambda of, grid: (seen.update(shard=(of, grid)), shard)[1], experts=cache, mesh=mesh, kernel=kernel,
+        group="all", memory=lambda: "", preview_map=lambda of: "map",
+    )  # fmt: skip
+    work.files = SimpleNamespace(  # type: ignore[assignment]
+        say=lambda text: None, span=contextlib.nullcontext, progress=lambda *_, **__: None
+    )
+    work.folder = SimpleNamespace(preview="preview.jpg")  # type: ignore[assignment]
+    predictor = SimpleNamespace(predict="predict", release=lambda: seen.update(released=True))
+    monkeypatch.setattr(video_work, "VelocityPredictor", lambda *of, **how: (seen.update(of=of, how=how), predictor)[1])
+    reused = SimpleNamespace(reused=[3])
+    monkeypatch.setattr(video_work, "StepCache", lambda *of, **how: (seen.update(cache=(of, how)), reused)[1])
+    monkeypatch.setattr(video_work, "PreviewWriter", lambda *of, **how: (seen.update(preview=(of, how)), "shows")[1])
+    monkeypatch.setattr(
+        video_work, "denoise", lambda tokens, **how: (seen.update(start=tokens, steps=how), 2 * tokens)[1]
+    )
+    monkeypatch.setattr(SequenceShard, "gather", lambda self, tokens, group: (seen.update(group=group), tokens)[1])
+    work.needed = lambda: ["high_noise"]  # type: ignore[method-assign]
+    found = work.denoised("texts")  # type: ignore[arg-type]
+    torch.testing.assert_close(found, 2 * latents)
+    group = None if ranks == 1 else "row"
+    assert seen["shard"] == (job, (3, 2, 2)) and seen["group"] == group and seen["released"] and seen["dropped"]
+    names, wanted, parallel, over, tokens, say, beside = seen["load"]
+    assert (names, parallel, over, tokens, say) == (["high_noise"], job.parallel, mesh, shard, work.files.say)
+    assert wanted == {name: job.model.expert(name) for name in ("high_noise", "low_noise")}
+    assert beside.span is work.files.span and beside.use.keywords == {"shard": shard}
+    how = seen["how"]
+    assert seen["of"] == ("models", "texts") and (how["grid"], how["shard"], how["mesh"]) == ((3, 2, 2), shard, mesh)
+    assert how["keep_text"] is not given and how["weights"] == ("weights" if parks else {})
+    assert how["arrive"] == work.arrive and how["conditions"] == conditions and how["rounded"] is not None
+    assert seen["cache"][0] == ("predict",)
+    assert {**seen["cache"][1], "mean": 0} == {"threshold": 0.25, "steps": range(4), "schedule_steps": 4, "mean": 0}
+    assert seen["cache"][1]["mean"].keywords == {"shard": shard, "group": "all"}
+    assert torch.equal(seen["start"], patchify(latents)) and work.reused == [3]
+    told = seen["steps"]
+    assert (told["solver"], told["guidance"], told["predict"]) == (work.solver, "guidance", reused)
+    assert (told["steps"], told["on_step"]) == (range(4), work.on_step)
+    assert told["on_estimate"] == ("shows" if given else None)
+    if not given:
+        assert told["known"] is how["which_timestep"] is None
+        return
+    assert seen["preview"][0] == ("preview.jpg",)
+    shown = {"preview_map": "map", "grid": (3, 2, 2), "shard": shard, "group": group, "steps": 4}
+    assert seen["preview"][1] == shown
+    assert torch.equal(told["known"].tokens, torch.ones(12, 64)) and not told["known"].mask.any()
+    assert told["known"].mask.shape == (12, 64) and torch.equal(how["which_timestep"], told["known"].which_timestep)
