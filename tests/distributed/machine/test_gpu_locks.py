@@ -144,3 +144,56 @@ def test_a_lock_that_names_nobody_is_another_programs(tmp_path: Path):
         with pytest.raises(JobCancelled):
             take(tmp_path, "3", told=told)
     assert told == ["waiting for GPU 3, in use by another program"]
+
+
+def test_who_has_a_gpu_is_told_of_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert gpu_locks.holder("0", tmp_path) == ""
+    held = take(tmp_path, "0")
+    assert gpu_locks.holder("0", tmp_path) == "", "this process has it itself"
+    mine = f"process {os.getpid()}"
+    monkeypatch.setattr(gpu_locks, "_own_name", lambda: "process 7")
+    assert gpu_locks.holder("0", tmp_path) == mine
+    held.release()
+    assert gpu_locks.holder("0", tmp_path) == ""
+    # Elsewhere there are no such locks.
+    monkeypatch.setattr(gpu_locks.sys, "platform", "win32")
+    monkeypatch.setattr(gpu_locks, "_open", lambda path: pytest.fail("nothing is opened"))
+    assert gpu_locks.holder("0", tmp_path) == ""
+
+
+def test_the_name_of_the_next_holder_takes_the_place_of_a_longer_one(tmp_path: Path):
+    (tmp_path / "gpu-0.lock").write_text("process 123456789 and more")
+    take(tmp_path, "0").release()
+    assert (tmp_path / "gpu-0.lock").read_text() == f"process {os.getpid()}"
+
+
+def test_the_folder_of_locks_is_everybodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whoever made it, and whatever his umask was; it may be there already. A name has only what a file name may."""
+    monkeypatch.setattr(gpu_locks, "Path", lambda path: tmp_path / path.lstrip("/").replace("/", "-"))
+    before = os.umask(0o077)
+    try:
+        folders = [gpu_locks._folder() for _ in range(2)]
+    finally:
+        os.umask(before)
+    assert folders == [tmp_path / "tmp-wan-distributed-gpus"] * 2
+    assert folders[0].stat().st_mode & 0o7777 == 0o1777
+    take(tmp_path, "GPU-1/../b c").release()
+    assert (tmp_path / "gpu-GPU-1____b_c.lock").exists()
+
+
+def test_a_wait_is_told_when_who_is_waited_for_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And looks ten times a second."""
+    told: list[str] = []
+    slept: list[float] = []
+    answers = iter([(None, "a"), (None, "a"), (None, "b"), ("locks", "")])
+    monkeypatch.setattr(gpu_locks, "_try_all", lambda gpus, folder: next(answers))
+    monkeypatch.setattr(gpu_locks.time, "sleep", slept.append)
+    found: object = wait_for_gpus(["0"], cancelled=lambda: False, on_wait=told.append, folder=tmp_path)
+    assert found == "locks" and told == ["a", "b"] and slept == [0.1] * 3
+
+
+def test_a_lock_that_cannot_be_opened_is_named_with_the_reason(tmp_path: Path):
+    (tmp_path / "gpu-0.lock").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").touch()
+    with pytest.raises(JobError, match=r"^the GPU's lock .*gpu-0\.lock cannot be opened: .*; remove it$"):
+        take(tmp_path, "0")

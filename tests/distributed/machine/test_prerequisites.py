@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,3 +88,70 @@ def test_a_folder_is_made_and_left_empty(tmp_path: Path):
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").touch()
     assert writing_problem(tmp_path / "file").startswith(f"{tmp_path / 'file'} cannot be written to: ")
+
+
+@pytest.mark.parametrize(("format_of", "hosts", "asked"), [
+    (None, (), ["switches"]), ("mp4", (), ["switches", "ffmpeg"]), ("mp4", ("a", "b"), ["deepspeed", "ffmpeg"]),
+])  # fmt: skip
+def test_what_a_job_needs_is_asked_for_and_the_first_that_is_missing_told(
+    format_of: Any, hosts: tuple[str, ...], asked: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Of several machines each looks at its own switches; what reaches them must be here."""
+    problems: dict[str, str] = {}
+    seen: list[str] = []
+
+    def ask(name: str) -> str:
+        seen.append(name)
+        return problems.get(name, "")
+
+    def switches(parallel: Any) -> None:
+        if ask("switches"):
+            raise ValueError("attention is 'fa3'")
+
+    monkeypatch.setattr(prerequisites, "check_switches", switches)
+    monkeypatch.setattr(prerequisites, "deepspeed_there", lambda: not ask("deepspeed"))
+    monkeypatch.setattr(prerequisites, "ffmpeg_problem", lambda given: ask("ffmpeg") if given == format_of else 1 / 0)
+    monkeypatch.setattr(prerequisites, "torch_problem", lambda: problems.get("torch", ""))
+    parallel = stub_job(hosts=hosts).parallel
+    prerequisites.check_prerequisites(parallel, file_format=format_of)
+    assert seen == asked
+    words = {"switches": "attention is 'fa3'", "deepspeed": "several machines are reached with DeepSpeed; run "}
+    for name in asked:
+        problems = {name: f"no {name}"}
+        with pytest.raises(JobError, match=f"^{words.get(name, f'no {name}')}"):
+            prerequisites.check_prerequisites(parallel, file_format=format_of)
+    problems, seen[:] = {"torch": "torch is old"}, []
+    with pytest.raises(JobError, match=r"^torch is old$"):
+        prerequisites.check_prerequisites(parallel, file_format=format_of)
+    assert seen == []
+
+
+def test_switches_are_asked_of_the_gpus_that_were_chosen(monkeypatch: pytest.MonkeyPatch):
+    """Each kind once; of one that nvidia-smi does not tell nothing is known."""
+    asked: list[Any] = []
+    known = {"0": (9, 0), "1": (9, 0), "2": (8, 6), "3": (7, 5)}
+    monkeypatch.setattr(prerequisites, "compute_capabilities", lambda: known)
+    monkeypatch.setattr(prerequisites, "check_needs", lambda parallel, capability: asked.append(capability))
+    prerequisites.check_switches(stub_job(gpu_count=4, gpu_ids=("0", "1", "2", "9")).parallel)
+    assert sorted(asked) == [(8, 6), (9, 0)]
+    asked.clear()
+    prerequisites.check_switches(stub_job().parallel)
+    assert asked == [None]
+
+
+@pytest.mark.parametrize(("version", "numbers"), [("2.11.0+cu130", (2, 11)), ("2.7", (2, 7)), (None, ())])
+def test_the_first_two_numbers_of_torch_count(version: str | None, numbers: Any, monkeypatch: pytest.MonkeyPatch):
+    def installed(name: str) -> str:
+        if name != "torch" or version is None:
+            raise prerequisites.importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(prerequisites.importlib.metadata, "version", installed)
+    assert prerequisites.torch_release() == (version or "", numbers)
+    assert prerequisites.torch_problem() == ""
+
+
+def test_without_imageio_ffmpeg_there_is_no_ffmpeg(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    said = ffmpeg_problem()
+    assert said.startswith("ffmpeg is missing: ") and said.endswith(" libx264, or turn decode_video off")
