@@ -83,6 +83,8 @@ def test_processes_share_the_processors_of_their_own_machine(monkeypatch: pytest
     monkeypatch.setattr(os, "cpu_count", lambda: 32)
     assert child({}, gpu_count=4)["OMP_NUM_THREADS"] == "8"
     assert child({}, gpu_count=8, hosts=("a", "b"))["OMP_NUM_THREADS"] == "8"
+    monkeypatch.setattr(os, "cpu_count", lambda: 31)
+    assert child({}, gpu_count=4)["OMP_NUM_THREADS"] == "7"
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert child({}, gpu_count=2)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
@@ -127,3 +129,30 @@ def test_compiled_kernels_stay_in_the_users_cache():
     assert child({"HOME": "/h", "XDG_CACHE_HOME": "/c"})[names[0]] == "/c/wan-distributed/inductor"
     assert child({"HOME": "/h", names[0]: "/mine"})[names[0]] == "/mine"
     assert not set(names) & set(child({}))
+
+
+def test_cache_is_in_the_users_cache_folder(tmp_path: Path):
+    name = "TORCHINDUCTOR_CACHE_DIR"
+
+    def of(**source: str) -> str | None:
+        return child_environment(Parallel(gpu_count=1), tmp_path, source).get(name)
+
+    assert of(HOME="/home/a") == "/home/a/.cache/wan-distributed/inductor"
+    assert of(HOME="/home/a", XDG_CACHE_HOME="/fast") == "/fast/wan-distributed/inductor"
+    assert of(HOME="/home/a", TORCHINDUCTOR_CACHE_DIR="/mine") == "/mine"
+    assert of() is None
+
+
+def test_python_keeps_what_it_compiles_where_comfyui_keeps_nothing(tmp_path: Path):
+    """Container images set the variable; torch, diffusers and transformers would be compiled by every process."""
+    off = {"PYTHONDONTWRITEBYTECODE": "1"}
+
+    def of(**source: str) -> dict[str, str]:
+        child = child_environment(Parallel(gpu_count=1), tmp_path, source)
+        return {name: value for name, value in child.items() if name in (*off, "PYTHONPYCACHEPREFIX")}
+
+    assert of(HOME="/home/a", **off) == {"PYTHONPYCACHEPREFIX": "/home/a/.cache/wan-distributed/pycache"}
+    assert of(HOME="/home/a", **off, PYTHONPYCACHEPREFIX="/mine") == {"PYTHONPYCACHEPREFIX": "/mine"}
+    assert of(HOME="/home/a") == {}
+    # With nowhere to keep it, it is as the user has it.
+    assert of(**off) == off

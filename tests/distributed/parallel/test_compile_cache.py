@@ -1,48 +1,19 @@
-"""What was compiled is kept: on disk for the next job, and for other sizes."""
+"""What was compiled is kept for other sizes."""
 
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from tiny import TINY, random_weights
 from torch._dynamo.utils import counters
-from wan_pack.distributed.group.environment import child_environment
 from wan_pack.distributed.job.job import FFN_CHUNK, Parallel
 from wan_pack.distributed.parallel.parallelize import Computing, compute_as, parallelize_wan
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.wan.model.attention import attention
 from wan_pack.wan.model.rope import rope_table
 from wan_pack.wan.transformer.transformer import meta_model
-
-
-def test_cache_is_in_the_users_cache_folder(tmp_path: Path):
-    name = "TORCHINDUCTOR_CACHE_DIR"
-
-    def of(**source: str) -> str | None:
-        return child_environment(Parallel(gpu_count=1), tmp_path, source).get(name)
-
-    assert of(HOME="/home/a") == "/home/a/.cache/wan-distributed/inductor"
-    assert of(HOME="/home/a", XDG_CACHE_HOME="/fast") == "/fast/wan-distributed/inductor"
-    assert of(HOME="/home/a", TORCHINDUCTOR_CACHE_DIR="/mine") == "/mine"
-    assert of() is None
-
-
-def test_python_keeps_what_it_compiles_where_comfyui_keeps_nothing(tmp_path: Path):
-    """Container images set the variable; torch, diffusers and transformers would be compiled by every process."""
-    off = {"PYTHONDONTWRITEBYTECODE": "1"}
-
-    def of(**source: str) -> dict[str, str]:
-        child = child_environment(Parallel(gpu_count=1), tmp_path, source)
-        return {name: value for name, value in child.items() if name in (*off, "PYTHONPYCACHEPREFIX")}
-
-    assert of(HOME="/home/a", **off) == {"PYTHONPYCACHEPREFIX": "/home/a/.cache/wan-distributed/pycache"}
-    assert of(HOME="/home/a", **off, PYTHONPYCACHEPREFIX="/mine") == {"PYTHONPYCACHEPREFIX": "/mine"}
-    assert of(HOME="/home/a") == {}
-    # With nowhere to keep it, it is as the user has it.
-    assert of(**off) == off
 
 
 def test_a_segment_compiles_for_its_first_size_and_then_once_for_all_others(monkeypatch: pytest.MonkeyPatch):
