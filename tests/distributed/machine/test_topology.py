@@ -61,6 +61,7 @@ def eight_with_nics() -> str:
     [
         (ONE, {}),
         (TWO_CONSUMER, {("0", "1"): "host"}),
+        ("a warning of the driver\n\n" + TWO_CONSUMER, {("0", "1"): "host"}),
         # Rows of other things between those of GPUs.
         (TWO_CONSUMER.replace("GPU1\tPHB", "\nNIC0\tSYS\tSYS\nGPU1\tPHB"), {("0", "1"): "host"}),
         (

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from patience import AT_ONCE
 from wan_pack.distributed.job.errors import JobError
 from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.machine.processes import Process
 from wan_pack.distributed.rank import signs
 from wan_pack.distributed.rank.signs import RankFiles
 
@@ -98,3 +100,42 @@ def test_who_reads_the_log_has_gone_and_the_error_is_kept_all_the_same(tmp_path:
     monkeypatch.setattr(signs.os, "_exit", lambda code: kept.append(f"ends with {code}"))
     RankFiles(JobDir(tmp_path), 0).end_process(ValueError("no"))
     assert kept == ["no", "ends with 1"]
+
+
+def test_how_old_a_process_is_is_counted_from_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """500 ticks after boot, of which a second has 100; it is the 12th second by now."""
+    files = RankFiles(JobDir(tmp_path), 0)
+    files._process = Process(1, 500)
+    clock = SimpleNamespace(
+        CLOCK_BOOTTIME=7, clock_gettime=lambda which: 12.0 if which == 7 else 0.0, time=lambda: 1000.0
+    )
+    monkeypatch.setattr(signs, "time", clock)
+    monkeypatch.setattr(signs.os, "sysconf", lambda name: 100 if name == "SC_CLK_TCK" else 0)
+    files.own_start()
+    times = iter([20.0, 22.5])
+    clock.time = lambda: next(times)
+    with files.span("inside"):
+        pass
+    assert files.spans == [("process", 993.0, 7.0), ("inside", 20.0, 2.5)]
+
+
+def test_tensors_are_told_five_times_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a user looks at; and that a phase begins, whenever that is."""
+    clock, written = SimpleNamespace(now=5.0), list[float]()
+    monkeypatch.setattr(signs, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(JobDir, "write_json", lambda folder, path, value: written.append(clock.now))
+    files = RankFiles(JobDir(tmp_path), 1)
+    for number in range(9):
+        clock.now = 5 + number / 8
+        files.progress("load", 1 + number, 100)
+    assert written == [5.0, 5.25, 5.5, 5.75, 6.0]
+
+
+def test_who_waits_for_the_end_is_woken_by_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rung: list[Path] = []
+    monkeypatch.setattr(signs, "ring", rung.append)
+    folder = JobDir.create(tmp_path)
+    for phase in ("denoise", "done"):
+        RankFiles(folder, 1).progress(phase, 1, 1)
+    assert rung == [folder.done_bell]
+    folder.remove()
