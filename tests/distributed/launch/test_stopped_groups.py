@@ -182,3 +182,43 @@ def test_a_held_group_that_is_gone_is_replaced(how: str) -> None:
         "forgotten": [("forget", group)],
     }[how]  # fmt: skip
     assert source.happens[1:-1] == between and source.happens[-1][0] == "taken"
+
+
+def test_over_several_machines_each_waits_for_its_own_gpus(stops: Stops, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here none are taken, nor looked at."""
+    asked: list[Any] = []
+    made: list[Any] = []
+
+    def hosts_group(job: Any, parent: Path) -> Group:
+        made.append((job, parent))
+        return Group(job.parallel, parent)
+
+    monkeypatch.setattr(module, "HostsGroup", hosts_group)
+    monkeypatch.setattr(module, "list_gpus", lambda: pytest.fail("of no interest"))
+    locks = SimpleNamespace(release=bool)
+    monkeypatch.setattr(module, "wait_for_gpus", lambda gpus, **how: (asked.append((gpus, *how.values())), locks)[1])
+    job = stub_job(hosts=("a", "b"), gpu_ids=("0",), gpu_count=2)
+    group = stops.pool.take(job, stops.parent, cancelled=bool, on_wait=print)
+    assert made == [(job, stops.parent)] and asked == [((), bool, print)]
+    stops.pool.give_back(group, job)
+    assert group.removed == 1  # type: ignore[attr-defined]
+
+
+def test_gpus_of_a_job_are_waited_for_and_their_free_memory_is_noted(
+    stops: Stops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[int] = []
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        module, "wait_for_gpus",
+        lambda gpus, **how: (asked.append((gpus, how)), SimpleNamespace(release=lambda: released.append(1)))[1],
+    )  # fmt: skip
+    gpus = [SimpleNamespace(index=index, free_bytes=size) for index, size in (("0", 5), ("1", 7), ("2", 9))]
+    monkeypatch.setattr(module, "list_gpus", lambda: gpus)
+    job = stub_job(gpu_ids=("2", "0"))
+    group = stops.pool.take(job, stops.parent, cancelled=bool, on_wait=print)
+    member = stops.pool._members[-1]
+    assert asked == [(("2", "0"), {"cancelled": bool, "on_wait": print})]
+    assert member.free_bytes == {"0": 5, "2": 9} and member.host_bytes == 50 and member.parallel == job.parallel
+    stops.pool.forget(group)
+    assert released == [1] and group.removed == 1  # type: ignore[attr-defined]
