@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,9 +80,12 @@ def test_ranks_talk_over_the_interface_toward_the_others(
 
 
 def tether(folder: HostsDir, monkeypatch: pytest.MonkeyPatch, ended: list[Any], sleeps: list[float]) -> Tether:
-    """Whose clock stands still. Sleeping ends what would go on for ever."""
+    """Whose clock stands still. Sleeping ends what would go on for ever, but for threads that other tests have left."""
 
     def sleep(seconds: float) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(seconds)
+            return
         sleeps.append(seconds)
         if len(sleeps) > 2:
             raise Enough
@@ -99,7 +104,7 @@ def test_a_rank_that_is_lost_here_ends_this_machines_part(
     asked: list[Any] = []
     requests, looks = iter([None, "job"]), iter([False, True])
     made = tether(folder, monkeypatch, ended, [])
-    monkeypatch.setattr(HostsDir, "read_request", lambda self, number: next(requests) if number == 1 else 1 / 0)
+    monkeypatch.setattr(folder, "read_request", lambda number: next(requests) if number == 1 else 1 / 0)
     monkeypatch.setattr(host_agent, "read_ranks", lambda job, ranks, *, here: asked.append((job, ranks, here)))
     failure = RankFailure(rank=3, exitcode=-9, signal="SIGKILL")
     monkeypatch.setattr(

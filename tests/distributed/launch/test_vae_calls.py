@@ -132,20 +132,13 @@ def test_fault_04_too_little_memory_for_the_frames_is_said_before_a_process_star
     monkeypatch.setattr(vae_calls, "available_bytes", lambda: 1000)
     with calls.together(), pytest.raises(JobError, match=r"take 0\.0 GiB of memory, where 0\.0 GiB are available"):
         calls.run(vae_job(given), given)
-    monkeypatch.setattr(vae_calls, "available_bytes", lambda: 3 << 30)
-    large = vae_job(given, made=(1, 3, 100, 2048, 2048))
-    with calls.together(), pytest.raises(JobError, match=r"take 4\.7 GiB of memory, where 3\.0 GiB are available; dec"):
-        calls.run(large, given)
 
     def full(memory: Any, size: int) -> None:
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(vae_calls, "available_bytes", lambda: None)
     monkeypatch.setattr(vae_calls.MemoryFile, "map", full)
-    with (
-        calls.together(),
-        pytest.raises(JobError, match=r"there is no memory for 0\.0 GiB of .*: .*Cannot allocate memory"),
-    ):
+    with calls.together(), pytest.raises(JobError, match=r"there is no memory for .*Cannot allocate memory"):
         calls.run(vae_job(given), given)
     assert not list(tmp_path.iterdir())
 
