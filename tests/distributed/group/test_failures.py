@@ -11,6 +11,7 @@ import pytest
 from wan_pack.distributed.group import agent
 from wan_pack.distributed.group.failures import RankFailure, advice, read_failures, root_cause
 from wan_pack.distributed.job.job_folder import JobDir
+from wan_pack.distributed.job.progress import place
 
 
 @pytest.fixture
@@ -152,3 +153,14 @@ def test_how_ranks_end_that_their_agent_ends_with_itself_is_no_news(folder: JobD
     agent._ENDING.clear()
     agent._leave_failures(folder.failures, ended)
     assert [one.signal for one in read_failures(folder, 1)] == ["SIGKILL"]
+
+
+def test_where_agents_fail_what_ranks_say_of_others_is_no_origin():
+    """They were ended with it."""
+    echo, killed = ORIGINS[3], ORIGINS[4]
+    assert root_cause([echo, killed]) is echo
+    assert root_cause([echo, killed], agent_failed=True) is killed and root_cause([echo], agent_failed=True) is None
+
+
+def test_a_place_is_told_where_it_is_known():
+    assert own(0, phase="denoise", step=3).where == f"\nin {place('denoise', 3)}" and own(0).where == ""

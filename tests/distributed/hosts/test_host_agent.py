@@ -178,3 +178,17 @@ def test_what_else_goes_wrong_is_told_with_its_place(
 
     monkeypatch.setattr(host_agent, "check_host", gone)
     assert host_agent.main(folder) == 1 and not folder.path.exists()
+
+
+def test_what_ends_a_machines_part_ends_all_below_it_and_says_so(
+    folder: HostsDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there still is a folder to say it in."""
+    ended: list[Any] = []
+    monkeypatch.setattr(host_agent, "end_all", lambda mark, confirm: (ended.append(mark), confirm()))
+    monkeypatch.setattr(host_agent, "wait_for_end_of_stdin", lambda: ended.append("stdin"))
+    host_agent._end_with_stdin(folder, 1)
+    assert ended == ["stdin", folder.mark(1)] and folder.ended(1).exists()
+    folder.remove()
+    host_agent._end(folder, 1)
+    assert not folder.path.exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from wan_pack.distributed.machine import nvidia_smi
-from wan_pack.distributed.machine.topology import Topology, parse_topology, read_topology
+from wan_pack.distributed.machine.topology import Topology, parse_topology, read_peer_access, read_topology
 
 LEGEND = """
 Legend:
@@ -115,3 +115,17 @@ def test_the_tool_is_asked_for_the_matrix(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(nvidia_smi, "ask_program", smi)
     assert read_topology().link("1", "0") == "host"
+
+
+@pytest.mark.parametrize(("code", "words"), [(0, {("0", "1"): "CNS", ("1", "0"): "OK"}), (9, {})])
+def test_which_gpus_read_each_others_memory_is_asked_and_is_nothing_where_nobody_says(
+    monkeypatch: pytest.MonkeyPatch, code: int, words: dict[tuple[str, str], str]
+):
+    matrix = " \tGPU0\tGPU1\n GPU0\tX\tCNS\n GPU1\tOK\tX\n"
+
+    def smi(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        assert command[1:] == ["topo", "-p2p", "r"]
+        return subprocess.CompletedProcess(command, code, matrix.encode(), b"")
+
+    monkeypatch.setattr(nvidia_smi, "ask_program", smi)
+    assert read_peer_access() == words

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from wan_pack.distributed.job.errors import JobError
 from wan_pack.distributed.job.sampling import RoundedTimesteps
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank import forwards_work
@@ -83,3 +84,9 @@ def test_an_evaluation_is_of_its_own_tokens_and_exact_where_its_step_is(
         assert seen.passes[-1].text is text
         if by_frame:
             break
+
+
+def test_latents_of_another_model_are_refused(work: Any) -> None:
+    work.config = SimpleNamespace(in_dim=36)
+    with pytest.raises(JobError, match=r"^the latents have 16 channels; this model takes 36$"):
+        work.serve(SimpleNamespace(shape=(1, 16, 2, 4, 6)))

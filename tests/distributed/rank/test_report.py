@@ -200,3 +200,16 @@ def test_what_one_rank_used_at_most_is_in_bytes():
     ((gpu, host),) = report.gather_peaks(SESSION)
     assert gpu == 0
     assert before * 1024 <= host <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_every_ranks_peaks_are_told_in_their_order(monkeypatch: pytest.MonkeyPatch):
+    session = dataclasses.replace(SESSION, world=2)
+    session.mesh = SimpleNamespace(group="all")  # type: ignore[assignment]
+
+    def gather(everyone: torch.Tensor, mine: torch.Tensor, *, group: str) -> None:
+        assert group == "all"
+        everyone.copy_(torch.cat((mine, torch.tensor([7, 8]))))
+
+    monkeypatch.setattr(report.dist, "all_gather_into_tensor", gather)
+    (gpu, host), other = report.gather_peaks(session)
+    assert gpu == 0 and host > 1 << 20 and other == [7, 8]

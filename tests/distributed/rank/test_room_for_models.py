@@ -120,20 +120,23 @@ def test_a_model_whose_file_was_replaced_is_let_go_and_not_kept_beside_the_new_o
     assert name not in cache.models
 
 
+@pytest.mark.parametrize("holds", [True, False])
 @pytest.mark.parametrize("there", [True, False])
 def test_whether_lora_files_are_still_there_is_what_all_ranks_saw(
-    there: bool, cache: ExpertCache, monkeypatch: pytest.MonkeyPatch
+    there: bool, holds: bool, cache: ExpertCache, monkeypatch: pytest.MonkeyPatch
 ):
-    """One that reads a model anew would wait for those that change theirs."""
+    """Also what has no place for its new LoRAs is read anew. One that does would wait for those that change theirs."""
     asked: list[bool] = []
+    held: Any = cache.weights["a"]
     monkeypatch.setattr(cache, "_everywhere", lambda mine: (asked.append(mine), there)[1])
     monkeypatch.setattr(cache.weights["a"], "writable", contextlib.nullcontext, raising=False)
     done: list[str] = []
-    monkeypatch.setattr(experts, "relora_expert", lambda *_, **__: not done.append("changed"))
+    monkeypatch.setattr(experts, "relora_expert", lambda *_, **__: not done.append("changed") and holds)
     monkeypatch.setattr(experts, "load_expert", lambda *_, **__: (done.append("loaded"), torch.nn.Module())[1])
     settings = {"parallel": stub_job().parallel, "mesh": None}
     cache._load("a", ExpertFiles(files("a"), (), None), settings, lambda done, total: None)
-    assert asked == [True] and done == (["changed"] if there else ["loaded"])
+    assert asked == [True] and done == ["changed"] * there + ["loaded"] * (not (there and holds))
+    assert held.dropped is not (there and holds)
 
 
 def test_before_a_job_models_that_lie_otherwise_and_cannot_move_go(cache: ExpertCache):

@@ -220,3 +220,22 @@ def test_one_rank_encodes_the_prompts_and_has_notes_of_them(rank: int) -> None:
             assert not guided or torch.equal(texts[False][:1], 2 * rows[:1])
     assert asked == ([False, True] if rank == 0 else [])
     assert work.notes == (["cut", "cut"] if rank == 0 else [])
+
+
+def test_all_ranks_have_the_texts_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = object.__new__(VideoWork)
+    job = stub_job(gpu_count=2)
+    work.job = replace(job, model=replace(job.model, text_encoder=job.model.vae), text=Text(prompt="a cat"))
+    work.rank, work.device, work.notes = 1, torch.device("cpu"), []
+    work.config = SimpleNamespace(text_dim=4)  # type: ignore[assignment]
+    work.session = SimpleNamespace(mesh=object())  # type: ignore[assignment]
+
+    def broadcast(texts: Tensor, *, src: int) -> None:
+        assert src == 0 and texts.shape == (2, 512, 4)
+        texts[0], texts[1] = 1.0, 2.0
+
+    monkeypatch.setattr(video_work.dist, "broadcast", broadcast)
+    assert {one: text.unique().tolist() for one, text in work.texts().items()} == {True: [1.0], False: [2.0]}
+    work.job = replace(job, text=None)
+    work.inputs = {"context": torch.zeros(1), "context_null": torch.ones(1)}
+    assert {one: text.item() for one, text in work.texts().items()} == {True: 0.0, False: 1.0}
