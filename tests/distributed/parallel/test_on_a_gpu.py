@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.parallel import page_locks, shared_reading, split_vae
 from wan_pack.distributed.parallel.page_locks import lock_pages, unlock_pages
 from wan_pack.distributed.parallel.shared_reading import SharedReading
@@ -71,6 +72,22 @@ def test_a_kernels_module_is_imported_before_it_is_used(monkeypatch: pytest.Monk
             "model", parallel, "shard", mesh=None, device=gpu, kernel=SimpleNamespace(module=module), span=span
         )  # type: ignore[arg-type]
     assert imported == ["flash_attn"] and spans == ["import of attention"], "one has none of its own"
+
+
+@pytest.mark.parametrize(("reach", "disabled", "shared"), [
+    (True, "0", True), (True, "", True), (True, None, True), (False, "0", False), (True, "2", False),
+])  # fmt: skip
+def test_gpus_share_the_reading_where_each_reaches_the_others(
+    reach: bool, disabled: str | None, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both directions: here the second does not reach the first."""
+    mesh: Any = SimpleNamespace(group="all")
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: reach or (a, b) != (1, 0))
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    if disabled is not None:
+        monkeypatch.setenv("NCCL_P2P_DISABLE", disabled)
+    found = SharedReading.of(Parallel(gpu_count=2, gpu_ids=("0", "1")), mesh, torch.device("cuda", 0))
+    assert (found.group == "all") is shared
 
 
 class Weights(nn.Module):

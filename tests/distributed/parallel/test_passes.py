@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from wan_pack.distributed.parallel import passes
+from wan_pack.distributed.parallel import passes, sequence
 from wan_pack.distributed.parallel.passes import Pass, evaluate_passes
+from wan_pack.distributed.parallel.sequence import SequenceShard, mean_size
 from wan_pack.wan.transformer.context import Context
 
 ROPE: Any = (torch.zeros(1), torch.zeros(1))
@@ -61,3 +62,14 @@ def test_alone_a_rank_computes_all_of_them_with_all_that_they_are_told(mesh: Any
     found = evaluate_passes(model, both, ROPE, mesh)
     assert [velocity.unique().tolist() for velocity in found] == [[0.0], [10.0]]
     assert model.seen == [(one.tokens, one.timestep, one.text, ROPE, one.which, one.beside) for one in both]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_to_a_mean_each_rank_gives_the_sizes_of_its_own_tokens(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven of nine: the last rank has one, and two rows of padding."""
+    given: list[float] = []
+    monkeypatch.setattr(sequence.dist, "all_reduce", lambda total, *, group: given.append(total.item()))
+    shard = SequenceShard(length=7, rank=rank, world=3)
+    mean = mean_size(torch.full((3, 2), -1.5), shard, SimpleNamespace(size=lambda: 6))  # type: ignore[arg-type]
+    tokens = 1 if rank == 2 else 3
+    assert given == [tokens * 2 * 1.5] and mean == pytest.approx(given[0] / (7 * 2 * 2))
