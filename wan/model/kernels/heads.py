@@ -11,11 +11,12 @@ from ..codes import LARGEST, LEAST_BOUND, HeadCodes, hadamard
 from ..config import EPS
 from ..eight_bits import E4M3
 from ..ops import HeadPlaces, Rope
-from .rows import next_power, pieces, warps
+from .rows import pieces, warps
 
-CODE_HEADS, CODE_ROWS, CODE_WARPS = 8, 64, 4
-"""Of the kernel that writes codes, the fastest of nine that were tried: heads of a token at a time; those of all its
-tokens together, which the matrix units take at once; warps, so few that three programs share a multiprocessor."""
+CODE_ROWS = 16
+"""Tokens, at least, per program of the kernel that writes codes, which takes the matrix once for all of them."""
+LEAST_ROWS = 16
+"""Of a product by the matrix units."""
 
 
 @triton.jit
@@ -108,39 +109,54 @@ def _heads_kernel(
 
 
 @triton.jit
+def _spread(
+    x, factor, weight, cos_ptr, sin_ptr, matrix, code, token,
+    HEAD: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """x: heads of some tokens [T, ROWS, HEAD] -> normed by factor [T] and weight, rotated, times the matrix and `code`
+    [ROWS]: what rounds to codes."""
+    x = _rotated(x * factor[:, None, None] * weight[None, :, :], cos_ptr, sin_ptr, token, HEAD, ROWS, TOKENS)
+    x = tl.dot(tl.reshape(x, (TOKENS * ROWS, HEAD)).to(matrix.dtype), matrix, input_precision="ieee")
+    # No bound: none is over 448 by more than a rounding to bfloat16 (`codes.spread_codes`), and all below 464 rounds
+    # to 448.
+    return tl.reshape(x, (TOKENS, ROWS, HEAD)) * code[None, :, None]
+
+
+@triton.jit
 def _codes_kernel(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, matrix_ptr, out_ptr, scale_ptr, table_ptr,
     tokens, heads, columns, eps, bound, root, least,
-    HEAD: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, FULL: tl.constexpr,
-    TOKENS: tl.constexpr,
+    HEAD: tl.constexpr, PLACES: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, FULL: tl.constexpr,
+    TOKENS: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the rows of TOKENS tokens as `codes.spread_codes`, ROWS heads of each at a time. They are read twice, for
-    the sum of their squares and then from the cache, since all heads at once would fill a multiprocessor's registers.
-    bound is what a head's largest weight is multiplied by to be its scale."""
+    """Writes rows as `codes.spread_codes`, TOKENS at a time, their heads in two pieces; bound is what a head's largest
+    weight is multiplied by to be its scale."""
     channel = tl.arange(0, HEAD)
     matrix = tl.load(matrix_ptr + channel[:, None] * HEAD + channel[None, :])
-    # The last program may write the last row again.
-    token = tl.minimum(tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS), tokens - 1)
-    squares = tl.zeros((TOKENS, ROWS, HEAD), dtype=tl.float32)
-    for group in tl.static_range(GROUPS):
-        x = _heads(x_ptr, token, group * ROWS, heads, HEAD, ROWS, FULL)
-        squares += x * x
-    factor = tl.rsqrt(tl.sum(tl.reshape(squares, (TOKENS, ROWS * HEAD)), axis=1) / columns + eps)
-    for group in range(GROUPS):
-        first = group * ROWS
-        head = first + tl.arange(0, ROWS)
-        weight = _weights(weight_ptr, first, heads, HEAD, ROWS, FULL)
-        scale = tl.maximum(tl.max(tl.abs(weight), axis=1) * bound, least)
-        if tl.program_id(0) == 0:
-            tl.store(scale_ptr + head, scale, mask=head < heads)
-        x = _heads(x_ptr, token, first, heads, HEAD, ROWS, FULL)
-        x = x * factor[:, None, None] * weight[None, :, :]
-        x = _rotated(x, cos_ptr, sin_ptr, token, HEAD, ROWS, TOKENS)
-        x = tl.dot(tl.reshape(x, (TOKENS * ROWS, HEAD)).to(matrix.dtype), matrix, input_precision="ieee")
-        # No bound: none is over 448 by more than a rounding to bfloat16 (`codes.spread_codes`), and all below 464
-        # rounds to 448.
-        x = tl.reshape(x, (TOKENS, ROWS, HEAD)) * (1.0 / (scale * root))[None, :, None]
-        _store(out_ptr, x, _offsets(table_ptr, token, first, heads, PLACES, HEAD, ROWS, FULL), first, heads, ROWS, FULL)
+    weight = _weights(weight_ptr, 0, heads, HEAD, FIRST, True)
+    near_scale = tl.maximum(tl.max(tl.abs(weight), axis=1) * bound, least)
+    weight = _weights(weight_ptr, FIRST, heads, HEAD, REST, FULL)
+    far_scale = tl.maximum(tl.max(tl.abs(weight), axis=1) * bound, least)
+    if tl.program_id(0) == 0:
+        tl.store(scale_ptr + tl.arange(0, FIRST), near_scale)
+        head = FIRST + tl.arange(0, REST)
+        tl.store(scale_ptr + head, far_scale, mask=head < heads)
+    near_code, far_code = 1.0 / (near_scale * root), 1.0 / (far_scale * root)
+    for turn in range(TURNS):
+        # The last program may write the last row again.
+        token = (tl.program_id(0).to(tl.int64) * TURNS + turn) * TOKENS + tl.arange(0, TOKENS)
+        token = tl.minimum(token, tokens - 1)
+        near = _heads(x_ptr, token, 0, heads, HEAD, FIRST, True)
+        far = _heads(x_ptr, token, FIRST, heads, HEAD, REST, FULL)
+        factor = tl.rsqrt((_squares(near) + _squares(far)) / columns + eps)
+        weight = _weights(weight_ptr, 0, heads, HEAD, FIRST, True)
+        near = _spread(near, factor, weight, cos_ptr, sin_ptr, matrix, near_code, token, HEAD, FIRST, TOKENS)
+        offset = _offsets(table_ptr, token, 0, heads, PLACES, HEAD, FIRST, True)
+        _store(out_ptr, near, offset, 0, heads, FIRST, True)
+        weight = _weights(weight_ptr, FIRST, heads, HEAD, REST, FULL)
+        far = _spread(far, factor, weight, cos_ptr, sin_ptr, matrix, far_code, token, HEAD, REST, TOKENS)
+        offset = _offsets(table_ptr, token, FIRST, heads, PLACES, HEAD, REST, FULL)
+        _store(out_ptr, far, offset, FIRST, heads, REST, FULL)
 
 
 def write_heads(
@@ -201,12 +217,15 @@ def _launch_codes(
     assert x.is_contiguous() and out.is_contiguous() and columns % head_dim == 0, (x.stride(), columns, head_dim)
     heads = columns // head_dim
     scale = torch.empty(heads, dtype=torch.float32, device=x.device)
-    rows = min(CODE_HEADS, next_power(heads))
-    together = max(CODE_ROWS // rows, 1)
-    _codes_kernel[(triton.cdiv(tokens, together),)](
+    first, rest = pieces(heads)
+    together = max(LEAST_ROWS // rest, 1)
+    turns = max(CODE_ROWS // together, 1)
+    _codes_kernel[(triton.cdiv(tokens, together * turns),)](
         x, weight, *rope, hadamard(head_dim, x.device, x.dtype), out, scale, x if places is None else places.table,
         tokens, heads, columns, EPS, columns**0.5 / LARGEST, head_dim**0.5, LEAST_BOUND,
-        HEAD=head_dim, PLACES=places is not None, ROWS=rows, GROUPS=triton.cdiv(heads, rows),
-        FULL=heads % rows == 0, TOKENS=together, num_warps=CODE_WARPS, num_stages=1,
+        HEAD=head_dim, PLACES=places is not None, FIRST=first, REST=rest, FULL=first + rest == heads,
+        TOKENS=together, TURNS=turns, num_warps=warps(together * first * head_dim),
+        # Room for two programs on a multiprocessor: rows fetched ahead would take its shared memory for one.
+        num_stages=1, maxnreg=128,
     )  # fmt: skip
     return scale
