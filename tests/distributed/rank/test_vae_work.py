@@ -208,6 +208,7 @@ def test_a_call_goes_through_its_phases_video_by_video(
     work.job = SimpleNamespace(given=shapes[0], made=shapes[1], encode=encode, parallel=parallel, files=())
     experts = SimpleNamespace(make_room=lambda needed, **how: happens.append(how))
     work.session = SimpleNamespace(
+        vae_ops="triton",
         world=world, experts=experts, holds_vae=lambda job: rank == 1, memory=lambda: "",
         vae=lambda job: happens.append("VAE"), check_stop=lambda folder, job: happens.append("looks"),
     )  # fmt: skip

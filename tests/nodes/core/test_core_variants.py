@@ -78,18 +78,15 @@ class Run:
 
     def __init__(self, core: Modules, models: dict[str, Path], name: str, folder: Path) -> None:
         self.core, self.files, self.name, self.folder = core, models, name, folder
-        sd = core["comfy.sd"]
-        self.vae = sd.VAE(sd=load_file(models["vae"]), dtype=torch.float32)
+        self.vae = core["comfy.sd"].VAE(sd=load_file(models["vae"]), dtype=torch.float32)
         # ComfyUI's model of Animate encodes the faces anew at each.
         self.steps = 2 if name == "Animate" else STEPS
 
     def theirs(self, positive: Any, negative: Any, latent: Any) -> Tensor:
         """[C, T, h, w] of KSampler."""
         model = self.core["comfy.sd"].load_diffusion_model(str(self.files[self.name]))
-        samples = self.core["sampled"](
-            model, positive=positive, negative=negative, latent_image=latent, steps=self.steps
-        )
-        return samples[0]
+        told = {"positive": positive, "negative": negative, "latent_image": latent}
+        return self.core["sampled"](model, **told, steps=self.steps)[0]
 
     def ours(self, clip: Path | None = None, decode: bool = False, **inputs: Any) -> tuple[Tensor, int]:
         """[C, T, h, w] of our node, and the frames of its video if it makes one. clip: a vision model for the job."""
