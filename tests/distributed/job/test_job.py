@@ -89,6 +89,7 @@ def test_the_part_of_the_schedule_that_runs():
     assert steps(start_step=19) == (20, range(19, 20))
     # Half of the noise: the last 20 steps of 40.
     assert steps(strength=0.5) == (40, range(20, 40))
+    assert steps(strength=0.01) == (2000, range(1980, 2000))
     with pytest.raises(ValueError, match="one or the other"):
         steps(strength=0.5, start_step=2)
 

@@ -159,7 +159,8 @@ def test_the_block_says_what_and_why():
     block = plan(workload(), request(), machine(23.0), "host", host_bytes=128 << 30).block()
     assert block.splitlines()[0] == "plan: GPU 0; blocks streamed from host memory"
     assert "of 23.0 GiB free (vae 5.6, process " in block
-    assert "would fit: up to " in block
+    width, height = map(int, re.search(r"would fit: up to (\d+)x(\d+), or up to \d+ frames", block).groups())
+    assert width > height, "as the job's own"
     assert "because stream_blocks is off, but nothing else fits, so it is on for this job" in block
     assert "because everything on each GPU would take " in block
     needed, free = re.search(r"because everything on each GPU would take ([\d.]+) of ([\d.]+) GiB", block).groups()
