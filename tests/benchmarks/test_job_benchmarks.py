@@ -142,6 +142,9 @@ def test_changes_of_a_plan_follow_the_last_combination_each_taken_back(tmp_path:
         (1, apart, apart), (1, "", f"{apart} taken back"),
         (1, "", "480p -> 720p, guidance off -> ulysses"), (1, "", "720p -> 480p, guidance ulysses -> off"),
     ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["whole_job.py", *arguments, "--guidance", "cfg"])
+    whole_job.main()
+    assert len(asked) == 8, "one GPU has no two halves"
 
 
 def test_a_change_of_the_job_is_told_from_one_of_its_plan():
