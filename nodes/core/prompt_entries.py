@@ -97,13 +97,11 @@ class _Told:
     def check_picture(self) -> None:
         """The latents behind what is sampled; ComfyUI scales rows and columns. Channels that are over are refused: it
         would cut them off and say nothing."""
-        variant, own = self._config.variant, self._config.out_dim
-        channels = variant.image_latents * own
+        variant = self._config.variant
+        channels = variant.image_latents * self._config.out_dim
         if (picture := self._entry.get(PICTURE)) is not None:
-            # As many as another VAE would have given, or as the node of another model adds.
-            others = [variant.image_latents * space for space in LATENT_SPACES if space != own]
-            given = getattr(picture, "shape", ())[1:2]
-            of_a_vae = given in [(channels,), *((other,) for other in others)]
+            # As many as a VAE would have given, or as the node of another model adds.
+            of_a_vae = getattr(picture, "shape", ())[1:2] in [(variant.image_latents * own,) for own in LATENT_SPACES]
             advice = (
                 f"encode it with the {self._vae}"
                 if of_a_vae
