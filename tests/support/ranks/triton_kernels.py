@@ -48,7 +48,7 @@ def near(name: str, out: object, expected: object) -> None:
         assert got.dtype == want.dtype and got.shape == want.shape, (name, got.dtype, got.shape, want.shape)
         relative, least = {BF16: (2**-7, 2e-6), E4M3: (2**-3, 2**-9)}.get(want.dtype, (1e-5, 1e-5))
         got, want = got.float(), want.float()
-        if relative == 2**-3:
+        if relative == 2**-3 and DEVICE == "cpu":
             # Rounding up to a power of two, the interpreter loses the carry: half of it comes out.
             power = got.abs().frexp().mantissa == 0.5
             got = torch.where(power & ((2 * got - want).abs() <= relative * want.abs()), want, got)
