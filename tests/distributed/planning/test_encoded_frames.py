@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,18 @@ from wan_pack.nodes.inference import planning
 from wan_pack.wan.model.variants import VARIANTS
 
 PICTURE, VIDEO = torch.zeros(1, 48, 64, 3), torch.zeros(5, 48, 64, 3)
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a plan is told of its work, by those who ask for one."""
+    use_model_folders(tmp_path, monkeypatch)
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(workload_module, "workload_of", lambda *_, **sizes: told.update(sizes))
+    ground = SimpleNamespace(plan=lambda work, request: as_set(Parallel(gpu_count=1), "of a test"))
+    monkeypatch.setattr(planning, "ground_for", lambda *_, **__: ground)
+    monkeypatch.setattr(planning, "shown", lambda plan, status: plan.parallel)
+    return told
 
 
 def streamed(**more: Any) -> Parallel:
@@ -75,14 +88,13 @@ def test_a_group_that_stays_encodes_beside_its_weights():
 )
 @pytest.mark.parametrize("decode", [True, False])
 def test_the_plan_is_told_of_what_the_inputs_have_encoded(
-    variant: str, given: dict[str, Any], frames: int, decode: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    variant: str,
+    given: dict[str, Any],
+    frames: int,
+    decode: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    told: dict[str, Any],
 ):
-    use_model_folders(tmp_path, monkeypatch)
-    told: dict[str, Any] = {}
-    monkeypatch.setattr(workload_module, "workload_of", lambda *_, **sizes: told.update(sizes))
-    ground = SimpleNamespace(plan=lambda work, request: as_set(Parallel(gpu_count=1), "of a test"))
-    monkeypatch.setattr(planning, "ground_for", lambda *_, **__: ground)
-    monkeypatch.setattr(planning, "shown", lambda plan, status: plan.parallel)
     monkeypatch.setattr(planning, "_request", lambda *_: SimpleNamespace(base=Parallel(gpu_count=1)))
     carried = {"vace_context": torch.zeros(1, 96, 21, 6, 8)} if given.get("carried") else {}
     asked = asked_for(decode_video=decode, **{name: value for name, value in given.items() if name != "carried"})
@@ -109,15 +121,8 @@ def test_the_plan_is_told_of_what_the_inputs_have_encoded(
     ],
 )
 def test_the_plan_is_told_of_what_else_runs(
-    variant: str, given: dict[str, Any], clip: tuple[str, ...], expected: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any,
-):  # fmt: skip
-    use_model_folders(tmp_path, monkeypatch)
-    told: dict[str, Any] = {}
-    monkeypatch.setattr(workload_module, "workload_of", lambda *_, **sizes: told.update(sizes))
-    ground = SimpleNamespace(plan=lambda work, request: as_set(Parallel(gpu_count=1), "of a test"))
-    monkeypatch.setattr(planning, "ground_for", lambda *_, **__: ground)
-    monkeypatch.setattr(planning, "shown", lambda plan, status: plan.parallel)
+    variant: str, given: dict[str, Any], clip: tuple[str, ...], expected: dict[str, Any], told: dict[str, Any]
+):
     asked = asked_for(**{name: value for name, value in given.items() if name != "encodes"})
     planning.planned(
         asked, lambda: Parallel(gpu_count=1), SimpleNamespace(clip_vision=clip, low_noise=(), high_noise=()),  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_up_models import cache_of_three, files
 from wan_pack.distributed.job.job import FileIdentity, Parallel
 from wan_pack.distributed.job.model_files import ExpertFiles, LoraFile
 from wan_pack.distributed.parallel.parallelize import Computing
@@ -16,28 +17,11 @@ from wan_pack.distributed.rank import experts
 from wan_pack.distributed.rank.expert import PendingExpert
 from wan_pack.distributed.rank.experts import ExpertCache
 from wan_pack.distributed.weights.warm_up import BesideReading
-from wan_pack.wan.model.attention import attention
-
-
-class Weights:
-    resident_bytes, dropped = 10, False
-
-    def drop(self) -> None:
-        self.dropped = True
-
-
-def files(name: str) -> tuple[FileIdentity, ...]:
-    return (FileIdentity(path=f"/models/{name}.safetensors", size=1, mtime_ns=1),)
 
 
 @pytest.fixture
 def cache() -> ExpertCache:
-    """With three models."""
-    cache = ExpertCache(0, torch.device("cpu"), attention, "plain")
-    for name in ("a", "b", "c"):
-        cache.models[name], cache.weights[name] = torch.nn.Module(), Weights()  # type: ignore[assignment]
-        cache._made_of[name] = ExpertFiles(files(name), (), None)
-    return cache
+    return cache_of_three()
 
 
 class Reading:

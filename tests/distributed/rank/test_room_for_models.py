@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import stub_job
+from made_up_models import SIZE, Weights, cache_of_three, files
 from wan_pack.distributed.job.job import FileIdentity, Parallel
 from wan_pack.distributed.job.model_files import ExpertFiles, LoraFile, ModelFiles
 from wan_pack.distributed.parallel.sequence import SequenceShard
@@ -16,37 +17,10 @@ from wan_pack.distributed.rank import experts
 from wan_pack.distributed.rank.experts import ExpertCache
 from wan_pack.wan.model.attention import attention
 
-SIZE = 10
-
-
-@dataclasses.dataclass
-class Weights:
-    """Of a model of `SIZE` bytes."""
-
-    resident_bytes: int = SIZE
-    dropped: bool = False
-
-    def park(self) -> None:
-        self.resident_bytes = 0
-
-    def drop(self) -> None:
-        self.resident_bytes, self.dropped = 0, True
-
-
-def files(name: str) -> tuple[FileIdentity, ...]:
-    return (FileIdentity(path=f"/models/{name}.safetensors", size=1, mtime_ns=1),)
-
 
 @pytest.fixture
 def cache() -> ExpertCache:
-    """With three models, the first used longest ago."""
-    cache = ExpertCache(0, torch.device("cpu"), attention, "plain")
-    for name in ("a", "b", "c"):
-        assert cache.named(files(name)) == name
-        cache.models[name] = torch.nn.Module()  # type: ignore[assignment]
-        cache.weights[name] = Weights()  # type: ignore[assignment]
-        cache._made_of[name] = ExpertFiles(files(name), (), None)
-    return cache
+    return cache_of_three()
 
 
 def free_of(cache: ExpertCache, monkeypatch: pytest.MonkeyPatch, total: int) -> None:

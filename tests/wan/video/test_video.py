@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import imageio_ffmpeg
 import pytest
 import torch
+from ffmpegs import put_ffmpeg
 from patience import COMES_UP
 from torch import Tensor
 from wan_pack.wan.video import video
@@ -113,12 +114,8 @@ def test_ffmpegs_words_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for ffmpeg")
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ffmpeg = tmp_path / "ffmpeg"
-    ffmpeg.write_text(
-        "#!/bin/sh\ncat > /dev/null\necho 'Error writing trailer: No space left on device' >&2\nexit 228\n"
-    )
-    ffmpeg.chmod(0o755)
-    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+    script = "cat > /dev/null\necho 'Error writing trailer: No space left on device' >&2\nexit 228\n"
+    put_ffmpeg(tmp_path, monkeypatch, script)
     with (
         pytest.raises(RuntimeError, match=r"the disk is full; ffmpeg ended with status 228 after 5 frames"),
         VideoWriter(tmp_path / "x.mp4", width=64, height=48, fps=16) as writer,
@@ -132,12 +129,9 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def late_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """In the place of ffmpeg: takes nothing before this file exists, then writes what it is given."""
-    ffmpeg, go = tmp_path / "ffmpeg", tmp_path / "go"
-    ffmpeg.write_text(
-        f"#!/bin/sh\nfor last; do :; done\nwhile [ ! -e '{go}' ]; do sleep 0.02; done\nexec cat > \"$last\"\n"
-    )
-    ffmpeg.chmod(0o755)
-    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+    go = tmp_path / "go"
+    script = f"for last; do :; done\nwhile [ ! -e '{go}' ]; do sleep 0.02; done\nexec cat > \"$last\"\n"
+    put_ffmpeg(tmp_path, monkeypatch, script)
     return go
 
 
@@ -172,12 +166,9 @@ def test_an_error_does_not_wait_for_ffmpeg(late_ffmpeg: Path, tmp_path: Path) ->
 def test_fault_33_ffmpegs_end_is_told_while_the_next_part_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
-    ffmpeg, go = tmp_path / "ffmpeg", tmp_path / "go"
-    ffmpeg.write_text(
-        f"#!/bin/sh\nwhile [ ! -e '{go}' ]; do sleep 0.02; done\necho 'x264 gave up' >&2\nexit {status}\n"
-    )
-    ffmpeg.chmod(0o755)
-    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+    go = tmp_path / "go"
+    script = f"while [ ! -e '{go}' ]; do sleep 0.02; done\necho 'x264 gave up' >&2\nexit {status}\n"
+    put_ffmpeg(tmp_path, monkeypatch, script)
     told: queue.Queue[Exception] = queue.Queue()
     with (
         pytest.raises(RuntimeError, match="x264 gave up"),

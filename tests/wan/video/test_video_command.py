@@ -9,6 +9,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import pytest
 import torch
+from ffmpegs import put_ffmpeg
 from wan_pack.wan.video.video import VideoWriter, probe
 from wan_pack.wan.video.video_formats import FORMATS, H264, media_type
 from wan_pack.wan.video.yuv import frames_to_rgb, frames_to_yuv
@@ -22,10 +23,9 @@ pytestmark = [
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file of what a script in the place of ffmpeg is told, line by line."""
-    ffmpeg, told = tmp_path / "ffmpeg", tmp_path / "told"
-    ffmpeg.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > '{told}'\nfor last; do :; done\nexec cat > \"$last\"\n")
-    ffmpeg.chmod(0o755)
-    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+    told = tmp_path / "told"
+    script = f"printf '%s\\n' \"$@\" > '{told}'\nfor last; do :; done\nexec cat > \"$last\"\n"
+    put_ffmpeg(tmp_path, monkeypatch, script)
     return told
 
 
@@ -58,12 +58,8 @@ def test_ffmpeg_is_told_what_it_is_given(
 
 
 def test_of_many_words_the_last_ones_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ffmpeg = tmp_path / "ffmpeg"
-    ffmpeg.write_text(
-        "#!/bin/sh\ncat > /dev/null\nfor i in $(seq 101 130); do printf '%s %0600d  \\n' $i 7 >&2; done\nexit 3\n"
-    )
-    ffmpeg.chmod(0o755)
-    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+    script = "cat > /dev/null\nfor i in $(seq 101 130); do printf '%s %0600d  \\n' $i 7 >&2; done\nexit 3\n"
+    put_ffmpeg(tmp_path, monkeypatch, script)
     with (
         pytest.raises(RuntimeError) as failed,
         VideoWriter(tmp_path / "x.mp4", width=64, height=48, fps=16) as writer,
