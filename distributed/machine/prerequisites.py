@@ -120,11 +120,12 @@ def writing_problem(folder: Path) -> str:
         return f"{folder} cannot be written to: {error.strerror}; correct its permissions, or choose another folder"
 
 
-def check_space(room: Mapping[Path, int]) -> None:
-    """Raises JobError if what a job makes does not fit on the disks of existing folders.
+def check_space(room: Mapping[Path, int], whose: str = "the job") -> None:
+    """Raises JobError if what is made does not fit on the disks of existing folders.
 
     Args:
-        room: folder -> bytes that the job needs there. Folders on one disk share what it has.
+        room: folder -> bytes that are needed there. Folders on one disk share what it has.
+        whose: who needs them, for the message.
     """
     disks: dict[int, list[Path]] = {}
     for folder in room:
@@ -135,6 +136,6 @@ def check_space(room: Mapping[Path, int]) -> None:
         if free < needed:
             has = "are on one disk, which has" if len(folders) > 1 else "has"
             raise JobError(
-                f"{' and '.join(map(str, folders))} {has} {free / 2**20:.0f} MiB free; the job needs "
+                f"{' and '.join(map(str, folders))} {has} {free / 2**20:.0f} MiB free; {whose} needs "
                 f"{needed / 2**20:.0f} MiB. Free some space there"
             )

@@ -11,6 +11,7 @@ from ...distributed.job.errors import counted
 from ...distributed.job.job import Job, JobError
 from ...distributed.launch.launcher import MAX_LOG, JobFailed, new_job_id
 from ...distributed.launch.result import Result
+from ...distributed.machine.prerequisites import check_space, writing_problem
 from ..host import host, warm
 from ..host.groups import place_of
 from ..host.node_report import NodeReport
@@ -177,7 +178,12 @@ class _Batch:
         """Makes the videos; `made` and `failures` hold what came of each. output: the folder that they come to."""
         from ...distributed.planning.disk_room import room_of
 
-        room = room_of(*self.jobs[0], host.jobs_folder(), output)
+        folder, groups, videos = host.jobs_folder(), len(self.groups), len(self.jobs)
+        if problem := writing_problem(folder):
+            raise JobError(problem)
+        # Now, and not when half of them are made.
+        whole = room_of(*self.jobs[0], folder, output, at_once=groups, videos=videos)
+        check_space(whole, f"the batch of {counted(videos, 'video')}")
 
         def save(index: int, group: int, result: Result) -> None:
             self._group_of[index] = group
@@ -197,8 +203,8 @@ class _Batch:
             self.jobs,
             self.groups,
             warm.pool(),
-            # Those of all groups are there at once.
-            room={folder: len(self.groups) * size for folder, size in room.items()},
+            # Of each video those that are made beside it: if the disk fills up later, as many come out as fit.
+            room=room_of(*self.jobs[0], folder, output, at_once=groups, videos=groups),
             on_result=save,
             on_failure=self.failures.__setitem__,
             on_progress=show,

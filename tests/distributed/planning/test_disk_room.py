@@ -37,6 +37,9 @@ def test_room_for_what_the_vae_makes_and_for_its_copy(tiny_models: Path, tmp_pat
     job = job_with(tiny_models, tmp_path, scale=scale)
     assert room_of(job, given, jobs, output) == {jobs: inputs + PIXELS // 4 + video, output: video}
     assert room_of(job, {}, jobs, jobs) == {jobs: PIXELS // 4 + 2 * video}
+    several = {jobs: 2 * (inputs + PIXELS // 4 + video), output: 5 * video}
+    assert room_of(job, given, jobs, output, at_once=2, videos=5) == several
+    assert room_of(job, {}, jobs, jobs, at_once=2, videos=5) == {jobs: 2 * (PIXELS // 4 + video) + 5 * video}
     kept = job_with(tiny_models, tmp_path, scale=scale, frames=True)
     assert room_of(kept, {}, jobs, output)[jobs] == int(PIXELS * (0.25 + 6 * scale**2)) + video
     latents = job_with(tiny_models, tmp_path, scale=scale, decode=False)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +15,10 @@ import torch
 from batching import Interrupted, Node, OutOfMemory
 from mount import ROOT
 from node_inputs import BOTH, asked_for, inputs_of, tiny_files, use_model_folders
-from wan_pack.distributed.job.job import Job
+from wan_pack.distributed.job.job import Job, JobError
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.launch.launcher import MAX_LOG, JobFailed
+from wan_pack.distributed.machine.prerequisites import MIN_FREE_BYTES
 from wan_pack.nodes.batch.batch import WanVideoDistributedBatch
 from wan_pack.nodes.host import host
 from wan_pack.nodes.host.status import Status
@@ -46,6 +49,24 @@ def test_the_disks_have_room_for_what_is_made_side_by_side(node: Node, tmp_path:
     for room in node.rooms:
         made = given + 64 * 48 * 5 // 4 + video
         assert room == {tmp_path / "jobs": 2 * made, tmp_path / "output": 2 * video}
+
+
+def test_the_disks_have_room_for_all_videos_before_the_first_is_begun(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 100, two are made at a time, and all stay in the output folder."""
+    node.run(text_embeds=BOTH)
+    video = int(64 * 48 * 5 * 0.9)
+    given = sum(tensor.nbytes for tensor in node.tensors.pop().values())
+    needed = MIN_FREE_BYTES + 2 * (given + 64 * 48 * 5 // 4 + video) + 100 * video
+    asked = {"text_embeds": BOTH, "batch_count": 100, "gpu_count": 2, "gpus_per_video": 1}
+    free = SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+    with pytest.raises(JobError, match=r"one disk, .* the batch of 100 videos needs .* Free some space"):
+        node.run(**asked)
+    assert node.tensors == [], "nothing was begun"
+    free.free += 1
+    assert len(node.run(**asked)["result"][0]) == 100
 
 
 def test_results_come_in_the_order_of_the_prompts(node: Node, tiny_models: Path) -> None:
