@@ -6,17 +6,15 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...distributed.job.errors import counted, listed
+from ...distributed.job.errors import listed
 from ...distributed.job.evaluator import (
     KEPT_AT_LEAST,
     KEPT_ROW_BYTES,
     KEPT_VOLUME_BYTES,
-    MAX_CONTROL_BYTES,
     Evaluator,
     SampleConditioning,
     SampleTold,
 )
-from ...distributed.job.job import FLOAT_BYTES
 from ...wan.model.latent_space import WAN21
 from ...wan.sampling.told import KINDS, Kind
 from ..host.exceptions import told_to_comfyui
@@ -25,8 +23,6 @@ from .unsupported import check_conds, check_options
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-GIB = 1 << 30
 
 
 class Evaluation:
@@ -98,7 +94,8 @@ class Evaluation:
         if kind.size is None:
             return (SampleTold(self._rows.same(told)),)
         if kind.most > 1:
-            parts, strengths = list(told), self._strengths(kind, told, conds[kind.strengths])
+            # Held against their number and their bytes in prompt_entries.py.
+            parts, strengths = list(told), list(map(float, conds[kind.strengths]))
         else:
             # A picture comes without the axis of its one frame.
             parts, strengths = [told if told.dim() == 4 else told[:, None]], [1.0]
@@ -113,21 +110,6 @@ class Evaluation:
         return tuple(
             SampleTold(self._volumes.same(part), strength) for part, strength in zip(parts, strengths, strict=True)
         )
-
-    def _strengths(self, kind: Kind, told: Tensor, strengths: Any) -> list[float]:
-        """Of those that one sample is told, [n, C, T, h, w]."""
-        if not isinstance(strengths, list) or len(strengths) != len(told):
-            raise ValueError(
-                f"{kind.strengths} is {strengths!r}; it must be a list of one for each of {len(told)} {kind.name}"
-            )
-        count, taken = len(told), told.numel() * FLOAT_BYTES
-        if count > kind.most or taken > MAX_CONTROL_BYTES:
-            raise ValueError(
-                f"the prompt has {counted(count, kind.what)}, {taken / GIB:.1f} GiB; a sampling on several "
-                f"GPUs takes at most {kind.most}, and {MAX_CONTROL_BYTES / GIB:g} GiB. Chain fewer WanVaceToVideo, or "
-                "make the video smaller or shorter"
-            )
-        return [float(strength) for strength in strengths]
 
 
 class _Known:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...distributed.job.control_inputs import MAX_CONTROL_STRENGTH
-from ...distributed.job.errors import listed
+from ...distributed.job.errors import counted, listed
+from ...distributed.job.evaluator import MAX_CONTROL_BYTES
 from ...distributed.job.input_tensors import MAX_PICTURES
+from ...distributed.job.job import FLOAT_BYTES
 from ...wan.model.config import PICTURE_ROWS
 from ...wan.model.latent_space import LATENT_SPACES, WAN21
 from ...wan.sampling.told import KINDS, Kind
@@ -29,6 +32,8 @@ from ..host.tensors import tensor_of
 if TYPE_CHECKING:
     from ...wan.model.config import WanConfig
 
+GIB = 1 << 30
+
 
 def check_conditioning(sampling: CoreSampling, config: WanConfig) -> None:
     """Raises ValueError, in the user's words, for what the model or ComfyUI's own code of it would stumble over.
@@ -42,7 +47,7 @@ def check_conditioning(sampling: CoreSampling, config: WanConfig) -> None:
         if config.image_branch and entry.get(SEEN) is None:
             raise ValueError(KINDS["picture"].needed)
     for name, entry in _entries(sampling):
-        told = _Told(config, entry, f"of the {name} conditioning", sampling.shape[2])
+        told = _Told(config, entry, f"of the {name} conditioning", sampling)
         told.check_text()
         if config.image_branch:
             told.check_seen()
@@ -67,11 +72,11 @@ class _Told:
 
     Args:
         where: whose it is, for messages.
-        frames: latent ones that are sampled.
     """
 
-    def __init__(self, config: WanConfig, entry: Mapping[str, Any], where: str, frames: int) -> None:
-        self._config, self._entry, self._where, self._frames = config, entry, where, frames
+    def __init__(self, config: WanConfig, entry: Mapping[str, Any], where: str, sampling: CoreSampling) -> None:
+        self._config, self._entry, self._where = config, entry, where
+        self._frames, self._window = sampling.shape[2], sampling.window[2:]
         self._vae = config.variant.latents.vae
 
     def check_text(self) -> None:
@@ -131,6 +136,31 @@ class _Told:
                 f"{VACE_FRAMES} {self._where} are of {self._sizes(frames)} latent frames, rows and columns, and "
                 f"{VACE_MASKS} of {self._sizes(masks)}; all must be of one size: give every "
                 "WanVaceToVideo the same width, height, length and as many reference images"
+            )
+        self._check_amount(len(frames) or 1, next(iter(sizes.values()), self._window))
+
+    def _check_amount(self, controls: int, size: tuple[int, ...]) -> None:
+        """How many there are, and their bytes.
+
+        Args:
+            controls: at least the empty one that ComfyUI makes where none is given.
+            size: of each, in latent frames, rows and columns.
+        """
+        kind = KINDS["controls"]
+        strengths = self._listed(VACE_STRENGTHS)
+        if strengths and len(strengths) != controls:
+            raise ValueError(
+                f"{VACE_STRENGTHS} {self._where} is {strengths!r}; it must be a list of {counted(controls, 'number')}, "
+                f"one for each {kind.what}"
+            )
+        # A context window has its part of them.
+        volume = math.prod(map(min, size, self._window))
+        taken = controls * self._config.control_dim * volume * FLOAT_BYTES
+        if controls > kind.most or taken > MAX_CONTROL_BYTES:
+            raise ValueError(
+                f"the {self._where.removeprefix('of the ')} has {counted(controls, kind.what)}, {taken / GIB:.1f} GiB; "
+                f"a sampling on several GPUs takes at most {kind.most}, and {MAX_CONTROL_BYTES / GIB:g} GiB. Chain "
+                "fewer WanVaceToVideo, or make the video smaller or shorter"
             )
 
     def check_references(self) -> None:

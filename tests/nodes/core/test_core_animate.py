@@ -12,6 +12,7 @@ from core_sampling import Modules, TwoModels, text
 from tiny import TINY_ANIMATE
 from wan_pack.demo.tiny_vae import vae as tiny_vae
 from wan_pack.nodes.core.prompt_entries import check_conditioning
+from wan_pack.nodes.host.core_model import CoreSampling
 
 LIMIT = 1e-4
 WIDTH, HEIGHT, FRAMES = 64, 48, 5
@@ -108,8 +109,8 @@ def test_what_the_model_does_not_take_is_refused_before_anything_starts(told: di
     entry = {"cross_attn": torch.zeros(1, 4, TINY_ANIMATE.text_dim), "clip_vision_output": seen}
 
     def check(**told: Any) -> None:
-        sampling: Any = SimpleNamespace(conds={"positive": [entry | told]}, shape=(1, 16, 3, 6, 8))
-        check_conditioning(sampling, TINY_ANIMATE)
+        conds = {"positive": [entry | told]}
+        check_conditioning(CoreSampling(None, conds, {}, (1, 16, 3, 6, 8), torch.zeros(2)), TINY_ANIMATE)
 
     check(pose_video_latent=torch.zeros(1, 16, 2, 6, 8), face_video_pixels=torch.zeros(1, 3, 5, 512, 512))
     with pytest.raises(ValueError, match=words):

@@ -11,7 +11,6 @@ import torch
 from core_sampling import STEPS, Conditioning, Modules, TwoModels, empty_latents, text
 from torch import Tensor
 from wan_pack.demo.tiny_vae import vae as tiny_vae
-from wan_pack.nodes.core import evaluation
 
 LIMIT = 1e-4
 WIDTH, HEIGHT, FRAMES = 64, 48, 9
@@ -115,30 +114,6 @@ def test_each_window_follows_its_part_where_comfyui_cuts_the_control(
     vace.same(in_windows, limit=LIMIT)
     (evaluator,) = vace.evaluators
     assert len(evaluator.controls) == 2 and len(evaluator.batches) == 2 * STEPS
-
-
-def test_more_controls_than_are_taken_are_refused_before_anything_starts(
-    vace: TwoModels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = followed(vace.core)
-    for prompt in ("positive", "negative"):
-        rest = given[prompt][0][1]
-        many = {name: rest[name] * 17 for name in ("vace_frames", "vace_mask", "vace_strength")}
-        given[prompt] = changed(given[prompt], **many)
-    with pytest.raises(ValueError, match=r"17 VACE controls, .* GiB; .* at most 16, and 2 GiB. Chain fewer WanVaceTo"):
-        vace.core["sampled"](vace.ours, **given)
-    monkeypatch.setattr(evaluation, "MAX_CONTROL_BYTES", 96 * 3 * 6 * 8 * 4 - 1)
-    with pytest.raises(ValueError, match=r"1 VACE control, .* make the video smaller or shorter"):
-        vace.core["sampled"](vace.ours, **followed(vace.core))
-    assert vace.evaluators == []
-
-
-def test_strengths_are_one_for_each_control(vace: TwoModels) -> None:
-    given = followed(vace.core)
-    for prompt in ("positive", "negative"):
-        given[prompt] = changed(given[prompt], vace_strength=[1.0, 1.0])
-    with pytest.raises(ValueError, match=r"vace_strength is \[1\.0, 1\.0\]; it must be a list of one for each of 1"):
-        vace.core["sampled"](vace.ours, **given)
 
 
 def test_a_model_that_follows_nothing_ignores_a_control_as_in_core(t2v: TwoModels) -> None:

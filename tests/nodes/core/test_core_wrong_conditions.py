@@ -13,9 +13,10 @@ from core_sampling import Modules, empty_latents, text
 from torch import Tensor
 from wan_pack.demo.tiny_vae import vae as tiny_vae
 from wan_pack.distributed.job.job import FileIdentity
+from wan_pack.nodes.core import prompt_entries
 from wan_pack.nodes.core.group_model import GroupModel
 from wan_pack.nodes.core.sampling_jobs import SamplingJobs
-from wan_pack.nodes.host.core_model import model_without_weights
+from wan_pack.nodes.host.core_model import CoreSampling, model_without_weights
 from wan_pack.nodes.settings.spread import DistributedConfig
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 
@@ -80,6 +81,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "InP 5B": picture(48),
 }
 """Variant -> what ComfyUI's nodes add to a prompt."""
+ONE_CONTROL = 96 * 3 * 6 * 8 * 4
+"""Bytes."""
 OTHER_VAE = "encode it with the Wan2.1 VAE"
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("I2V", picture(16, 2, 6, 8), r"concat_latent_image of the positive .* 2 latent frames, and what is sampled of 3"),
@@ -114,7 +117,6 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("VACE", vace(vace_frames=[volume(32, value=NAN)]), "vace_frames .* NaN or infinite"),
     ("VACE", vace(vace_mask=[volume(64, value=-NAN)]), "vace_mask .* NaN or infinite"),
     ("VACE", vace(vace_strength=[NAN]), "vace_strength of the positive conditioning is nan; it must be -1000"),
-    ("VACE", vace(vace_strength=[1.0, 1.0]), r"vace_strength is \[1.0, 1.0\]; it must be a list of one for each of 1"),
     (
         "VACE",
         vace(vace_frames=[volume(32, 3, 8, 8)], vace_mask=[volume(64, 3, 8, 8)]),
@@ -201,6 +203,59 @@ def test_what_is_wrong_starts_nothing(
     channels = 48 if kind == "InP 5B" else 16
     with pytest.raises(ValueError, match=words):
         door(kind).sample({**GOOD[kind], **changed}, latent_image=empty_latents(channels))
+
+
+def controls(count: int) -> dict[str, Any]:
+    return vace(vace_frames=[volume(32)] * count, vace_mask=[volume(64)] * count, vace_strength=[1.0] * count)
+
+
+@pytest.mark.parametrize(
+    ("told", "most", "words"),
+    [
+        (
+            controls(17),
+            17 * ONE_CONTROL,
+            r"has 17 VACE controls, 0.0 GiB; .* at most 16, .* Chain fewer WanVaceToVideo",
+        ),
+        (controls(16), 16 * ONE_CONTROL, ""),
+        (
+            controls(2),
+            2 * ONE_CONTROL - 1,
+            r"^the positive conditioning has 2 VACE controls, .* make the video smaller",
+        ),
+        ({"vace_mask": [volume(64)]}, ONE_CONTROL - 1, "has 1 VACE control, "),
+        ({}, ONE_CONTROL - 1, "has 1 VACE control, "),
+        ({}, ONE_CONTROL, ""),
+        (
+            vace(vace_strength=[1.0, 1.0]),
+            ONE_CONTROL,
+            r"is \[1.0, 1.0\]; it must be a list of 1 number, one for each VACE con",
+        ),
+    ],
+)
+def test_more_controls_than_are_taken_are_refused_before_anything_is_planned(
+    door: Callable[[str], Door], monkeypatch: pytest.MonkeyPatch, told: dict[str, Any], most: int, words: str
+) -> None:
+    """A plan would count them, and say that they do not fit, or have ComfyUI let its models go."""
+    monkeypatch.setattr(prompt_entries, "MAX_CONTROL_BYTES", most)
+    if not words:
+        with pytest.raises(Asked):
+            door("VACE").sample(told)
+        return
+    monkeypatch.setattr(SamplingJobs, "_job", lambda self, sampling: pytest.fail("it was planned"))
+    with pytest.raises(ValueError, match=words):
+        door("VACE").sample(told)
+
+
+def test_of_controls_a_context_window_has_its_part(
+    door: Callable[[str], Door], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_entries, "MAX_CONTROL_BYTES", ONE_CONTROL * 2 // 3)
+    with pytest.raises(ValueError, match="has 1 VACE control, "):
+        door("VACE").sample(vace())
+    monkeypatch.setattr(CoreSampling, "window", (1, 16, 2, 6, 8))
+    with pytest.raises(Asked):
+        door("VACE").sample(vace())
 
 
 @pytest.mark.parametrize(
