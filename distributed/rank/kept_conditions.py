@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,9 @@ from ..job.errors import JobError, listed
 from ..job.evaluator import KEPT_ROW_BYTES, KEPT_VOLUME_BYTES
 from ..parallel.sequence import SequenceShard
 from ..planning.gpu_memory import GUIDED_PROMPTS
+
+KEPT_TOLD_BYTES = 64 << 20
+"""On the device, of what other evaluations than the last one are told: a plan counts that one's only."""
 
 
 class KeptConditions:
@@ -39,7 +42,8 @@ class KeptConditions:
         self._contexts: dict[str, Context] = {}
         """The one that was used last is last."""
         self._told: dict[tuple[str, Size], Part] = {}
-        """On the device, by the size of the latents: what the last evaluation was told, with what is derived of it."""
+        """On the device, by the size of the latents: what the last evaluation was told, and of what those before it
+        were what is small, with what is derived of it. The one that was used last is last."""
 
     def check(self, evaluation: Evaluation) -> None:
         """Raises JobError if the model is given what it does not look at, or lacks what it does."""
@@ -82,9 +86,12 @@ class KeptConditions:
                 part = made(kind.name, values, latents, self._stride).on_rank(shard.split, shard.length)
                 self._parts[sent.key] = latents, part
         dropped = self._keys.use(evaluation.rows, evaluation.sent)
-        for key in dropped + self._volume_keys.use(evaluation.volumes, evaluation.sent):
+        dropped += self._volume_keys.use(evaluation.volumes, evaluation.sent)
+        for key in dropped:
             self._whole.pop(key, None)
             self._parts.pop(key, None)
+        # They hold on to memory of the host, too.
+        self._told = {key: part for key, part in self._told.items() if key[0] not in dropped}
         there = self._whole.keys() | self._parts.keys()
         if missing := [key for key in (*evaluation.rows, *evaluation.volumes) if key not in there]:
             raise JobError(f"{missing[0]} is asked for, but was never sent")
@@ -107,12 +114,13 @@ class KeptConditions:
 
     def besides(self, evaluation: Evaluation, shard: SequenceShard) -> list[Beside]:
         """What each sample is told beside its text, of the rank's tokens. What is derived of it is kept while it is
-        the same."""
-        known, self._told = self._told, {}
+        the same; while evaluations take turns, of what is small: a face is."""
         latents = evaluation.shape[2:]
-        for key, kind in evaluation.kinds.items():
-            part = known.get((key, latents)) or self._part(key, kind, latents, shard)
-            self._told[key, latents] = part
+        asked = {
+            (key, latents): self._told.get((key, latents)) or self._part(key, kind, latents, shard)
+            for key, kind in evaluation.kinds.items()
+        }
+        self._told = self._kept_beside(asked) | asked
         found: list[dict[str, Any]] = [{} for _ in evaluation.texts]
         for told in evaluation.told:
             for sample, keys, strengths in zip(found, told.keys, told.strengths, strict=True):
@@ -121,6 +129,16 @@ class KeptConditions:
                 if KINDS[told.kind].most > 1:
                     sample[told.kind] = tuple(map(_of_strength, parts, strengths))
         return [Beside(**one) for one in found]
+
+    def _kept_beside(self, asked: Collection[tuple[str, Size]]) -> dict[tuple[str, Size], Part]:
+        """Of what the evaluations before were told, what was used last first, all that there is room for."""
+        kept: list[tuple[tuple[str, Size], Part]] = []
+        room = KEPT_TOLD_BYTES
+        for key, part in reversed(self._told.items()):
+            if key not in asked and (size := part.device_bytes()) <= room:
+                kept.append((key, part))
+                room -= size
+        return dict(reversed(kept))
 
     def _part(self, key: str, kind: Kind, latents: Size, shard: SequenceShard) -> Part:
         if key in self._parts:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..model.config import EPS, WanConfig
 from ..model.linear import Linear
 from ..model.patch import patchify
-from .part import Split, places
+from .part import Split, bytes_of, places
 
 FACE_ROWS = 4
 """Of a frame; beside them one that is the same for all."""
@@ -48,6 +48,9 @@ class Pose:
 
     def for_expert(self, *, keep: bool) -> Pose:
         return self
+
+    def device_bytes(self) -> int:
+        return bytes_of(self.values, self.rows)
 
     def added_to(self, x: Tensor, embedding: nn.Module) -> Tensor:
         """x: a rank's tokens as embedded, [S, C] float32."""
@@ -123,6 +126,9 @@ class Face:
     def for_expert(self, *, keep: bool) -> Face:
         """What is derived of it stays in any case: it is small."""
         return replace(self)
+
+    def device_bytes(self) -> int:
+        return bytes_of(self.order, self.here, self._rows)
 
     def rows(self, motion_encoder: nn.Module, encoder: nn.Module, device: torch.device) -> Tensor:
         """[frames, 5, C] float32: zeros for the frame in front and behind what there is of the face. Computed once."""

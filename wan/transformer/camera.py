@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..model.config import WanConfig
 from ..model.latent_space import PATCH_SIZE
 from ..model.patch import patchify
-from .part import Split, places
+from .part import Split, bytes_of, places
 from .patch_embedding import PatchEmbedding
 
 
@@ -78,6 +78,9 @@ class Camera:
 
     def for_expert(self, *, keep: bool) -> Camera:
         return replace(self, keep=keep)
+
+    def device_bytes(self) -> int:
+        return bytes_of(self.rows, self._embedded)
 
     def added_to(self, x: Tensor, adapter: nn.Module) -> Tensor:
         """x: a rank's tokens as embedded, [S, C] float32."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.config import TEXT_LEN
-from .part import Split
+from .part import Split, bytes_of
 
 KeysValues = tuple[Tensor, Tensor]
 """[R, H, D] each."""
@@ -35,6 +36,9 @@ class Context:
 
     def for_expert(self, *, keep: bool) -> Context:
         return Context(self.tokens, keep)
+
+    def device_bytes(self) -> int:
+        return bytes_of(self.tokens, self._embedded, *chain.from_iterable(self._keys_values.values()))
 
     def embedded(self, embedding: nn.Module) -> Tensor:
         """[R, C], as `embedding` makes it of the tokens."""

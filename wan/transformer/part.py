@@ -24,6 +24,13 @@ class Part(Protocol):
     def for_expert(self, *, keep: bool) -> Self:
         """With a place of its own for what one expert derives of it. keep: that stays between steps."""
 
+    def device_bytes(self) -> int:
+        """Of what it holds on the device, with what has been derived of it."""
+
+
+def bytes_of(*tensors: Tensor | None) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
 
 def places(split: Split, length: int) -> Tensor:
     """[S] int64: which token of the sequence each of the rank's is; what fills a rank up is -1."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.patch import patchify
-from .part import Split, places
+from .part import Split, bytes_of, places
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,9 @@ class Reference:
 
     def for_expert(self, *, keep: bool) -> Reference:
         return self
+
+    def device_bytes(self) -> int:
+        return bytes_of(self.values, self.rows)
 
     def put_into(self, x: Tensor, embedding: nn.Module) -> Tensor:
         """x: a rank's tokens as embedded, [S, C] float32 -> the same with the picture's in their places."""

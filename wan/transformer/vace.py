@@ -43,6 +43,9 @@ class Control:
     def for_expert(self, *, keep: bool) -> Control:
         return self
 
+    def device_bytes(self) -> int:
+        return self.values.nbytes
+
 
 class VaceBlock(Block):
     """For all controls at once: its weights come to the device once a step.

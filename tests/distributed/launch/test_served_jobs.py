@@ -15,7 +15,7 @@ from torch import Tensor
 from wan_pack.distributed.group.evaluation_memory import AnsweringEnd
 from wan_pack.distributed.group.evaluation_request import Evaluation
 from wan_pack.distributed.job.errors import JobCancelled, JobError
-from wan_pack.distributed.job.evaluator import SampleConditioning
+from wan_pack.distributed.job.evaluator import SampleConditioning, SampleTold
 from wan_pack.distributed.job.job import FileIdentity, ForwardsJob, Parallel
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.launch import group_evaluator, served_job
@@ -101,6 +101,21 @@ def test_a_text_is_sent_once_until_it_changes(tmp_path: Path):
     assert [len(one.sent) for one in ranks.seen] == [1, 1, 0, 0, 1]
     first, both, other, again, changed = (one.texts for one in ranks.seen)
     assert both == (*first, *other) and again == first and changed[0] == first[0] and changed[1] != other[0]
+
+
+def test_of_evaluations_that_take_turns_each_control_is_sent_once(tmp_path: Path):
+    """As of two prompts that ComfyUI does not put together, each with a control of its own."""
+    ranks = Ranks(tmp_path)
+    served = ServedJob(ranks)
+    controls = [torch.full((96, 2, 4, 6), float(value)) for value in (1, 2)]
+    for _ in range(3):
+        for text, control in zip(texts(1, 2), controls, strict=True):
+            x, timesteps, (sample,) = asked([text])
+            served.evaluate(x, timesteps, [dataclasses.replace(sample, told={"controls": (SampleTold(control),)})])
+    served.close()
+    assert [[one.shape for one in evaluation.sent] for evaluation in ranks.seen] == [[(3, 8), (96, 2, 4, 6)]] * 2 + [
+        []
+    ] * 4
 
 
 def test_the_same_bytes_in_another_shape_are_another_text(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ FUN = dataclasses.replace(TINY, in_dim=52, parts=frozenset({"ref_conv"}))
 CAMERA = dataclasses.replace(TINY, in_dim=36, parts=frozenset({"control_adapter"}), camera_dim=128)
 SIZE = (3, 4, 6)
 SHARD = SequenceShard(length=18)
+PICTURE_BYTES = 2 * 64 * 4
+"""Of a short picture of `Kept`."""
 
 
 class Kept(KeptConditions):
@@ -108,13 +111,42 @@ def test_with_memory_optimization_nothing_is_kept_of_texts_and_pictures() -> Non
     assert kept.texts(told)[0] is not kept.texts(told)[0]
 
 
-def test_pictures_are_kept_while_they_are_the_same() -> None:
+def test_pictures_are_kept_while_they_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_conditions, "KEPT_TOLD_BYTES", PICTURE_BYTES - 1)
     kept = Kept(FLF2V)
     first = kept.pictures(kept.told("cc", "ab"))
     again = kept.pictures(kept.told("cc", "ba"))
     assert again[0] is first[1] and again[1] is first[0] and first[0].keep and values(first) == "ab"
     kept.pictures(kept.told("c", "d"))
     assert kept.pictures(kept.told("c", "a"))[0] is not first[0]
+
+
+def test_where_evaluations_take_turns_what_is_small_is_kept_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_conditions, "KEPT_TOLD_BYTES", 2 * PICTURE_BYTES)
+    kept = Kept(FLF2V)
+    first = {name: kept.pictures(kept.told("t", name))[0] for name in "abc"}
+    for name in "abcbac":
+        assert kept.pictures(kept.told("t", name))[0] is first[name]
+    # A fourth has the one go that was used before all others.
+    kept.pictures(kept.told("t", "d"))
+    assert kept.pictures(kept.told("t", "c"))[0] is first["c"] and kept.pictures(kept.told("t", "a"))[0] is first["a"]
+    assert kept.pictures(kept.told("t", "b"))[0] is not first["b"]
+    # One that has grown too large is no reason to let a small one go.
+    (large,) = kept.pictures(kept.told("t", "e"))
+    large.embedded(lambda tokens: torch.zeros(9, PICTURE_BYTES))
+    assert kept.pictures(kept.told("t", "a"))[0] is first["a"]
+    assert kept.pictures(kept.told("t", "e"))[0] is not large
+
+
+def test_what_is_told_goes_with_what_it_was_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_conditions, "KEPT_ROW_BYTES", 4 * KEPT_AT_LEAST)
+    kept = Kept(FLF2V)
+    there = weakref.ref(kept.pictures(kept.told("t", "a"))[0].tokens)
+    kept.pictures(kept.told("t", "b"))
+    assert there() is not None
+    for name in "cde":
+        kept.pictures(kept.told("t", name))
+    assert there() is None
 
 
 def test_controls_are_kept_with_the_strengths_of_each_evaluation() -> None:
@@ -164,9 +196,8 @@ def test_a_picture_in_front_is_sent_once_and_is_one_frame() -> None:
     # Of six tokens in front rank 1 of five has the last one, first of its five.
     assert reference is not None and reference.rows is not None and reference.rows.tolist() == [0]
     assert torch.equal(reference.values, patchify(picture)[5:])
-    for config, words in ((TINY, "has no place for one"),):
-        with pytest.raises(JobError, match=words):
-            KeptConditions(config, torch.device("cpu"), keeps=True).check(again)
+    with pytest.raises(JobError, match="has no place for one"):
+        KeptConditions(TINY, torch.device("cpu"), keeps=True).check(again)
     with pytest.raises(JobError, match="timesteps by frame; no model takes both"):
         kept.check(dataclasses.replace(again, by_frame=True))
 

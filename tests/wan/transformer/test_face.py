@@ -113,3 +113,26 @@ def test_what_every_evaluation_reads_is_on_the_device_and_what_is_read_once_is_n
     assert Context(torch.zeros(2, 4), keep=False).on_device(meta).tokens.device == meta
     for part in (Face(face.pictures, 2), Pose(face.pictures), Camera(face.pictures, 8), Reference(face.pictures)):
         part.on_device(meta)
+
+
+def test_bytes_are_of_what_is_on_the_device_with_what_is_derived():
+    """Not of pictures and rays, which stay in the host's memory."""
+    meta, order = torch.device("meta"), torch.tensor([1, 0])
+    rows, values, derived = 2 * 8, 2 * 64 * 4, torch.zeros(3, 5, 7, device=meta)
+    assert Pose(torch.zeros(2, 64), order).on_device(meta).device_bytes() == values + rows
+    assert Reference(torch.zeros(2, 64), order).on_device(meta).device_bytes() == values + rows
+    assert Control(torch.zeros(2, 64)).on_device(meta).device_bytes() == values
+    face = Face(torch.zeros(3, 1, 1, 1), 2, order, ((0, 1), (1, 1)), order).on_device(meta)
+    assert face.device_bytes() == 2 * rows
+    face.rows(nn.Identity(), lambda motion: derived[1:2], meta)  # type: ignore[arg-type]
+    assert face.device_bytes() == 2 * rows + 2 * 5 * 7 * 4
+    camera = Camera(torch.zeros(1, 1, 2, 8), 8, order).on_device(meta)
+    assert camera.device_bytes() == rows
+    camera.added_to(torch.zeros(2, 7, device=meta), lambda frame: frame.new_zeros(2, 7))  # type: ignore[arg-type]
+    assert camera.device_bytes() == rows + 2 * 7 * 4
+    context = Context(torch.zeros(2, 4)).on_device(meta)
+    assert context.device_bytes() == 2 * 4 * 4
+    context.embedded(lambda tokens: derived[0])  # type: ignore[arg-type]
+    for layer in (nn.Identity(), nn.Identity()):
+        context.keys_values(layer, lambda: (derived, derived))
+    assert context.device_bytes() == 4 * (2 * 4 + 5 * 7 + 4 * 3 * 5 * 7)
