@@ -13,9 +13,15 @@ PORTABLE_AND_MAPPED = 3
 """Every device's streams find it, also what is no copy."""
 
 
-def take_locked(nbytes: int) -> Tensor:
-    """uint8 [nbytes] of new host memory, its pages locked; where they cannot be, copies are slower, not wrong."""
+def take_host(nbytes: int, *, locked: bool) -> Tensor:
+    """uint8 [nbytes] of new host memory.
+
+    Args:
+        locked: its pages are, for copies to and from a GPU; where they cannot be, copies are slower, not wrong.
+    """
     host = torch.empty(nbytes, dtype=torch.uint8)
+    if not locked:
+        return host
     # Locking has the system find and clear the pages one after the other; touched first, all of torch's threads do.
     host[:: mmap.PAGESIZE].zero_()
     if not lock_pages(host):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...wan.checkpoint.weights import local_rows
-from ..parallel.page_locks import take_locked, unlock_pages
+from ..parallel.page_locks import take_host, unlock_pages
 
 
 class HostParking:
@@ -48,8 +48,7 @@ class HostParking:
             return
         if self._host is None:
             self._sizes = [storage.nbytes() for storage in self._storages]
-            nbytes = sum(self._sizes)
-            self._host = take_locked(nbytes) if self._on_cuda else torch.empty(nbytes, dtype=torch.uint8)
+            self._host = take_host(sum(self._sizes), locked=self._on_cuda)
             for storage, copy in zip(self._storages, self._host.split(self._sizes), strict=True):
                 copy.copy_(_bytes_of(storage))
         for storage in self._storages:

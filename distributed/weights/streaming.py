@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...wan.checkpoint.weights import take_memory
 from ...wan.transformer.transformer import WanModel
-from ..parallel.page_locks import take_locked, unlock_pages
+from ..parallel.page_locks import take_host, unlock_pages
 from .offload import HostParking
 
 ALIGNMENT = 256
@@ -120,7 +120,7 @@ class BlockStream:
         for index, slab in enumerate(left):
             if slab.numel() == size:
                 return left.pop(index)
-        return take_locked(size) if self._cuda else torch.empty(size, dtype=torch.uint8)
+        return take_host(size, locked=self._cuda)
 
     def _free(self, slabs: Sequence[Tensor]) -> None:
         for slab in slabs:

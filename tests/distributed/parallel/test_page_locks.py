@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from wan_pack.distributed.parallel.page_locks import take_locked, unlock_pages
+from wan_pack.distributed.parallel.page_locks import take_host, unlock_pages
 
 
 def resident_kib(address: int) -> int:
@@ -32,9 +32,10 @@ def test_all_pages_are_there_before_they_are_locked(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.cuda, "cudart", Cudart)
     nbytes = (64 << 20) + 1
-    assert take_locked(nbytes).numel() == nbytes
+    assert take_host(nbytes, locked=True).numel() == nbytes
     ((size, resident),) = locked
     assert size == nbytes and resident >= 64 << 10
+    assert take_host(8, locked=False).numel() == 8 and len(locked) == 1
 
 
 def test_memory_that_cannot_be_locked_leaves_no_error_for_the_next_kernel(
@@ -58,7 +59,7 @@ def test_memory_that_cannot_be_locked_leaves_no_error_for_the_next_kernel(
 
     monkeypatch.setattr(torch.cuda, "cudart", Cudart)
     monkeypatch.setattr(torch, "ones", ones)
-    host = take_locked(8)
+    host = take_host(8, locked=True)
     assert not pending
     assert "could not be page-locked" in caplog.text
     unlock_pages(host)
