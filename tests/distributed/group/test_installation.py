@@ -104,17 +104,40 @@ def test_a_package_is_found_in_the_folder_that_is_imported_from(tmp_path: Path, 
     assert installation._found("by_hand") == ""
 
 
-def test_what_a_job_does_not_need_may_be_missing(asked: list[list[str]]):
+@pytest.mark.parametrize(
+    ("what", "further"),
+    [
+        ({}, set()),
+        ({"decodes": True}, {"imageio-ffmpeg"}),
+        ({"looks": True}, {"transformers"}),
+        ({"encodes": True}, {"transformers", "sentencepiece", "ftfy"}),
+        ({"encodes": True, "looks": True}, {"transformers", "sentencepiece", "ftfy"}),
+    ],
+    ids=["latents", "a video", "CLIP", "a prompt", "a prompt and CLIP"],
+)
+def test_a_job_is_refused_for_a_package_that_it_imports_and_for_no_other(
+    what: dict[str, bool], further: set[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Of all packages one at a time is missing."""
+    monkeypatch.setattr(installation, "_found", lambda module: "")
+    monkeypatch.setattr(installation, "_stamp", lambda source: None)
+    refused = set()
+    for module, package in PACKAGES.items():
+        monkeypatch.setattr(installation, "_good", {})
+        answers(monkeypatch, **{module: {"missing": module}})
+        try:
+            check_installation(**{"encodes": False, "decodes": False, **what})
+        except JobError as error:
+            assert f" -m pip install {package}" in str(error)
+            refused.add(package)
+    assert refused == {"torch", "safetensors", "diffusers"} | further
+
+
+def test_a_job_that_imports_more_asks_for_what_is_not_known_yet(asked: list[list[str]]):
     check_installation(encodes=False, decodes=False)
-    assert asked == [["torch", "safetensors", "diffusers"]]
     check_installation(encodes=True, decodes=True)
-    # Only what is not known yet.
-    assert asked[1:] == [["transformers", "sentencepiece", "ftfy", "imageio_ffmpeg"]]
-
-
-def test_clip_needs_one_package_more(asked: list[list[str]]):
-    check_installation(encodes=False, decodes=False, looks=True)
-    assert asked == [["torch", "safetensors", "diffusers", "transformers"]]
+    first, second = asked
+    assert not set(first) & set(second) and sorted(first + second) == sorted(PACKAGES)
 
 
 def test_a_broken_package_is_named_with_what_breaks_it(monkeypatch: pytest.MonkeyPatch):
