@@ -30,12 +30,13 @@ from ..files.identify import describe_tensors, prefixes
 from ..files.model_folder import TRANSFORMER_CLASSES, folder_files, read_json_object
 from ..files.rotated import Rotated
 from ..files.stored_model import StoredModel, open_model
-from ..files.stored_tensor import PlainTensor, RowScale, StoredTensor
+from ..files.stored_tensor import Joined, PlainTensor, StoredTensor, is_scale
 from ..model.config import WanConfig, config_from_shapes
 from ..model.eight_bits import CODES, FP8_DTYPES, KeptWeight
 from ..model.variants import RUNNABLE, Variant, check_runs
 from ..transformer.motion_encoder import BLUR, BLUR_TENSOR
 from ..transformer.transformer import meta_model, parameter_dtype
+from .diffusers_layout import check_one_layout, in_official_layout, whole
 
 MARKERS = ("head.modulation", DIFFUSERS_MARKER)
 """Tensors by which the transformer's names, and what stands before them, are found."""
@@ -58,8 +59,8 @@ class Checkpoint:
         """The file, or the folder of a sharded checkpoint, for messages."""
         try:
             names = _official(model)
-            self._stored = model.weights(names)
-            shapes = {name: tensor.shape for name, tensor in self._stored.items() if not isinstance(tensor, RowScale)}
+            self._stored = in_official_layout(model.weights(names), names)
+            shapes = {name: tensor.shape for name, tensor in self._stored.items() if not is_scale(tensor)}
             check_runs(shapes)
             told = _told_beside(Path(self.files[0]).parent)
             self.config: WanConfig = config_from_shapes(shapes, num_heads=told.num_heads, vace_layers=told.vace_layers)
@@ -73,7 +74,9 @@ class Checkpoint:
         except ValueError as error:
             raise ValueError(f"{self.label}: {error}") from error
         self.shapes: Mapping[str, tuple[int, ...]] = {n: s for n, s in shapes.items() if n not in self.markers}
-        self._dtypes = {own: model.tensors[name].dtype for name, own in names.items() if own in self.shapes}
+        self._dtypes = {
+            whole(own): model.tensors[name].dtype for name, own in names.items() if whole(own) in self.shapes
+        }
         self.codes: Mapping[str, KeptWeight] = {
             name: kept for name, tensor in self._stored.items() if (kept := _as_kept(name, tensor)) is not None
         }
@@ -137,6 +140,7 @@ def _official(model: StoredModel) -> dict[str, str]:
         what = "several transformers, " + ", ".join(found) if found else describe_tensors(model.tensors)
         raise ValueError(f"it is {what}; expected {RUNNABLE}")
     own = {name: to_official(name.removeprefix(found[0])) for name in model.tensors if name.startswith(found[0])}
+    check_one_layout(own, found[0])
     twice = [name for name, count in Counter(own.values()).items() if count > 1]
     if twice:
         raise ValueError(
@@ -150,6 +154,9 @@ def _as_kept(name: str, tensor: StoredTensor) -> KeptWeight | None:
     large = parameter_dtype(name, torch.bfloat16) == torch.bfloat16
     if not large or not name.endswith(".weight") or len(tensor.shape) != 2:
         return None
+    if isinstance(tensor, Joined):
+        first, *others = (_as_kept(name, part) for part in tensor.parts)
+        return first if all(other == first for other in others) else None
     plain, rotated_by = (tensor.stored, tensor.group) if isinstance(tensor, Rotated) else (tensor, 0)
     # Rotated fp8 is rare: its values are read.
     if not isinstance(plain, PlainTensor) or plain.dtype not in (CODES if not rotated_by else (torch.int8,)):

@@ -8,6 +8,7 @@ MARKER = "condition_embedder.time_proj.weight"
 """A tensor that every Wan transformer in diffusers' names has."""
 
 _BLOCK = re.compile(r"((?:vace_)?blocks\.\d+)\.(.+)")
+_FACE_BLOCK = re.compile(r"face_adapter\.(\d+)\.(.+)")
 
 # diffusers module or parameter -> official one; a tensor's last part (weight, bias, weight_scale, ...) stays as it is.
 _ROOT = {
@@ -24,6 +25,30 @@ _ROOT = {
     "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
     "proj_out": "head.head",
     "scale_shift_table": "head.modulation",
+    # Of Animate.
+    **{
+        name: f"face_encoder.{conv}.conv"
+        for conv in ("conv1_local", "conv2", "conv3")
+        # The official name too, which goes on like the other.
+        for name in (f"face_encoder.{conv}", f"face_encoder.{conv}.conv")
+    },
+    **{f"motion_encoder.motion_network.{i}": f"motion_encoder.enc.fc.{i}" for i in range(5)},
+    "motion_encoder.motion_synthesis_weight": "motion_encoder.dec.direction.weight",
+    "motion_encoder.conv_in": "motion_encoder.enc.net_app.convs.0.0",
+    "motion_encoder.conv_in.act_fn": "motion_encoder.enc.net_app.convs.0.1",
+    "motion_encoder.conv_out": "motion_encoder.enc.net_app.convs.8",
+    **{
+        f"motion_encoder.res_blocks.{i}.{theirs}": f"motion_encoder.enc.net_app.convs.{i + 1}.{ours}"
+        for i in range(7)
+        for theirs, ours in (
+            ("conv1", "conv1.0"),
+            ("conv1.act_fn", "conv1.1"),
+            # A blur without weights is in front.
+            ("conv2", "conv2.1"),
+            ("conv2.act_fn", "conv2.2"),
+            ("conv_skip", "skip.1"),
+        )
+    },
 }
 _IN_BLOCK = {
     **{
@@ -50,15 +75,29 @@ _IN_BLOCK = {
     "proj_in": "before_proj",
     "proj_out": "after_proj",
 }
+_IN_FACE_BLOCK = {
+    "to_q": "linear1_q",
+    # One layer in the official code; its halves are called so here.
+    "to_k": "linear1_kv.k",
+    "to_v": "linear1_kv.v",
+    "to_out": "linear2",
+    "norm_q": "q_norm",
+    "norm_k": "k_norm",
+}
+HALF = re.compile(r"(face_adapter\.fuser_blocks\.\d+\.linear1_kv)\.([kv])(.*)")
+"""An official layer, which of its halves a name is of (the keys' rows are in front), and what is behind it."""
+OFFICIAL_ALONE = re.compile(r"(?:motion_encoder\.(?:enc|dec)|face_adapter\.fuser_blocks|face_encoder\.conv\w+\.conv)\.")
+"""How names begin that diffusers has others for, of the parts that it splits or shapes in another way."""
 
 
 def to_official(name: str) -> str:
     """diffusers' name of a tensor or module -> the official one; a name that diffusers does not have stays as it is."""
-    match = _BLOCK.fullmatch(name)
-    if match is None:
-        return _renamed(name, _ROOT)
-    block, rest = match.groups()
-    return f"{block}.{_renamed(rest, _IN_BLOCK)}"
+    if match := _BLOCK.fullmatch(name):
+        return f"{match[1]}.{_renamed(match[2], _IN_BLOCK)}"
+    if match := _FACE_BLOCK.fullmatch(name):
+        official = _renamed(match[2], _IN_FACE_BLOCK)
+        return name if official == match[2] else f"face_adapter.fuser_blocks.{match[1]}.{official}"
+    return _renamed(name, _ROOT)
 
 
 def _renamed(name: str, table: dict[str, str]) -> str:

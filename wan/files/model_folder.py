@@ -16,6 +16,7 @@ TRANSFORMER_CLASSES = {
     "WanAnimateModel": "num_heads",
     "WanTransformer3DModel": "num_attention_heads",
     "WanVACETransformer3DModel": "num_attention_heads",
+    "WanAnimateTransformer3DModel": "num_attention_heads",
 }
 """`_class_name` in a transformer's config.json, official and of diffusers -> what it calls the number of heads."""
 MAX_JSON_BYTES = 4 << 20

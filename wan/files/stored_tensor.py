@@ -206,6 +206,34 @@ class PackedTensor:
             piece.copy_(self.file.read_flat(self.name, start + begin, piece.numel()))
 
 
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """Tensors one behind the other, read as one."""
+
+    parts: tuple[StoredTensor, ...]
+    shape: tuple[int, ...]
+    """With as many elements as all of them."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        kinds = {part.dtype for part in self.parts}
+        return kinds.pop() if len(kinds) == 1 else torch.float64
+
+    def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
+        flat, begin = out.view(-1), -start
+        for part in self.parts:
+            end = begin + math.prod(part.shape)
+            piece = flat[max(begin, 0) : max(end, 0)]
+            if piece.numel():
+                part.read_into(piece, start=max(-begin, 0), staging=staging)
+            begin = end
+
+
+def is_scale(tensor: StoredTensor) -> bool:
+    """Whether it belongs to a weight's codes."""
+    return isinstance(tensor.parts[0] if isinstance(tensor, Joined) else tensor, RowScale)
+
+
 def _pieces(flat: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
     """(first index, part) of a flat tensor, in parts of at most `size` elements."""
     for begin in range(0, flat.numel(), size):

@@ -225,10 +225,6 @@ REFUSED = (
         name="a Wan transformer with an audio branch (S2V, MultiTalk, HuMo)",
         parts=frozenset({"audio_proj", "audio_cross_attn"}),
     ),
-    Refused(
-        name="a Wan Animate transformer in diffusers' names (take the official or ComfyUI's file)",
-        parts=frozenset({"motion_synthesis_weight"}),
-    ),
     Refused(name="a Wan SCAIL-2 transformer", parts=frozenset({"patch_embedding_mask"})),
     Refused(name="a Wan SCAIL transformer", parts=frozenset({"patch_embedding_pose"})),
     Refused(

@@ -35,6 +35,7 @@ def opened(folder: Path, says: object, weights: dict[str, Tensor] | None = None)
         ("WanAnimateModel", "num_heads"),
         ("WanTransformer3DModel", "num_attention_heads"),
         ("WanVACETransformer3DModel", "num_attention_heads"),
+        ("WanAnimateTransformer3DModel", "num_attention_heads"),
     ],
 )
 def test_a_config_says_the_heads_by_its_classs_word(tmp_path: Path, name: str, key: str) -> None:

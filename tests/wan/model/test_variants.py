@@ -128,7 +128,6 @@ def test_sizes_that_a_file_cannot_have_are_refused():
 PARTS_OF_OTHERS = {
     "a Wan S2V transformer": ("casual_audio_encoder", "audio_injector", "trainable_cond_mask"),
     "a Wan transformer with an audio branch": ("audio_proj", "audio_cross_attn"),
-    "a Wan Animate transformer in diffusers' names": ("motion_synthesis_weight",),
     "a Wan SCAIL-2 transformer": ("patch_embedding_mask",),
     "a Wan SCAIL transformer": ("patch_embedding_pose",),
     "a SkyReels DF": ("fps_embedding", "fps_projection"),
