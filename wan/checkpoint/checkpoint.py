@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..files.block_scaled import BlockScaled
 from ..files.diffusers_keys import MARKER as DIFFUSERS_MARKER
-from ..files.diffusers_keys import to_official
+from ..files.diffusers_keys import to_official, whole
 from ..files.headers import brief
 from ..files.identify import describe_tensors, prefixes
 from ..files.model_folder import TRANSFORMER_CLASSES, folder_files, read_json_object
@@ -36,7 +36,7 @@ from ..model.eight_bits import CODES, FP8_DTYPES, KeptWeight
 from ..model.variants import RUNNABLE, Variant, check_runs
 from ..transformer.motion_encoder import BLUR, BLUR_TENSOR
 from ..transformer.transformer import meta_model, parameter_dtype
-from .diffusers_layout import check_one_layout, in_official_layout, whole
+from .diffusers_layout import check_one_layout, in_official_layout
 
 MARKERS = ("head.modulation", DIFFUSERS_MARKER)
 """Tensors by which the transformer's names, and what stands before them, are found."""

@@ -66,9 +66,3 @@ def in_official_layout(stored: Mapping[str, StoredTensor], names: Mapping[str, s
             has = "there is no other half of it" if other is None else f"its other half has {other.shape}"
             raise ValueError(f"tensor {spelled[own]} has shape {tensor.shape}, and {has}; expected two of one shape")
     return made
-
-
-def whole(own: str) -> str:
-    """The official tensor that a tensor, by the name that `to_official` gives it, is or is half of."""
-    half = HALF.fullmatch(own)
-    return own if half is None else f"{half[1]}{half[3]}"

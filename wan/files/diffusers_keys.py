@@ -100,6 +100,12 @@ def to_official(name: str) -> str:
     return _renamed(name, _ROOT)
 
 
+def whole(own: str) -> str:
+    """The official tensor or module that something, by the name that `to_official` gives it, is or is half of."""
+    half = HALF.fullmatch(own)
+    return own if half is None else f"{half[1]}{half[3]}"
+
+
 def _renamed(name: str, table: dict[str, str]) -> str:
     if name in table:
         return table[name]

@@ -20,6 +20,7 @@ from ..model.selection import EVERYTHING, Selection
 from .alpha import AdapterConfig, read_adapter_config
 from .dora import Decomposed
 from .families import Family, family_of, matrix_size
+from .halves import of_whole, with_halves
 from .module_names import LoraModule, ModuleNames, Role, factor_scales, lora_modules, skip_reason
 from .origin import describe_origin
 from .updates import Difference, Update, read_elements
@@ -62,7 +63,7 @@ class Lora:
         if strength == 0:
             return
         self._file, self._selection = open_file(self.path), selection
-        self._targets = targets
+        self._targets = with_halves(targets)
         try:
             self._scales = factor_scales(self._file.tensors)
             scales = set(self._scales.values())
@@ -223,7 +224,8 @@ class Lora:
         self._use(target, Difference(diff, scale))
 
     def _use(self, target: str, update: Update) -> None:
-        self.updates.setdefault(target, []).append(update)
+        parameter, change = of_whole(target, update, self._targets[target][0])
+        self.updates.setdefault(parameter, []).append(change)
         self.applied += 1
 
     def _skip(self, reason: str, name: str) -> None:
