@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from ...distributed.machine.prerequisites import check_space, writing_problem
 from ..host import host, warm
 from ..host.groups import place_of
 from ..host.node_report import NodeReport
-from ..host.status import Status
+from ..host.status import Status, with_warnings
 from ..inference import saved_video
 from ..inference.inference import build_job, model_of
 from ..inference.inference_inputs import HIDDEN
@@ -83,7 +84,7 @@ class WanVideoDistributedBatch(VideoNode):
         saved = [one.saved for one in made if one is not None and one.saved is not None]
         self.made.remember(unique_id, [video.path for video in saved])
         videos = saved_video.shown(saved)
-        report.end(f"{batch.line} in {report.seconds:.0f} s", videos)
+        report.end(with_warnings(f"{batch.line} in {report.seconds:.0f} s", batch.warnings), videos)
         if batch.failures and on_error == "raise":
             raise batch.failure()
         return {
@@ -211,6 +212,14 @@ class _Batch:
             cancelled=host.interrupted,
         )
         run.run()
+
+    @property
+    def warnings(self) -> Iterator[str]:
+        """Of all groups and videos."""
+        for status in self._statuses:
+            yield from status.warnings
+        for _, made in sorted(self.made.items()):
+            yield from made.info["warnings"]
 
     @property
     def line(self) -> str:

@@ -61,13 +61,13 @@ class NodeReport:
     def text(self, line: str) -> None:
         self._send(text=line)
 
-    def end(self, line: str, videos: Sequence[dict[str, str]] = ()) -> None:
-        """The last line.
+    def end(self, text: str, videos: Sequence[dict[str, str]] = ()) -> None:
+        """The last text.
 
         Args:
             videos: that were made, as the node's outputs name them; without any the page shows those that it showed.
         """
-        self._send(text=line, ended=True, **({"videos": list(videos)} if videos else {}))
+        self._send(text=text, ended=True, **({"videos": list(videos)} if videos else {}))
 
     def _send(self, **content: Any) -> None:
         if self._node_id is not None:

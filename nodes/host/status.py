@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+
+def with_warnings(line: str, warnings: Iterable[str]) -> str:
+    """A node's last line, and what the user may have to change: a status that nothing is linked to is not seen."""
+    return "\n".join([line, *(f"warning: {warning}" for warning in dict.fromkeys(warnings))])
 
 
 class Status:
@@ -25,15 +30,15 @@ class Status:
     def note(self, *lines: str) -> None:
         self.notes += [line for line in dict.fromkeys(lines) if line not in self.notes]
 
-    def line(self, info: Mapping[str, Any], seconds: float) -> str:
-        """One line for the node, from a job's result.json.
+    def ending(self, info: Mapping[str, Any], seconds: float) -> str:
+        """What the node shows at its end, from a job's result.json.
 
         Args:
             seconds: that have passed.
         """
-        done = f"done in {seconds:.0f} s: "
         video = info["video"]
-        return done + (f"{video['frames']} frames, {video['fps']:g} fps" if video else "latents, no video")
+        made = f"{video['frames']} frames, {video['fps']:g} fps" if video else "latents, no video"
+        return with_warnings(f"done in {seconds:.0f} s: {made}", self.warnings)
 
     def block(self, path: Path | None, info: Mapping[str, Any], seconds: float) -> str:
         """The readable status of a finished run: plain text that ComfyUI's text preview shows as a list.

@@ -96,7 +96,7 @@ class WanVideoDistributedInference(VideoNode):
         made = keep(job, result, filename_prefix, {"prompt": workflow_prompt, **(extra_pnginfo or {})})
         status.warn(*made.info["warnings"])
         videos = saved_video.shown([] if made.saved is None else [made.saved])
-        report.end(status.line(made.info, report.seconds), videos)
+        report.end(status.ending(made.info, report.seconds), videos)
         self.made.remember(unique_id, () if made.path is None else (made.path,))
         return {
             "ui": {"video": videos} if videos else {},

@@ -31,7 +31,7 @@ export class Screen {
     this.onResize = onResize;
     this.element = element("div", "display: flex; flex-direction: column; gap: 4px; width: 100%; box-sizing: border-box; overflow: hidden");
     this.element.className = "wan-video";
-    this.text = element("div", "white-space: pre-line; font-size: 12px; line-height: 1.4; padding: 0 8px; flex: none; overflow-wrap: anywhere");
+    this.text = element("div", "white-space: pre-line; font-size: 12px; line-height: 1.4; padding: 0 8px; flex: none; max-height: 102px; overflow: auto; overflow-wrap: anywhere");
     this.text.setAttribute("role", "status");
     this.picture = element("img", "width: 100%; flex: 1 1 0; min-height: 0; object-fit: contain");
     this.picture.alt = "What the video is going to be";

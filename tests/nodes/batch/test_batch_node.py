@@ -111,9 +111,13 @@ def test_every_job_is_the_one_of_the_inference_node(node: Node) -> None:
 
 
 def test_connected_embeddings_win_over_the_prompts(node: Node) -> None:
+    node.warnings = ("a rank's",)
     status = node.run(text_embeds=BOTH, prompts="a fox\na cat", batch_count=2)["result"][3]
     assert len(node.jobs) == 2
-    assert "  - text_embeds is connected: prompts of this node had no effect" in status.splitlines()
+    warning = "text_embeds is connected: prompts of this node had no effect"
+    assert f"  - {warning}" in status.splitlines()
+    _, *told = node.said[-1]["text"].splitlines()
+    assert told == [f"warning: {warning}", "warning: a rank's"], "where no status is linked"
     assert "had no effect" not in node.run(text_embeds=BOTH, prompts=" \n")["result"][3]
 
 

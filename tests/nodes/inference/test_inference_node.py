@@ -174,7 +174,7 @@ def test_status_tells_what_was_done(tmp_path: Path) -> None:
     assert "host memory" not in text
     assert "  - precision: bf16" in text
     assert text.splitlines()[-4:] == ["- notes:", "  - a fact", "- warnings:", "  - a warning"]
-    assert status.line(info, 62.4) == "done in 62 s: 81 frames, 16 fps"
+    assert status.ending(info, 62.4) == "done in 62 s: 81 frames, 16 fps\nwarning: a warning"
 
 
 def test_status_tells_that_no_video_was_made() -> None:
@@ -189,4 +189,4 @@ def test_status_tells_that_no_video_was_made() -> None:
     }
     lines = Status().block(None, info, 62.4).splitlines()
     assert lines[:2] == ["success", "- latents: [1, 16, 2, 6, 8], no video (decode_video is off)"]
-    assert Status().line(info, 62.4) == "done in 62 s: latents, no video"
+    assert Status().ending(info, 62.4) == "done in 62 s: latents, no video"

@@ -43,6 +43,7 @@ class Node:
         self.said: list[dict[str, Any]] = []
         self.pictures: list[tuple[bytes, ...]] = []
         self.log = "the log"
+        self.warnings: tuple[str, ...] = ()
         self.cancelled = threading.Event()
         for name, result in {
             "visible_gpus": "",
@@ -79,7 +80,11 @@ class Node:
         save_file({"samples": torch.full((1, 16, 2, 6, 8), float(job.sampling.seed))}, folder.latents)
         folder.video(".mp4").write_text(str(job.sampling.seed))
         info: dict[str, Any] = {"phases": {"denoise": 1.0}, "step_seconds": [], "peak_gpu_bytes": [], "settings": {}}
-        info |= {"peak_rss_bytes": [], "warnings": list(job.warnings), "latents": {"shape": [1, 16, 2, 6, 8]}}
+        info |= {
+            "peak_rss_bytes": [],
+            "warnings": [*job.warnings, *self.warnings],
+            "latents": {"shape": [1, 16, 2, 6, 8]},
+        }
         info["video"] = {"width": 64, "height": 48, "frames": 5, "fps": 16.0} if job.decode else None
         return Result(folder, info, self.log, 1.0)
 
