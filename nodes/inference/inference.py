@@ -12,7 +12,7 @@ from ..host import host, warm
 from ..host.node_report import NodeReport
 from ..host.status import Status
 from ..models import catalogue
-from ..models.loras import distilled_warnings, refreshed
+from ..models.loras import lora_warnings, refreshed
 from ..settings.hostfiles import parallel_over
 from ..settings.presets import with_preset
 from ..sockets import embeds, wrapper_model
@@ -30,6 +30,7 @@ from .inference_inputs import HIDDEN, optional, required
 from .no_effect import without_effect
 from .outcome import inputs_writer, keep
 from .planning import planned
+from .unsuited import unsuited
 from .video_node import VideoNode
 from .wanted_images import TOO_LATE, images_linked
 
@@ -168,7 +169,7 @@ def build_job(asked: VideoInputs, status: Status) -> tuple[Job, dict[str, Any]]:
         frames=asked.frames and asked.decode_video,
         verbose=host.verbose(),
     )
-    status.warn(*distilled_warnings(model, sampling))
+    status.warn(*unsuited(asked, model, config.variant), *lora_warnings(model, sampling))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     status.warn(*check_job(job, shapes, on_note=status.note))
     return dataclasses.replace(job, warnings=tuple(status.warnings)), tensors

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ...distributed.job.errors import listed
 from ...distributed.job.job import LoraFile, ModelFiles, Sampling
 from ...distributed.job.model_files import MAX_STRENGTH, check_loras
+from ...wan.files.identify import noise_side
 from ...wan.model.selection import EVERYTHING, Selection
 from ..host import host
 from ..host.declared import as_declared, is_set, kind_of, number
@@ -18,7 +20,10 @@ from . import catalogue
 from .model_paths import listed_file
 
 _BLOCK = re.compile(r"blocks\.(\d{1,3})\.", re.ASCII)
-DISTILLED = re.compile(r"lightning|lightx2v|(?<!\d)4[-_ ]?steps?|distill|causvid|accvid", re.IGNORECASE)
+DISTILLED = re.compile(
+    r"lightning|lightx2v|(?<!\d)4[-_ ]?steps?|distill|causvid|accvid|fusionx|fastwan|turbo|rapid|self[-_ ]?forcing",
+    re.IGNORECASE,
+)
 """In the names of models and LoRAs that are made for few steps without guidance."""
 
 
@@ -118,21 +123,54 @@ def lora_as_it_is(lora: LoraFile) -> LoraFile:
     return dataclasses.replace(lora, file=catalogue.identity(Path(lora.file.path)))
 
 
-def distilled_warnings(model: ModelFiles, sampling: Sampling) -> Iterator[str]:
-    """One per expert that runs with guidance over 1 though its name, or a LoRA's, says that it needs none."""
-    for files, loras, field in (
-        (model.high_noise, model.high_noise_loras, "guidance_high"),
-        (model.low_noise, model.low_noise_loras, "guidance_low"),
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """A transformer of a model, and what is merged into it."""
+
+    side: str
+    """high or low."""
+    path: str
+    loras: tuple[LoraFile, ...]
+
+
+def experts(model: ModelFiles) -> Iterator[Expert]:
+    """Those that there are."""
+    for side, files, loras in (
+        ("high", model.high_noise, model.high_noise_loras),
+        ("low", model.low_noise, model.low_noise_loras),
     ):
+        if files:
+            yield Expert(side, files[0].path, loras)
+
+
+def distilled(expert: Expert) -> list[str]:
+    """Which of its files have names of what is made for few steps without guidance."""
+    paths = [Path(expert.path), *(Path(lora.file.path) for lora in expert.loras)]
+    # With the folder: Lightning's own files are all called high_noise_model.safetensors or low_noise_model.
+    return [path.name for path in paths if DISTILLED.search("/".join(path.parts[-2:]))]
+
+
+def lora_warnings(model: ModelFiles, sampling: Sampling) -> Iterator[str]:
+    """Of each expert that runs with guidance over 1 though its name, or a LoRA's, says that it needs none; of each LoRA
+    whose name says that it is for the other expert."""
+    both = len(list(experts(model))) == 2
+    for expert in experts(model):
+        field = f"guidance_{expert.side}"
         guidance = getattr(sampling, field)
-        paths = [Path(file.path) for file in (*files[:1], *(lora.file for lora in loras))]
-        # With the folder: Lightning's own files are all called high_noise_model.safetensors or low_noise_model.
-        found = [path.name for path in paths if DISTILLED.search("/".join(path.parts[-2:]))]
-        if guidance > 1 and found:
+        if guidance > 1 and (found := distilled(expert)):
             yield (
                 f"{field} is {guidance:g}, but {', '.join(found)} looks distilled: made for few steps and "
                 "guidance 1 (preset Lightning 4 steps)"
             )
+        # By its name if it has a side: the experts may have been swapped.
+        side = noise_side(expert.path) or (expert.side if both else None)
+        for lora in expert.loras:
+            of = noise_side(lora.file.path)
+            if side and of and of != side:
+                yield (
+                    f"{Path(lora.file.path).name} looks like a LoRA of the {of}-noise expert, and is merged into the "
+                    f"{side}-noise one, {Path(expert.path).name}"
+                )
 
 
 def _lora_file(entry: dict[str, Any], name: str) -> LoraFile:

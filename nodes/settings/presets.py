@@ -12,6 +12,8 @@ from ..host.status import Status
 from .widgets import INPUT_NAMES
 
 CUSTOM = "custom"
+BEGUN_WITH = "official T2V-A14B"
+"""Whose settings, but the steps, the nodes that make videos begin with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

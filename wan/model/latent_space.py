@@ -27,6 +27,8 @@ class LatentSpace:
     """Pixels per latent row and column."""
     vae_bytes: int
     """Of the VAE's parameters in bf16."""
+    fps: float
+    """Frames per second that its models make, where what they follow does not say otherwise."""
 
     @property
     def pixel_multiple(self) -> int:
@@ -45,7 +47,10 @@ WAN21 = LatentSpace(
     channels=16,
     stride=8,
     vae_bytes=254_000_000,
+    fps=16.0,
 )
-WAN22 = LatentSpace(vae="Wan2.2 VAE", example="wan2.2_vae.safetensors", channels=48, stride=16, vae_bytes=1_410_000_000)
+WAN22 = LatentSpace(
+    vae="Wan2.2 VAE", example="wan2.2_vae.safetensors", channels=48, stride=16, vae_bytes=1_410_000_000, fps=24.0
+)
 LATENT_SPACES = {space.channels: space for space in (WAN21, WAN22)}
 """By their channels."""

@@ -14,7 +14,9 @@ import pytest
 import torch
 from node_inputs import BOTH, asked_for, rows, settings, tiny_files, use_model_folders
 from safetensors.torch import load_file, save_file
-from wan_pack.distributed.job.job import FileIdentity, Job, ModelFiles, Sampling
+from wan_pack.demo.example import TinyModel
+from wan_pack.demo.tiny_expert import lora
+from wan_pack.distributed.job.job import FileIdentity, Job, LoraFile, ModelFiles, Sampling
 from wan_pack.distributed.planning.preflight import check_model
 from wan_pack.nodes.host import host
 from wan_pack.nodes.host.status import Status
@@ -123,6 +125,19 @@ def test_what_has_no_effect_is_said(t2v: ModelFiles, monkeypatch: pytest.MonkeyP
     ]
 
 
+def test_what_suits_another_expert_or_model_is_warned_of(
+    t2v: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, names = Status(), TinyModel()
+    save_file(lora(1), tmp_path / names.low_noise_lora)
+    added = LoraFile(file=FileIdentity.of(tmp_path / names.low_noise_lora), strength=1.0)
+    model = dataclasses.replace(t2v, high_noise_loras=(added,))
+    job_of(model, status, monkeypatch, preset="Lightning 4 steps")
+    steps, side = status.warnings
+    assert f"few steps; {names.low_noise} has no such name" in steps
+    assert f"{names.low_noise_lora} looks like a LoRA of the low-noise expert" in side
+
+
 def test_preset_wins_and_the_status_says_so(t2v: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     status = Status()
     job, tensors = job_of(t2v, status, monkeypatch, preset="Lightning 4 steps")
@@ -144,7 +159,7 @@ def test_every_form_of_image_makes_an_i2v_job(i2v: ModelFiles, monkeypatch: pyte
         "embeds": {"image_embeds": {"image_embeds": torch.ones(20, 2, 6, 8)}},
     }
     status = Status()
-    _, tensors = job_of(i2v, status, monkeypatch, **values[form])
+    _, tensors = job_of(i2v, status, monkeypatch, **values[form], preset="official I2V-A14B")
     images = set(tensors) - {"context", "context_null"}
     assert images == ({"start_image", "end_image"} if form == "image" else {"image_conditioning"})
     assert status.warnings == []

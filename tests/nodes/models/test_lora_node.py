@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from node_inputs import identity, model_files, sampling, use_model_folders
 from wan_pack.distributed.job.job import LoraFile
-from wan_pack.nodes.models.loras import WanVideoDistributedLora, distilled_warnings, lora_files, refreshed
+from wan_pack.nodes.models.loras import WanVideoDistributedLora, lora_files, lora_warnings, refreshed
 from wan_pack.wan.model.selection import Selection
 
 
@@ -148,6 +148,11 @@ def test_lora_that_was_replaced_is_taken_as_it_is_now(folders: Path) -> None:
         ("lightx2v_T2V_14B_cfg_step_distill_v2.safetensors", 3.0, True),
         ("Wan21_CausVid_14B.safetensors", 3.0, True),
         ("Wan21_AccVid_T2V.safetensors", 3.0, True),
+        ("Wan2.1_T2V_14B_FusionX_LoRA.safetensors", 3.0, True),
+        ("FastWan_T2V_14B_480p_lora_rank_128.safetensors", 3.0, True),
+        ("Wan2_2_5B_Turbo_lora.safetensors", 3.0, True),
+        ("wan2.2-rapid-mega-aio-v12.safetensors", 3.0, True),
+        ("Wan21_Self_Forcing_rank64.safetensors", 3.0, True),
         ("wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors", 1.0, False),
         ("fox.safetensors", 3.0, False),
         ("fox_14steps.safetensors", 3.0, False),
@@ -156,7 +161,42 @@ def test_lora_that_was_replaced_is_taken_as_it_is_now(folders: Path) -> None:
 def test_guidance_with_a_distilled_lora_is_warned_of(folders: Path, file: str, guidance: float, warns: bool) -> None:
     lora = LoraFile(file=identity(folders / "loras" / file), strength=1.0)
     model = dataclasses.replace(model_files(folders / "models"), high_noise_loras=(lora,))
-    found = list(distilled_warnings(model, sampling(guidance_high=guidance, guidance_low=9.0)))
+    found = list(lora_warnings(model, sampling(guidance_high=guidance, guidance_low=9.0)))
     assert len(found) == warns
     if warns:
         assert found[0].startswith(f"guidance_high is 3, but {Path(file).name} looks distilled")
+
+
+@pytest.mark.parametrize(
+    ("experts", "loras", "told"),
+    [
+        (("t2v_high", "t2v_low"), ("fox_high_noise", "fox_low_noise"), []),
+        (("t2v_high", "t2v_low"), ("fox", "cat"), []),
+        (("t2v_high", "t2v_low"), ("fox_low_noise", "fox_high_noise"), ["fox_low_noise", "fox_high_noise"]),
+        (("t2v_high", "t2v_low"), ("fox_low_noise", ""), ["fox_low_noise"]),
+        (("a", "b"), ("fox_high_noise", "fox_high_noise"), ["fox_high_noise"]),
+        # That the experts are swapped is said otherwise.
+        (("t2v_low", "t2v_high"), ("fox_low_noise", "fox_high_noise"), []),
+        (("t2v_low", ""), ("fox_high_noise", ""), ["fox_high_noise"]),
+        (("ti2v_5B", ""), ("fox_high_noise", ""), []),
+    ],
+)
+def test_a_lora_of_the_other_expert_is_warned_of(
+    folders: Path, experts: tuple[str, str], loras: tuple[str, str], told: list[str]
+) -> None:
+    high, low = ((identity(folders / "models" / "wan" / f"{name}.safetensors"),) if name else () for name in experts)
+    added = [
+        (LoraFile(file=identity(folders / "loras" / f"{name}.safetensors"), strength=1.0),) if name else ()
+        for name in loras
+    ]
+    model = dataclasses.replace(
+        model_files(folders / "models"), high_noise=high, low_noise=low, high_noise_loras=added[0],
+        low_noise_loras=added[1],
+    )  # fmt: skip
+    found = list(lora_warnings(model, sampling()))
+    assert [line.partition(".")[0] for line in found] == told
+    if experts == ("t2v_high", "t2v_low") and len(told) == 2:
+        assert found[1] == (
+            "fox_high_noise.safetensors looks like a LoRA of the high-noise expert, and is merged into the low-noise "
+            "one, t2v_low.safetensors"
+        )
