@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from jobs import Watch, gone_within, run_stub, stub_job
 from patience import AT_ONCE
 from wan_pack.distributed.job.errors import JobCancelled
@@ -159,17 +160,24 @@ def test_fault_37_a_cancel_ends_the_encoding_of_a_prompt(tiny_models: Path):
     assert not computed
 
 
-@pytest.mark.parametrize("held", [[], ["a model"]])
-def test_fault_37_comfyui_is_not_stopped_to_collect_nothing(held: list[str], monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("cuda", "left", "collections"), [(False, 1 << 30, 0), (True, 32 << 20, 0), (True, 1 << 30, 1)]
+)
+def test_fault_37_comfyui_is_not_stopped_to_collect_nothing(
+    cuda: bool, left: int, collections: int, monkeypatch: pytest.MonkeyPatch
+):
     """A collection holds up every thread of ComfyUI, and what it holds up longest is a cancel."""
-    unloaded: list[int] = []
+    done: list[str] = []
     management = SimpleNamespace(
-        current_loaded_models=held, unload_all_models=lambda: unloaded.append(1), soft_empty_cache=lambda: None
+        current_loaded_models=["weightless"],
+        unload_all_models=lambda: done.append("unloaded"),
+        soft_empty_cache=lambda: None,
     )
     monkeypatch.setitem(sys.modules, "comfy", SimpleNamespace(model_management=management))
     monkeypatch.setitem(sys.modules, "comfy.model_management", management)
-    collected: list[int] = []
-    monkeypatch.setattr(gc, "collect", lambda: collected.append(1))
+    monkeypatch.setattr(gc, "collect", lambda: done.append("collected"))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: cuda)
+    # What models hold until they are unloaded is nothing to collect.
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: left if done else 60 << 30)
     host.free_memory()
-    assert unloaded == [1]
-    assert len(collected) == len(held)
+    assert done == ["unloaded"] + ["collected"] * collections
