@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
+
+log = logging.getLogger(__name__)
 
 MODULES = (
     "diffusers.models.autoencoders.autoencoder_kl_wan",
@@ -17,10 +22,12 @@ MODULES = (
 """What a rank uses of it: the VAE and the solvers."""
 OPTIONAL = (
     "accelerate", "bitsandbytes", "flax", "jax", "nvidia_modelopt", "onnx", "onnxruntime", "optimum", "peft", "scipy",
-    "sklearn", "tensorflow", "torchao", "transformers",
+    "sklearn", "tensorflow", "torchao", "torchvision", "transformers",
 )  # fmt: skip
 """Packages that it makes use of where they are, none of it by a rank: on a machine that had them all they took four of
 its five seconds, at the start of every video."""
+COMPILER = "torch._dynamo"
+"""Two thirds of the rest, for decorators of what a rank never compiles."""
 
 
 def import_diffusers() -> None:
@@ -29,9 +36,57 @@ def import_diffusers() -> None:
     if all(name in sys.modules for name in MODULES):
         return
     # The first import looks once and for all for what is installed: what a solver's has found must not be gone now.
-    with hidden(() if "diffusers" in sys.modules else OPTIONAL), uncollected():
-        for name in MODULES:
-            importlib.import_module(name)
+    first = "diffusers" not in sys.modules
+    with hidden(OPTIONAL if first else ()), uncollected():
+        try:
+            with uncompiled():
+                _import_modules()
+        except Exception:
+            # A version that needs more of the compiler than to be decorated.
+            log.debug("diffusers is imported with %s:", COMPILER, exc_info=True)
+            for name in [name for name in sys.modules if first and name.partition(".")[0] == "diffusers"]:
+                del sys.modules[name]
+            _import_modules()
+
+
+def _import_modules() -> None:
+    for name in MODULES:
+        importlib.import_module(name)
+
+
+class _Absent:
+    """For `sys.meta_path`: a module that the thread which made this cannot import."""
+
+    def __init__(self, module: str) -> None:
+        self._module, self._thread = module, threading.get_ident()
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == self._module and threading.get_ident() == self._thread:
+            raise ModuleNotFoundError(f"{name} is left out for now", name=name)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Leaves torch's compiler out of what this thread imports: what it would be told not to compile stays as it is.
+
+    Other threads can import it meanwhile. Does nothing where it is imported.
+    """
+    if COMPILER in sys.modules:
+        yield
+        return
+    import torch
+
+    def disable(function: Any = None, recursive: bool = True, *, reason: str | None = None) -> Any:
+        return (lambda decorated: decorated) if function is None else function
+
+    absent, was = _Absent(COMPILER), torch.compiler.disable
+    sys.meta_path.insert(0, absent)
+    torch.compiler.disable = disable
+    try:
+        yield
+    finally:
+        torch.compiler.disable = was
+        sys.meta_path.remove(absent)
 
 
 @contextmanager

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import mount
 import pytest
+from wan_pack.distributed.libraries import library_imports
 
 SCRIPT = """
 import sys
@@ -27,8 +31,11 @@ assert ("sympy" in sys.modules) == solver, "a second, for the memory of a model"
 
 from wan_pack.distributed.libraries.library_imports import MODULES, OPTIONAL, import_diffusers
 
+disable = torch.compiler.disable
 import_diffusers()
 assert all(name in sys.modules for name in MODULES)
+assert ("torch._dynamo" in sys.modules) == loaded, "nor does diffusers bring it"
+assert torch.compiler.disable is disable
 print(*(name for name in OPTIONAL if name in sys.modules))
 
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
@@ -39,6 +46,8 @@ AutoencoderKLWan(base_dim=4, z_dim=2, dim_mult=[1], num_res_blocks=1, temperal_d
 # What was hidden is there for those who ask for it later, such as the text encoder.
 import transformers.models.umt5.modeling_umt5
 import scipy.stats
+
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).tolist() == [2.0, 2.0]
 """
 
 
@@ -103,3 +112,92 @@ def test_hidden_packages_look_absent_only_inside():
     import wave
 
     assert wave and json
+
+
+DECORATES = """
+import torch
+
+@torch.compiler.disable
+def plain():
+    return 1
+
+@torch.compiler.disable(recursive=False, reason="none")
+def also():
+    return 2
+
+try:
+    import made_up_compiler
+except ImportError:
+    made_up_compiler = None
+"""
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Imports modules of these texts as import_diffusers does: `diffusers.used` with a made-up compiler beside it."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("diffusers", "made_up_compiler")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(library_imports, "MODULES", ("diffusers.used",))
+    monkeypatch.setattr(library_imports, "COMPILER", "made_up_compiler")
+    (tmp_path / "diffusers").mkdir()
+    (tmp_path / "diffusers" / "__init__.py").write_text("seen = []")
+    (tmp_path / "made_up_compiler.py").write_text("FLAG = 7")
+
+    def load(text: str):
+        (tmp_path / "diffusers" / "used.py").write_text(text)
+        library_imports.import_diffusers()
+        return sys.modules["diffusers.used"]
+
+    yield load
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("diffusers", "made_up_compiler")]:
+        del sys.modules[name]
+
+
+def test_the_compiler_is_left_out_where_it_only_decorates(packages):
+    import torch
+
+    disable = torch.compiler.disable
+    used = packages(DECORATES)
+    assert (used.plain(), used.also(), used.made_up_compiler) == (1, 2, None)
+    assert "made_up_compiler" not in sys.modules and torch.compiler.disable is disable
+    import made_up_compiler
+
+    assert made_up_compiler.FLAG == 7
+
+
+def test_it_is_imported_where_it_is_there_already(packages):
+    import made_up_compiler
+
+    assert packages(DECORATES).made_up_compiler is made_up_compiler
+
+
+@pytest.mark.parametrize("need", ["import made_up_compiler", "import diffusers\nfrom made_up_compiler import FLAG"])
+def test_a_version_that_needs_more_of_the_compiler_gets_it(packages, need: str):
+    used = packages(f"import diffusers\ndiffusers.seen.append(1)\n{need}")
+    assert "made_up_compiler" in sys.modules
+    assert sys.modules["diffusers"].seen == [1], "what was imported in part is imported again"
+    assert used is sys.modules["diffusers.used"]
+
+
+def test_a_version_that_cannot_be_imported_says_why(packages):
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+        packages("import no_such_library")
+
+
+def test_other_threads_can_import_the_compiler_meanwhile(packages):
+    found = []
+
+    def look() -> None:
+        import made_up_compiler
+
+        found.append(made_up_compiler.FLAG)
+
+    with library_imports.uncompiled():
+        other = threading.Thread(target=look)
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("made_up_compiler")
+        other.start()
+        other.join()
+    assert found == [7]
+    assert "made_up_compiler" in sys.modules
