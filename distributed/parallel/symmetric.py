@@ -40,7 +40,7 @@ def _layout(
     dtypes: list[torch.dtype],
 ) -> MemoryLayout | None:  # fmt: skip
     """Collective where it is another one than the last of this group, alike on all ranks."""
-    name, of, kinds = group.group_name, (shard.length, shard.rank, shard.world, *heads, channels), tuple(dtypes)
+    name, of, kinds = group.group_name, (shard.length, *heads, channels), tuple(dtypes)
     if name not in _layouts or _layouts[name].of != of:
         # Those before let their memory go first.
         _layouts.pop(name, None)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+from jobs import stub_job
 from wan_pack.distributed.hosts import hostfile as hosts
-from wan_pack.distributed.hosts.hostfile import Hosts, read_hostfile
+from wan_pack.distributed.hosts.hostfile import Hosts, HostsDir, read_hostfile
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.nodes.host import host
 from wan_pack.nodes.host.status import Status
@@ -115,3 +118,16 @@ def test_of_one_machine_there_is_nothing_to_say_and_of_several_what_their_networ
     assert len(warn(dataclasses.replace(half, cfg_parallel=False))) == 1
     assert len(warn(dataclasses.replace(half, cfg_parallel=False, use_fsdp=True))) == 2
     assert warn(Parallel(gpu_count=2, hosts=("a", "b"), cfg_parallel=True)) == []
+
+
+def test_the_folder_of_a_group_says_what_its_agents_need(tmp_path: Path):
+    """One agent on each machine; as many ranks as all of them have GPUs."""
+    job = stub_job(gpu_count=6, hosts=("a", "b"))
+    folder = HostsDir.create_for(tmp_path, job, {"torch": "2.11.0"})
+    assert folder.path.parent == tmp_path
+    assert json.loads(folder.group.read_text()) == {"ranks": 6}
+    assert json.loads(folder.expected.read_text()) == {"torch": "2.11.0"}
+    assert folder.hostfile.read_text() == "a slots=1\nb slots=1\n"
+    assert folder.job.read_text() == job.to_json()
+    assert folder.heartbeat.stat().st_mode & 0o777 == 0o600
+    shutil.rmtree(folder.path)

@@ -197,3 +197,14 @@ def test_a_lock_that_cannot_be_opened_is_named_with_the_reason(tmp_path: Path):
     (tmp_path / "elsewhere").touch()
     with pytest.raises(JobError, match=r"^the GPU's lock .*gpu-0\.lock cannot be opened: .*; remove it$"):
         take(tmp_path, "0")
+
+
+def test_a_lock_whose_name_is_no_text_is_told_as_far_as_it_is(tmp_path: Path):
+    told: list[str] = []
+    with gpu_locks._place("3", tmp_path).open("wb") as file:
+        file.write(b"caf\xe9 " + "\u00fc".encode() * 300)
+        file.flush()
+        assert gpu_locks.try_lock(file)
+        with pytest.raises(JobCancelled):
+            take(tmp_path, "3", told=told)
+    assert told == [f"waiting for GPU 3, in use by caf\ufffd {195 * chr(0xFC)}"]

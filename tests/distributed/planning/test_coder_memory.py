@@ -19,6 +19,7 @@ from wan_pack.distributed.planning.gpu_memory import (
     VAE_FRAGMENTATION,
     encoding_bytes,
     estimate,
+    peer_bytes,
     picture_bytes,
     process_bytes,
     vae_decode_bytes,
@@ -186,3 +187,17 @@ def test_what_is_decoded_at_once_goes_by_the_gpu_with_least_memory():
     assert small is not None and unequal is not None and large is not None
     assert small.total == unequal.total <= 8 * 2**30
     assert large.total > small.total
+
+
+@pytest.mark.parametrize("free", [None, 0])
+def test_what_other_gpus_write_to_is_kept_while_a_video_is_decoded(free: int | None):
+    """Whether as many frames are decoded at once as ever are, or one; beside weights that stay, or none."""
+    work = workload("ti2v-5B", experts=1, width=1280, height=704, num_frames=121, steps=1)
+    for stays in (0.0, 60.0):
+        hidden, packed = (
+            Parallel(gpu_count=2, ulysses_engine=engine, keep_warm_seconds=stays, stream_blocks=True)
+            for engine in ("symmetric", "packed")
+        )
+        more, less = (estimate(work, way, free) for way in (hidden, packed))
+        assert more.activations == less.activations == 0 < less.vae
+        assert more.total - less.total == peer_bytes(work, hidden) > 0

@@ -172,6 +172,13 @@ def test_the_block_says_what_and_why():
     assert "because the slowest link between these GPUs is pcie" in two
 
 
+def test_fewer_gpus_than_there_are_need_a_reason_only_where_the_plan_chose_them():
+    for asked, gpus, said in ((0, 3, True), (2, 3, False), (0, 2, False), (2, 2, False)):
+        made = plan(workload(guided=True), request(asked, **GUIDED), machine(*[79.0, 79.0, 10.0][:gpus]), "pcie")
+        assert made.parallel.gpu_count == 2
+        assert any(f"more than 2 of {gpus} GPUs" in reason for reason in made.reasons) is said, (asked, gpus)
+
+
 def test_settings_that_no_number_of_gpus_goes_with():
     with pytest.raises(ValueError, match="no number of GPUs from 3 to 3 goes with cfg_parallel on"):
         plan(workload(), request(3, cfg_parallel="on"), machine(*[79.0] * 3))

@@ -138,7 +138,7 @@ def test_an_expert_that_is_waited_for_is_told_now_and_then_and_is_no_steps_time(
             on_tensor(f"{name} expert", number, 8)
 
     steps = Steps(monkeypatch, arrives=arrive)
-    steps.work._step_start = 0.0
+    steps.now = steps.work._step_start = 100.0
     steps.work.arrive("low_noise")
     parts = ["25%", "50%", "75%", "100%"]
     messages = [f"loading the low_noise expert {part}" for part in parts]

@@ -154,8 +154,10 @@ def test_while_weights_are_read_a_gpu_uses_what_steps_use(
 
     def beside(imports: Any, use: Any, **how: Any) -> None:
         imports()
-        use()
+        with how["span"]("what is beside it"):
+            use()
         assert (how["compiles"], how["alone"]) == (parallel.torch_compile, mesh is None)
+        assert how["device"] == torch.device("cuda")
 
     def get_ready(kind: str, tokens: Any, kernel: Any) -> None:
         warm_up.get_ready(
@@ -168,7 +170,7 @@ def test_while_weights_are_read_a_gpu_uses_what_steps_use(
     assert not seen and not spans
     get_ready("cuda", shard, KERNELS["flash"])
     assert seen == ["imports", *([(model, shard, mesh, torch.device("cuda"))] if used else [])]
-    assert spans == ["import of diffusers"]
+    assert spans == ["import of diffusers", *(["what is beside it"] if used else [])]
     seen.clear()
     get_ready("cuda", None, KERNELS["flash"])
     assert seen == ["imports"], "tokens that are not known yet"

@@ -200,3 +200,10 @@ def test_what_steps_build(case: str) -> None:
     pickled, value = BUILT[case]
     built = interpret(b"\x80\2" + pickled)
     assert built == value and type(built) is type(value)
+
+
+def test_a_file_that_cannot_be_read_is_named_once_with_the_reason(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "gone.pth", "No such file or directory"), (tmp_path, "it is not a regular file")):
+        with pytest.raises(ValueError) as caught:
+            read_pth(path)
+        assert str(caught.value) == f"{path} cannot be read: {reason}"

@@ -283,3 +283,11 @@ def test_underscored_names_of_every_branch_are_found() -> None:
     assert {spelled: names.find(spelled) for spelled in UNDERSCORED} == UNDERSCORED
     assert all(names.find(official.replace(".", "_")) == official for official in UNDERSCORED.values())
     assert names.find("blocks_2_attn1_to_q") is None
+
+
+def test_a_change_of_a_bias_is_no_change_of_a_parameter_without_one(tmp_path: Path) -> None:
+    """A modulation is a parameter itself, and has the bias's size."""
+    name = "blocks.0.modulation.diff_b"
+    lora = opened(tmp_path, {name: torch.ones(1, 6, 32), f"{Q}.diff": torch.ones(32, 32)})
+    assert lora.updates.keys() == {f"{Q}.weight"}
+    assert lora.skipped == {"of parameters that the model does not have": [name]}

@@ -83,3 +83,16 @@ def test_shapes_are_checked() -> None:
     for shape in ((5, 3, 2, 2), (3, 1, 3, 2), (3, 1, 2, 3), (3, 2, 2)):
         with pytest.raises(ValueError, match=r"\[3, n, H, W\] with even H and W"):
             frames_to_yuv(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("bits", "least", "most"), [(8, 0, 255), (10, 0, 1023)])
+def test_chroma_beyond_what_a_sample_holds_is_the_nearest_that_it_does(bits: int, least: int, most: int) -> None:
+    """Rows of the two fullest colours, so that the filter that halves them overshoots most, to 265 and -9."""
+    blue, yellow = torch.tensor([-1.0, -1.0, 1.0]), torch.tensor([1.0, 1.0, -1.0])
+    rows = yellow.repeat(10, 1)
+    rows[3:7] = blue
+    for colours, level in ((rows, most), (-rows, least)):
+        frames = colours.t()[:, None, :, None].expand(3, 1, 10, 2)
+        chroma = frames_to_yuv(frames, bits=bits)[0, 10:].reshape(2, 5)
+        # Blue's own; the middle one is made of rows 1 to 8.
+        assert chroma[0, 2] == level
