@@ -51,7 +51,7 @@ REQUIRED = {
 """Inputs with their tooltips, in order."""
 OPTIONAL = {
     "text_embeds": "The prompt as embeddings: from WanVideo TextEncode, or from CLIP Text Encode with a CLIP of type "
-    "wan. Wins over prompt.",
+    "wan, also through nodes such as WanAnimateToVideo, with what they add. Wins over prompt.",
     "config": "From Wan Video Distributed Config. Wins over this node.",
     "negative_embeds": "The negative prompt as embeddings. Wins over the one that text_embeds carries.",
     "negative_prompt": "What the video should not show, encoded with prompt. Empty: Wan's own negative prompt.",
@@ -66,9 +66,9 @@ OPTIONAL = {
     "filename_prefix": "Folder and name in ComfyUI's output folder; a number is added.",
     "on_error": "raise: a failed run stops the workflow with an error. return: video_path is empty, status begins "
     "with error: and the nodes behind video and samples do not run.",
-    "start_image": "First frame, for I2V-A14B, Wan2.1 I2V and TI2V-5B. Scaled to cover width x height, the rest is "
+    "start_image": "First frame, for I2V, FLF2V, TI2V-5B and Fun models. Scaled to cover width x height, the rest is "
     "cut off.",
-    "end_image": "Last frame, for I2V-A14B and FLF2V; with or without start_image.",
+    "end_image": "Last frame, for I2V, FLF2V and Fun InP models; with or without start_image.",
     "image_embeds": "An image encoded by WanVideoImageToVideoEncode, instead of start_image and end_image.",
     "samples": "Latents to start from, at this node's size: a video to change (strength), one to go on with "
     "(start_step), or an empty one, which changes nothing.",
@@ -91,15 +91,15 @@ OPTIONAL = {
     "auto.",
     "reuse_threshold": "EasyCache: steps whose result can be told from the ones before are not computed. The larger, "
     "the faster, and the further the video is from the one without; 0.2 is common, for 20 steps and more. 0: off.",
-    "clip_vision_start_image": "What CLIP sees in start_image, for Wan2.1 I2V and FLF2V: from CLIP Vision Encode (crop "
-    "none) with clip_vision_h. Not needed where Load Wan Video Model names a clip_vision.",
+    "clip_vision_start_image": "What CLIP sees in start_image, for Wan2.1 I2V, FLF2V and Fun: from CLIP Vision Encode "
+    "(crop none) with clip_vision_h. Not needed where Load Wan Video Model names a clip_vision.",
     "clip_vision_end_image": "What CLIP sees in end_image, for FLF2V.",
-    "control_video": "What a VACE model follows: depth, pose, edges, or a video of which control_mask says what to "
-    "make anew. Scaled to cover width x height; frames beyond it are made without one.",
+    "control_video": "What a VACE or Fun-Control model follows: depth, pose, edges; for VACE also a video of which "
+    "control_mask says what to make anew. Scaled to cover width x height; frames beyond it are made without one.",
     "control_mask": "Where a VACE model makes control_video anew (white) and where it keeps it (black). Without one, "
     "control_video is followed everywhere.",
-    "reference_images": "Pictures of who or what a VACE model shows. Each takes a latent frame in front of the video, "
-    "which samples keeps and the decoded video does not.",
+    "reference_images": "Pictures of who or what a VACE model shows; each takes a latent frame in front of the video, "
+    "which samples keeps and the decoded video does not. For Fun-Control one picture, which neither keeps.",
     "vace_strength": "How strongly a VACE model follows its control. 1: as it was trained.",
     "crf": "Quality of h264 and h265, each on its own scale: lower is better, and larger. 16 of h264 cannot be told "
     "from the frames by eye; its 0 loses nothing but that colours have half the size, and some players refuse it.",

@@ -16,9 +16,9 @@ NONE = "none"
 
 class LoadWanVideoModel:
     DESCRIPTION = (
-        "Chooses the files of a Wan2.2 model (T2V-A14B, I2V-A14B, TI2V-5B): two experts or one transformer, the VAE, "
-        "LoRAs and, if prompts are to be encoded inside the job, the text encoder. Reads only their headers; the "
-        "weights are loaded by the job's processes, each its own part."
+        "Chooses the files of a Wan2.2 or Wan2.1 model: two experts or one transformer, the VAE, LoRAs and, if prompts "
+        "are to be encoded inside the job, the text encoder. Reads only their headers; the weights are loaded by the "
+        "job's processes, each its own part."
     )
     CATEGORY = "WanVideoDistributed"
     FUNCTION = "load"
@@ -30,7 +30,7 @@ class LoadWanVideoModel:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:
         experts = catalogue.expert_names()
-        vaes = catalogue.vae_names()
+        vaes, encoders = catalogue.vae_names(), catalogue.text_encoder_names()
         return {
             "required": {
                 "high_noise": (
@@ -40,7 +40,7 @@ class LoadWanVideoModel:
                         "tooltip": "The expert for the first, noisy steps, such as "
                         "wan2.2_t2v_high_noise_14B_fp16.safetensors in models/diffusion_models: .safetensors or .gguf, "
                         "an official or diffusers folder, or an all-in-one file of models/checkpoints. A model of one "
-                        "transformer (TI2V-5B) goes here, with none in low_noise.",
+                        "transformer (TI2V-5B, Wan2.1, Animate) goes here, with none in low_noise.",
                     },
                 ),
                 "low_noise": (
@@ -56,16 +56,17 @@ class LoadWanVideoModel:
                     vaes,
                     {
                         **default_vae(vaes),
-                        "tooltip": "The Wan2.1 VAE for A14B models, such as wan_2.1_vae.safetensors in models/vae; "
-                        "the Wan2.2 VAE (wan2.2_vae.safetensors) for TI2V-5B.",
+                        "tooltip": "The Wan2.1 VAE for 14B and 1.3B models, such as wan_2.1_vae.safetensors in "
+                        "models/vae; the Wan2.2 VAE (wan2.2_vae.safetensors) for 5B models.",
                     },
                 ),
             },
             "optional": {
                 "text_encoder": (
-                    [NONE, *catalogue.text_encoder_names()],
+                    [NONE, *encoders],
                     {
-                        "default": NONE,
+                        # Most graphs have a prompt, and no other node that encodes it.
+                        "default": next((name for name in encoders if "umt5" in name.lower()), NONE),
                         "tooltip": "umT5-xxl, for prompts that are encoded inside the job. "
                         "none: text_embeds come from another node.",
                     },

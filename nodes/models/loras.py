@@ -30,13 +30,16 @@ DISTILLED = re.compile(
 class WanVideoDistributedLora:
     DESCRIPTION = (
         "Chooses a LoRA and its strength. Chain several through prev_lora, then connect the last one to "
-        "high_noise_lora or low_noise_lora of Load Wan Video Model. The job merges them into the weights as it loads."
+        "high_noise_lora or low_noise_lora of Load Wan Video Model, or to lora of Load Diffusion Model (N GPUs). They "
+        "are merged into the weights as those are loaded."
     )
     CATEGORY = "WanVideoDistributed"
     FUNCTION = "add"
     RETURN_TYPES = ("WANVIDLORA",)
     RETURN_NAMES = ("lora",)
-    OUTPUT_TOOLTIPS = ("The LoRAs so far, for Load Wan Video Model or another LoRA node's prev_lora.",)
+    OUTPUT_TOOLTIPS = (
+        "The LoRAs so far, for Load Wan Video Model, Load Diffusion Model (N GPUs) or another LoRA node's prev_lora.",
+    )
     SEARCH_ALIASES: ClassVar[list[str]] = ["wan lora", "lightning lora", "multi gpu"]
 
     @classmethod

@@ -130,13 +130,16 @@ def config_input(name: str) -> tuple[Any, dict[str, Any]]:
 class WanVideoDistributedConfig:
     DESCRIPTION = (
         "How the video job is spread over GPUs: their number, sequence parallelism (Ulysses), weight sharding (FSDP), "
-        "precision and time limits. Connect it to Wan Video Distributed Inference: its values win over that node's own."
+        "precision and time limits. For Wan Video Distributed Inference, over whose own values it wins, for Load "
+        "Diffusion Model (N GPUs) and for Load VAE (N GPUs)."
     )
     CATEGORY = "WanVideoDistributed"
     FUNCTION = "build"
     RETURN_TYPES = ("WAN_DISTRIBUTED_CONFIG",)
     RETURN_NAMES = ("config",)
-    OUTPUT_TOOLTIPS = ("The settings, for the config input of Wan Video Distributed Inference.",)
+    OUTPUT_TOOLTIPS = (
+        "The settings, for the config input of the nodes that make videos or load a model or a VAE for several GPUs.",
+    )
     SEARCH_ALIASES: ClassVar[list[str]] = [
         "multi gpu", "ulysses", "fsdp", "torchrun", "sequence parallel", "context parallel", "cfg parallel",
         "sage attention", "flash attention", "torch compile", "block swap", "vram",

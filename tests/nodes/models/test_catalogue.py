@@ -179,6 +179,21 @@ def test_each_slot_prefers_the_expert_of_its_name(folders: Path, files: list[str
     assert inputs["low_noise"][1]["default"] == (NONE if low is None else files[low])
 
 
+@pytest.mark.parametrize(
+    ("files", "chosen"),
+    [
+        (["clip_l.safetensors", "umt5_xxl_fp16.safetensors"], "umt5_xxl_fp16.safetensors"),
+        (["UMT5-xxl-encoder-Q8_0.gguf"], "UMT5-xxl-encoder-Q8_0.gguf"),
+        (["t5xxl_fp16.safetensors"], NONE),
+        ([], NONE),
+    ],
+)
+def test_a_new_loader_has_the_encoder_that_a_prompt_needs(folders: Path, files: list[str], chosen: str) -> None:
+    make(folders / "text_encoders", *files)
+    names, options = inputs_of(LoadWanVideoModel)["text_encoder"]
+    assert options["default"] == chosen and set(names) == {NONE, *files}
+
+
 def test_loader_runs_again_when_a_file_was_replaced(folders: Path) -> None:
     make(folders, "diffusion_models/a.safetensors", "vae/v.safetensors")
     names = {"high_noise": "a.safetensors", "low_noise": NONE, "vae": "v.safetensors", "text_encoder": NONE}
