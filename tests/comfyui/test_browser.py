@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from browsing import Browser, changes, ui_workflow
-from serving import INFERENCE, Comfy
+from serving import HEIGHT, INFERENCE, PICTURE, WIDTH, Comfy
 from wan_pack.demo.example import (
     IMAGE_TO_VIDEO,
     LIGHTNING,
@@ -68,15 +68,14 @@ def test_example_loads_runs_and_plays(
     assert shown["ending"][0] == "execution_success", shown["ending"]
     assert len({player["src"] for player in shown["players"]}) == players, shown["players"]
     for player in shown["players"]:
-        assert (player["width"], player["height"], player["error"]) == (224, 128, None), player
+        assert (player["width"], player["height"], player["error"]) == (WIDTH, HEIGHT, None), player
         assert player["ready"] == 4 and player["time"] > 0.1, player
     (status,) = comfy.last_outputs()[node_id(shipped, "PreviewAny")]["text"]
     assert ("start_image is 320x200; it was scaled" in status) == (name in (IMAGE_TO_VIDEO, TI2V_5B)), status
     assert ("LoRAs: none" in status) == (name != LIGHTNING), status
     if settings["panel"]:
         check_panel(shown["live"], shown["panel"])
-    # A pixel of it for four of the video's.
-    assert shown["live"].get("image") == [56, 32], shown["live"]
+    assert shown["live"].get("image") == PICTURE, shown["live"]
     if name in (TEXT_TO_VIDEO, *IN_A_SUBGRAPH):
         check_live_text(shown["live"])
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from serving import INFERENCE, Comfy, kept
+from serving import HEIGHT, INFERENCE, WIDTH, Comfy, kept
 from wan_pack.demo.client import Run
 from wan_pack.demo.example import FUN_CAMERA, FUN_CONTROL, VACE, Prompt, example, node_id
 
 pytestmark = pytest.mark.usefixtures("stay_warm")
-WIDTH, HEIGHT, FRAMES, STEPS = 96, 64, 9, 4
+FRAMES, STEPS = 9, 4
 SIZE = {"width": WIDTH, "height": HEIGHT}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from browsing import Browser, changes, page_folder, ui_workflow
-from serving import Comfy
+from serving import HEIGHT, PICTURE, WIDTH, Comfy
 from wan_pack.demo.example import BATCH, TEXT_TO_VIDEO, example, node_id, video_node
 
 CONFIG = "WanVideoDistributedConfig"
@@ -35,7 +35,7 @@ def test_text_picture_and_players_are_there_in_every_run(
     )  # fmt: skip
     assert shown["pageErrors"] == []
     # Small ones, two beside each other.
-    pictures = ([56, 32], [114, 32]) if name == BATCH else ([56, 32],)
+    pictures = (PICTURE, [2 * PICTURE[0] + 2, PICTURE[1]]) if name == BATCH else (PICTURE,)
     for renderer in ("canvas", "nodes2"):
         seen = shown[renderer]
         assert nothing_of_the_page(seen["before"]) and not seen["before"]["text"] and not seen["before"]["players"]
@@ -66,7 +66,7 @@ def check_after(after: dict[str, Any], videos: int) -> None:
     assert re.match(r"done in \d+ s: " if videos == 1 else r"2 of 2 done in \d+ s", after["text"]), after
     assert after["picture"] is None and len(source(after)) == len(after["players"]) == videos, after
     for player in after["players"]:
-        assert (player["ready"], player["width"], player["height"], player["error"]) == (4, 224, 128, None), after
+        assert (player["ready"], player["width"], player["height"], player["error"]) == (4, WIDTH, HEIGHT, None), after
         assert min(player["shown"]) >= 60, after
     assert nothing_of_the_page(after), after
 

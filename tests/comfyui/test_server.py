@@ -17,7 +17,7 @@ from typing import Any
 import imageio_ffmpeg
 import pytest
 from patience import AT_ONCE
-from serving import INFERENCE, Comfy, at_first_step, saving
+from serving import HEIGHT, INFERENCE, WIDTH, Comfy, at_first_step, saving
 from wan_pack.demo.client import Refused, Run
 from wan_pack.demo.example import Prompt, node_id, node_of
 
@@ -82,13 +82,13 @@ def test_example_makes_the_video_it_says(comfy: Comfy, finished: Run, inference_
     assert re.fullmatch(r"wan_\d{5}_\.mp4", path.name)
     # Else the page would show it as well, beside the node's own player.
     assert set(comfy.outputs(finished)[inference_id]) == {"video"}
-    assert probe(path) == (9, (224, 128), 16.0)
+    assert probe(path) == (9, (WIDTH, HEIGHT), 16.0)
     assert [name.name for name in path.parent.iterdir() if name.name.startswith(".")] == []
 
 
 def test_save_video_behind_the_node_works(comfy: Comfy, finished: Run) -> None:
     path, _ = saved(comfy, finished, "save")
-    assert probe(path)[:2] == (9, (224, 128))
+    assert probe(path)[:2] == (9, (WIDTH, HEIGHT))
 
 
 def test_view_serves_whole_video_and_parts_of_it(comfy: Comfy, finished: Run, inference_id: str) -> None:

@@ -17,9 +17,22 @@ from patience import AT_ONCE
 from PIL import Image
 from wan_pack.demo.client import Run, run_prompt
 from wan_pack.demo.comfyui import Server
-from wan_pack.demo.example import TEXT_TO_VIDEO, Prompt, TinyModel, node_id, node_of, small_example, video_node
+from wan_pack.demo.example import (
+    SMALL_VIDEO,
+    TEXT_TO_VIDEO,
+    Prompt,
+    TinyModel,
+    node_id,
+    node_of,
+    small_example,
+    video_node,
+)
 
 INFERENCE = "WanVideoDistributedInference"
+WIDTH, HEIGHT = 96, 64
+"""Of the videos, a fifth of the demo's pixels: both are whole tokens of every model."""
+PICTURE = [WIDTH // 4, HEIGHT // 4]
+"""Of the live picture: a pixel of it for four of the video's."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,15 @@ class Comfy:
 
     def example(self, name: str = TEXT_TO_VIDEO, **inference: Any) -> Prompt:
         """An example workflow in small."""
-        return small_example(self.model, name, **{"sample_steps": 2, "num_frames": 5, **inference})
+        prompt = small_example(self.model, name, **{"sample_steps": 2, "num_frames": 5, **inference})
+        for node in prompt.values():
+            # Not a size that a test has chosen, nor one that comes from another node.
+            if [node["inputs"].get(key) for key in ("width", "height")] == [
+                SMALL_VIDEO["width"],
+                SMALL_VIDEO["height"],
+            ]:
+                node["inputs"] |= {"width": WIDTH, "height": HEIGHT}
+        return prompt
 
     def run(self, prompt: Prompt, on_event: Callable[[Run, str, dict[str, Any]], None] | None = None) -> Run:
         return asyncio.run(run_prompt(self.server.url, prompt, on_event=on_event))
