@@ -152,3 +152,21 @@ def test_experts_that_may_be_the_wrong_ones_are_a_warning(
         # Of a part of the schedule one expert is all that is needed.
         part = replace(job, sampling=replace(job.sampling, end_step=1))
         assert check_job(part, SHAPES) == ()
+
+
+@pytest.mark.parametrize("gpu_count", [1, 2, 3])
+def test_what_needs_several_gpus_has_no_effect_on_one(tiny_models: Path, gpu_count: int):
+    """And of several, those of a sequence are told whose heads do not divide."""
+
+    def told(**settings: Any) -> tuple[list[str], tuple[str, ...]]:
+        job, notes = tiny_job(tiny_models, gpu_count=gpu_count, master_port=29500, **settings), []
+        found = preflight.check_forwards(job.model.high_noise, (), None, job.parallel, notes.append)
+        assert check_job(job, SHAPES)[-1:] == found[-1:]
+        return notes, found
+
+    notes, warnings = told(use_fsdp=True)
+    assert notes == [f"{name} has no effect on one GPU" for name in ("use_fsdp", "master_port") if gpu_count == 1]
+    uneven = "2 heads do not divide by 3 GPUs: some compute 1, some 0; attention runs at the pace of the fullest"
+    assert warnings == ((uneven,) if gpu_count == 3 else ())
+    assert told(use_fsdp=True, use_ulysses=False)[1] == ()
+    assert told(use_fsdp=False)[0] == (["master_port has no effect on one GPU"] if gpu_count == 1 else [])

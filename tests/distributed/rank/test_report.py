@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from jobs import stub_job
-from wan_pack.distributed.job.job import VERSION, FileIdentity, ForwardsJob, LoraFile
+from wan_pack.distributed.job.job import VERSION, FileIdentity, ForwardsJob, LoraFile, VaeJob
 from wan_pack.distributed.rank import report
 from wan_pack.distributed.rank.session import Session
 from wan_pack.wan.model.attention_kernels import KERNELS
@@ -37,6 +37,10 @@ def test_what_was_not_in_8_bits(settings: dict[str, Any], words: str | None):
     forwards = ForwardsJob(id="ab", parallel=job.parallel, model=job.model.transformer)
     told = words and words.replace(" (2 of 4)", "").replace(" (4 of 4)", "")
     assert report.settings_of(forwards, SESSION).get("not in 8 bits") == told
+    # A VAE rounds nothing to 8 bits, whatever the config says.
+    shapes = {"given": (1, 16, 1, 2, 2), "made": (1, 3, 1, 16, 16)}
+    decode = VaeJob(id="ab", parallel=job.parallel, vae=job.model.vae, encode=False, **shapes)
+    assert "not in 8 bits" not in report.settings_of(decode, SESSION)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from tiny import TINY, TINY_VACE, random_weights, write_official
 from wan_pack.distributed.job.job import Parallel
 from wan_pack.distributed.parallel.sequence import SequenceShard
 from wan_pack.distributed.rank.expert import Weights, load_expert, relora_expert
+from wan_pack.distributed.weights import streaming
 from wan_pack.distributed.weights.streaming import BlockStream
 from wan_pack.wan.model.config import WanConfig
 from wan_pack.wan.model.rope import rope_table
@@ -137,6 +138,24 @@ def test_a_model_takes_the_hosts_memory_of_another(checkpoints: dict[int, str]):
     assert len(now) == 5 and places < now
     held[0].drop()
     assert not any(slab.untyped_storage().nbytes() for slab in slabs)
+
+
+def test_blocks_of_several_sizes_take_the_memory_of_their_own(
+    checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch
+):
+    """In whatever order it comes: a small block in a large one's memory would leave that one without."""
+    first, stream = load(checkpoints[7], stream_blocks=True)
+    expected = velocity(first)
+    slabs = sorted(stream.hand_over(), key=lambda slab: -slab.numel())
+    assert len({slab.numel() for slab in slabs}) == 3
+    stream.drop()
+    monkeypatch.setattr(streaming, "take_host", lambda size, *, locked: pytest.fail("there is memory for all of them"))
+    files = [str(path) for path in Path(checkpoints[7]).glob("*.safetensors")]
+    second = load_expert(
+        files, parallel=Parallel(gpu_count=1, mixed_precision="fp32", stream_blocks=True), mesh=None,
+        shard=SequenceShard(length=45), device=CPU, slabs=slabs,
+    )  # fmt: skip
+    assert torch.equal(velocity(second), expected)
 
 
 def test_memory_of_no_use_goes_before_more_is_taken(checkpoints: dict[int, str], monkeypatch: pytest.MonkeyPatch):

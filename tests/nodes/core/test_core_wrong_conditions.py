@@ -122,6 +122,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         vace(vace_frames=[volume(32, 3, 8, 8)], vace_mask=[volume(64, 3, 8, 8)]),
         r"the VACE control is of \[3, 8, 8\] .*and what is sampled of \[3, 6, 8\]",
     ),
+    (
+        "Fun",
+        {"reference_latents": [volume(16, 1, 6, 8), volume(48, 1, 6, 8)]},
+        r"reference_latents .* takes \[B, 16",
+    ),
     ("Fun", {"reference_latents": [volume(48, 1, 6, 8)]}, rf"reference_latents .* \[B, 16, T, h, w\]: {OTHER_VAE}"),
     (
         "Fun",

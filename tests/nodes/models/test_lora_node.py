@@ -128,16 +128,21 @@ def test_what_is_no_lora_list_is_refused(value: Any) -> None:
         lora_files(value, "high_noise_lora")
 
 
+STRENGTHS = {"high_noise_loras": 0.25, "low_noise_loras": 0.5}
+
+
 def test_lora_that_was_replaced_is_taken_as_it_is_now(folders: Path) -> None:
     path = folders / "loras" / "fox.safetensors"
-    loras = (LoraFile(file=identity(path), strength=0.5),)
-    model = dataclasses.replace(model_files(folders), low_noise_loras=loras)
+    loras = {side: (LoraFile(file=identity(path), strength=strength),) for side, strength in STRENGTHS.items()}
+    model = dataclasses.replace(model_files(folders), **loras)
     path.write_bytes(b"new")
     os.utime(path, ns=(1, 1))
     now = refreshed(model)
-    now.low_noise_loras[0].file.check_unchanged()
-    assert now.low_noise_loras[0].strength == 0.5
-    assert dataclasses.replace(now, low_noise_loras=loras) == model
+    for side, strength in STRENGTHS.items():
+        (lora,) = getattr(now, side)
+        lora.file.check_unchanged()
+        assert lora.strength == strength
+    assert dataclasses.replace(now, **loras) == model
 
 
 @pytest.mark.parametrize(

@@ -137,3 +137,14 @@ def test_a_5b_models_latents_are_its_own():
     found = image_tensors(asked(text_embeds=text(**carried)), SAMPLING, config, Status())["image_conditioning"]
     control, picture = (normalise(part, 48) for part in latents[0].split(48))
     assert torch.equal(found, torch.cat((control, 1 - mask[0], picture)))
+
+
+@pytest.mark.parametrize("negative", [None, {"prompt_embeds": []}], ids=["none", "of another pack"])
+def test_a_negative_prompt_that_is_no_conditioning_carries_nothing_else(negative: Any):
+    rays, latents = noise(1, 1, 24, 3, 48, 64), noise(2, 1, 16, 1, 6, 8)
+    given = asked(text_embeds=text(camera_conditions=rays, reference_latents=[latents]), negative_embeds=negative)
+    assert torch.equal(camera_tensors(given, SAMPLING)["camera_conditions"], rays[0])
+    assert torch.equal(reference_tensors(given, CONTROL)["reference_latent"], normalise(latents[0], 16)[:, 0])
+    lacking = asked(text_embeds=given.text_embeds, negative_embeds=text())
+    with pytest.raises(ValueError, match="negative_embeds carries another reference picture"):
+        reference_tensors(lacking, CONTROL)

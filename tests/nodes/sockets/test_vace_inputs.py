@@ -211,3 +211,13 @@ def test_what_is_transparent_in_own_pictures_does_not_count():
     plain = {name: picture[..., :3] for name, picture in pictures.items()}
     one, other = (own_control(asked(**given), sampling(), TINY_VACE, Status()) for given in (pictures, plain))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_mask_of_whole_numbers_will_do_where_latents_of_them_will_not():
+    extras = core(1.0)
+    whole = [mask.round().to(torch.int64) for mask in extras["vace_mask"]]
+    found = carried_control(asked(**both({**extras, "vace_mask": whole})))["vace_context"]
+    assert found.dtype == torch.float32 and torch.equal(found[0, 32:], whole[0][0].float())
+    frames = [part.round().to(torch.int64) for part in extras["vace_frames"]]
+    with pytest.raises(ValueError, match=r"vace_frames of text_embeds holds whole numbers \(torch\.int64\)"):
+        carried_control(asked(**both({**extras, "vace_frames": frames})))

@@ -19,6 +19,8 @@ from wan_pack.wan.checkpoint import weights
 from wan_pack.wan.checkpoint.checkpoint import Checkpoint
 from wan_pack.wan.checkpoint.keeping import Keeping
 from wan_pack.wan.checkpoint.weights import empty_model, local_rows, read_weights
+from wan_pack.wan.files.stored_model import open_model
+from wan_pack.wan.files.stored_tensor import Joined
 from wan_pack.wan.lora.lora import Lora
 from wan_pack.wan.model.config import WanConfig
 
@@ -165,3 +167,22 @@ def test_reading_tells_how_far_it_is_and_stops_when_told(tmp_path: Path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         read_weights(model, checkpoint, names, device=CPU, on_tensor=stop)
     assert (dict(model.named_parameters())[names[-1]] == 7).all()
+
+
+@pytest.mark.parametrize("order", [("keys", "values"), ("values", "keys")])
+def test_tensors_that_are_read_as_one_lose_nothing_of_either(tmp_path: Path, order: tuple[str, str]):
+    """Of two dtypes they are of one that holds both; any range of them may begin and end in either."""
+    parts = {
+        "keys": torch.tensor([[1.0, 3e38]], dtype=torch.bfloat16),
+        "values": torch.tensor([[5.0, 1 + 2.0**-10]], dtype=torch.float16),
+    }
+    save_file(parts, tmp_path / "x.safetensors")
+    stored = open_model([tmp_path / "x.safetensors"], "a model").weights({name: name for name in parts})
+    assert Joined((stored["keys"], stored["keys"]), (2, 2)).dtype == torch.bfloat16
+    one = Joined(tuple(stored[name] for name in order), (2, 2))
+    whole = torch.cat([parts[name].double().flatten() for name in order])
+    for start in range(4):
+        for count in range(5 - start):
+            out = torch.full((count,), -1.0, dtype=one.dtype)
+            one.read_into(out, start=start, staging=torch.empty(64, dtype=torch.uint8))
+            assert torch.equal(out.double(), whole[start : start + count]), (start, count)

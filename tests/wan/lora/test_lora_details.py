@@ -39,10 +39,12 @@ class Recorded:
 
     needs_base: ClassVar[bool] = False
     asked: list[tuple[int, int]] = field(default_factory=list)
+    read: list[float] = field(default_factory=list)
     pieces: list[tuple[int, int]] = field(default_factory=list)
 
     def adder(self, first: int, count: int, device: torch.device, read_rows: ReadRows) -> Adder:
         self.asked.append((first, count))
+        self.read += read_rows(first + 2, 3).view(3, -1)[:, 0].tolist() if count > 4 else []
 
         def add(rows: Tensor, start: int, base: Tensor) -> None:
             assert rows.dtype == torch.float32 and rows.shape[1:] == (8,)
@@ -68,8 +70,13 @@ def test_so_many_bytes_of_rows_are_summed_at_a_time(
     lora.updates["x"] = [update]
     merge([lora], "x", torch.zeros(10, 2, 4, dtype=torch.float16), 30)
     assert (update.asked, update.pieces) == ([(30, 10)], pieces)
+    # What it sees of the others, before they are changed, are those that it asks for.
+    numbers = torch.arange(10.0)[:, None, None].expand(10, 2, 4).contiguous()
+    merge([lora], "x", numbers, 30)
+    assert update.read == [0.0] * 3 + [2.0, 3.0, 4.0]
+    update.asked.clear()
     merge([lora], "x", torch.zeros(0, 2, 4), 30)
-    assert len(update.asked) == 1, "no rows, nothing to read"
+    assert not update.asked, "no rows, nothing to read"
 
 
 def test_a_row_of_zeros_stays_one_under_dora(tmp_path: Path) -> None:
