@@ -53,22 +53,37 @@ def test_what_was_used_just_now_stays_longest_and_the_one_at_work_always(
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("parks", [True, False])
 @pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("sharing", [1, 2])
 def test_models_wait_in_the_hosts_memory_where_that_is_another_one_and_has_room(
-    room: bool, parks: bool, device: str, cache: ExpertCache, monkeypatch: pytest.MonkeyPatch
+    sharing: int, room: bool, parks: bool, device: str, cache: ExpertCache, monkeypatch: pytest.MonkeyPatch
 ):
-    """`parks`: all but one go. Else the first of them makes room for what is needed."""
+    """`parks`: all but one go. Else the first of them makes room for what is needed. Each rank has its part of it."""
     cache._device = torch.device(device)
     free_of(cache, monkeypatch, total=3 * SIZE)
     # A tenth of the host's memory is left alone.
-    monkeypatch.setattr(experts, "free_host_bytes", lambda ranks: (SIZE / 0.9 + (1 if room else -1)) / ranks)
-    cache.make_room(SIZE, but="c", parks=parks, ranks=1)
+    monkeypatch.setattr(experts, "free_host_bytes", lambda ranks: (SIZE / 0.9 + (1 if room else -1)) * sharing / ranks)
+    cache.make_room(SIZE, but="c", parks=parks, ranks=sharing)
     on_device = [name for name in cache.models if cache.is_on_device(name)]
     assert on_device == (["c"] if parks else ["b", "c"])
     waits = room and (parks or device == "cuda")
     assert list(cache.models) == (["a", "b", "c"] if waits else on_device)
     # What waits is not asked again, and is no longer there when it is.
-    cache.make_room(SIZE, but="c", parks=parks, ranks=1)
+    cache.make_room(SIZE, but="c", parks=parks, ranks=sharing)
     assert not cache.is_on_device("a")
+
+
+@pytest.mark.parametrize("others", [True, False])
+@pytest.mark.parametrize("mine", [True, False])
+def test_a_model_waits_on_all_ranks_or_on_none(
+    mine: bool, others: bool, cache: ExpertCache, monkeypatch: pytest.MonkeyPatch
+):
+    """Or those that let it go would read it while the others wait for them."""
+    asked: list[bool] = []
+    monkeypatch.setattr(cache, "_everywhere", lambda seen: (asked.append(seen), seen and others)[1])
+    monkeypatch.setattr(experts, "free_host_bytes", lambda ranks: 10 * SIZE if mine else 0)
+    cache.make_room(SIZE, but="c", parks=True, ranks=2)
+    assert asked == [mine] * 2, "every rank is asked, whatever it sees itself"
+    assert list(cache.models) == (["a", "b", "c"] if mine and others else ["c"])
 
 
 def test_two_files_of_one_name_are_two_models(cache: ExpertCache):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,21 @@ def test_where_alphas_come_from_is_told_in_one_order(tmp_path: Path):
     lora._notes.clear()
     lora._plan(lora_modules(list(lora._file.tensors))[0])
     assert lora.report().endswith("alpha from adapter_config.json; alpha from metadata")
+
+
+@pytest.mark.parametrize(("stabilised", "scale"), [(False, 4 / 2), (True, 4 / 2**0.5)])
+def test_the_rank_is_that_of_the_factors_where_they_tell(tmp_path: Path, stabilised: bool, scale: float):
+    """As of a LoRA that was made smaller and kept its settings."""
+    settings = {"r": 8, "lora_alpha": 4, "use_rslora": stabilised}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(factors(Q), tmp_path / "adapter_model.safetensors")
+    (update,) = Lora(tmp_path / "adapter_model.safetensors", 1, TARGETS).updates[f"{Q}.weight"]
+    assert isinstance(update, LowRank) and update.scale == pytest.approx(scale)
+
+
+def test_lengths_of_columns_are_refused_of_a_square_weight_too(tmp_path: Path):
+    """There are as many of them as rows."""
+    with pytest.raises(ValueError, match=r"dora_scale has shape \[1, 32\]; supported is one length for each of the"):
+        opened(tmp_path, factors(Q) | {f"{Q}.dora_scale": torch.ones(1, 32)})
+    for shape in ((32,), (32, 1)):
+        assert opened(tmp_path, factors(Q) | {f"{Q}.dora_scale": torch.ones(shape)}).applied == 1
