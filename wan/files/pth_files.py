@@ -79,7 +79,7 @@ def read_pth(path: str | Path) -> tuple[dict[str, TensorInfo], int]:
             except _ZIP_ERRORS as error:
                 raise ValueError(f"{path} is a truncated or damaged PyTorch checkpoint: {brief(error)}") from error
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _read(path: Path, file: BinaryIO) -> tuple[dict[str, TensorInfo], int]:

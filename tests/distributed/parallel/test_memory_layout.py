@@ -111,3 +111,17 @@ def test_parts_begin_small_and_grow_to_a_bound(most: int):
         # Of a rank with fewer heads the last parts are smaller, or empty.
         own: list[Any] = parts_of(fewer, most)
         assert len(own) == len(sizes) and list(accumulate(own)) == [min(fewer, end) for end in ends]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_kernel_may_write_whole_heads_wherever_the_tensor_begins(rank: int):
+    """Heads' places are counted from there in whole heads; it begins at multiples of other bytes than a head has."""
+    channels, heads, dtypes = 96, [2, 1], [torch.bfloat16, torch.bfloat16, torch.float32]
+    shard = SequenceShard(length=2, rank=rank, world=2)
+    size = MemoryLayout.nbytes(shard, heads, channels, dtypes)
+    buffers = [torch.zeros(size, dtype=torch.uint8) for _ in range(2)]
+    layout = MemoryLayout(Memory(buffers, rank), shard, heads, channels, dtypes)  # type: ignore[arg-type]
+    own = slice(layout.first_head, layout.first_head + heads[rank])
+    for sent in layout.sent:
+        begins, apart = sent.places.table[:, own]
+        assert not (begins % channels).any() and not (apart % channels).any()
