@@ -19,6 +19,7 @@ from ..group.group_folder import GroupDir
 from ..job.job_folder import JobDir
 from ..libraries.cuda_driver import make_context
 from ..libraries.library_imports import uncollected
+from ..libraries.triton_key import make_triton_key
 from ..machine.processes import AGENT_VARIABLE, die_with_parent
 from .signs import RankFiles
 
@@ -68,6 +69,7 @@ def _run(group: GroupDir, folder: JobDir, files: RankFiles, session: Session | N
         set_up_logging(int(os.environ["RANK"]), lambda: files.phase, verbose=job.verbose)
         if session is None and job.parallel.gpu_ids:
             make_context(int(os.environ["LOCAL_RANK"]), files.span)
+            make_triton_key(files.span)
         with files.span("import of torch"), uncollected():
             from .worker import main as run_worker
 

@@ -31,11 +31,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """FlashAttention-3 (Shah et al., 2024, arXiv 2407.08608) by the package fa3-fwd: bf16, Hopper."""
+    return q if q.shape[1] == 0 else _fa3(q, k, v)
+
+
+def _fa3(q: Tensor, k: Tensor, v: Tensor, **descale: Tensor) -> Tensor:
     from fa3_fwd_interface import flash_attn_func
 
-    if q.shape[1] == 0:
-        return q
-    out = flash_attn_func(q[None], k[None], v[None])
+    q, k, v = q[None], k[None], v[None]
+    if hasattr(torch.ops.fa3_fwd, "fwd"):
+        # What the package's function calls in the end. On the way there it imports torch's compiler, for two of the
+        # seconds that a video waits for its first step.
+        return torch.ops.fa3_fwd.fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, num_splits=1, **descale)[0][0]
+    out = flash_attn_func(q, k, v, **descale)
     return (out[0] if isinstance(out, tuple) else out)[0]
 
 
@@ -48,15 +55,12 @@ def flash_attention_3_fp8(q: Heads, k: Heads, v: Heads) -> Tensor:
     The kernel multiplies by the scales inside. Lossy: a relative error of about 5e-2 per call on Gaussian input, and
     6e-2 on input with loud channels if q and k come as `codes.spread_codes`, 2e-1 otherwise. Returns bf16.
     """
-    from fa3_fwd_interface import flash_attn_func
-
     codes, scales = zip(*(quantise_heads(x) if isinstance(x, Tensor) else x for x in (q, k, v)), strict=True)
     if codes[0].shape[1] == 0:
         return codes[0].to(torch.bfloat16)
     names = ("q_descale", "k_descale", "v_descale")
     descale = {name: scale[None] for name, scale in zip(names, scales, strict=True)}
-    out = flash_attn_func(*(x[None] for x in codes), **descale)
-    return (out[0] if isinstance(out, tuple) else out)[0].to(torch.bfloat16)
+    return _fa3(*codes, **descale).to(torch.bfloat16)
 
 
 def flash_attention_2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import importlib.machinery
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -201,3 +202,28 @@ def test_other_packages_get_unbatched_views_as_a_batch_of_one(monkeypatch: pytes
         assert torch.equal(run(q, k, v), attention(q, k, v))
         empty = q[:, :0]
         assert run(empty, empty, empty).shape == (40, 0, 16)
+
+
+def test_flash_attention_3_is_the_packages_own_operator_where_it_has_one(monkeypatch: pytest.MonkeyPatch):
+    """Its Python function imports torch's compiler first."""
+    q, k, v = _qkv()
+    seen: list[dict[str, Any]] = []
+
+    def fwd(q: Any, k: Any, v: Any, **named: Any) -> Any:
+        seen.append(named)
+        return attention(q[0].float(), k[0].float(), v[0].float()).bfloat16()[None], None, None, None
+
+    def flash_attn_func(*others: Any, **named: Any) -> Any:
+        raise AssertionError("it has the operator")
+
+    _install(monkeypatch, "fa3_fwd_interface", flash_attn_func=flash_attn_func)
+    monkeypatch.setattr(torch.ops, "fa3_fwd", SimpleNamespace(fwd=fwd), raising=False)
+    width = {"softmax_scale": 16**-0.5, "num_splits": 1}
+    assert torch.equal(module.flash_attention_3(q, k, v), attention(q.float(), k.float(), v.float()).bfloat16())
+    assert module.flash_attention_3_fp8(q, k, v).shape == q.shape
+    assert seen[0] == width
+    assert {name: seen[1][name] for name in width} == width
+    assert sorted(seen[1].keys() - width.keys()) == ["k_descale", "q_descale", "v_descale"]
+    empty = q[:, :0]
+    assert module.flash_attention_3(empty, empty, empty).shape == (40, 0, 16)
+    assert len(seen) == 2
