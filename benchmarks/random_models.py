@@ -41,20 +41,24 @@ Fill = Callable[[str, "Tensor"], None]
 
 
 def model_config(name: str) -> WanConfig:
-    """A name in released_sizes.py; or tiny, tiny-i2v, tiny-5B, tiny-vace for machines without a GPU."""
-    from wan_pack.benchmarks.released_sizes import WAN_CONFIGS
+    """A name in released_sizes.py; or tiny, tiny-i2v, tiny-5B, tiny-vace, tiny-animate for machines without a GPU."""
+    from wan_pack.benchmarks.released_sizes import ANIMATES, WAN_CONFIGS
     from wan_pack.wan.model.config import WanConfig
 
     channels = {"tiny": (16, 16), "tiny-i2v": (36, 16), "tiny-5B": (48, 48), "tiny-vace": (16, 16)}
+    channels["tiny-animate"] = (36, 16)
     if name in WAN_CONFIGS:
         return WAN_CONFIGS[name]
     if name not in channels:
         raise ValueError(f"model is {name!r}; it must be one of {', '.join([*WAN_CONFIGS, *channels])}")
     in_dim, out_dim = channels[name]
-    vace = {"parts": frozenset({"vace_blocks"}), "vace_layers": (0, 1)} if name == "tiny-vace" else {}
+    own: dict[str, dict[str, Any]] = {
+        "tiny-vace": {"parts": frozenset({"vace_blocks"}), "vace_layers": (0, 1)},
+        "tiny-animate": {"parts": ANIMATES, "face_blocks": 1},
+    }
     return WanConfig(
         dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=in_dim, out_dim=out_dim, text_dim=64, freq_dim=256,
-        **vace,
+        **own.get(name, {}),
     )  # fmt: skip
 
 
@@ -71,7 +75,7 @@ def write_model(folder: Path, name: str, threads: int = THREADS) -> Path:
     shapes = {key: tuple(p.shape) for key, p in meta_model(config, torch.bfloat16).named_parameters()}
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in shapes.items():
-        kind, number = (key.split(".") if "blocks." in key else ("", ""))[:2]
+        kind, number = (key.split(".") if key.startswith(("blocks.", "vace_blocks.")) else ("", ""))[:2]
         part = f"{kind}-{int(number) // BLOCKS_PER_FILE:02}" if number else "input" if "patch" in key else "outside"
         parts.setdefault(part, {})[key] = shape
     store = folder / "parts"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SIZES = {"480p": (832, 480), "720p": (1280, 720)}
 PICTURES = {"none": (), "start": ("start_image",), "start+end": ("start_image", "end_image")}
-SINGLE = ("ti2v-5B", "tiny-5B", "t2v-1.3B", "vace-14B", "vace-1.3B", "tiny-vace")
+SINGLE = ("ti2v-5B", "tiny-5B", "t2v-1.3B", "vace-14B", "vace-1.3B", "tiny-vace", "animate-14B", "tiny-animate")
 """Models of one transformer."""
 WAVES = 48
 """Of which the moving picture is the sum."""
@@ -113,15 +113,29 @@ def make_inputs(shape: Shape, *, meta: bool = False) -> dict[str, Tensor]:
         meta: shapes only.
     """
     import torch
-    from wan_pack.distributed.job.input_tensors import CONTEXT, CONTEXT_NULL, SAMPLES
+    from wan_pack.distributed.job.control_inputs import TOLD
+    from wan_pack.distributed.job.input_tensors import (
+        CLIP_FEATURES,
+        CONTEXT,
+        CONTEXT_NULL,
+        IMAGE_CONDITIONING,
+        SAMPLES,
+    )  # fmt: skip
+    from wan_pack.wan.model.config import PICTURE_ROWS
     from wan_pack.wan.vae.latents import denormalise
 
     config = model_config(shape.model)
     width, height, frames = shape.pixels
-    latents = config.variant.latents.shape(width, height, frames)
+    channels, length, *sides = config.variant.latents.shape(width, height, frames)
+    latents = (channels, length + config.variant.frames_in_front, *sides)
     shapes = {SAMPLES: latents} | dict.fromkeys(PICTURES[shape.pictures], (3, height, width))
     if not shape.encodes:
         shapes |= {CONTEXT: (64, config.text_dim)} | ({CONTEXT_NULL: (32, config.text_dim)} if shape.guided else {})
+    if config.animates:
+        # The picture, what CLIP sees of it, a pose and a face of each frame.
+        own = [IMAGE_CONDITIONING, CLIP_FEATURES, "pose_video_latent", "face_video_pixels"]
+        sizes = [(config.in_dim - config.out_dim, *latents[1:]), (PICTURE_ROWS, config.clip_dim)]
+        shapes |= zip(own, [*sizes, *(TOLD[name].shape(config, latents[1:]) for name in own[2:])], strict=True)
     if meta:
         return {name: torch.empty(size, device="meta") for name, size in shapes.items()}
     generator = torch.Generator().manual_seed(shape.seed)
@@ -129,7 +143,9 @@ def make_inputs(shape: Shape, *, meta: bool = False) -> dict[str, Tensor]:
     for name, size in shapes.items():
         if name == SAMPLES:
             inputs[name] = denormalise(moving_picture(size, generator), config.out_dim).contiguous()
-        elif name in (CONTEXT, CONTEXT_NULL):
+        elif len(size) == 4:
+            inputs[name] = moving_picture(size, generator).clamp(-1, 1)
+        elif len(size) == 2:
             inputs[name] = torch.randn(size, generator=generator)
         else:
             picture = moving_picture((3, 1, *size[1:]), generator)[:, 0]

@@ -27,12 +27,13 @@ STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")
 SECONDS = {"browser": 20, "hosts": 9, "comfyui": 5, "ranks": 3, "processes": 2}
 """What a test of a kind takes, about; of none, next to nothing. The first that fits counts."""
 MEASURED = {
-    "test_core_sampling": 130, "test_screen": 85, "test_naming": 75, "test_soak": 75, "test_evaluations": 75,
-    "test_golden": 50, "test_meaning": 50, "test_installation": 45, "test_core_variants": 45, "test_hosts_jobs": 45,
-    "test_browser": 45, "test_parallel": 40, "test_batch": 38, "test_endings": 38, "test_library_imports": 35,
-    "test_core_nodes": 35, "test_benchmarks": 30, "test_header_bounds": 23, "test_core_animate": 21,
-    "test_animate_ranks": 21, "test_warm": 19, "test_layouts": 18, "test_kernels": 16, "test_forwards_benchmark": 16,
-    "test_vace_ranks": 16, "test_evaluation_soak": 15, "test_resume": 14, "test_doctor_node": 11,
+    "test_core_sampling": 115, "test_screen": 85, "test_evaluations": 75, "test_golden": 68, "test_browser": 55,
+    "test_hosts_jobs": 47, "test_vae_calls": 46, "test_parallel": 46, "test_server": 40, "test_meaning": 40,
+    "test_warm_groups": 39, "test_core_variants": 38, "test_evaluation_faults": 35, "test_installation": 32,
+    "test_soak": 30, "test_hangs": 30, "test_naming": 27, "test_crashes": 25, "test_core_nodes": 25, "test_batch": 20,
+    "test_benchmarks": 20, "test_vae_faults": 20, "test_header_bounds": 17, "test_endings": 16, "test_pool": 16,
+    "test_core_animate": 14, "test_evaluation_soak": 14, "test_core_vae": 14, "test_warm": 13, "test_kernels": 12,
+    "test_library_imports": 12, "test_lost_ranks": 12, "test_diffusers_animate": 10,
 }  # fmt: skip
 """What files take that are far from it: `make test` prints its slowest tests."""
 BROWSER = {"test_browser", "test_screen"}

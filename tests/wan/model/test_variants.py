@@ -69,7 +69,7 @@ def test_a_variant_without_a_row_is_refused_by_its_channels():
 
 def test_models_have_names_for_people():
     assert [config.describe() for config in WAN_CONFIGS.values()] == [
-        *("T2V 14B", "I2V 14B", "VACE 14B", "TI2V-5B 5B", "T2V 1.3B", "VACE 1.3B")
+        *("T2V 14B", "I2V 14B", "VACE 14B", "Animate 14B", "TI2V-5B 5B", "T2V 1.3B", "VACE 1.3B")
     ]
     assert TINY.describe() == "T2V of 2 layers and 32 channels"
     deeper = replace(WAN_CONFIGS["t2v-A14B"], num_layers=41)
