@@ -44,7 +44,7 @@ def import_diffusers() -> None:
         except Exception:
             # A version that needs more of the compiler than to be decorated.
             log.debug("diffusers is imported with %s:", COMPILER, exc_info=True)
-            for name in [name for name in sys.modules if first and name.partition(".")[0] == "diffusers"]:
+            for name in [name for name in list(sys.modules) if first and name.partition(".")[0] == "diffusers"]:
                 del sys.modules[name]
             _import_modules()
 
@@ -80,13 +80,14 @@ def uncompiled() -> Iterator[None]:
         return (lambda decorated: decorated) if function is None else function
 
     absent, was = _Absent(COMPILER), torch.compiler.disable
-    sys.meta_path.insert(0, absent)
+    # Another list: a thread that imports meanwhile goes through the one that it began with.
+    sys.meta_path = [absent, *sys.meta_path]
     torch.compiler.disable = disable
     try:
         yield
     finally:
         torch.compiler.disable = was
-        sys.meta_path.remove(absent)
+        sys.meta_path = [finder for finder in sys.meta_path if finder is not absent]
 
 
 @contextmanager

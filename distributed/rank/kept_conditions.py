@@ -133,7 +133,7 @@ class KeptConditions:
     def _kept_beside(self, asked: Collection[tuple[str, Size]]) -> dict[tuple[str, Size], Part]:
         """Of what the evaluations before were told, what was used last first, all that there is room for."""
         kept: list[tuple[tuple[str, Size], Part]] = []
-        room = KEPT_TOLD_BYTES
+        room = KEPT_TOLD_BYTES if self._keeps else 0
         for key, part in reversed(self._told.items()):
             if key not in asked and (size := part.device_bytes()) <= room:
                 kept.append((key, part))

@@ -182,9 +182,12 @@ class _Batch:
         folder, groups, videos = host.jobs_folder(), len(self.groups), len(self.jobs)
         if problem := writing_problem(folder):
             raise JobError(problem)
-        # Now, and not when half of them are made.
-        whole = room_of(*self.jobs[0], folder, output, at_once=groups, videos=videos)
-        check_space(whole, f"the batch of {counted(videos, 'video')}")
+        try:
+            # Now, and not when half of them are made; a warning, as videos are counted as if they were noise.
+            whole = room_of(*self.jobs[0], folder, output, at_once=groups, videos=videos)
+            check_space(whole, f"at the most the batch of {counted(videos, 'video')}")
+        except JobError as error:
+            self.warn(f"{error}, or the last videos may fail")
 
         def save(index: int, group: int, result: Result) -> None:
             self._group_of[index] = group

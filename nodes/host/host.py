@@ -18,7 +18,7 @@ from .other_pages import comes_from_another_page, refusal
 from .request_body import sent_object
 
 WORTH_COLLECTING = 64 << 20
-"""Bytes of the GPU that ComfyUI still has once its models have left it: less stays for good, as cuBLAS's workspace."""
+"""Bytes of a GPU that ComfyUI still has once its models have left it: less stays for good, as cuBLAS's workspace."""
 
 
 def registered_node_ids() -> frozenset[str]:
@@ -265,7 +265,8 @@ def free_memory() -> None:
     model_management.unload_all_models()
     # Only for something: it stops every thread of ComfyUI, the one that takes a cancel too, for half a second where
     # the processors are busy; and a sampler or VAE node of the pack comes here each time.
-    if torch.cuda.is_initialized() and torch.cuda.memory_allocated() > WORTH_COLLECTING:
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    if any(torch.cuda.memory_allocated(gpu) > WORTH_COLLECTING for gpu in gpus):
         gc.collect()
     model_management.soft_empty_cache()
 

@@ -13,6 +13,7 @@ from ...wan.model.variants import Variant
 from ..models.loras import distilled, experts
 from ..settings.presets import BEGUN_WITH, CUSTOM, PRESETS
 from ..settings.widgets import INPUT_NAMES
+from ..sockets.control_embeds import has_control
 from ..sockets.video_inputs import VideoInputs
 
 TUNED = ("solver", "shift", "guidance_low", "guidance_high")
@@ -30,11 +31,12 @@ def unsuited(asked: VideoInputs, model: ModelFiles, variant: Variant) -> Iterato
         names = [Path(expert.path).name for expert in experts(model) if not distilled(expert)]
         if names:
             yield (
-                f"preset {asked.preset} is for models and LoRAs that are made for few steps; {listed(names)} has no "
-                "such name, and no such LoRA"
+                f"preset {asked.preset} is for models and LoRAs that are made for few steps; {listed(names)} "
+                f"{'have' if len(names) > 1 else 'has'} no such name, and no such LoRA"
             )
     made = variant.latents.fps
-    if asked.decode_video and made != asked.sampling.fps and _as_begun_with(asked, "fps"):
+    followed = asked.control_video is not None or has_control(asked.image_embeds)
+    if not followed and asked.decode_video and made != asked.sampling.fps and _as_begun_with(asked, "fps"):
         yield f"fps is {asked.sampling.fps:g}; videos of {variant.name} have {made:g}, so this one is slower"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,7 +67,7 @@ class LoadWanVideoModel:
                     [NONE, *encoders],
                     {
                         # Most graphs have a prompt, and no other node that encodes it.
-                        "default": next((name for name in encoders if "umt5" in name.lower()), NONE),
+                        "default": default_text_encoder(encoders),
                         "tooltip": "umT5-xxl, for prompts that are encoded inside the job. "
                         "none: text_embeds come from another node.",
                     },
@@ -146,3 +147,14 @@ def default_vae(names: list[str]) -> dict[str, str]:
     """The Wan2.1 VAE as the default, where there is one: most models use it."""
     fitting = [name for name in names if "wan" in name.lower() and ("2.1" in name or "2_1" in name)]
     return {"default": fitting[0]} if fitting else {}
+
+
+def default_text_encoder(names: list[str]) -> str:
+    """umT5-xxl, where there is one; of several the one that is nearest to 16 bits, by its name."""
+
+    def distance(name: str) -> int:
+        bits = re.search(r"(?:bf|fp|q|int)(\d{1,2})", name, re.IGNORECASE)
+        return abs(16 - int(bits[1])) if bits else 0
+
+    fitting = [name for name in names if re.search("umt5[-_]?xxl", name, re.IGNORECASE)]
+    return min(fitting, key=distance, default=NONE)

@@ -21,7 +21,8 @@ from .model_paths import listed_file
 
 _BLOCK = re.compile(r"blocks\.(\d{1,3})\.", re.ASCII)
 DISTILLED = re.compile(
-    r"lightning|lightx2v|(?<!\d)4[-_ ]?steps?|distill|causvid|accvid|fusionx|fastwan|turbo|rapid|self[-_ ]?forcing",
+    r"lightning|lightx2v|(?<!\d)4[-_ ]?steps?|distill|causvid|accvid|fusionx|fastwan|self[-_ ]?forcing"
+    r"|(?:wan|[ti]2v).*turbo|rapid[-_ ]?(?:mega|aio)|(?:mega|aio)[-_ ]?rapid",
     re.IGNORECASE,
 )
 """In the names of models and LoRAs that are made for few steps without guidance."""

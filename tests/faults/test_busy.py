@@ -178,6 +178,7 @@ def test_fault_37_comfyui_is_not_stopped_to_collect_nothing(
     monkeypatch.setattr(gc, "collect", lambda: done.append("collected"))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: cuda)
     # What models hold until they are unloaded is nothing to collect.
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: left if done else 60 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda gpu: (left if done else 60 << 30) if gpu else 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     host.free_memory()
     assert done == ["unloaded"] + ["collected"] * collections

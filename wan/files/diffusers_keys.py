@@ -75,7 +75,7 @@ _IN_BLOCK = {
     "proj_in": "before_proj",
     "proj_out": "after_proj",
 }
-_IN_FACE_BLOCK = {
+IN_FACE_BLOCK = {
     "to_q": "linear1_q",
     # One layer in the official code; its halves are called so here.
     "to_k": "linear1_kv.k",
@@ -95,7 +95,7 @@ def to_official(name: str) -> str:
     if match := _BLOCK.fullmatch(name):
         return f"{match[1]}.{_renamed(match[2], _IN_BLOCK)}"
     if match := _FACE_BLOCK.fullmatch(name):
-        official = _renamed(match[2], _IN_FACE_BLOCK)
+        official = _renamed(match[2], IN_FACE_BLOCK)
         return name if official == match[2] else f"face_adapter.fuser_blocks.{match[1]}.{official}"
     return _renamed(name, _ROOT)
 

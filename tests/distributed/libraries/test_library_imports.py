@@ -193,11 +193,14 @@ def test_other_threads_can_import_the_compiler_meanwhile(packages):
 
         found.append(made_up_compiler.FLAG)
 
+    finders = list(was := sys.meta_path)
     with library_imports.uncompiled():
+        # A thread in the midst of an import goes through the list that it began with.
+        assert was == finders and sys.meta_path[1:] == finders
         other = threading.Thread(target=look)
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module("made_up_compiler")
         other.start()
         other.join()
-    assert found == [7]
+    assert found == [7] and sys.meta_path == finders
     assert "made_up_compiler" in sys.modules

@@ -27,8 +27,7 @@ FUN = dataclasses.replace(TINY, in_dim=52, parts=frozenset({"ref_conv"}))
 CAMERA = dataclasses.replace(TINY, in_dim=36, parts=frozenset({"control_adapter"}), camera_dim=128)
 SIZE = (3, 4, 6)
 SHARD = SequenceShard(length=18)
-PICTURE_BYTES = 2 * 64 * 4
-"""Of a short picture of `Kept`."""
+PICTURE_BYTES = 2 * 64 * 4  # Of a short picture of `Kept`.
 
 
 class Kept(KeptConditions):
@@ -106,9 +105,10 @@ def test_of_texts_the_two_that_were_used_last_keep_what_is_derived_of_them() -> 
 
 def test_with_memory_optimization_nothing_is_kept_of_texts_and_pictures() -> None:
     kept = Kept(FLF2V, keeps=False)
-    told = kept.told("ab", "xx")
-    assert not any(context.keep for context in kept.texts(told) + kept.pictures(told))
-    assert kept.texts(told)[0] is not kept.texts(told)[0]
+    before = kept.pictures(told := kept.told("ab", "xx"))
+    assert not any(context.keep for context in kept.texts(told) + before)
+    kept.pictures(kept.told("ab", "yy"))
+    assert kept.texts(told)[0] is not kept.texts(told)[0] and kept.pictures(told)[0] is not before[0]
 
 
 def test_pictures_are_kept_while_they_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from batching import Interrupted, Node, OutOfMemory
 from mount import ROOT
 from node_inputs import BOTH, asked_for, inputs_of, tiny_files, use_model_folders
-from wan_pack.distributed.job.job import Job, JobError
+from wan_pack.distributed.job.job import Job
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.launch.launcher import MAX_LOG, JobFailed
 from wan_pack.distributed.machine.prerequisites import MIN_FREE_BYTES
@@ -51,22 +52,22 @@ def test_the_disks_have_room_for_what_is_made_side_by_side(node: Node, tmp_path:
         assert room == {tmp_path / "jobs": 2 * made, tmp_path / "output": 2 * video}
 
 
-def test_the_disks_have_room_for_all_videos_before_the_first_is_begun(
-    node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of 100, two are made at a time, and all stay in the output folder."""
+def test_disks_without_room_for_all_videos_are_told_first(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100, two are made at a time, and all stay in the output folder; real ones are far smaller than is counted."""
     node.run(text_embeds=BOTH)
-    video = int(64 * 48 * 5 * 0.9)
     given = sum(tensor.nbytes for tensor in node.tensors.pop().values())
-    needed = MIN_FREE_BYTES + 2 * (given + 64 * 48 * 5 // 4 + video) + 100 * video
+    needed = MIN_FREE_BYTES + 2 * (given + 64 * 48 * 5 // 4) + 102 * int(64 * 48 * 5 * 0.9)
     asked = {"text_embeds": BOTH, "batch_count": 100, "gpu_count": 2, "gpus_per_video": 1}
     free = SimpleNamespace(free=needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
-    with pytest.raises(JobError, match=r"one disk, .* the batch of 100 videos needs .* Free some space"):
-        node.run(**asked)
-    assert node.tensors == [], "nothing was begun"
-    free.free += 1
-    assert len(node.run(**asked)["result"][0]) == 100
+    told = (
+        r"one disk, .*; at the most the batch of 100 videos needs .* Free some space there, or the last videos may fail"
+    )
+    for warned in (True, False):
+        made = node.run(**asked)
+        assert len(made["result"][0]) == 100
+        assert (re.search(told, made["result"][3]) is not None) == warned
+        free.free += 1
 
 
 def test_results_come_in_the_order_of_the_prompts(node: Node, tiny_models: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from node_inputs import asked_for, identity, model_files, use_model_folders
 from wan_pack.distributed.job.job import LoraFile, ModelFiles
 from wan_pack.distributed.job.sampling import SamplingSettings
@@ -53,6 +54,9 @@ def test_settings_as_a_node_begins_with_are_for_one_model(model: ModelFiles, var
 def test_frames_per_second_of_another_model(model: ModelFiles) -> None:
     preset = {"preset": "official TI2V-5B"}
     assert said(model, "TI2V-5B", **preset) == ["fps is 16; videos of TI2V-5B have 24, so this one is slower"]
+    # What it follows says how many.
+    control = {"preset": "Fun-Control 5B", "control_video": torch.zeros(5, 8, 8, 3)}
+    assert said(model, "Fun-Control 5B", **control) == []
     assert said(model, "TI2V-5B", **preset, fps=20.0) == said(model, "TI2V-5B", **preset, decode_video=False) == []
 
 
@@ -62,7 +66,7 @@ def test_few_steps_of_a_model_that_is_made_for_many(model: ModelFiles, tmp_path:
     (line,) = said(model, "T2V", **preset)
     assert line == (
         "preset Lightning 4 steps is for models and LoRAs that are made for few steps; high.safetensors, "
-        "low.safetensors has no such name, and no such LoRA"
+        "low.safetensors have no such name, and no such LoRA"
     )
     (line,) = said(replace(model, high_noise_loras=lora), "T2V", **preset)
     assert "; low.safetensors has no such name" in line, "one of two is forgotten"

@@ -184,7 +184,10 @@ def test_each_slot_prefers_the_expert_of_its_name(folders: Path, files: list[str
     [
         (["clip_l.safetensors", "umt5_xxl_fp16.safetensors"], "umt5_xxl_fp16.safetensors"),
         (["UMT5-xxl-encoder-Q8_0.gguf"], "UMT5-xxl-encoder-Q8_0.gguf"),
-        (["t5xxl_fp16.safetensors"], NONE),
+        (["umt5-xxl-encoder-Q3_K_S.gguf", "umt5-xxl-encoder-Q8_0.gguf"], "umt5-xxl-encoder-Q8_0.gguf"),
+        (["umt5_xxl_fp8_e4m3fn_scaled.safetensors", "umt5-xxl-enc-bf16.safetensors"], "umt5-xxl-enc-bf16.safetensors"),
+        (["umt5_xxl_fp32.safetensors", "umt5-xxl-Q5_K_M.gguf"], "umt5-xxl-Q5_K_M.gguf"),
+        (["t5xxl_fp16.safetensors", "umt5_small.safetensors"], NONE),
         ([], NONE),
     ],
 )

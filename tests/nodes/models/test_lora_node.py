@@ -160,6 +160,8 @@ def test_lora_that_was_replaced_is_taken_as_it_is_now(folders: Path) -> None:
         ("Wan21_Self_Forcing_rank64.safetensors", 3.0, True),
         ("wan2.2_t2v_lightx2v_4steps_lora_v1.1_high_noise.safetensors", 1.0, False),
         ("fox.safetensors", 3.0, False),
+        ("porsche_turbo_high_noise.safetensors", 3.0, False),
+        ("rapid_motion.safetensors", 3.0, False),
         ("fox_14steps.safetensors", 3.0, False),
     ],
 )

@@ -77,6 +77,15 @@ def test_a_half_changes_as_a_layer_of_its_own(
             assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("module", ["to_q", "to_k", "to_v", "to_out"])
+def test_a_face_is_found_with_underscores_for_dots(tmp_path: Path, module: str) -> None:
+    found = [
+        opened(tmp_path / f"{prefix}.safetensors", {f"{prefix}{module}": PAIR})
+        for prefix in ("transformer.face_adapter.1.", "lora_unet_face_adapter_1_")
+    ]
+    assert found[0].updates and found[0].updates.keys() == found[1].updates.keys() and not found[1].skipped
+
+
 def test_both_halves_stay_beside_a_weight(tmp_path: Path) -> None:
     values = {"lora_B.weight": rand(ROWS, 2, seed=1), "lora_A.weight": rand(2, ROWS, seed=1)}
     lora = opened(tmp_path / "l.safetensors", {"face_adapter.1.to_k": PAIR, "face_adapter.1.to_v": values})
