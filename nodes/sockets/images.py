@@ -132,14 +132,7 @@ def _from_core(latents: Any, mask: Any, index: Any, sampling: Sampling, variant:
             else f"{name} has shape {list(latents.shape)}; Wan I2V takes [1, {channels}, T, h, w]"
         )
     size = tuple(latents.shape[2:])
-    more = size[0] - space.shape(sampling.width, sampling.height, sampling.num_frames)[1]
-    if more > variant.frames_in_front > 0:
-        raise ValueError(
-            f"{name} has {more} latent frames more than this node's video of {sampling.num_frames} frames; this model "
-            f"({variant.name}) takes {variant.frames_in_front} in front, of one picture: give reference_image of "
-            f"{_maker(variant)} a single picture, and length the frames of this node"
-        )
-    check_video_size(name, (size[0] - variant.frames_in_front, *size[1:]), space.stride, sampling)
+    _check_size(name, size, space.stride, sampling, variant)
     parts = [normalise(part, space.channels) for part in latents[0].split(space.channels)]
     if not masked:
         return torch.cat(parts).contiguous()
@@ -156,6 +149,21 @@ def _from_core(latents: Any, mask: Any, index: Any, sampling: Sampling, variant:
     known = 1 - mask[0].float().expand(MASK_CHANNELS, *size)
     parts.insert(variant.mask_index // space.channels, known)
     return torch.cat(parts).contiguous()
+
+
+def _check_size(name: str, size: tuple[int, ...], stride: int, sampling: Sampling, variant: Variant) -> None:
+    """Raises ValueError unless latents [T, h, w] = `size`, those in front among them, are of the node's video."""
+    try:
+        check_video_size(name, (size[0] - variant.frames_in_front, *size[1:]), stride, sampling)
+    except ValueError as error:
+        wanted = (sampling.num_frames - 1) // TEMPORAL_STRIDE + 1 + variant.frames_in_front
+        if not variant.frames_in_front or size[0] <= wanted:
+            raise
+        # Latents of more pictures in front look as those of a longer video do.
+        raise ValueError(
+            f"{error}: length of {_maker(variant)} and num_frames. Where they are, its reference_image holds more than "
+            f"one picture; this model ({variant.name}) takes a single picture"
+        ) from None
 
 
 def _maker(variant: Variant) -> str:

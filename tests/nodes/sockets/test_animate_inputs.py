@@ -88,11 +88,14 @@ def test_the_latents_have_a_frame_in_front() -> None:
         image_tensors(short, SAMPLING, ANIMATE, Status())
 
 
-@pytest.mark.parametrize("pictures", [2, 3])
-def test_who_is_shown_is_one_picture(pictures: int) -> None:
-    """Of more than one ComfyUI's node makes further latent frames in front, which are no other length of the video."""
-    frames = 3 + pictures
+@pytest.mark.parametrize("more", [1, 2])
+def test_too_many_latents_are_another_length_first_and_then_several_pictures(more: int) -> None:
+    """Of more than one picture ComfyUI's node makes further latent frames in front, as of a longer video."""
+    frames = 4 + more
     told = text(concat_latent_image=torch.zeros(1, 16, frames, 6, 8), concat_mask=torch.ones(1, 4, frames, 6, 8))
-    words = rf"{pictures} latent frames more than .* 9 frames; .*Animate\) takes 1 in front, .* a single picture"
+    words = (
+        rf"^concat_latent_image of text_embeds is for 64x48, {9 + 4 * more} frames; this node makes 64x48, 9 frames\. "
+        r"Set both to the same: length of WanAnimateToVideo and num_frames\. .*reference_image.*Animate\) takes a"
+    )
     with pytest.raises(ValueError, match=words):
         image_tensors(asked(text_embeds=told), SAMPLING, ANIMATE, Status())
