@@ -42,11 +42,13 @@ Fill = Callable[[str, "Tensor"], None]
 
 def model_config(name: str) -> WanConfig:
     """A name in released_sizes.py; or tiny, tiny-i2v, tiny-5B, tiny-vace, tiny-animate for machines without a GPU."""
-    from wan_pack.benchmarks.released_sizes import ANIMATES, WAN_CONFIGS
+    from wan_pack.benchmarks.released_sizes import WAN_CONFIGS
     from wan_pack.wan.model.config import WanConfig
+    from wan_pack.wan.model.variants import VARIANTS
 
-    channels = {"tiny": (16, 16), "tiny-i2v": (36, 16), "tiny-5B": (48, 48), "tiny-vace": (16, 16)}
-    channels["tiny-animate"] = (36, 16)
+    channels = {
+        "tiny": (16, 16), "tiny-i2v": (36, 16), "tiny-5B": (48, 48), "tiny-vace": (16, 16), "tiny-animate": (36, 16)
+    }  # fmt: skip
     if name in WAN_CONFIGS:
         return WAN_CONFIGS[name]
     if name not in channels:
@@ -54,7 +56,7 @@ def model_config(name: str) -> WanConfig:
     in_dim, out_dim = channels[name]
     own: dict[str, dict[str, Any]] = {
         "tiny-vace": {"parts": frozenset({"vace_blocks"}), "vace_layers": (0, 1)},
-        "tiny-animate": {"parts": ANIMATES, "face_blocks": 1},
+        "tiny-animate": {"parts": VARIANTS["Animate"].parts, "face_blocks": 1},
     }
     return WanConfig(
         dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=in_dim, out_dim=out_dim, text_dim=64, freq_dim=256,

@@ -114,13 +114,7 @@ def make_inputs(shape: Shape, *, meta: bool = False) -> dict[str, Tensor]:
     """
     import torch
     from wan_pack.distributed.job.control_inputs import TOLD
-    from wan_pack.distributed.job.input_tensors import (
-        CLIP_FEATURES,
-        CONTEXT,
-        CONTEXT_NULL,
-        IMAGE_CONDITIONING,
-        SAMPLES,
-    )  # fmt: skip
+    from wan_pack.distributed.job.input_tensors import CLIP_FEATURES, CONTEXT, CONTEXT_NULL, IMAGE_CONDITIONING, SAMPLES
     from wan_pack.wan.model.config import PICTURE_ROWS
     from wan_pack.wan.vae.latents import denormalise
 
@@ -133,9 +127,9 @@ def make_inputs(shape: Shape, *, meta: bool = False) -> dict[str, Tensor]:
         shapes |= {CONTEXT: (64, config.text_dim)} | ({CONTEXT_NULL: (32, config.text_dim)} if shape.guided else {})
     if config.animates:
         # The picture, what CLIP sees of it, a pose and a face of each frame.
-        own = [IMAGE_CONDITIONING, CLIP_FEATURES, "pose_video_latent", "face_video_pixels"]
-        sizes = [(config.in_dim - config.out_dim, *latents[1:]), (PICTURE_ROWS, config.clip_dim)]
-        shapes |= zip(own, [*sizes, *(TOLD[name].shape(config, latents[1:]) for name in own[2:])], strict=True)
+        shapes |= {IMAGE_CONDITIONING: (config.in_dim - config.out_dim, *latents[1:])}
+        shapes |= {CLIP_FEATURES: (PICTURE_ROWS, config.clip_dim)}
+        shapes |= {n: TOLD[n].shape(config, latents[1:]) for n in ("pose_video_latent", "face_video_pixels")}
     if meta:
         return {name: torch.empty(size, device="meta") for name, size in shapes.items()}
     generator = torch.Generator().manual_seed(shape.seed)

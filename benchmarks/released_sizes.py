@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from wan_pack.wan.model.config import WanConfig
-
-ANIMATES = frozenset({"img_emb", "pose_patch_embedding", "motion_encoder", "face_adapter", "face_encoder"})
-"""What Animate has beside an I2V model's parts."""
+from wan_pack.wan.model.variants import VARIANTS
 
 WAN_CONFIGS: dict[str, WanConfig] = {
     "t2v-A14B": WanConfig(
@@ -20,7 +18,7 @@ WAN_CONFIGS: dict[str, WanConfig] = {
     ),
     "animate-14B": WanConfig(
         dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36, out_dim=16, text_dim=4096, freq_dim=256,
-        parts=ANIMATES, face_blocks=8,
+        parts=VARIANTS["Animate"].parts, face_blocks=8,
     ),
     "ti2v-5B": WanConfig(
         dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48, text_dim=4096, freq_dim=256

@@ -13,7 +13,6 @@ from ...wan.model.variants import Variant
 from ..models.loras import distilled, experts
 from ..settings.presets import BEGUN_WITH, CUSTOM, PRESETS
 from ..settings.widgets import INPUT_NAMES
-from ..sockets.control_embeds import has_control
 from ..sockets.video_inputs import VideoInputs
 
 TUNED = ("solver", "shift", "guidance_low", "guidance_high")
@@ -35,8 +34,7 @@ def unsuited(asked: VideoInputs, model: ModelFiles, variant: Variant) -> Iterato
                 f"{'have' if len(names) > 1 else 'has'} no such name, and no such LoRA"
             )
     made = variant.latents.fps
-    followed = asked.control_video is not None or has_control(asked.image_embeds)
-    if not followed and asked.decode_video and made != asked.sampling.fps and _as_begun_with(asked, "fps"):
+    if not asked.followed and asked.decode_video and made != asked.sampling.fps and _as_begun_with(asked, "fps"):
         yield f"fps is {asked.sampling.fps:g}; videos of {variant.name} have {made:g}, so this one is slower"
 
 

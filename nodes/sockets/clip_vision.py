@@ -17,7 +17,6 @@ from ..host.declared import kind_of
 from ..host.entry_keys import HIDDEN_STATES, SEEN
 from ..host.status import Status
 from ..host.tensors import tensor_of
-from .control_embeds import has_control
 from .embeds import extras_of
 from .video_inputs import VideoInputs
 
@@ -100,8 +99,7 @@ def _of_no_picture(asked: VideoInputs, config: WanConfig, status: Status) -> dic
     import torch
 
     pictures = (asked.start_image, asked.end_image, asked.reference_images)
-    followed = asked.control_video is not None or has_control(asked.image_embeds)
-    if not config.image_branch or not followed or any(picture is not None for picture in pictures):
+    if not config.image_branch or not asked.followed or any(picture is not None for picture in pictures):
         return {}
     status.note("there is no picture for CLIP beside the control video: its features are zeros")
     return {"clip_features": torch.zeros(PICTURE_ROWS, config.clip_dim)}

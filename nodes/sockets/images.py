@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...distributed.job.control_inputs import CAMERA
 from ...distributed.job.errors import check, listed
-from ...wan.model.latent_space import TEMPORAL_STRIDE, WAN21
+from ...wan.model.latent_space import TEMPORAL_STRIDE, WAN21, LatentSpace
 from ...wan.model.variants import MASK, Variant, takers
 from ..host.declared import is_set, kind_of
 from ..host.entry_keys import PICTURE, PICTURE_MASK, PICTURE_MASK_INDEX
@@ -132,7 +132,7 @@ def _from_core(latents: Any, mask: Any, index: Any, sampling: Sampling, variant:
             else f"{name} has shape {list(latents.shape)}; Wan I2V takes [1, {channels}, T, h, w]"
         )
     size = tuple(latents.shape[2:])
-    _check_size(name, size, space.stride, sampling, variant)
+    _check_size(name, size, space, sampling, variant)
     parts = [normalise(part, space.channels) for part in latents[0].split(space.channels)]
     if not masked:
         return torch.cat(parts).contiguous()
@@ -151,13 +151,13 @@ def _from_core(latents: Any, mask: Any, index: Any, sampling: Sampling, variant:
     return torch.cat(parts).contiguous()
 
 
-def _check_size(name: str, size: tuple[int, ...], stride: int, sampling: Sampling, variant: Variant) -> None:
+def _check_size(name: str, size: tuple[int, ...], space: LatentSpace, sampling: Sampling, variant: Variant) -> None:
     """Raises ValueError unless latents [T, h, w] = `size`, those in front among them, are of the node's video."""
     try:
-        check_video_size(name, (size[0] - variant.frames_in_front, *size[1:]), stride, sampling)
+        check_video_size(name, (size[0] - variant.frames_in_front, *size[1:]), space.stride, sampling)
     except ValueError as error:
-        wanted = (sampling.num_frames - 1) // TEMPORAL_STRIDE + 1 + variant.frames_in_front
-        if not variant.frames_in_front or size[0] <= wanted:
+        frames = space.shape(sampling.width, sampling.height, sampling.num_frames)[1]
+        if not variant.frames_in_front or size[0] <= frames + variant.frames_in_front:
             raise
         # Latents of more pictures in front look as those of a longer video do.
         raise ValueError(

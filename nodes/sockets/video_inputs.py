@@ -15,6 +15,7 @@ from ..host.status import Status
 from ..settings.presets import CUSTOM, PRESETS
 from ..settings.spread import DistributedConfig
 from ..settings.widgets import INPUT_NAMES
+from .control_embeds import has_control
 from .wrapper_model import AUTO
 
 LAYOUT = ("gpu_count", "use_ulysses", "use_fsdp", "offload_model", "plan")
@@ -59,6 +60,11 @@ class VideoInputs:
     """Jobs that share this machine's memory."""
     more_follow: bool = False
     """As `Parallel` has it."""
+
+    @property
+    def followed(self) -> bool:
+        """Whether there is a control that the video follows, from whichever socket."""
+        return self.control_video is not None or has_control(self.image_embeds)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> VideoInputs:

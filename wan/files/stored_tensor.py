@@ -220,13 +220,18 @@ class Joined:
         return kinds.pop() if len(kinds) == 1 else torch.float64
 
     def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
-        flat, begin = out.view(-1), -start
+        begin = -start
         for part in self.parts:
-            end = begin + math.prod(part.shape)
-            piece = flat[max(begin, 0) : max(end, 0)]
-            if piece.numel():
-                part.read_into(piece, start=max(-begin, 0), staging=staging)
-            begin = end
+            begin = read_from(part, out.view(-1), begin, staging)
+
+
+def read_from(part: StoredTensor, flat: Tensor, begin: int, staging: Tensor | None) -> int:
+    """Reads what of `part` lies in `flat`, where it begins at an index that may be below 0. Returns where it ends."""
+    end = begin + math.prod(part.shape)
+    piece = flat[max(begin, 0) : max(end, 0)]
+    if piece.numel():
+        part.read_into(piece, start=max(-begin, 0), staging=staging)
+    return end
 
 
 def is_scale(tensor: StoredTensor) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..files.diffusers_keys import HALF, whole
-from ..files.stored_tensor import StoredTensor
+from ..files.stored_tensor import StoredTensor, read_from
 from .updates import Adder, LowRank, ReadRows, Update
 
 _WHOLE = re.compile(r"(face_adapter\.fuser_blocks\.\d+\.linear1_kv)\.(weight|bias)")
@@ -66,10 +66,8 @@ class _Padded:
         return self.stored.dtype
 
     def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
-        flat, begin = out.view(-1).zero_(), self.first * math.prod(self.stored.shape[1:]) - start
-        piece = flat[max(begin, 0) : max(begin + math.prod(self.stored.shape), 0)]
-        if piece.numel():
-            self.stored.read_into(piece, start=max(-begin, 0), staging=staging)
+        begin = self.first * math.prod(self.stored.shape[1:]) - start
+        read_from(self.stored, out.view(-1).zero_(), begin, staging)
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,6 @@ _DIFFUSERS_BLOCK = (
     *("norm2", "ffn.net.0.proj", "ffn.net.2", "proj_in", "proj_out"),
 )
 
-_FACE_BLOCK = re.compile(r"face_adapter\.fuser_blocks\.(\d+)\.")
 _WRAPPERS = re.compile(
     r"^(?:(?:base_model\.model|model|module|diffusion_model|unet|transformer|transformer_2|pipe|dit|dit2"
     r"|generator|generator_ema|denoiser|student|net|wan)\.)*"
@@ -182,7 +181,7 @@ class ModuleNames:
             ".".join(name.split(".")[:2]) for name in self._modules if name.startswith(("blocks.", "vace_blocks."))
         }
         in_diffusers = [f"{block}.{name}" for block in blocks for name in _DIFFUSERS_BLOCK]
-        faces = {match[1] for name in modules if (match := _FACE_BLOCK.match(name))}
+        faces = {name.split(".")[2] for name in modules if name.startswith("face_adapter.fuser_blocks.")}
         in_diffusers += [f"face_adapter.{number}.{name}" for number in faces for name in IN_FACE_BLOCK]
         self._underscored = {name.replace(".", "_"): name for name in self._modules}
         self._underscored |= {name.replace(".", "_"): to_official(name) for name in (*_DIFFUSERS_ROOT, *in_diffusers)}
