@@ -22,8 +22,11 @@ def claim(folder: OwnedFolder) -> None:
     """Makes the folder this process's, until the process ends or removes it."""
     # A lock, not a pid: the kernel lets go of it however its holder dies, and two containers that share this folder
     # do not see each other's pids.
-    folder.lock = os.fdopen(os.open(folder.owner, os.O_WRONLY | os.O_CREAT, 0o600), "wb")
+    unseen = folder.path / f".{folder.owner.name}"
+    folder.lock = os.fdopen(os.open(unseen, os.O_WRONLY | os.O_CREAT, 0o600), "wb")
+    # Before it has the name that others look for: who finds it not locked yet takes the folder for an abandoned one.
     try_lock(folder.lock)
+    unseen.rename(folder.owner)
 
 
 def remove_abandoned(parent: Path) -> None:

@@ -124,12 +124,12 @@ def _open(path: Path) -> IO[str]:
     return os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
 
 
-def try_lock(file: IO[str] | IO[bytes] | int) -> bool:
-    """Of any file. False if somebody holds the lock, or the file system knows no locks."""
+def try_lock(file: IO[str] | IO[bytes] | int, *, wait: bool = False) -> bool:
+    """Of any file. False if somebody holds the lock (for whom it can `wait`), or the file system knows no locks."""
     import fcntl  # Not on Windows, where ComfyUI must still be able to import this file.
 
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True

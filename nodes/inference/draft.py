@@ -39,9 +39,7 @@ class Draft:
         except OSError:
             self._hidden, self.path = True, self._folder / name
             _remove_abandoned(self._folder)
-            self._descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-            # As with job folders: how one is known whose process has died.
-            try_lock(self._descriptor)
+            self._descriptor = _create_locked(self.path)
             return self
         self._hidden, self.path = False, self._scratch / name
         try:
@@ -85,6 +83,17 @@ class Draft:
             if target.exists():
                 raise FileExistsError(target) from None
             os.rename(self.path, target)
+
+
+def _create_locked(path: Path) -> int:
+    """Opens a new file. As with job folders, the lock is how one is known whose process has died."""
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        try_lock(descriptor, wait=True)
+        if path.exists():
+            return descriptor
+        # Another program's draft found it before it was locked, and removed it.
+        os.close(descriptor)
 
 
 def _remove_abandoned(folder: Path) -> None:

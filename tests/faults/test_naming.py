@@ -17,6 +17,7 @@ from jobs import stub_job
 from wan_pack.distributed.group.leftovers import claim, remove_abandoned
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.launch.launcher import Result
+from wan_pack.distributed.machine.gpu_locks import try_lock
 from wan_pack.nodes.host import host
 from wan_pack.nodes.inference import draft, outcome
 
@@ -143,6 +144,33 @@ def test_fault_34_a_video_has_its_name_whole_or_not_at_all(
     # It was killed before, between and after.
     assert counts == {0, 1, 2}
     assert bool(hidden) == (kind != "ordinary")
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before its lock", "while it is locked"])
+def test_fault_34_a_draft_that_is_just_being_made_is_nobody_elses_to_remove(
+    monkeypatch: pytest.MonkeyPatch, output: Path, tmp_path: Path, late: bool
+):
+    """Two videos are saved at once: each removes the drafts that nobody has locked."""
+    no_unnamed_files(monkeypatch)
+    taken = 0
+
+    def lock(file: Any, *, wait: bool = False) -> bool:
+        nonlocal taken
+        taken += wait
+        if not wait or taken > 1:
+            return try_lock(file, wait=wait)
+        if late:
+            with next(output.glob(".*")).open("rb") as other:
+                assert try_lock(other) and not try_lock(file)
+                next(output.glob(".*")).unlink()
+        else:
+            draft._remove_abandoned(output)
+        return try_lock(file, wait=wait)
+
+    monkeypatch.setattr(draft, "try_lock", lock)
+    save_videos(tmp_path / "jobs")
+    assert taken == VIDEOS + 1, "one more, for that which was removed"
+    assert [path.read_bytes() for path in output.iterdir()] == [VIDEO] * VIDEOS
 
 
 @pytest.mark.parametrize("kind", KINDS)

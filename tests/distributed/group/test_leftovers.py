@@ -6,16 +6,19 @@ import errno
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jobs import stub_job
+from wan_pack.distributed.group import leftovers
 from wan_pack.distributed.group.group_folder import GroupDir
 from wan_pack.distributed.group.leftovers import GRACE_SECONDS, KEPT, claim, keep_failed, remove_abandoned
 from wan_pack.distributed.hosts.hostfile import HostsDir
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.machine.bell import Bell
+from wan_pack.distributed.machine.gpu_locks import try_lock
 
 
 def fail(folder: Path) -> Path:
@@ -117,6 +120,33 @@ def test_abandoned_jobs_and_groups_go_when_they_are_old_enough(tmp_path: Path):
     assert (tmp_path / "wan-other").exists()
     for folder in (owned, young):
         folder.remove()
+
+
+@pytest.mark.parametrize("before", range(3))
+def test_a_folder_is_never_seen_without_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int):
+    """Jobs of a batch start at once: while one claims its folder another looks for abandoned ones, at any moment."""
+    folder, moments = JobDir.create(tmp_path), 0
+
+    def look(function: Callable[..., Any]) -> Callable[..., Any]:
+        def looked(*args: Any, **named: Any) -> Any:
+            nonlocal moments
+            moments += 1
+            if moments == before + 1:
+                monkeypatch.undo()
+                remove_abandoned(tmp_path)
+            return function(*args, **named)
+
+        return looked
+
+    for place, name in ((os, "fdopen"), (leftovers, "try_lock"), (Path, "rename")):
+        monkeypatch.setattr(place, name, look(getattr(place, name)))
+    claim(folder)
+    assert moments == before + 1, "it was looked for"
+    remove_abandoned(tmp_path)
+    assert folder.owner.exists()
+    with folder.owner.open("rb") as file:
+        assert not try_lock(file)
+    folder.remove()
 
 
 @pytest.mark.parametrize("kind", ["job", "group", "hosts"])
