@@ -18,7 +18,7 @@ demo: $(READY)
 quick: $(READY)
 	$(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not (processes or ranks)"
 
-# The types beside the tests: without a cache mypy takes most of a minute.
+# The types beside the tests: without a cache mypy takes a quarter of a minute.
 test: $(READY) style
 	$(MAKE) --no-print-directory -j 2 types tests
 

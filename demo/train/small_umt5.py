@@ -48,8 +48,7 @@ def build(sizes: Sizes, spiece: bytes, seed: int = 0) -> TextEncoder:
         vocab_size=tokenizer.vocab, d_model=sizes.text_dim, d_kv=32, d_ff=2 * sizes.text_dim,
         num_layers=sizes.text_layers, num_heads=sizes.text_dim // 32, feed_forward_proj="gated-gelu", dropout_rate=0.0,
         pad_token_id=0, eos_token_id=1,
-        # A keyword of every config, which its own signature does not name.
-        attn_implementation="eager",  # type: ignore[call-arg]
+        attn_implementation="eager",
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

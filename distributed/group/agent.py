@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..job.json_files import read_json
+from ..libraries.library_imports import uncollected
 from ..machine.processes import AGENT_VARIABLE, Process, descendants, kill_all, members, signal_name
 from .early_ranks import EarlyRanks
 from .group_folder import GroupDir
@@ -37,7 +38,8 @@ def main(folder: GroupDir) -> int:
         os.environ[AGENT_VARIABLE] = str(os.getpid())
         early = EarlyRanks(rank_command(folder.path), ranks)
         # After the ranks: both import torch.
-        from . import rendezvous
+        with uncollected():
+            from . import rendezvous
 
         rendezvous.register()
         return run_ranks(folder.path, _one_machine(folder, ranks, rendezvous.BACKEND), folder.failures, early)

@@ -57,6 +57,12 @@ class Linear(nn.Linear):
         self.exact = False
         """For now codes are unpacked, and what is multiplied by them is not rounded."""
 
+    def reset_parameters(self) -> None:
+        """Fills the weight with random numbers, as torch does, where it has memory."""
+        # Torch would go through the motions without: half of the time that the making of an empty model takes.
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     @property
     def compute_dtype(self) -> torch.dtype:
         """That of the weight, unless `keep` set another."""

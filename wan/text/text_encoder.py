@@ -137,8 +137,7 @@ def _build(info: TextEncoderInfo) -> UMT5EncoderModel:
         layer_norm_epsilon=1e-6,
         pad_token_id=0,
         eos_token_id=1,
-        # Of all configs, though not in the signature of this one.
-        attn_implementation="eager",  # type: ignore[call-arg]
+        attn_implementation="eager",
     )
     with torch.device("meta"):
         return UMT5EncoderModel(config)

@@ -94,8 +94,7 @@ def _build(info: ClipInfo) -> CLIPVisionModel:
         patch_size=PATCH[-1],
         hidden_act="gelu",
         layer_norm_eps=1e-5,
-        # Of all configs, though not in the signature of this one.
-        attn_implementation="eager",  # type: ignore[call-arg]
+        attn_implementation="eager",
     )
     with torch.device("meta"):
         model = CLIPVisionModel(config)

@@ -75,6 +75,19 @@ def test_norms_add_and_weigh_as_they_are_told():
     assert torch.equal(PLAIN.add_norm(x, y, None, weight, bias, BF16)[0], x + y)
 
 
+def test_only_a_layer_with_memory_is_filled(monkeypatch: pytest.MonkeyPatch):
+    """Torch would go through all layers of an empty model for nothing."""
+    filled: list[str] = []
+    fill = torch.nn.init.kaiming_uniform_
+    monkeypatch.setattr(
+        torch.nn.init, "kaiming_uniform_", lambda weight, **how: (filled.append(weight.device.type), fill(weight, **how))
+    )
+    with torch.device("meta"):
+        Linear(4, 3)
+    assert Linear(4, 3).weight.abs().max() <= 4**-0.5
+    assert filled == ["cpu"]
+
+
 def test_products_that_are_bent_are_bent_by_the_tanh_form():
     linear = Linear(4, 3)
     x = noise(5, 4)
