@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -79,9 +80,12 @@ def test_only_a_layer_with_memory_is_filled(monkeypatch: pytest.MonkeyPatch):
     """Torch would go through all layers of an empty model for nothing."""
     filled: list[str] = []
     fill = torch.nn.init.kaiming_uniform_
-    monkeypatch.setattr(
-        torch.nn.init, "kaiming_uniform_", lambda weight, **how: (filled.append(weight.device.type), fill(weight, **how))
-    )
+
+    def note(weight: torch.Tensor, **how: Any) -> None:
+        filled.append(weight.device.type)
+        fill(weight, **how)
+
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", note)
     with torch.device("meta"):
         Linear(4, 3)
     assert Linear(4, 3).weight.abs().max() <= 4**-0.5
