@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +24,8 @@ from torch import Tensor
 from ..files.block_scaled import BlockScaled
 from ..files.diffusers_keys import MARKER as DIFFUSERS_MARKER
 from ..files.diffusers_keys import to_official, whole
-from ..files.headers import brief
 from ..files.identify import describe_tensors, prefixes
-from ..files.model_folder import TRANSFORMER_CLASSES, folder_files, read_json_object
+from ..files.model_folder import folder_files
 from ..files.rotated import Rotated
 from ..files.stored_model import StoredModel, open_model
 from ..files.stored_tensor import Joined, PlainTensor, StoredTensor, is_scale
@@ -36,6 +34,7 @@ from ..model.eight_bits import CODES, FP8_DTYPES, KeptWeight
 from ..model.variants import RUNNABLE, Variant, check_runs
 from ..transformer.motion_encoder import BLUR, BLUR_TENSOR
 from ..transformer.transformer import meta_model, parameter_dtype
+from .config_texts import read_config_texts
 from .diffusers_layout import check_one_layout, in_official_layout
 
 MARKERS = ("head.modulation", DIFFUSERS_MARKER)
@@ -62,7 +61,7 @@ class Checkpoint:
             self._stored = in_official_layout(model.weights(names), names)
             shapes = {name: tensor.shape for name, tensor in self._stored.items() if not is_scale(tensor)}
             check_runs(shapes)
-            told = _told_beside(Path(self.files[0]).parent)
+            told = read_config_texts(Path(self.files[0]).parent, model.metadata)
             self.config: WanConfig = config_from_shapes(shapes, num_heads=told.num_heads, vace_layers=told.vace_layers)
             expected = _expected_shapes(self.config)
             for name, shape in expected.items():
@@ -215,27 +214,3 @@ def _check_complete(
         if shapes[name] != shape:
             raise ValueError(f"tensor {name} has shape {shapes[name]}; expected {shape}")
     return frozenset(marks)
-
-
-class _Told(NamedTuple):
-    """What a config.json says that tensors do not; None: it does not."""
-
-    num_heads: int | None = None
-    vace_layers: tuple[int, ...] | None = None
-
-
-def _told_beside(folder: Path) -> _Told:
-    """By the config.json beside the file, if there is one; that of another model (ComfyUI's folders) says nothing."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return _Told()
-    config = read_json_object(path)
-    key = TRANSFORMER_CLASSES.get(str(config.get("_class_name")))
-    if key is None:
-        return _Told()
-    num_heads, layers = config.get(key), config.get("vace_layers")
-    if type(num_heads) is not int or num_heads < 1:
-        raise ValueError(f"{path}: {key} is {num_heads!r}; it must be a positive number")
-    if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
-        raise ValueError(f"{path}: vace_layers is {brief(layers)}; it must be a list of numbers of blocks")
-    return _Told(num_heads, None if layers is None else tuple(layers))

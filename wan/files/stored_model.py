@@ -63,6 +63,11 @@ class StoredModel:
         return {layer: kind for file in self.files for layer, kind in file.formats.items()}
 
     @property
+    def metadata(self) -> dict[str, str]:
+        """Of all safetensors files among them; the first one's where they differ."""
+        return {key: value for file in reversed(self.files) for key, value in file.metadata.items()}
+
+    @property
     def gguf(self) -> GgufFile | None:
         """The first GGUF file among them, which has the metadata of all."""
         return next((file.gguf for file in self.files if file.gguf is not None), None)
