@@ -27,10 +27,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Kinds(config))
 
 
+def pytest_collection() -> None:
+    # As ranks do: otherwise the first test that imports diffusers has it import all else that is installed.
+    from wan_pack.distributed.libraries.library_imports import import_diffusers
+
+    import_diffusers()
+    # What is imported from here on stays: there is no garbage to look for.
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     # Thousands of tests and all of torch stay until the end: no collection of garbage walks through them again.
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import re
@@ -38,6 +39,8 @@ MEASURED = {
 """What files take that are far from it: `make test` prints its slowest tests."""
 BROWSER = {"test_browser", "test_screen"}
 """Files of the folder comfyui that are most of all in a page: they have a ComfyUI of their own."""
+CORE = "nodes/core"
+"""Whose files import ComfyUI's own code."""
 MAY_BE_ASKED = "nvidia-smi"
 """Looked for in vain on machines without a GPU."""
 
@@ -95,6 +98,8 @@ class Kinds:
 def _group(file: str) -> str:
     """Of files that one process runs one after another, as they share what takes long to start."""
     folder, name = os.path.split(file)
+    if folder.endswith(CORE):
+        return folder
     if os.path.basename(folder) != "comfyui":
         return file
     return f"{folder} browser" if os.path.splitext(name)[0] in BROWSER else folder
@@ -110,17 +115,18 @@ def _marks(item: pytest.Item) -> Iterator[str]:
         yield "hosts"
     if folder == "video":
         yield "video"
-    if _names(item) & RANKS:
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    used = (item.function, *(definition.func for definitions in fixtures for definition in definitions))
+    if any(_names(function) & RANKS for function in used):
         yield "ranks"
     if folder == "comfyui" or item.path.stem == "test_hosts_jobs":
         yield "processes"
 
 
-def _names(item: pytest.Item) -> set[str]:
-    """Names that a test uses, and its fixtures and the helpers in their modules."""
-    fixtures = item._fixtureinfo.name2fixturedefs.values()
-    left = [item.function, *(definition.func for definitions in fixtures for definition in definitions)]
-    seen, names = set(), set()
+@functools.cache
+def _names(function: Any) -> set[str]:
+    """Names that a test or a fixture uses, and the helpers in its module."""
+    left, seen, names = [function], set(), set()
     while left:
         function = inspect.unwrap(left.pop())
         if isinstance(function, type):
