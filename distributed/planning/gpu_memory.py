@@ -202,7 +202,7 @@ def kept_text_bytes(work: Workload, parallel: Parallel) -> int:
     prompts = GUIDED_PROMPTS if work.guided and not parallel.cfg_parallel else 1
     config = work.config
     rows = prompts * TEXT_LEN + (config.pictures * PICTURE_ROWS if config.image_branch else 0)
-    return 2 * len(config.block_names) * rows * config.dim * compute_bytes(parallel)
+    return 2 * (config.num_layers + len(config.vace_layers)) * rows * config.dim * compute_bytes(parallel)
 
 
 def activation_bytes(work: Workload, parallel: Parallel) -> int:

@@ -112,10 +112,11 @@ def make_plan(
     host = None if host_bytes is None else int(host_bytes * HOST_SHARE)
     free = sorted((gpu.free_bytes for gpu in gpus), reverse=True)
 
-    def fits(other: Workload) -> bool:
-        return any(
-            _fits(other, parallel, free[count - 1], host) for count, ways in allowed.items() for parallel in ways
-        )
+    # Those that need least are the last.
+    every = [way for ways in allowed.values() for way in ways][::-1]
+
+    def fits(other: Workload, way: Parallel) -> bool:
+        return _fits(other, way, free[way.gpu_count - 1], host)
 
     best: tuple[tuple[object, ...], int, float, Parallel, tuple[Gpu, ...]] | None = None
     for count, ways in allowed.items():
@@ -134,7 +135,7 @@ def make_plan(
                        parallel.stream_blocks, parallel.use_fsdp, [gpus.index(gpu) for gpu in chosen])  # fmt: skip
                 if best is None or key < best[0]:
                     best = key, level, time, parallel, chosen
-    size, frames = _largest_size(work, fits), _most_frames(work, fits)
+    size, frames = _largest_size(work, every, fits), _most_frames(work, every, fits)
     if best is None:
         raise _does_not_fit(work, allowed, free, host, size, frames)
     _, level, time, parallel, chosen = best
@@ -178,8 +179,10 @@ def _slowest(gpus: Sequence[Gpu], links: Links) -> str:
     return min(found, key=LINK_BYTES.__getitem__, default="nvlink")
 
 
-def _largest_size(work: Workload, fits: Callable[[Workload], bool]) -> tuple[int, int] | None:
-    """Of the same aspect ratio, by bisection over the shorter side in tokens."""
+def _largest_size(
+    work: Workload, ways: Sequence[Parallel], fits: Callable[[Workload, Parallel], bool]
+) -> tuple[int, int] | None:
+    """Of the same aspect ratio, by the shorter side in tokens."""
     multiple, short = work.latents.pixel_multiple, min(work.width, work.height)
 
     def sized(tokens: int) -> Workload:
@@ -187,23 +190,31 @@ def _largest_size(work: Workload, fits: Callable[[Workload], bool]) -> tuple[int
         width, height = (max(round(side * scale / multiple), 1) * multiple for side in (work.width, work.height))
         return dataclasses.replace(work, width=width, height=height)
 
-    tokens = _last(lambda n: fits(sized(n)), MAX_SIDE * short // max(work.width, work.height) // multiple)
+    most = MAX_SIDE * short // max(work.width, work.height) // multiple
+    tokens = _last(ways, lambda n, way: fits(sized(n), way), most)
     return None if tokens == 0 else (sized(tokens).width, sized(tokens).height)
 
 
-def _most_frames(work: Workload, fits: Callable[[Workload], bool]) -> int | None:
+def _most_frames(work: Workload, ways: Sequence[Parallel], fits: Callable[[Workload, Parallel], bool]) -> int | None:
     """4n + 1, at the same size."""
-    count = _last(lambda n: fits(dataclasses.replace(work, num_frames=4 * n - 3)), (MAX_FRAMES + 3) // 4)
+    most = (MAX_FRAMES + 3) // 4
+    count = _last(ways, lambda n, way: fits(dataclasses.replace(work, num_frames=4 * n - 3), way), most)
     return None if count == 0 else 4 * count - 3
 
 
-def _last(good: Callable[[int], bool], most: int) -> int:
-    """The last of 1 to `most` that is good, if all before it are; 0 if none is."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if good(middle) else (low, middle - 1)
-    return low
+def _last(ways: Sequence[Parallel], good: Callable[[int, Parallel], bool], most: int) -> int:
+    """The last of 1 to `most` that is good in some way; 0 if none is. In each way all that come before it are good."""
+    last = 0
+    for way in ways:
+        # Most are no better than one before them, which takes one look.
+        if last == most or not good(last + 1, way):
+            continue
+        low, high = last + 1, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if good(middle, way) else (low, middle - 1)
+        last = low
+    return last
 
 
 def _does_not_fit(

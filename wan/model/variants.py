@@ -6,6 +6,7 @@ cannot be told apart so: they have the same tensors.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -253,6 +254,7 @@ def optional_parts(names: Collection[str]) -> frozenset[str]:
     return _OPTIONAL & {part for name in names for part in name.split(".")}
 
 
+@functools.cache
 def variant_of(channels: tuple[int, int], parts: frozenset[str]) -> Variant:
     """The row of latent channels (in, out) and optional parts. Raises ValueError if there is none."""
     for variant in _ROWS:

@@ -99,6 +99,8 @@ def test_every_plan_fits_and_so_does_what_it_says_would_fit():
             if made.num_frames < 4097:
                 with pytest.raises(DoesNotFit):
                     plan(workload(num_frames=made.num_frames + 4), request(), machine(*[free] * count), "host")
+    alone, both = (plan(workload(), request(), machine(23.0, *more), "host") for more in ((), (9.0,)))
+    assert (alone.size, alone.num_frames) == (both.size, both.num_frames), "of one of them, if that is more"
 
 
 def test_what_does_not_fit_is_refused_with_what_would():
