@@ -5,111 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
-from jobs import stub_job
-from wan_pack.distributed.group.leftovers import claim, remove_abandoned
-from wan_pack.distributed.job.job_folder import JobDir
-from wan_pack.distributed.launch.launcher import Result
+from naming import KINDS, VIDEO, VIDEOS, kills, no_unnamed_files, save_videos, small_comfyui
+from wan_pack.distributed.group.leftovers import remove_abandoned
 from wan_pack.distributed.machine.gpu_locks import try_lock
 from wan_pack.nodes.host import host
 from wan_pack.nodes.inference import draft, outcome
-
-VIDEO = b"a whole video" * 1000
-SYSTEM = ("posix", "_io", "fcntl")
-"""Modules whose built-in functions are system calls."""
-VIDEOS = 2
-"""One after another, as a batch saves them."""
 
 
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """ComfyUI's output folder."""
-    folder = tmp_path / "output"
-    folder.mkdir()
-
-    def save_path(prefix: str, width: int, height: int) -> tuple[Path, str, int, str]:
-        return folder, prefix, 1 + len(list(folder.glob(f"{prefix}_*"))), ""
-
-    monkeypatch.setattr(host, "save_path", save_path)
-    monkeypatch.setattr(host, "copy_video", lambda source, target, workflow: shutil.copyfile(source, target))
-    monkeypatch.setattr(host, "failed_folder", lambda: tmp_path / "failed")
-    monkeypatch.setattr(outcome, "_read_latents", lambda path: None)
-    return folder
-
-
-def no_unnamed_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on NFS."""
-    opened = os.open
-
-    def refuse(path: Any, flags: int, *rest: Any, **named: Any) -> int:
-        if flags & os.O_TMPFILE == os.O_TMPFILE:
-            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-        return opened(path, flags, *rest, **named)
-
-    monkeypatch.setattr(draft.os, "open", refuse)
-
-
-def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on exFAT and many network shares."""
-    no_unnamed_files(monkeypatch)
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(draft.os, "link", refuse)
-
-
-KINDS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "ordinary": lambda monkeypatch: None,
-    "no unnamed files": no_unnamed_files,
-    "no links": no_links,
-}
-
-
-def save_videos(jobs: Path) -> None:
-    """What the nodes do when a job is done."""
-    for _ in range(VIDEOS):
-        folder = JobDir.create(jobs)
-        claim(folder)
-        folder.video(".mp4").write_bytes(VIDEO)
-        outcome.keep(stub_job(), Result(folder, {"video": {"width": 64, "height": 48}}, "", 1.0), "wan", {})
-
-
-class KillAt:
-    """A profiler that kills its process before a system call."""
-
-    def __init__(self, number: int) -> None:
-        self._left = number
-
-    def __call__(self, frame: FrameType, event: str, what: Any) -> None:
-        self._left -= event == "c_call" and what.__module__ in SYSTEM
-        if self._left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kills(jobs: Path) -> Iterator[bool]:
-    """Saves in a process that is killed before the first system call, then before the second, and so on. False at last,
-    when it was not killed."""
-    killed, number = True, 0
-    while killed:
-        number += 1
-        child = os.fork()
-        if child == 0:
-            sys.setprofile(KillAt(number))
-            save_videos(jobs)
-            sys.setprofile(None)
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert status in (0, -signal.SIGKILL)
-        killed = status != 0
-        yield killed
+    return small_comfyui(monkeypatch.setattr, tmp_path)
 
 
 @pytest.mark.processes
@@ -117,10 +27,10 @@ def kills(jobs: Path) -> Iterator[bool]:
 def test_fault_34_a_video_has_its_name_whole_or_not_at_all(
     monkeypatch: pytest.MonkeyPatch, output: Path, tmp_path: Path, kind: str
 ):
-    KINDS[kind](monkeypatch)
+    KINDS[kind](monkeypatch.setattr)
     jobs, hidden, counts = tmp_path / "jobs", 0, set()
     jobs.mkdir()
-    for killed in kills(jobs):
+    for killed in kills(kind, tmp_path):
         names = sorted(path.name for path in output.iterdir())
         videos = [name for name in names if not name.startswith(".")]
         assert videos == [f"wan_{number:05}_.mp4" for number in range(1, len(videos) + 1)]
@@ -151,7 +61,7 @@ def test_fault_34_a_draft_that_is_just_being_made_is_nobody_elses_to_remove(
     monkeypatch: pytest.MonkeyPatch, output: Path, tmp_path: Path, late: bool
 ):
     """Two videos are saved at once: each removes the drafts that nobody has locked."""
-    no_unnamed_files(monkeypatch)
+    no_unnamed_files(monkeypatch.setattr)
     taken = 0
 
     def lock(file: Any, *, wait: bool = False) -> bool:
@@ -175,7 +85,7 @@ def test_fault_34_a_draft_that_is_just_being_made_is_nobody_elses_to_remove(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fault_34_a_taken_name_is_left_alone(monkeypatch: pytest.MonkeyPatch, output: Path, tmp_path: Path, kind: str):
-    KINDS[kind](monkeypatch)
+    KINDS[kind](monkeypatch.setattr)
 
     def copy(source: Path, target: Path, workflow: Any) -> None:
         shutil.copyfile(source, target)
@@ -193,7 +103,7 @@ def test_fault_34_a_taken_name_is_left_alone(monkeypatch: pytest.MonkeyPatch, ou
 def test_fault_34_a_video_that_cannot_be_copied_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, output: Path, tmp_path: Path, kind: str
 ):
-    KINDS[kind](monkeypatch)
+    KINDS[kind](monkeypatch.setattr)
 
     def full(source: Path, target: Path, workflow: Any) -> None:
         target.write_bytes(b"half")

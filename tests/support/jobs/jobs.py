@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from mount import ROOT, SUPPORT
-from wan_pack.demo.tiny_model import TinyModel
 from wan_pack.distributed.job.job import FileIdentity, Job, ModelFiles, Parallel, Sampling, Text
 from wan_pack.distributed.job.job_folder import JobDir
 from wan_pack.distributed.job.progress import Progress
@@ -31,6 +30,9 @@ ODD_NAME = "pack $$ ${local_rank}.v-1 \u00e9"
 
 def tiny_job(models: Path, *, text: str | None = None, **settings: Any) -> Job:
     """A small fast job on the tiny model. Settings go to Sampling or Parallel by name."""
+    # It imports torch, which most of those that start a job of stubs do without.
+    from wan_pack.demo.tiny_model import TinyModel
+
     names = TinyModel()
     # The one solver that does not import diffusers, which takes seconds.
     parallel, sampling = _parts({"mixed_precision": "fp32", "solver": "dpm++", "start_timeout": 120.0, **settings})
