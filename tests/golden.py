@@ -27,7 +27,6 @@ if __name__ == "__main__":
 
 from forks import fork_ranks
 from layouts import Layout, Ranks
-from recorded_controls import recorded_controls
 
 LIMIT = 1e-4
 """Largest relative error, ||out - expected|| / ||expected||."""
@@ -124,6 +123,7 @@ class GoldenRun:
     def generate(self, folder: Path) -> float:
         """A whole loop: noise from the seed, two experts, guidance, solver."""
         import torch
+        from recorded_controls import recorded_controls
         from wan_pack.distributed.rank.expert import VelocityPredictor
         from wan_pack.wan.model.config import HIGH_NOISE, LOW_NOISE
         from wan_pack.wan.model.patch import patchify, token_grid, unpatchify
@@ -238,7 +238,7 @@ def run_rank(folder: Path, ranks: Ranks) -> int:
     torch.set_grad_enabled(False)
     golden = GoldenRun(ranks)
     failed = False
-    for layout in itertools.chain(*ranks.layouts):
+    for layout in itertools.chain(*ranks.layouts, ranks.guided):
         golden.use(layout)
         for number, (case, run) in enumerate(cases(folder)):
             if layout not in ranks.of(case.name, number):
@@ -257,13 +257,19 @@ def run_rank(folder: Path, ranks: Ranks) -> int:
     return int(failed)
 
 
-def run(folder: Path, *, world: int, layouts: Sequence[Sequence[Layout]], log: Path | None = None) -> int:
-    """Runs every case, in one of each of `layouts`, on `world` processes, which print into `log`.
+def run(
+    folder: Path, *, world: int, layouts: Sequence[Sequence[Layout]], guided: Sequence[Layout] = (),
+    log: Path | None = None,
+) -> int:  # fmt: skip
+    """Runs every case, in one of each of `layouts`, and whole loops also in one of `guided`, on `world` processes,
+    which print into `log`.
 
     Returns 0 if all of them passed.
     """
     with tempfile.TemporaryDirectory() as temp:
-        ranks = Ranks(rank=0, world=world, store=Path(temp, "store"), layouts=tuple(map(tuple, layouts)))
+        ranks = Ranks(
+            rank=0, world=world, store=Path(temp, "store"), layouts=tuple(map(tuple, layouts)), guided=tuple(guided)
+        )
         return int(any(fork_ranks(functools.partial(_rank_main, folder, ranks), world, log=log)))
 
 

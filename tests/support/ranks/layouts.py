@@ -8,6 +8,8 @@ from pathlib import Path
 
 WITHOUT_LAYOUT = ("vae_", "t5_encoder")
 """Cases without a transformer: one layout is all."""
+GUIDED = "gen_"
+"""Cases of whole loops."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,12 +21,15 @@ class Ranks:
     store: Path
     layouts: tuple[tuple[Layout, ...], ...]
     """Of each tuple a case runs in one, every case in its turn."""
+    guided: tuple[Layout, ...] = ()
+    """Of these too a case runs in one, if it is a whole loop, with guidance."""
 
     def of(self, case: str, number: int) -> list[Layout]:
         """The layouts that a case, `number` in its folder, runs in."""
         if case.startswith(WITHOUT_LAYOUT):
             return [self.layouts[0][0]]
-        return [turns[number % len(turns)] for turns in self.layouts]
+        groups = [*self.layouts, self.guided] if self.guided and case.startswith(GUIDED) else self.layouts
+        return [turns[number % len(turns)] for turns in groups]
 
 
 @dataclass(frozen=True, slots=True)
