@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from core_sampling import Modules, TwoModels, text
+from core_sampling import Modules, PixelVae, TwoModels, text
 from tiny import TINY_ANIMATE
-from wan_pack.demo.tiny_vae import vae as tiny_vae
 from wan_pack.nodes.core.prompt_entries import check_conditioning
 from wan_pack.nodes.host.core_model import CoreSampling
 from wan_pack.wan.transformer.motion_encoder import MotionEncoder
@@ -26,7 +25,7 @@ def pixels(seed: int, frames: int) -> torch.Tensor:
 
 def conditioned(core: Modules, **changes: Any) -> dict[str, Any]:
     """What ComfyUI's node gives KSampler."""
-    vae, seen = core["comfy.sd"].VAE(sd=tiny_vae(2), dtype=torch.float32), core["comfy.clip_vision"].Output()
+    vae, seen = PixelVae(), core["comfy.clip_vision"].Output()
     seen.penultimate_hidden_states = torch.randn(1, 257, 1280, generator=torch.Generator().manual_seed(2))
     mask = torch.zeros(FRAMES, HEIGHT, WIDTH)
     mask[:, 10:30, 16:40] = 1

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from core_sampling import Modules, TwoModels, Vae22, empty_latents, text
-from wan_pack.demo.tiny_vae import vae as tiny_vae
+from core_sampling import Modules, PixelVae, TwoModels, empty_latents, text
+from wan_pack.wan.model.latent_space import WAN22
 
 LIMIT = 1e-4
 WIDTH, HEIGHT, FRAMES = 64, 48, 9
@@ -16,7 +16,7 @@ WIDTH, HEIGHT, FRAMES = 64, 48, 9
 
 def controlled(core: Modules, kind: str, *, reference: bool) -> dict[str, Any]:
     """What ComfyUI's node gives KSampler."""
-    nodes, vae = core["comfy_extras.nodes_wan"], core["comfy.sd"].VAE(sd=tiny_vae(2), dtype=torch.float32)
+    nodes, vae = core["comfy_extras.nodes_wan"], PixelVae()
     video = torch.rand(FRAMES, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(1))
     given = {"start_image": video[:1].flip(1), "control_video": video}
     given |= {"ref_image": video[4:5].flip(2)} if reference else {}
@@ -59,7 +59,7 @@ def test_a_model_without_a_place_for_it_passes_it_over_as_in_core(t2v: TwoModels
 
 def filmed(core: Modules, kind: str, *, camera: bool = True, frames: int = FRAMES) -> dict[str, Any]:
     """What ComfyUI's nodes give KSampler."""
-    wan, vae = core["comfy_extras.nodes_wan"], core["comfy.sd"].VAE(sd=tiny_vae(2), dtype=torch.float32)
+    wan, vae = core["comfy_extras.nodes_wan"], PixelVae()
     moves = core["comfy_extras.nodes_camera_trajectory"].WanCameraEmbedding.execute("Zoom In", WIDTH, HEIGHT, frames)
     given: dict[str, Any] = {"start_image": torch.rand(1, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(1))}
     given |= {"camera_conditions": moves.result[0]} if camera else {}
@@ -92,7 +92,7 @@ def test_a_model_without_a_place_for_a_camera_passes_it_over_as_in_core(t2v: Two
 
 @pytest.mark.parametrize("given", ["control", "reference", "first frame kept"])
 def test_fun_control_5b(core: Modules, expert_files: dict[str, Path], tmp_path: Path, given: str) -> None:
-    wan, vae = core["comfy_extras.nodes_wan"], Vae22()
+    wan, vae = core["comfy_extras.nodes_wan"], PixelVae(WAN22)
     size = (64, 96, FRAMES)
     video = torch.rand(FRAMES, 96, 64, 3, generator=torch.Generator().manual_seed(1))
     told: dict[str, Any] = {"control_video": video, "start_image": video[:1].flip(1)}
@@ -106,7 +106,7 @@ def test_fun_control_5b(core: Modules, expert_files: dict[str, Path], tmp_path: 
 
 
 def test_fun_inp_5b(core: Modules, expert_files: dict[str, Path], tmp_path: Path) -> None:
-    wan, vae = core["comfy_extras.nodes_wan"], Vae22()
+    wan, vae = core["comfy_extras.nodes_wan"], PixelVae(WAN22)
     start, end = torch.rand(2, 1, 96, 64, 3, generator=torch.Generator().manual_seed(1))
     made = wan.WanFunInpaintToVideo.execute(text(1), text(2), vae, 64, 96, FRAMES, 1, start, end).result
     inputs = dict(zip(("positive", "negative", "latent_image"), made, strict=True))

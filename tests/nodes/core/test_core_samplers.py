@@ -11,13 +11,15 @@ import torch
 from core_sampling import CFG, SEED, STEPS, Modules, TwoModels, empty_latents, text
 
 LIMIT = 1e-4
+SOLVED = 4
+"""Steps, where a solver makes use of those before or where they are split."""
 Graph = Callable[[Modules, Any], Any]
 """(ComfyUI's modules, MODEL) -> latents."""
 
 
 def advanced(core: Modules, model: Any, **inputs: Any) -> Any:
     """ComfyUI's KSampler (Advanced)."""
-    given = {"steps": STEPS, "cfg": CFG, "sampler_name": "euler", "scheduler": "simple", "positive": text(1)}
+    given = {"steps": SOLVED, "cfg": CFG, "sampler_name": "euler", "scheduler": "simple", "positive": text(1)}
     given |= {"negative": text(2), "add_noise": "enable", "return_with_leftover_noise": "disable"}
     given |= {"start_at_step": 0, "end_at_step": 10_000, "noise_seed": SEED, "latent_image": empty_latents()}
     (latent,) = core["nodes"].KSamplerAdvanced().sample(model, **{**given, **inputs})
@@ -25,15 +27,15 @@ def advanced(core: Modules, model: Any, **inputs: Any) -> Any:
 
 
 def in_two_stages(core: Modules, model: Any) -> Any:
-    half = advanced(core, model, end_at_step=STEPS // 2, return_with_leftover_noise="enable")
-    return advanced(core, model, start_at_step=STEPS // 2, add_noise="disable", latent_image=half)["samples"]
+    half = advanced(core, model, end_at_step=SOLVED // 2, return_with_leftover_noise="enable")
+    return advanced(core, model, start_at_step=SOLVED // 2, add_noise="disable", latent_image=half)["samples"]
 
 
 def custom(core: Modules, model: Any) -> Any:
     nodes = core["comfy_extras.nodes_custom_sampler"]
     (guider,) = nodes.CFGGuider.execute(model, text(1), text(2), CFG).result
     (sampler,) = nodes.KSamplerSelect.execute("euler_ancestral").result
-    (sigmas,) = nodes.BasicScheduler.execute(model, "beta", STEPS, 1.0).result
+    (sigmas,) = nodes.BasicScheduler.execute(model, "beta", SOLVED, 1.0).result
     (noise,) = nodes.RandomNoise.execute(SEED).result
     return nodes.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, empty_latents()).result[0]["samples"]
 
@@ -78,7 +80,7 @@ def shifted(core: Modules, model: Any) -> Any:
 
 GRAPHS: dict[str, Graph] = {
     **{
-        name: lambda core, model, name=name: core["sampled"](model, name)
+        name: lambda core, model, name=name: core["sampled"](model, name, steps=SOLVED)
         for name in ("euler", "uni_pc", "dpmpp_2m", "res_multistep", "dpmpp_sde", "euler_ancestral", "lcm")
     },
     "two stages": in_two_stages,

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from core_sampling import STEPS, Conditioning, Modules, TwoModels, empty_latents, text
+from core_sampling import STEPS, Conditioning, Modules, PixelVae, TwoModels, empty_latents, text
 from torch import Tensor
-from wan_pack.demo.tiny_vae import vae as tiny_vae
 
 LIMIT = 1e-4
 WIDTH, HEIGHT, FRAMES = 64, 48, 9
@@ -29,7 +28,7 @@ def pixels(seed: int, *shape: int) -> Tensor:
 
 def followed(core: Modules, strengths: Sequence[float] = (0.8,), **inputs: Any) -> dict[str, Any]:
     """What a chain of WanVaceToVideo, one for each strength, gives KSampler: prompts and latents."""
-    vae = core["comfy.sd"].VAE(sd=tiny_vae(2), dtype=torch.float32)
+    vae = PixelVae()
     positive, negative = text(1), text(2)
     for seed, strength in enumerate(strengths):
         given = {"control_video": pixels(seed, FRAMES, HEIGHT, WIDTH, 3), **inputs, "strength": strength}

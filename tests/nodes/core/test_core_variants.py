@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_sampling import CFG, SEED, STEPS, TEXT_DIM, Modules, Vae22
+from core_sampling import CFG, SEED, TEXT_DIM, Modules, PixelVae
 from fresh_jobs import run_fresh
 from node_inputs import asked_for, use_model_folders
 from safetensors.torch import load_file, save_file
@@ -80,7 +80,7 @@ class Run:
         self.core, self.files, self.name, self.folder = core, models, name, folder
         self.vae = core["comfy.sd"].VAE(sd=load_file(models["vae"]), dtype=torch.float32)
         # ComfyUI's model of Animate encodes the faces anew at each.
-        self.steps = 2 if name == "Animate" else STEPS
+        self.steps = 2 if name == "Animate" else 4
 
     def theirs(self, positive: Any, negative: Any, latent: Any) -> Tensor:
         """[C, T, h, w] of KSampler."""
@@ -274,11 +274,11 @@ def test_fun_camera(core: Modules, run: Callable[[str], Run], name: str):
 def test_fun_control_5b(core: Modules, run: Callable[[str], Run], kept: bool):
     """What other nodes have encoded. kept: the first frame stays, as with TI2V-5B; else a picture is in front."""
     made, video, size = run("Control 5B"), pixels(1, FRAMES, 96, WIDTH, 3), (WIDTH, 96, FRAMES, 1)
-    nodes, given = core["comfy_extras.nodes_wan"], {"start_image": video[:1].flip(1), "control_video": video}
-    given |= {} if kept else {"ref_image": video[4:5].flip(2)}
-    positive, negative, latent = nodes.Wan22FunControlToVideo.execute(text(1), text(2), Vae22(), *size, **given).result
+    nodes, vae, given = core["comfy_extras.nodes_wan"], PixelVae(WAN22), {"control_video": video}
+    given |= {"start_image": video[:1].flip(1)} | ({} if kept else {"ref_image": video[4:5].flip(2)})
+    positive, negative, latent = nodes.Wan22FunControlToVideo.execute(text(1), text(2), vae, *size, **given).result
     if kept:
-        latent = nodes.Wan22ImageToVideoLatent.execute(Vae22(), *size, given["start_image"]).result[0]
+        latent = nodes.Wan22ImageToVideoLatent.execute(vae, *size, given["start_image"]).result[0]
     ours, frames = made.ours(decode=True, text_embeds=positive, negative_embeds=negative, samples=latent, height=96)
     same(ours, made.theirs(positive, negative, latent))
     assert frames == FRAMES

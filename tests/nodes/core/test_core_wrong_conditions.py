@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from core_sampling import Modules, empty_latents, text
+from core_sampling import Modules, PixelVae, empty_latents, text
 from torch import Tensor
-from wan_pack.demo.tiny_vae import vae as tiny_vae
 from wan_pack.distributed.job.job import FileIdentity
 from wan_pack.nodes.core import prompt_entries
 from wan_pack.nodes.core.group_model import GroupModel
@@ -191,7 +190,7 @@ NODES: list[tuple[str, str, dict[str, Any]]] = [
 def test_what_comfyuis_nodes_make_starts(
     core: Modules, door: Callable[[str], Door], kind: str, name: str, given: dict[str, Any]
 ) -> None:
-    vae = core["comfy.sd"].VAE(sd=tiny_vae(2), dtype=torch.float32)
+    vae = PixelVae()
     node = getattr(core["comfy_extras.nodes_wan"], name)
     positive, negative, latent, *_ = node.execute(text(1), text(2), vae, **PIXELS, **given).result
     if kind in ("FLF2V", "Fun V1.1", "Camera V1.1", "Animate"):
