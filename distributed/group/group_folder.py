@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..job.job_folder import JobDir, OwnedFolder
 from ..job.json_files import read_json, write_json
-from ..machine.bell import Bell, ring
+from ..machine.bell import Bell, ring_all
 
 GROUP_PREFIX = "wan-group-"
 
@@ -37,8 +37,7 @@ class GroupDir(OwnedFolder):
     def write_request(self, number: int, job: JobDir) -> None:
         """Asks for this job, and wakes the ranks that wait for it."""
         write_json(self.request(number), {"folder": str(job.path)})
-        for bell in self.path.glob("bell-*"):
-            ring(bell)
+        ring_all(self.path, "bell-*")
 
     def read_request(self, number: int) -> JobDir | None:
         """The folder of job `number`; None while there is no such job."""

@@ -16,7 +16,7 @@ from ..group.evaluation_request import MAX_SAMPLES, Evaluation, Request, SentKey
 from ..job.errors import JobError
 from ..job.evaluator import KEPT_ROW_BYTES, KEPT_VOLUME_BYTES, SampleConditioning, SampleTold
 from ..job.job_folder import JobDir
-from ..machine.bell import Bell, ring
+from ..machine.bell import Bell, ring, ring_all
 from .result import Result
 
 if TYPE_CHECKING:
@@ -130,8 +130,7 @@ class ServedJob:
         self._memory.ask(Request(number=self._number + 1, evaluation=evaluation), parts)
         self._number += 1
         if self._folder is not None:
-            for bell in self._folder.path.glob("bell-*"):
-                ring(bell)
+            ring_all(self._folder.path, "bell-*")
 
     def _wait(self) -> None:
         """Until it is answered. Raises what has ended the job."""

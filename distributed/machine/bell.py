@@ -80,6 +80,13 @@ class BellRope:
             self._descriptor = -1
 
 
+def ring_all(folder: Path, names: str) -> None:
+    """Rings all bells of such names ("bell-*") in a folder, which may go at any moment."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(names):
+            ring(path)
+
+
 def ring(path: Path) -> None:
     """Wakes who waits at the bell of this path. Where nobody does yet nothing happens: he looks before he waits."""
     with contextlib.suppress(OSError):
