@@ -24,6 +24,8 @@ class GpuLocks:
 
     def release(self) -> None:
         for file in self._files:
+            # A name stays only of who was killed.
+            file.truncate(0)
             file.close()
         self._files.clear()
 
@@ -62,7 +64,11 @@ def holder(gpu_id: str, folder: Path | None = None) -> str:
     if sys.platform != "linux":
         return ""
     with _open(_place(gpu_id, _folder() if folder is None else folder)) as file:
-        owner = "" if try_lock(file) else _owner(file)
+        owner = _name(file)
+        # Who finds a lock takes the GPU for one in use: a look must not be one to others that look, nor, where nobody
+        # was killed with the GPU, to one that takes it.
+        if not owner or try_lock(file, shared=True):
+            return ""
     return "" if owner == _own_name() else owner
 
 
@@ -90,7 +96,11 @@ def _place(gpu_id: str, folder: Path) -> Path:
 
 
 def _owner(file: IO[str]) -> str:
-    return file.read(200).strip() or "another program"
+    return _name(file) or "another program"
+
+
+def _name(file: IO[str]) -> str:
+    return file.read(200).strip()
 
 
 def _own_name() -> str:
@@ -124,12 +134,16 @@ def _open(path: Path) -> IO[str]:
     return os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
 
 
-def try_lock(file: IO[str] | IO[bytes] | int, *, wait: bool = False) -> bool:
-    """Of any file. False if somebody holds the lock (for whom it can `wait`), or the file system knows no locks."""
+def try_lock(file: IO[str] | IO[bytes] | int, *, wait: bool = False, shared: bool = False) -> bool:
+    """Of any file. False if somebody holds the lock (for whom it can `wait`), or the file system knows no locks.
+
+    Args:
+        shared: only against who holds it alone: others may look at the same time.
+    """
     import fcntl  # Not on Windows, where ComfyUI must still be able to import this file.
 
     try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         return False
     return True

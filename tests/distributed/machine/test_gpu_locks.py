@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mount import SUPPORT
@@ -163,8 +164,34 @@ def test_who_has_a_gpu_is_told_of_others_alone(tmp_path: Path, monkeypatch: pyte
 
 def test_the_name_of_the_next_holder_takes_the_place_of_a_longer_one(tmp_path: Path):
     (tmp_path / "gpu-0.lock").write_text("process 123456789 and more")
-    take(tmp_path, "0").release()
+    held = take(tmp_path, "0")
     assert (tmp_path / "gpu-0.lock").read_text() == f"process {os.getpid()}"
+    held.release()
+    assert (tmp_path / "gpu-0.lock").read_text() == "", "and none stays"
+
+
+@pytest.mark.parametrize("left", ["", "process 123"], ids=["nobody", "one that was killed"])
+def test_several_may_look_at_a_free_gpu_at_once(left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two ComfyUIs that plan at the same moment: neither is the other's program that has the GPU."""
+    (tmp_path / "gpu-0.lock").write_text(left)
+    said: list[str] = []
+    real = gpu_locks.try_lock
+
+    def with_another(file: Any, **how: bool) -> bool:
+        locked = real(file, **how)
+        monkeypatch.setattr(gpu_locks, "try_lock", real)
+        said.append(gpu_locks.holder("0", tmp_path))
+        return locked
+
+    monkeypatch.setattr(gpu_locks, "try_lock", with_another)
+    said.append(gpu_locks.holder("0", tmp_path))
+    assert set(said) == {""}
+
+
+def test_who_takes_a_gpu_does_not_wait_for_who_looks_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    take(tmp_path, "0").release()
+    monkeypatch.setattr(gpu_locks, "try_lock", lambda file, **how: pytest.fail("a look is a lock"))
+    assert gpu_locks.holder("0", tmp_path) == ""
 
 
 def test_the_folder_of_locks_is_everybodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
