@@ -14,11 +14,13 @@ from ...distributed.launch.pool import Pool
 from ...distributed.launch.vae_calls import VaeCalls
 from . import groups, host
 
+_pool = Pool()
+"""Not made when it is first asked for: the page asks on another thread than the nodes, and each could make one."""
 
-@functools.cache
+
 def pool() -> Pool:
     """One for the whole ComfyUI."""
-    return Pool()
+    return _pool
 
 
 class Waits:
