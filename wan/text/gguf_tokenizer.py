@@ -6,6 +6,7 @@ llama.cpp's converter takes a SentencePiece model apart into metadata values; he
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -84,6 +85,7 @@ def _field(number: int, encoding: int, value: bytes | float) -> bytes:
     return key + struct.pack("<f", value)
 
 
+@functools.lru_cache(maxsize=256)
 def _varint(value: int) -> bytes:
     """Seven bits per byte, lowest first; the top bit says that more follow."""
     return bytes(_sevens(value % 2**64))
