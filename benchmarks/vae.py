@@ -108,6 +108,7 @@ def write_weights(path: Path, base_dim: int) -> None:
 
 
 def main() -> None:
+    import torch
     import torch.multiprocessing as mp
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,7 +122,11 @@ def main() -> None:
     world = max(arguments.gpus)
     with tempfile.TemporaryDirectory() as folder:
         write_weights(Path(folder, "vae.safetensors"), arguments.base_dim)
-        context = mp.spawn(run_rank, (world, arguments, Path(folder)), nprocs=world, join=False)
+        # CUDA works in no fork; without it a fork need not import everything again.
+        method = "spawn" if torch.cuda.is_available() else "fork"
+        context = mp.start_processes(
+            run_rank, (world, arguments, Path(folder)), nprocs=world, join=False, start_method=method
+        )
         while not context.join():
             pass
 
