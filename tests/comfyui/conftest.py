@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browsing import Browser, start_browser
+from browsing import OLDEST_PAGE, Browser, page_folder, start_browser
 from serving import INFERENCE, Comfy, kept, saving
 from wan_pack.demo.client import Run
-from wan_pack.demo.comfyui import Server
+from wan_pack.demo.comfyui import CHOSEN, Server
 from wan_pack.demo.example import ROOT, Prompt, node_id
 from wan_pack.demo.tiny_model import write_comfyui_files, write_other_comfyui_files
 
@@ -22,7 +23,9 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
     write_other_comfyui_files(base / "models")
     (base / "custom_nodes").mkdir()
     shutil.copy(Path(__file__).with_name("core_conditioning_node.py"), base / "custom_nodes")
-    with Server(base, pack=ROOT) as server:
+    # Another ComfyUI brings another page along.
+    page = ["--front-end-root", str(page_folder(OLDEST_PAGE))] if os.environ.get(CHOSEN) else []
+    with Server(base, pack=ROOT, arguments=page) as server:
         comfy = Comfy(server, model)
         # The examples begin with the picture that ComfyUI brings along.
         comfy.picture(320, 200, "example.png")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from core_nodes import in_windows
 from core_sampling import CFG, SEED, STEPS, Modules, TwoModels, empty_latents, text
 
 LIMIT = 1e-4
@@ -51,9 +52,8 @@ def lazy_cache(core: Modules, model: Any) -> Any:
 
 
 def context_windows(core: Modules, model: Any) -> Any:
-    node = core["comfy_extras.nodes_context_windows"].WanContextWindowsManualNode
     # 13 frames are 4 latent ones, of which a window has 2 and shares 1.
-    (model,) = node.execute(model, 5, 4, "standard_static", 1, False, "pyramid").result
+    model = in_windows(core, model, 5, 4, freenoise=True)
     return core["sampled"](model, latent_image=empty_latents(frames=4))
 
 

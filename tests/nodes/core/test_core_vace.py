@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from core_nodes import in_windows
 from core_sampling import STEPS, Conditioning, Modules, PixelVae, TwoModels, empty_latents, text
 from torch import Tensor
 
@@ -81,9 +82,12 @@ def test_a_control_of_another_size_is_refused(how: str, vace: TwoModels) -> None
         given["latent_image"] = empty_latents(frames=4)
     elif how == "area":
         given["positive"] = core["nodes"].ConditioningSetArea().append(given["positive"], 32, 32, 0, 0, 1.0)[0]
+    elif hasattr(core["comfy.model_base"].WAN21_Vace, "resize_cond_for_context_window"):
+        # Newer ones cut it: it has the size of each window.
+        vace.same(lambda core, model: core["sampled"](in_windows(core, model, 5, 1), **given), limit=LIMIT)
+        return
     else:
-        node = core["comfy_extras.nodes_context_windows"].WanContextWindowsManualNode
-        (model,) = node.execute(model, 5, 1, "standard_static", 1, False, "pyramid").result
+        model = in_windows(core, model, 5, 1)
     with pytest.raises(ValueError, match=r"the VACE control is of \[3, 6, 8\].*take the latents of the same WanVace"):
         core["sampled"](model, **given)
 
@@ -105,12 +109,7 @@ def test_each_window_follows_its_part_where_comfyui_cuts_the_control(
     monkeypatch.setattr(handler, "get_resized_cond", cut)
     given = followed(vace.core, control_masks=MASK)
 
-    def in_windows(core: Modules, model: Any) -> Tensor:
-        node = core["comfy_extras.nodes_context_windows"].WanContextWindowsManualNode
-        (model,) = node.execute(model, 5, 4, "standard_static", 1, False, "pyramid").result
-        return core["sampled"](model, **given)
-
-    vace.same(in_windows, limit=LIMIT)
+    vace.same(lambda core, model: core["sampled"](in_windows(core, model, 5, 4), **given), limit=LIMIT)
     (evaluator,) = vace.evaluators
     assert len(evaluator.controls) == 2 and len(evaluator.batches) == 2 * STEPS
 

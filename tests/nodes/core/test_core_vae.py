@@ -165,11 +165,15 @@ def test_nodes_that_start_from_pictures_take_it(vaes: TwoVaes) -> None:
     if vaes.space is WAN21:
         inpaint = nodes.InpaintModelConditioning()
         vaes.same(lambda vae: inpaint.encode(text, text, picture, vae, picture[..., 0])[0][0][1]["concat_latent_image"])
-        # It cannot be used with any video VAE: it divides by what is three numbers there.
-        with pytest.raises(TypeError):
-            nodes.VAEEncodeForInpaint().encode(vaes.theirs, picture, picture[..., 0])
-        with pytest.raises(TypeError):
-            nodes.VAEEncodeForInpaint().encode(vaes.ours, picture, picture[..., 0])
+        masked = nodes.VAEEncodeForInpaint()
+        try:
+            masked.encode(vaes.theirs, picture, picture[..., 0])
+        except TypeError:
+            # Older ones cannot use it with any video VAE: they divide by what is three numbers there.
+            with pytest.raises(TypeError):
+                masked.encode(vaes.ours, picture, picture[..., 0])
+        else:
+            vaes.same(lambda vae: masked.encode(vae, picture, picture[..., 0])[0]["samples"])
 
 
 def test_what_nodes_ask_of_it_is_what_core_answers(vaes: TwoVaes) -> None:
@@ -194,7 +198,7 @@ def test_model_management_holds_nothing_of_it(vaes: TwoVaes) -> None:
     management = vaes.core["comfy.model_management"]
     vaes.ours.encode(pictures(1, 64, 64))
     (loaded,) = [each for each in management.current_loaded_models if each.model is vaes.ours.patcher]
-    assert (loaded.model_memory(), vaes.ours.model_size(), vaes.ours.get_ram_usage()) == (0, 0, 0)
+    assert (loaded.model_memory(), vaes.ours.model_size()) == (0, 0)
     assert list(vaes.ours.first_stage_model.parameters()) == []
     management.unload_all_models()
     with pytest.raises(ValueError, match="has no weights in ComfyUI"):
@@ -211,7 +215,9 @@ def test_a_vae_of_twice_the_size_says_so(core: Modules) -> None:
     whole = vae.decode(asked)
     assert whole.shape == (1, 5, 192, 256, 3)
     assert (vae.spacial_compression_decode(), vae.spacial_compression_encode()) == (16, 8)
-    tiled = vae.decode_tiled(asked, tile_x=12, tile_y=16, overlap=4)
+    # As ComfyUI runs its nodes: where one tile is the whole, newer ones change it in place.
+    with torch.inference_mode():
+        tiled = vae.decode_tiled(asked, tile_x=12, tile_y=16, overlap=4)
     assert tiled.shape == whole.shape and (tiled - whole).abs().max() < LIMIT
 
 

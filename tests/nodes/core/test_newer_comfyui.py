@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from core_sampling import Modules, TwoModels
+from core_nodes import in_windows
+from core_sampling import Modules, TwoModels, empty_latents, text
 from wan_pack.demo.tiny_expert import lora
 from wan_pack.nodes.host.core_model import patcher_class
 
@@ -119,3 +120,30 @@ def test_windows_of_another_pack_count_as_the_whole(t2v: TwoModels) -> None:
         options = {"context_handler": handler}
         sampling = CoreSampling(None, {}, options, (1, 16, 9, 6, 8), torch.zeros(2))
         assert sampling.window == (1, 16, window, 6, 8)
+
+
+@pytest.mark.parametrize("more", [{}, {"freenoise": True, "retain_first_frame": True}], ids=["plain", "both"])
+def test_a_pictures_latents_are_cut_to_the_windows(
+    core: Modules, expert_files: dict[str, Path], tmp_path: Path, more: dict[str, bool]
+) -> None:
+    """By newer ComfyUIs, which can keep the first frame in each; older ones fail, with their own model too."""
+    shape = (1, 16, 4, 6, 8)
+    known = torch.ones(1, 1, *shape[2:])
+    known[:, :, :1] = 0
+    picture = {"concat_latent_image": torch.randn(shape, generator=torch.Generator().manual_seed(3))}
+    prompts = {
+        name: [[rows, rest | picture | {"concat_mask": known}] for rows, rest in text(number)]
+        for number, name in enumerate(("positive", "negative"))
+    }
+    two = TwoModels(core, expert_files["I2V"], tmp_path)
+    given = prompts | {"latent_image": empty_latents(frames=4)}
+
+    def graph(core: Modules, model: Any) -> Any:
+        return core["sampled"](in_windows(core, model, 5, 4, **more), **given)
+
+    if hasattr(core["comfy.model_base"].BaseModel, "resize_cond_for_context_window"):
+        two.same(graph, limit=1e-4)
+        return
+    for model in (two.ours, two.theirs):
+        with pytest.raises((RuntimeError, ValueError)):
+            graph(core, model)

@@ -23,8 +23,8 @@ from wan_pack.demo.comfyui import cache_folder
 from wan_pack.demo.example import TEXT_TO_VIDEO, WORKFLOWS, Prompt
 
 PLAYWRIGHT = "playwright-core@1.65.1"
-NEWEST_PAGE = "1.58.1"
-"""Of comfyui-frontend-package; ComfyUI itself brings 1.32.9 along."""
+OLDEST_PAGE, NEWEST_PAGE = "1.32.9", "1.58.1"
+"""Of comfyui-frontend-package. ComfyUI 0.3.75 brings the former along."""
 SCRIPTS = Path(__file__).resolve().parents[2] / "comfyui"
 SCREENSHOTS = SCRIPTS / "output"
 PICTURES = "SCREENSHOTS"

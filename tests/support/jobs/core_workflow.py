@@ -111,6 +111,8 @@ def cached(flow: Workflow) -> str:
 def windows(flow: Workflow) -> str:
     settings = {"context_length": 5, "context_overlap": 4, "context_schedule": "standard_static", "context_stride": 1}
     settings |= {"closed_loop": False, "fuse_method": "pyramid"}
+    # Of newer ones, which want all of them.
+    settings |= {"freenoise": True, "retain_first_frame": False, "split_conds_to_windows": False}
     return flow.sampled(flow.model("T2V high", ("WanContextWindowsManual", settings)))
 
 

@@ -56,10 +56,10 @@ class CoreNode:
     inputs: dict[str, tuple[str, Any]]
     """Name -> type and default."""
 
-    def call(self, core: Modules, model: Any) -> tuple[Any, ...]:
-        """Its outputs, with `model` at every MODEL input."""
+    def call(self, core: Modules, model: Any, **other: Any) -> tuple[Any, ...]:
+        """Its outputs, with `model` at every MODEL input, and `other` values than its defaults."""
         given = {name: _value(core, model, name, *wanted) for name, wanted in self.inputs.items()}
-        given = {name: value for name, value in given.items() if value is not None} | GIVEN.get(self.name, {})
+        given = {name: value for name, value in given.items() if value is not None} | GIVEN.get(self.name, {}) | other
         if getattr(self.kind, "INPUT_IS_LIST", False):
             given = {name: [value] for name, value in given.items()}
         if hasattr(self.kind, "define_schema"):
@@ -71,7 +71,8 @@ class CoreNode:
 
 def model_nodes(core: Modules, comfyui: Path) -> Iterator[CoreNode]:
     kinds = dict(core["nodes"].NODE_CLASS_MAPPINGS)
-    for path in sorted((comfyui / "comfy_extras").glob("nodes_*.py")):
+    # From the end: newer ones have two modules that import each other, of which the later one can be first.
+    for path in sorted((comfyui / "comfy_extras").glob("nodes_*.py"), reverse=True):
         if path.stem in NO_MODULES:
             continue
         module = importlib.import_module(f"comfy_extras.{path.stem}")
@@ -82,6 +83,19 @@ def model_nodes(core: Modules, comfyui: Path) -> Iterator[CoreNode]:
         inputs = _inputs(kind)
         if name not in NO_NODES and any(type_ == "MODEL" for type_, _ in inputs.values()):
             yield CoreNode(name, kind, inputs)
+
+
+def in_windows(core: Modules, model: Any, length: int, overlap: int, **settings: Any) -> Any:
+    """The model, that ComfyUI asks for windows of so many frames.
+
+    Args:
+        settings: other values than the node's defaults; what it does not have yet is left out.
+    """
+    kind = core["comfy_extras.nodes_context_windows"].WanContextWindowsManualNode
+    node = CoreNode("WanContextWindowsManual", kind, _inputs(kind))
+    standard = {"context_schedule": "standard_static", "freenoise": False}
+    given = {"context_length": length, "context_overlap": overlap} | standard | settings
+    return node.call(core, model, **{name: value for name, value in given.items() if name in node.inputs})[0]
 
 
 async def _of_extension(module: Any) -> list[Any]:
