@@ -125,8 +125,9 @@ def _refused_format(dtypes: Mapping[str, str], formats: Mapping[str, QuantFormat
     for weight, kind in formats.items():
         if kind.name not in READABLE:
             return f"{kind.name} ({weight.removesuffix('.weight')})"
+    found = [name for name in dtypes if name.endswith(tuple(_REFUSED))]
     for ending, refused in _REFUSED.items():
-        for name in dtypes:
+        for name in found:
             if name.endswith(ending):
                 return f"{refused} ({name})"
     for name, dtype in dtypes.items():
@@ -154,11 +155,12 @@ def pair_scales(
     paired: dict[str, StoredTensor] = {}
     scales: dict[str, StoredTensor] = {}
     factors: dict[str, StoredTensor] = {}
+    endings = (*_SCALES, *_FACTORS)
     for name, tensor in stored.items():
-        ending = next((ending for ending in (*_SCALES, *_FACTORS) if name.endswith(ending)), None)
-        if ending is None:
+        if not name.endswith(endings):
             paired[name] = _typed(tensor, formats.get(name))
             continue
+        ending = next(ending for ending in endings if name.endswith(ending))
         found, weight = (factors if ending in _FACTORS else scales), f"{name.removesuffix(ending)}.weight"
         if weight in found:
             raise ValueError(f"tensor {weight} has two scales")
