@@ -28,6 +28,8 @@ MADE_UP = MagicMock(all_hidden_states=torch.zeros(1, 30, 2, 3), penultimate_hidd
 MADE_UP.spacial_compression_encode.return_value = 8
 MADE_UP.model.additional_in_dim = 0
 GIVEN = {
+    "KSampler": {"steps": 2},
+    "KSamplerAdvanced": {"steps": 2},
     "ContextWindowsManual": {"dim": 2, "context_length": 2, "context_overlap": 1},
     "WanContextWindowsManual": {"context_length": 5, "context_overlap": 4},
     "ScaleROPE": {"scale_t": 0.5},
@@ -46,7 +48,7 @@ GIVEN = {
     "QwenImageDiffsynthControlnet": {"model_patch": MADE_UP, "vae": MADE_UP, "image": torch.zeros(1, 16, 16, 3)},
     "USOStyleReference": {"model_patch": MADE_UP, "clip_vision_output": MADE_UP},
 }
-"""Node -> values other than its defaults, neutral ones or for what it cannot do without."""
+"""Node -> values other than its defaults, neutral or many ones or for what it cannot do without."""
 
 
 @dataclass(frozen=True, slots=True)

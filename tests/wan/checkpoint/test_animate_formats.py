@@ -39,7 +39,7 @@ def velocity(model: WanModel) -> Tensor:
         return torch.randn(shape, generator=generator)
 
     picture = Context(noise(257, CONFIG.clip_dim))
-    told = Conditions(picture=picture, pose=Pose(noise(16, 2, 6, 10)), face=Face(noise(3, 2, 512, 512), 3))
+    told = Conditions(picture=picture, pose=Pose(noise(16, 2, 6, 10)), face=Face(noise(3, 1, 512, 512), 3))
     beside = told.on_rank(lambda tokens: tokens, 45, torch.device("cpu")).beside(keep=True)
     text = Context(noise(512, CONFIG.text_dim))
     rope = rope_table((3, 3, 5), CONFIG.head_dim)
