@@ -79,12 +79,13 @@ class PatchFiles:
         tensors = _tensors(added)
         path = self._folder() / f"lora-{_digest(tensors)}.safetensors"
         with self._lock:
-            if not path.exists():
-                _write(tensors, path)
             if known is None:
+                # Before it is looked for: `_drop`, which removes what is unused, may run in the midst of this.
                 self._unused.pop(path, None)
                 self._users[path] = self._users.get(path, 0) + 1
                 weakref.finalize(added, self._drop, path)
+            if not path.exists():
+                _write(tensors, path)
             self._paths[added] = path
         return path
 

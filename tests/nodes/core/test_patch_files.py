@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from wan_pack.nodes.core.patch_files import PatchFiles
+from wan_pack.nodes.core.patch_files import KEPT, PatchFiles
 from wan_pack.nodes.host.core_model import AddedPatches
 
 LAYERS = [f"blocks.{number}.ffn.0" for number in range(2)]
@@ -57,6 +57,31 @@ def test_files_are_the_same_where_all_is_the_same(files: PatchFiles) -> None:
     assert names == {known.file.path}
     kept = [added(patches) for patches in others]
     assert len({file.file.path for file in files.files(kept)} | names) == 1 + len(others)
+
+
+def test_a_file_that_is_used_again_stays_whatever_is_freed_meanwhile(
+    files: PatchFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python may free another model's patches anywhere, on this thread too: then the file that was unused for longest
+    goes."""
+    alphas = [float(number) for number in range(KEPT + 1)]
+    in_use = [added(of_layers(LAYERS[0], alpha=alpha)) for alpha in alphas]
+    oldest = Path(files.files(in_use)[0].file.path)
+    while len(in_use) > 1:
+        del in_use[0]
+    exists = Path.exists
+
+    def freed_meanwhile(path: Path) -> bool:
+        found = exists(path)
+        if path == oldest:
+            in_use.clear()
+        return found
+
+    again = added(of_layers(LAYERS[0], alpha=alphas[0]))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "exists", freed_meanwhile)
+        (file,) = files.files([again])
+    assert not in_use and Path(file.file.path) == oldest and oldest.exists()
 
 
 def test_changes_that_are_no_product_have_their_own_names(files: PatchFiles) -> None:
