@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def read_bounded(path: Path, limit: int) -> str:
 def replace_text(path: Path, text: str) -> None:
     """Writes beside `path` and renames. Mode 0600."""
     data = text.encode("utf-8")
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    # Its own for each thread.
+    draft = path.with_name(f".{path.name}.{threading.get_native_id()}")
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(descriptor, "wb") as file:

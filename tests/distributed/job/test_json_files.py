@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,21 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one_and_no_draft(tmp_path:
     with pytest.raises(OSError):
         replace_text(tmp_path / "folder", "new")
     assert (tmp_path / "x").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["folder", "x"]
+
+
+def test_two_threads_may_write_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As those of a batch, which have all found the packages good."""
+    replace, between = os.replace, threading.Thread(target=write_json, args=(tmp_path / "x.json", {"by": "another"}))
+
+    def another_meanwhile(draft: Path, path: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        between.start()
+        between.join()
+        replace(draft, path)
+
+    monkeypatch.setattr(os, "replace", another_meanwhile)
+    write_json(tmp_path / "x.json", {"by": "this"})
+    assert read_json(tmp_path / "x.json") == {"by": "this"} and os.listdir(tmp_path) == ["x.json"]
 
 
 @pytest.mark.parametrize("tries", [1, 3, 20])
