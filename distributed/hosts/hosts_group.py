@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -146,4 +147,6 @@ class HostsGroup(WorkerGroup):
             except JobError:
                 continue
             failures += entries if isinstance(entries, list) else []
-        write_json(self.folder.failures, {"failures": failures})
+        # Neither a folder that is gone nor a full disk may keep a group that has ended among those that have not.
+        with contextlib.suppress(OSError):
+            write_json(self.folder.failures, {"failures": failures})
