@@ -41,6 +41,10 @@ class NodeReport:
         return time.monotonic() - self._started
 
     def __call__(self, progress: Progress) -> None:
+        """Of a job. After a cancel nothing more: the bar would raise, which ends the job as an error does, with
+        processes that a cancel leaves to the next one."""
+        if host.interrupted():
+            return
         text = f"{progress.text}\n{progress.usage}" if progress.usage else progress.text
         self.show(progress.fraction, text)
         if progress.preview is not None:

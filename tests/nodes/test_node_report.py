@@ -22,6 +22,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     bar = SimpleNamespace(update_absolute=found.append)
     monkeypatch.setattr(host, "progress_bar", lambda total, node_id: bar)
     monkeypatch.setattr(host, "preview_size", lambda: 16)
+    monkeypatch.setattr(host, "interrupted", lambda: False)
     return found
 
 
@@ -40,6 +41,14 @@ def test_text_picture_and_end_name_the_node_and_its_workflow(sent: list[Any]) ->
     assert picture == mine
     assert cancelled == {**mine, "text": "cancelled", "ended": True}, "the videos of before are shown again"
     assert done == {**mine, "text": "done", "ended": True, "videos": [{"filename": "a.mp4"}]}
+
+
+def test_a_cancel_is_the_jobs_to_see(sent: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may come while progress is on its way: what the bar raises then would end processes that are to stay."""
+    report = NodeReport("1")
+    monkeypatch.setattr(host, "interrupted", lambda: True)
+    report(Progress(phase="denoise", step=1, total=2, preview=b"a picture"))
+    assert sent == []
 
 
 def test_the_bar_does_not_run_backwards(sent: list[Any]) -> None:
