@@ -99,6 +99,11 @@ class ExpertFiles:
         """Of the LoRAs."""
         return [(lora.file.path, lora.strength, lora.selection) for lora in self.loras]
 
+    def check_unchanged(self) -> None:
+        """After they were read: a file that is replaced meanwhile gives a model of both. Raises JobError naming it."""
+        for file in (*self.files, *(lora.file for lora in self.loras)):
+            file.check_unchanged()
+
     @property
     def loras_are_there(self) -> bool:
         """Their files, still the same."""

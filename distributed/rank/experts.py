@@ -210,8 +210,7 @@ class ExpertCache:
             return
         start = time.perf_counter()
         pending.finish(lambda done, total: on_tensor(f"{name} expert", done, total))
-        for file in (*pending.made_of.files, *(lora.file for lora in pending.made_of.loras)):
-            file.check_unchanged()
+        pending.made_of.check_unchanged()
         log.info("the steps waited %.2f s for the %s expert", time.perf_counter() - start, name)
         self._made_of[name] = pending.made_of
         del self._pending[name]
@@ -260,6 +259,7 @@ class ExpertCache:
                 on_tensor=report, beside=beside, on_send=on_send,
                 on_weights=partial(self.weights.__setitem__, name),
             )  # fmt: skip
+        wanted.check_unchanged()
         self._made_of[name] = wanted
 
     def _read_ahead(self, name: str, wanted: ExpertFiles, settings: dict[str, Any]) -> PendingExpert:

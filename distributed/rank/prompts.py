@@ -70,6 +70,9 @@ class PromptEncoder:
             dtype=torch.bfloat16 if on_cuda else torch.float32,
             device=self._device,
         )
+        for file in made_of:
+            # Of one that was replaced while it was read this encoder is half.
+            file.check_unchanged()
         # On a CPU it is in host memory anyway.
         self._parking = HostParking(self._encoder.model, keep=True) if on_cuda else None
         self._made_of = made_of

@@ -12,7 +12,7 @@ import pytest
 import torch
 from jobs import tiny_job
 from umt5 import MODEL, train_spiece
-from wan_pack.distributed.job.job import FileIdentity, Job, Text
+from wan_pack.distributed.job.job import FileIdentity, Job, JobError, Text
 from wan_pack.distributed.rank import prompts as module
 from wan_pack.distributed.rank.prompts import PromptEncoder
 from wan_pack.distributed.weights.offload import HostParking
@@ -61,6 +61,20 @@ def test_a_rank_that_stays_reads_its_text_encoder_once(stays: dict[str, Any], jo
     assert not torch.equal(rows[0][0][:3], rows[1][0][:3])
     for once, again in zip(rows[0], rows[2], strict=True):
         assert torch.equal(once, again)
+
+
+def test_an_encoder_that_is_replaced_while_it_is_read_encodes_nothing(job: Job, monkeypatch: pytest.MonkeyPatch):
+    load, file = text_encoder.load_text_encoder, Path(job.model.text_encoder[0].path)
+
+    def replaced_meanwhile(*given: Any, **how: Any) -> Any:
+        encoder = load(*given, **how)
+        shutil.copyfile(MODEL, file.with_name("new"))
+        file.with_name("new").replace(file)
+        return encoder
+
+    monkeypatch.setattr(text_encoder, "load_text_encoder", replaced_meanwhile)
+    with pytest.raises(JobError, match=r"umt5\.safetensors changed since the job was written"):
+        PromptEncoder(torch.device("cpu")).encode(job, negative=False)
 
 
 def test_another_encoder_takes_the_place(job: Job, loads: list[list[str]], tmp_path: Path):

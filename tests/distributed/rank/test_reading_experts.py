@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from jobs import stub_job
 from made_up_models import cache_of_three, files
-from wan_pack.distributed.job.job import FileIdentity, Parallel
+from wan_pack.distributed.job.job import FileIdentity, JobError, Parallel
 from wan_pack.distributed.job.model_files import ExpertFiles, LoraFile
 from wan_pack.distributed.parallel.parallelize import Computing
 from wan_pack.distributed.parallel.sequence import SequenceShard
@@ -93,6 +95,28 @@ def test_an_expert_arrives_once_and_all_its_files_are_as_they_were(
     assert looked == ["/models/b.safetensors", "/models/lora.safetensors"]
     assert cache._made_of["b"] is made_of and not cache._pending
     assert caplog.messages == ["the steps waited 2.50 s for the b expert"]
+
+
+@pytest.mark.parametrize("what", ["a model", "a LoRA"])
+def test_a_file_that_is_replaced_while_it_is_read_makes_no_model(
+    what: str, cache: ExpertCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By a download or a training that has come to its end: of one half each there would be a video of nothing."""
+    model, lora = tmp_path / "d.safetensors", tmp_path / "lora.safetensors"
+    for path in (model, lora):
+        path.write_bytes(b"old")
+    wanted = ExpertFiles((FileIdentity.of(model),), (LoraFile(file=FileIdentity.of(lora), strength=1.0),), None)
+
+    def load_expert(*_: Any, **__: Any) -> torch.nn.Module:
+        new = tmp_path / "new"
+        new.write_bytes(b"longer")
+        new.replace(model if what == "a model" else lora)
+        return torch.nn.Module()
+
+    monkeypatch.setattr(experts, "load_expert", load_expert)
+    with pytest.raises(JobError, match=f"{'d' if what == 'a model' else 'lora'}.safetensors changed since the job"):
+        cache._load("d", wanted, {"parallel": stub_job().parallel, "mesh": None}, lambda done, total: None)
+    assert "d" not in cache._made_of
 
 
 def test_a_rank_that_keeps_nothing_frees_all(cache: ExpertCache, monkeypatch: pytest.MonkeyPatch):

@@ -122,6 +122,7 @@ def test_whether_lora_files_are_still_there_is_what_all_ranks_saw(
     done: list[str] = []
     monkeypatch.setattr(experts, "relora_expert", lambda *_, **__: not done.append("changed") and holds)
     monkeypatch.setattr(experts, "load_expert", lambda *_, **__: (done.append("loaded"), torch.nn.Module())[1])
+    monkeypatch.setattr(FileIdentity, "check_unchanged", lambda file: None)
     settings = {"parallel": stub_job().parallel, "mesh": None}
     cache._load("a", ExpertFiles(files("a"), (), None), settings, lambda done, total: None)
     assert asked == [True] and done == ["changed"] * there + ["loaded"] * (not (there and holds))
