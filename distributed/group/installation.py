@@ -34,6 +34,9 @@ ENCODER_ONLY = ("transformers", "sentencepiece", "ftfy")
 DISTRIBUTED = Path(__file__).parent.parent
 TIMEOUT = 180.0
 """Seconds to import all of them from a cold disk."""
+INSTALLATIONS = 16
+"""That are remembered. Programs of one Python, such as ComfyUI and the doctor, may have packages in different places:
+neither makes the other one's be forgotten."""
 _good: dict[str, set[str]] = {}
 """Installation -> what was imported from it, while this process lives."""
 
@@ -138,17 +141,26 @@ def _stamp(source: Mapping[str, str]) -> Path | None:
 
 
 def _remembered(stamp: Path | None, key: str) -> set[str]:
-    try:
-        kept = {} if stamp is None else read_json(stamp)
-    except JobError:
-        return set()
-    return set(kept.get("good", ())) & set(PACKAGES) if kept.get("installation") == key else set()
+    good = _kept(stamp).get(key)
+    return set(good) & set(PACKAGES) if isinstance(good, list) else set()
 
 
 def _remember(stamp: Path, key: str, good: set[str]) -> None:
+    kept = _kept(stamp)
+    kept.pop(key, None)
+    newest = dict([*kept.items(), (key, [*good])][-INSTALLATIONS:])
     try:
         stamp.parent.mkdir(parents=True, exist_ok=True)
-        write_json(stamp, {"installation": key, "good": [*good]})
+        write_json(stamp, {"good": newest})
     except OSError:
         # It is asked again next time.
         return
+
+
+def _kept(stamp: Path | None) -> dict[str, object]:
+    """Installation -> what was imported from it; nothing of a file that is damaged or from another version."""
+    try:
+        kept = None if stamp is None else read_json(stamp).get("good")
+    except JobError:
+        return {}
+    return kept if isinstance(kept, dict) else {}

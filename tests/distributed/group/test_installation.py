@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from mount import ROOT, SUPPORT
 from wan_pack.distributed.group import installation
-from wan_pack.distributed.group.installation import PACKAGES, check_installation, installation_problem
+from wan_pack.distributed.group.installation import INSTALLATIONS, PACKAGES, check_installation, installation_problem
 from wan_pack.distributed.job.errors import JobError
 from wan_pack.distributed.libraries import library_check
 
@@ -171,11 +171,37 @@ def test_what_was_good_is_kept_until_something_is_installed(
     # Other places of packages are another installation.
     assert installation_problem(source={**os.environ, "PYTHONPATH": str(tmp_path)}) == ""
     assert len(asked) == 3
+    # Each is known to both: ComfyUI and the doctor may take turns.
+    for source in (os.environ, {**os.environ, "PYTHONPATH": str(tmp_path)}):
+        monkeypatch.setattr(installation, "_good", {})
+        assert installation_problem(source=source) == ""
+    assert len(asked) == 3
     (stamp,) = (tmp_path / "cache" / "wan-distributed").glob("imports-*.json")
-    stamp.write_text("[")
+    # Damaged, of a version before, or by anybody.
+    for number, text in enumerate(("[", '{"good": ["torch"]}', '{"good": {}}'), 4):
+        stamp.write_text(text)
+        monkeypatch.setattr(installation, "_good", {})
+        assert installation_problem() == ""
+        assert len(asked) == number
+    (key,) = json.loads(stamp.read_text())["good"]
+    stamp.write_text(json.dumps({"good": {key: 7}}))
     monkeypatch.setattr(installation, "_good", {})
-    assert installation_problem() == ""
-    assert len(asked) == 4
+    assert installation_problem() == "" and len(asked) == 7
+
+
+def test_of_many_places_the_last_are_kept(asked: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def ask(number: int) -> None:
+        monkeypatch.setattr(installation, "_good", {})
+        (tmp_path / str(number)).mkdir(exist_ok=True)
+        installation_problem(source={**os.environ, "PYTHONPATH": str(tmp_path / str(number))})
+
+    for number in range(INSTALLATIONS + 1):
+        ask(number)
+    first = len(asked)
+    ask(1)
+    assert len(asked) == first == INSTALLATIONS + 1
+    ask(0)
+    assert len(asked) == first + 1
 
 
 def test_what_was_bad_is_asked_again(monkeypatch: pytest.MonkeyPatch, asked: list[list[str]]):
