@@ -21,7 +21,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ..files.block_scaled import BlockScaled
+from ..files.block_scaled import BlockScaled, Grouped
 from ..files.diffusers_keys import MARKER as DIFFUSERS_MARKER
 from ..files.diffusers_keys import to_official, whole
 from ..files.identify import describe_tensors, prefixes
@@ -157,6 +157,8 @@ def _as_kept(name: str, tensor: StoredTensor) -> KeptWeight | None:
         first, *others = (_as_kept(name, part) for part in tensor.parts)
         return first if all(other == first for other in others) else None
     plain, rotated_by = (tensor.stored, tensor.group) if isinstance(tensor, Rotated) else (tensor, 0)
+    if isinstance(plain, Grouped):
+        return KeptWeight(torch.int8, True, rotated_by)
     # Rotated fp8 is rare: its values are read.
     if not isinstance(plain, PlainTensor) or plain.dtype not in (CODES if not rotated_by else (torch.int8,)):
         return None

@@ -32,7 +32,9 @@ BY_FACTOR = (
 )
 INT4 = "convrot_w4a4"
 """Two codes in a byte, a scale for each row, always rotated."""
-READABLE = (*BY_FACTOR, *BLOCKS_OF, INT4)
+W4A8 = "asym_w4a8_int8"
+"""Two codes in a byte, a scale for each group of inputs and one for each row, always rotated."""
+READABLE = (*BY_FACTOR, *BLOCKS_OF, INT4, W4A8)
 """Turned back into floats by one factor per tensor, per output row or per block."""
 ROTATION, ROTATED_BY = "convrot", "convrot_groupsize"
 USUAL_GROUP = 256
@@ -41,6 +43,9 @@ USUAL_GROUP = 256
 _BLOCKS = ("group_size", "block_size")
 """Said of formats with a scale for each block."""
 _SHAPE, _PARAMS = "orig_shape", "params"
+_ALWAYS_ROTATED = (INT4, W4A8)
+_OWN = {INT4: {"quant_group_size"}, W4A8: {*_BLOCKS, "codebook"}} | {name: {*_BLOCKS} for name in BLOCKS_OF}
+"""Format -> its own words."""
 _CHANGING = (
     *("rot", "hadamard", "group", "block", "param", "zero", "offset", "shift", "smooth", "pack", "perm", "transpos"),
     *("svd", "low_rank", "codebook", "lut", "bits", "swizzle", "first", "nibble"),
@@ -110,20 +115,18 @@ def _format(layer: str, entry: Any) -> QuantFormat:
         # ComfyUI looks for an option there where the entry itself does not have it.
         entry = {key: value for key, value in (inner | entry).items() if key != _PARAMS}
     group = 0
-    rotated = entry.get(ROTATION, name == INT4)
-    if rotated not in (None, False, True) or (name == INT4 and not rotated):
+    always = name in _ALWAYS_ROTATED
+    rotated = entry.get(ROTATION, always)
+    if rotated not in (None, False, True) or (always and not rotated):
         # "false" would be taken for true.
-        raise ValueError(
-            f"{ROTATION} of {layer} is {brief(rotated)}; it must be {'' if name == INT4 else 'false or '}true"
-        )
+        raise ValueError(f"{ROTATION} of {layer} is {brief(rotated)}; it must be {'' if always else 'false or '}true")
     if rotated:
         group = entry.get(ROTATED_BY, USUAL_GROUP)
         if type(group) is not int or not is_group(group):
             raise ValueError(f"{ROTATED_BY} of {layer} is {brief(group)}; it must be a power of 4")
     # What else is said only describes: per_row, orig_dtype. Of a rotation that is off, so does its size.
-    known = {"format", ROTATION, ROTATED_BY, _SHAPE}
-    block = _block(layer, name, entry) if name in BLOCKS_OF else None
-    known |= {*_BLOCKS} if name in BLOCKS_OF else {"quant_group_size"} if name == INT4 else set()
+    known = {"format", ROTATION, ROTATED_BY, _SHAPE} | _OWN.get(name, set())
+    block = _block(layer, name, entry) if name in (*BLOCKS_OF, W4A8) else None
     told = {key: value for key, value in entry.items() if key not in known and value not in _NEUTRAL}
     options = sorted(key for key, value in told.items() if _changes(name, key.lower(), value))
     shape = entry.get(_SHAPE)
@@ -132,7 +135,7 @@ def _format(layer: str, entry: Any) -> QuantFormat:
 
 
 def _changes(name: str, key: str, value: Any) -> bool:
-    if "bits" in key and value == (4 if name in (NVFP4, INT4) else 8):
+    if "bits" in key and value == (4 if name in (NVFP4, INT4, W4A8) else 8):
         return False
     return any(word in key for word in _CHANGING)
 
@@ -140,7 +143,7 @@ def _changes(name: str, key: str, value: Any) -> bool:
 def _block(layer: str, name: str, entry: dict[str, Any]) -> tuple[int, int] | None:
     """Of a format with a scale for each block. Raises ValueError for what is no size, or not the format's."""
     told = {key: entry[key] for key in _BLOCKS if entry.get(key) not in _NEUTRAL}
-    fixed, found = BLOCKS_OF[name], None
+    fixed, found = BLOCKS_OF.get(name), None
     for key, value in told.items():
         sizes = value if isinstance(value, list) else [value]
         whole = all(type(size) is int and size > 0 for size in sizes) and len(sizes) in (1, 2)

@@ -8,7 +8,7 @@
     quanto (fp8, int8)              X.weight._data and X.weight._scale in place of X.weight
     torchao (fp8, int8)             X._weight_qdata and X._weight_scale in place of X.weight
     scaled by blocks                X.weight_scale of their number; nvfp4, mxfp8 and others (block_scaled.py)
-    ComfyUI's int8 with ConvRot     as int8, with `convrot` in X.comfy_quant (rotated.py); int4 (convrot_w4a4) likewise
+    ComfyUI's int8 with ConvRot     as int8, with `convrot` in X.comfy_quant (rotated.py); int4 and w4a8 likewise
 
 Scales of inputs serve products of fp8 by fp8 only; products here take the unpacked weight.
 """
@@ -23,15 +23,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..model.eight_bits import E4M3
-from .block_scaled import BlockScaled, tiled_size
-from .quant_formats import BLOCKS_OF, INT4, MXFP8, NVFP4, READABLE, QuantFormat, placed
+from .block_scaled import GROUPED, BlockScaled, grouped, tiled_size
+from .quant_formats import BLOCKS_OF, INT4, MXFP8, NVFP4, READABLE, W4A8, QuantFormat, placed
 from .rotated import Rotated
 from .stored_tensor import DTYPES, PackedTensor, PlainTensor, RowScale, StoredTensor, StridedTensor
 
 if TYPE_CHECKING:
     from .stored_model import OpenedFile, StoredModel
 
-READS = "this version reads fp32, bf16, fp16, fp8, int8 (ConvRot too), int4 (ConvRot), mxfp8, nvfp4 and GGUF files"
+READS = (
+    "this version reads fp32, bf16, fp16, fp8, int8 (ConvRot too), int4 and w4a8 (ConvRot), mxfp8, nvfp4 and GGUF files"
+)
 
 _SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 _FACTORS = (".weight_scale_2", ".scale_weight_2")
@@ -119,8 +121,8 @@ def _refused_format(dtypes: Mapping[str, str], formats: Mapping[str, QuantFormat
     """Names the quantised format of a file that cannot be read; None for one that may be.
 
     Args:
-        dtypes: tensor name -> dtype as safetensors names it.
-        formats: weight -> format, as far as the file says so (`quant_formats`).
+        dtypes: by tensor name, as safetensors names them.
+        formats: by weight, as far as the file says so.
     """
     for weight, kind in formats.items():
         if kind.name not in READABLE:
@@ -155,8 +157,16 @@ def pair_scales(
     paired: dict[str, StoredTensor] = {}
     scales: dict[str, StoredTensor] = {}
     factors: dict[str, StoredTensor] = {}
+    taken: set[str] = set()
+    for name, kind in formats.items():
+        if kind.name == W4A8:
+            paired[name] = made = grouped(name, stored, kind.block[1] if kind.block else 0)
+            paired[f"{name}_scale"] = made.scale
+            taken |= {name, *(name + ending for ending in GROUPED)}
     endings = (*_SCALES, *_FACTORS)
     for name, tensor in stored.items():
+        if name in taken:
+            continue
         if not name.endswith(endings):
             paired[name] = _typed(tensor, formats.get(name))
             continue
@@ -181,7 +191,8 @@ def pair_scales(
         paired[f"{weight}_scale"] = by_row
     for name, kind in formats.items():
         tensor = paired[name]
-        if (kind.name in (*BLOCKS_OF, INT4) or kind.rotated_by) and name not in scales:
+        scaled = name in scales or kind.name == W4A8
+        if (kind.name in (*BLOCKS_OF, INT4) or kind.rotated_by) and not scaled:
             raise ValueError(f"tensor {name} is said to be {kind.name}, but it has no such codes and scales")
         if not kind.rotated_by:
             continue

@@ -130,6 +130,24 @@ def int4_convrot(weight: Tensor) -> Stored:
     return {"weight": packed, "weight_scale": scale.view(-1), "comfy_quant": says}, (codes * scale) @ whole
 
 
+def w4a8(weight: Tensor) -> Stored:
+    """As comfy-kitchen's w4a8: the nearest of 16 levels by groups, the first of two places in the low bits."""
+    whole = torch.block_diag(*[regular_hadamard(16, CPU, torch.float32)] * (weight.shape[1] // 16))
+    levels = torch.linspace(-1, 1, 16) ** 3
+    parts = (weight @ whole).unflatten(1, (-1, 16))
+    rows = parts.abs().amax((1, 2)) / 127
+    groups = (parts.abs().amax(2) / rows[:, None]).to(torch.float8_e4m3fn)
+    factors = (groups.float() * rows[:, None])[..., None]
+    places = ((parts / factors)[..., None] - levels).abs().argmin(-1)
+    codes = (levels[places] * groups.float()[..., None]).round().clamp(-127, 127).flatten(1)
+    places = places.flatten(1).to(torch.uint8)
+    packed = (places[:, 0::2] + 16 * places[:, 1::2]).view(torch.int8)
+    return {
+        "weight": packed, "weight_s_rel": groups, "weight_s_channel": rows, "weight_codebook": levels,
+        "comfy_quant": comfy_quant(format="asym_w4a8_int8", group_size=16, convrot_groupsize=16),
+    }, (codes * rows[:, None]) @ whole  # fmt: skip
+
+
 def torchao(dtype: torch.dtype) -> Callable[[Tensor], Stored]:
     def store(weight: Tensor) -> Stored:
         codes, scale = int8_rows(weight)
@@ -146,7 +164,7 @@ FORMATS: dict[str, Callable[[Tensor], Stored]] = {
     "int8 by squares": blocks(torch.int8, 64, 64, "weight_scale", format="int8_blockwise", block_size=64),
     "fp8 by squares": blocks(torch.float8_e4m3fn, 128, 128, "weight_scale_inv"),
     "nvfp4": nvfp4, "mxfp8": mxfp8, "mxfp8, e8m0": lambda weight: mxfp8(weight, torch.float8_e8m0fnu),
-    "int4 ConvRot": int4_convrot, "quanto": quanto,
+    "int4 ConvRot": int4_convrot, "w4a8": w4a8, "quanto": quanto,
     "torchao": torchao(torch.int8), "torchao fp8": torchao(torch.float8_e4m3fn),
 }  # fmt: skip
 

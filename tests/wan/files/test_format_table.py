@@ -61,6 +61,7 @@ WRITERS: dict[str, list[Write]] = {
     "int8 with ConvRot (ComfyUI)": [lambda path, weights: store(path, "int8 ConvRot", weights)],
     "int8 by blocks": [lambda path, weights: store(path, "int8 by blocks", weights)],
     "int4 with ConvRot (ComfyUI)": [lambda path, weights: store(path, "int4 ConvRot", weights)],
+    "w4a8 with ConvRot (ComfyUI)": [lambda path, weights: store(path, "w4a8", weights)],
     "nvfp4": [lambda path, weights: store(path, "nvfp4", weights)],
     "mxfp8": [lambda path, weights: store(path, "mxfp8", weights)],
     "GGUF Q8_0": [lambda path, weights: write_gguf(path, weights, "Q8_0")],

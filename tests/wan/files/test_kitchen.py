@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,25 @@ def int4_convrot(weight: Tensor) -> Stored:
     return {"weight": codes, "weight_scale": scale, "comfy_quant": says}, values
 
 
+def w4a8(weight: Tensor, group: int = 16, **how: Any) -> Stored:
+    codes, groups, rows, _, table = kitchen.quantize_w4a8_int8_weight(weight, group, 64, **how)
+    values = kitchen.dequantize_w4a8_int8_weight(codes, groups, rows, table, None, group, 64, torch.float32)
+    says = comfy_quant(format="asym_w4a8_int8", convrot_groupsize=64, **({"group_size": group} if group != 16 else {}))
+    stored = {"weight": codes, "weight_s_rel": groups, "weight_s_channel": rows, "comfy_quant": says}
+    return stored | ({} if table is None else {"weight_codebook": table}), values
+
+
+def w4a8_of_other_groups(weight: Tensor) -> Stored:
+    """Without a table, as bytes and in float32."""
+    stored, values = w4a8(weight, 32, codebook=False, scale_dtype=torch.float32)
+    return stored | {"weight": stored["weight"].view(torch.uint8)}, values
+
+
+def w4a8_of_bytes(weight: Tensor) -> Stored:
+    stored, values = w4a8(weight, 8)
+    return stored | {"weight_s_rel": stored["weight_s_rel"].view(torch.uint8)}, values
+
+
 def mxfp8(weight: Tensor) -> Stored:
     codes, scales = kitchen.quantize_mxfp8(weight)
     values = kitchen.dequantize_mxfp8(codes, scales, torch.float32)
@@ -69,7 +89,13 @@ def fp8(weight: Tensor) -> Stored:
     return {"weight": codes, "weight_scale": scale, "comfy_quant": comfy_quant(format="float8_e4m3fn")}, values
 
 
-@pytest.mark.parametrize("quantise", [int8_rows, int8_tensor, convrot, int4_convrot, mxfp8, nvfp4, fp8])
+FORMATS = (
+    *(int8_rows, int8_tensor, convrot, int4_convrot, mxfp8, nvfp4, fp8),
+    *(w4a8, w4a8_of_other_groups, w4a8_of_bytes),
+)
+
+
+@pytest.mark.parametrize("quantise", FORMATS)
 def test_the_values_are_those_of_comfy_kitchen(tmp_path: Path, quantise: Callable[[Tensor], Stored]):
     tensors, values, path = {}, {}, tmp_path / "m.safetensors"
     for name, tensor in random_weights(CONFIG).items():
@@ -87,9 +113,58 @@ def test_the_values_are_those_of_comfy_kitchen(tmp_path: Path, quantise: Callabl
             if layer.kept is not None and layer.kept.rotated_by:
                 got = rotate_inputs(got, layer.kept.rotated_by)
             whole = tensors[name].dtype == torch.int8 and tensors[name].shape == value.shape
+            # Its codes become int8 as comfy-kitchen's do before they are multiplied.
+            whole |= quantise.__name__.startswith("w4a8")
             rounded = layer.keeps_int8 and not whole
             close = {"rtol": 0.0, "atol": float(value.abs().max()) / 127} if rounded else {"rtol": 1e-5, "atol": 1e-6}
             torch.testing.assert_close(got, value, **close, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def changed(**parts: Tensor | None) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda stored: {name: t for name, t in (stored | parts).items() if t is not None}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (changed(weight_s_rel=None), r"groups of 16 inputs, .*: .*weight_s_rel missing, .*_codebook \[16\]"),
+        (changed(weight_s_channel=None), r"weight_s_channel missing"),
+        (changed(weight_s_rel=None, weight_codebook=None), r"_s_rel missing, .*_channel \[256\], .*_codebook missing"),
+        (changed(comfy_quant=None), r"is int8 without a scale"),
+        (changed(comfy_quant=comfy_quant(format="asym_w4a8_int8", zero_point=3)), r"as asym_w4a8_int8 zero_point"),
+        (changed(weight_s_rel=torch.ones(256, 8)), r"weight_s_rel \[256, 8\]"),
+        (changed(weight_s_channel=torch.ones(255)), r"weight_s_channel \[255\]"),
+        (changed(weight_s_channel=torch.ones(256, dtype=torch.uint8)), r"it has no such"),
+        (changed(weight_codebook=torch.ones(8)), r"weight_codebook \[8\]"),
+        (changed(weight=torch.ones(256, 128)), r"it has no such"),
+        (changed(comfy_quant=comfy_quant(format="asym_w4a8_int8", group_size=2)), r"of 2 inputs"),
+        (changed(comfy_quant=comfy_quant(format="asym_w4a8_int8", group_size=24)), r"of 24 inputs"),
+        (changed(comfy_quant=comfy_quant(format="asym_w4a8_int8", convrot_groupsize=1024)), r"by groups of 1024"),
+    ],
+)  # fmt: skip
+def test_w4a8_whose_parts_do_not_fit_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], words: str
+):
+    from wan_pack.wan.checkpoint.checkpoint import Checkpoint
+
+    tensors, name, path = random_weights(CONFIG), "blocks.0.self_attn.q", tmp_path / "m.safetensors"
+    stored = change(w4a8(tensors.pop(f"{name}.weight"))[0])
+    save_file(tensors | {f"{name}.{part}": value for part, value in stored.items()}, path)
+    with pytest.raises(ValueError, match=words) as refusal:
+        Checkpoint([path])
+    assert str(path) in str(refusal.value)
+
+
+@pytest.mark.parametrize("part", ["weight_s_rel", "weight_s_channel", "weight_codebook"])
+def test_w4a8_with_a_scale_that_is_no_number_is_damaged(tmp_path: Path, part: str):
+    from wan_pack.wan.checkpoint.checkpoint import Checkpoint
+
+    tensors, name, path = random_weights(CONFIG), "blocks.0.self_attn.q", tmp_path / "m.safetensors"
+    stored = w4a8(tensors.pop(f"{name}.weight"))[0]
+    stored[part] = stored[part].float().index_fill(0, torch.tensor([3]), torch.nan).to(stored[part].dtype)
+    save_file(tensors | {f"{name}.{part}": value for part, value in stored.items()}, path)
+    with pytest.raises(ValueError, match="is damaged: a weight's scale is not a finite number"):
+        Checkpoint([path]).read_into(f"{name}.weight", torch.empty(256, 256))
 
 
 @pytest.mark.parametrize("kind", ["nvfp4", "mxfp8"])

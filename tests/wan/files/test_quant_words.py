@@ -13,6 +13,7 @@ from wan_pack.wan.files.quant_formats import QuantFormat, is_group, placed
 from wan_pack.wan.files.stored_model import open_file
 
 INT8, INT4, BLOCKS, NVFP4 = "int8_tensorwise", "convrot_w4a4", "int8_blockwise", "nvfp4"
+W4A8 = "asym_w4a8_int8"
 
 
 def understood(folder: Path, entry: Any) -> QuantFormat:
@@ -52,6 +53,13 @@ FORMATS: dict[str, tuple[Any, QuantFormat]] = {
     "int4": ({"format": INT4, "quant_group_size": 64, "bits": 4}, QuantFormat(INT4, 256)),
     "int4, told": ({"format": INT4, "convrot": True, "convrot_groupsize": 16}, QuantFormat(INT4, 16)),
     "int4 of other bits": ({"format": INT4, "bits": 8}, QuantFormat(f"{INT4} bits", 256)),
+    "w4a8": ({"format": W4A8}, QuantFormat(W4A8, 256)),
+    "w4a8, told": (
+        {"format": W4A8, "group_size": 8, "convrot_groupsize": 64, "codebook": True, "bits": 4},
+        QuantFormat(W4A8, 64, (8, 8)),
+    ),
+    "w4a8, told inside": ({"format": W4A8, "params": {"group_size": [1, 32]}}, QuantFormat(W4A8, 256, (1, 32))),
+    "w4a8 of 8 bits": ({"format": W4A8, "bits": 8}, QuantFormat(f"{W4A8} bits", 256)),
     "int8 of 8 bits": ({"format": INT8, "num_bits": 8}, QuantFormat(INT8)),
     "int8 of other bits": ({"format": INT8, "num_bits": 4}, QuantFormat(f"{INT8} num_bits")),
     "int8 by int4's groups": ({"format": INT8, "quant_group_size": 64}, QuantFormat(f"{INT8} quant_group_size")),
@@ -92,6 +100,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a name that is none": (3, r"the format of a\.q is 3"),
     "a name of 65": ("x" * 65, r"the format of a\.q is 'xxx"),
     "false in words": ({"format": INT8, "convrot": "false"}, r"convrot of a\.q is 'false'; it must be false or true"),
+    "w4a8 that is not rotated": ({"format": W4A8, "convrot": False}, r"convrot of a\.q is False; it must be true"),
+    "w4a8 of no size": ({"format": W4A8, "group_size": "8"}, rf"group_size of a\.q is '8'; {SIZES}"),
     "int4 that is not rotated": ({"format": INT4, "convrot": False}, r"convrot of a\.q is False; it must be true"),
     **{
         f"rotated by {group!r}": (

@@ -258,7 +258,7 @@ WRONG = {
         lambda w: (FORMATS["int4 ConvRot"](w)[0] | {"weight_scale": torch.ones(96, dtype=torch.uint8)}, w),
         r"the scale of tensor .* has shape \(96,\)",
     ),
-    "w4a8": (said(FORMATS["nvfp4"], format="asym_w4a8_int8"), "quantised as asym_w4a8_int8"),
+    "AWQ of ComfyUI": (said(FORMATS["int4 ConvRot"], format="awq_w4a16"), "quantised as awq_w4a16"),
 }  # fmt: skip
 
 
