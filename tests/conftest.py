@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(FaultReport())
-    config.pluginmanager.register(Kinds(config))
+    config.pluginmanager.register(Kinds(config), "kinds")
 
 
 def pytest_collection() -> None:
@@ -72,15 +72,19 @@ def _nothing_outlives_its_test(request: pytest.FixtureRequest) -> Iterator[None]
     """The no-orphan promise, everywhere: no process works in the test's folder, no job or group is left there."""
     # Asked for before the test: after it the folder's own fixture may be torn down already.
     folder = str(request.getfixturevalue("tmp_path")) if "tmp_path" in request.fixturenames else None
+    kinds = request.config.pluginmanager.get_plugin("kinds")
+    before = kinds.started
     yield
     if folder is None:
         return
-    # Killed ones need a busy machine's processors to end; one that nobody has killed stays.
-    deadline = time.monotonic() + AT_ONCE
-    while (left := _working_in(folder)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not left, "processes left behind:\n" + "\n".join(left)
-    folders = [path for kind in ("job", "group") for path in Path(folder).rglob(f"wan-{kind}-*")]
+    # To look at all processes of the machine takes longer than most tests do.
+    if kinds.started > before or any(map(request.node.get_closest_marker, ("processes", "ranks"))):
+        # Killed ones need a busy machine's processors to end; one that nobody has killed stays.
+        deadline = time.monotonic() + AT_ONCE
+        while (left := _working_in(folder)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not left, "processes left behind:\n" + "\n".join(left)
+    folders = [path for path in Path(folder).rglob("wan-*") if path.name.startswith(("wan-job-", "wan-group-"))]
     assert not folders, f"folders left behind: {folders}"
 
 

@@ -54,8 +54,9 @@ class Kinds:
         self._guards = re.match(r"not \(?.*\bprocesses\b", config.getoption("markexpr") or "") is not None
         self._running = False
         """A test that is to start nothing; not its fixtures, which others may share."""
-        if self._guards:
-            sys.addaudithook(self._look)
+        self.started = 0
+        """Processes, by this one; not those that `multiprocessing` starts."""
+        sys.addaudithook(self._look)
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
@@ -91,7 +92,10 @@ class Kinds:
         self._running = False
 
     def _look(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self._running and event in STARTS and MAY_BE_ASKED not in str(arguments):
+        if event not in STARTS:
+            return
+        self.started += 1
+        if self._guards and self._running and MAY_BE_ASKED not in str(arguments):
             raise AssertionError(f"this test starts a process ({event} {arguments[:2]}): mark it with processes")
 
 
