@@ -29,10 +29,11 @@ take_memory(layer, torch.device("cpu"))
 assert layer.weight.shape == (2, 3) and not layer.weight.is_meta and layer.bias.device.type == "cpu"
 assert ("sympy" in sys.modules) == solver, "a second, for the memory of a model"
 
-from wan_pack.distributed.libraries.library_imports import MODULES, OPTIONAL, import_diffusers
+from wan_pack.distributed.libraries.library_imports import MODULES, OPTIONAL
 
 disable = torch.compiler.disable
-import_diffusers()
+{watched}
+assert hides == [True]
 assert all(name in sys.modules for name in MODULES)
 assert ("torch._dynamo" in sys.modules) == loaded, "nor does diffusers bring it"
 assert torch.compiler.disable is disable
@@ -51,51 +52,50 @@ assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).tolist() =
 """
 
 
-AFTER_OTHERS = """
-from mount import mount_pack
-mount_pack()
-from wan_pack.distributed.libraries import library_imports
-
+WATCHED = """
 import gc
 import importlib
 from types import SimpleNamespace
+from wan_pack.distributed.libraries import library_imports
 
 hides, collects = [], []
 hidden = library_imports.hidden
 library_imports.hidden = lambda names: hides.append(bool(names)) or hidden(names)
-{first}
 load = lambda name: collects.append(gc.isenabled()) or importlib.import_module(name)
 library_imports.importlib = SimpleNamespace(import_module=load)
 library_imports.import_diffusers()
 assert collects and not any(collects) and gc.isenabled()
+"""
+"""Whether `import_diffusers` hides what is installed beside it, and collects garbage meanwhile."""
+AFTER_OTHERS = f"""
+from mount import mount_pack
+mount_pack()
+from diffusers import UniPCMultistepScheduler
+{WATCHED}
 print(*hides)
 """
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize(
-    ("first", "hides"),
-    [("", "True"), ("from diffusers import UniPCMultistepScheduler", "False")],
-    ids=["first", "later"],
-)
-def test_what_the_first_import_has_found_stays_found(first: str, hides: str):
-    """diffusers 0.37 imports what it had found then, whatever is hidden now: a solver may have been there before."""
+def printed(script: str) -> list[str]:
+    """Words that a Python of its own prints, which finds the pack and knows of nothing else."""
     ended = subprocess.run(
-        [sys.executable, "-c", AFTER_OTHERS.format(first=first)],
-        capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False,
         env={"PYTHONPATH": str(mount.__file__).rpartition("/")[0], "HOME": "/nonexistent", "PATH": "/usr/bin"},
     )  # fmt: skip
-    assert (ended.returncode, ended.stdout.split()) == (0, [hides]), ended.stderr[-2000:]
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return ended.stdout.split()
+
+
+@pytest.mark.processes
+def test_what_the_first_import_has_found_stays_found():
+    """diffusers 0.37 imports what it had found then, whatever is hidden now: a solver may have been there before."""
+    assert printed(AFTER_OTHERS) == ["False"]
 
 
 @pytest.mark.processes
 def test_optional_packages_are_not_imported_and_stay_importable():
-    ended = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=False,
-        env={"PYTHONPATH": str(mount.__file__).rpartition("/")[0], "HOME": "/nonexistent", "PATH": "/usr/bin"},
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    assert ended.stdout.split() == []
+    """Where diffusers comes first: of what is hidden then, nothing is printed."""
+    assert printed(SCRIPT.replace("{watched}", WATCHED)) == []
 
 
 def test_hidden_packages_look_absent_only_inside():
