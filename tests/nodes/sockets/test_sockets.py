@@ -109,8 +109,9 @@ def test_fault_31_a_socket_refuses_what_is_not_its_type(node: Node, kind: str) -
     made = NODE_CLASS_MAPPINGS[kind]
     sockets = [name for name, entry in inputs_of(made).items() if isinstance(entry[0], str) and entry[0] not in WIDGETS]
     assert sockets
+    sound = valid(node, kind)
     for name, value in itertools.product(sockets, JUNK):
-        given = {**valid(node, kind), name: value}
+        given = {**sound, name: value}
         if name == "low_noise_model":
             given["model"] = SimpleNamespace(model=SimpleNamespace(pipeline={"base_path": NAMES.high_noise}))
         if "on_error" in given:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -73,6 +74,7 @@ def test_kinds_are_said_by_what_they_count():
     assert [bool(kind.needed) for kind in KINDS.values()] == [True, True, False, False, False, False]
 
 
+@functools.cache
 def words_of(path: Path) -> set[str]:
     """Of names and texts, not of docstrings and comments."""
     tree = ast.parse(path.read_text())
