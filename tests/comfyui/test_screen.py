@@ -57,7 +57,8 @@ def test_text_picture_and_players_are_there_in_every_run(
 
 def check_live(live: dict[str, Any], pictures: tuple[list[int], ...]) -> None:
     """In the middle of a run."""
-    assert re.search(r"sampling \d+/16", live["text"]), live
+    # A busy machine may have looked at the page only when the last step was done.
+    assert re.search(r"sampling \d+/16|decoding", live["text"]), live
     assert live["picture"] in pictures and live["players"] == [], live
     assert nothing_of_the_page(live), live
 
