@@ -30,8 +30,8 @@ SECONDS = {"browser": 20, "hosts": 9, "comfyui": 5, "ranks": 3, "processes": 2}
 MEASURED = {
     "test_core_sampling": 115, "test_screen": 85, "test_evaluations": 75, "test_golden": 68, "test_browser": 55,
     "test_hosts_jobs": 47, "test_vae_calls": 46, "test_parallel": 46, "test_server": 40, "test_meaning": 40,
-    "test_warm_groups": 39, "test_core_variants": 38, "test_evaluation_faults": 35, "test_installation": 32,
-    "test_soak": 30, "test_hangs": 30, "test_naming": 27, "test_crashes": 25, "test_core_nodes": 25, "test_batch": 20,
+    "test_warm_groups": 39, "test_core_variants": 38, "test_evaluation_faults": 35, "test_installation": 16,
+    "test_soak": 30, "test_hangs": 30, "test_crashes": 25, "test_core_nodes": 25, "test_batch": 20,
     "test_benchmarks": 20, "test_vae_faults": 20, "test_header_bounds": 17, "test_endings": 16, "test_pool": 16,
     "test_core_animate": 14, "test_evaluation_soak": 14, "test_core_vae": 14, "test_warm": 13, "test_kernels": 12,
     "test_library_imports": 12, "test_lost_ranks": 12, "test_diffusers_animate": 10,
