@@ -27,11 +27,8 @@ def convrot(group: int, told: bool = True) -> Callable[[Tensor], Stored]:
     while matrix.shape[0] < group:
         size = matrix.shape[0]
         smallest = torch.ones(4, 4) - 2 * torch.eye(4).flip(0)
-        bigger = torch.zeros(4 * size, 4 * size)
-        for i in range(4 * size):
-            for j in range(4 * size):
-                bigger[i, j] = matrix[i // 4, j // 4] * smallest[i % 4, j % 4]
-        matrix = bigger
+        i = torch.arange(4 * size)
+        matrix = matrix[i // 4][:, i // 4] * smallest[i % 4][:, i % 4]
     matrix = matrix / group**0.5
 
     def store(weight: Tensor) -> Stored:
@@ -55,16 +52,12 @@ def blocks(dtype: torch.dtype, rows: int, columns: int, scale_name: str, **says:
     def store(weight: Tensor) -> Stored:
         down, across = -(-weight.shape[0] // rows), -(-weight.shape[1] // columns)
         scales = torch.rand(down, across, generator=torch.Generator().manual_seed(1)) / 50 + 0.01
-        values, codes = torch.empty_like(weight), torch.empty(weight.shape, dtype=dtype)
-        for i in range(weight.shape[0]):
-            for k in range(across):
-                part = slice(k * columns, (k + 1) * columns)
-                code = weight[i, part] / scales[i // rows, k]
-                code = code.round().clamp(-127, 127) if dtype == torch.int8 else code.clamp(-448, 448)
-                codes[i, part] = code.to(dtype)
-                values[i, part] = codes[i, part].float() * scales[i // rows, k]
+        i, j = (torch.arange(size) for size in weight.shape)
+        own = scales[i // rows][:, j // columns]
+        codes = weight / own
+        codes = (codes.round().clamp(-127, 127) if dtype == torch.int8 else codes.clamp(-448, 448)).to(dtype)
         extra = {"comfy_quant": comfy_quant(**says)} if says else {}
-        return {"weight": codes, scale_name: scales} | extra, values
+        return {"weight": codes, scale_name: scales} | extra, codes.float() * own
 
     return store
 
@@ -74,10 +67,9 @@ def tiled(scales: Tensor) -> Tensor:
     rows, columns = scales.shape
     down, across = -(-rows // 128), -(-columns // 4)
     out = torch.zeros(down * across * 512, dtype=scales.dtype)
-    for r in range(rows):
-        for c in range(columns):
-            tile = (r // 128) * across + c // 4
-            out[tile * 512 + (r % 32) * 16 + (r % 128) // 32 * 4 + c % 4] = scales[r, c]
+    r, c = torch.arange(rows)[:, None], torch.arange(columns)
+    tile = (r // 128) * across + c // 4
+    out[tile * 512 + (r % 32) * 16 + (r % 128) // 32 * 4 + c % 4] = scales
     return out.view(down * 128, across * 4)
 
 
