@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +31,13 @@ GRID = (3, 3, 5)
 def random_weights(config: WanConfig = TINY, seed: int = 0, scale: float = 0.1) -> dict[str, Tensor]:
     """Official name -> float32 tensor."""
     generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) * scale for name, shape in _shapes(config).items()}
+
+
+@functools.cache
+def _shapes(config: WanConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in WanModel(config).named_parameters()}
-    return {name: torch.randn(shape, generator=generator) * scale for name, shape in shapes.items()}
+        return {name: p.shape for name, p in WanModel(config).named_parameters()}
 
 
 def write_official(folder: Path, weights: dict[str, Tensor], config: WanConfig = TINY, shards: int = 1) -> Path:
