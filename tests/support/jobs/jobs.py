@@ -96,8 +96,7 @@ def pack_with(worker: Path, folder: Path, **fault: Any) -> Path:
     """
     target = folder / ODD_NAME / "distributed"
     if not target.exists():
-        # With its compiled Python: each of the group's processes would compile all that it imports.
-        shutil.copytree(ROOT / "distributed", target)
+        shutil.copytree(ROOT / "distributed", target, ignore=shutil.ignore_patterns("__pycache__"))
         (target.parent / "wan").symlink_to(ROOT / "wan")
         (target / "rank" / "worker.py").rename(target / "rank" / "real_worker.py")
         shutil.copyfile(FAKE_AGENT, target / "rank" / "fake_agent.py")
