@@ -62,7 +62,8 @@ def keep_failed(folder: JobDir, failed: Path) -> Path:
 
 def _owned(folder: JobDir) -> bool:
     try:
-        with folder.owner.open("rb") as file:
+        # For writing too: NFS locks no other file for one alone, which would look like a lock that somebody holds.
+        with folder.owner.open("r+b") as file:
             return not try_lock(file)
     except FileNotFoundError:
         return _age(folder.path) < GRACE_SECONDS

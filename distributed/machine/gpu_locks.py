@@ -138,6 +138,7 @@ def try_lock(file: IO[str] | IO[bytes] | int, *, wait: bool = False, shared: boo
     """Of any file. False if somebody holds the lock (for whom it can `wait`), or the file system knows no locks.
 
     Args:
+        file: open for writing, unless `shared`: NFS asks for that.
         shared: only against who holds it alone: others may look at the same time.
     """
     import fcntl  # Not on Windows, where ComfyUI must still be able to import this file.

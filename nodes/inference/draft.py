@@ -98,6 +98,7 @@ def _create_locked(path: Path) -> int:
 
 def _remove_abandoned(folder: Path) -> None:
     for path in folder.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError), path.open("rb") as file:
+        # For writing too: NFS locks no other file for one alone.
+        with contextlib.suppress(OSError), path.open("r+b") as file:
             if try_lock(file):
                 path.unlink()

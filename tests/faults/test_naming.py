@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from naming import KINDS, VIDEO, VIDEOS, kills, no_unnamed_files, save_videos, small_comfyui
+from naming import KINDS, VIDEO, VIDEOS, kills, nfs_locks, no_unnamed_files, save_videos, small_comfyui
 from wan_pack.distributed.group.leftovers import remove_abandoned
 from wan_pack.distributed.machine.gpu_locks import try_lock
 from wan_pack.nodes.host import host
@@ -56,6 +56,20 @@ def test_fault_34_a_video_has_its_name_whole_or_not_at_all(
     assert bool(hidden) == (kind != "ordinary")
 
 
+def test_fault_34_a_draft_that_a_kill_left_on_nfs_is_removed(
+    monkeypatch: pytest.MonkeyPatch, output: Path, tmp_path: Path
+):
+    """And one that somebody still writes stays."""
+    no_unnamed_files(monkeypatch.setattr)
+    nfs_locks(monkeypatch.setattr)
+    for name in ("left", "written"):
+        (output / f"{draft.PREFIX}{name}.mp4").touch()
+    with (output / f"{draft.PREFIX}written.mp4").open("r+b") as written:
+        assert try_lock(written)
+        save_videos(tmp_path / "jobs")
+    assert [path.name for path in output.glob(".*")] == [f"{draft.PREFIX}written.mp4"]
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["before its lock", "while it is locked"])
 def test_fault_34_a_draft_that_is_just_being_made_is_nobody_elses_to_remove(
     monkeypatch: pytest.MonkeyPatch, output: Path, tmp_path: Path, late: bool
@@ -70,7 +84,7 @@ def test_fault_34_a_draft_that_is_just_being_made_is_nobody_elses_to_remove(
         if not wait or taken > 1:
             return try_lock(file, wait=wait)
         if late:
-            with next(output.glob(".*")).open("rb") as other:
+            with next(output.glob(".*")).open("r+b") as other:
                 assert try_lock(other) and not try_lock(file)
                 next(output.glob(".*")).unlink()
         else:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from jobs import stub_job
+from naming import nfs_locks
 from wan_pack.distributed.group import leftovers
 from wan_pack.distributed.group.group_folder import GroupDir
 from wan_pack.distributed.group.leftovers import GRACE_SECONDS, KEPT, claim, keep_failed, remove_abandoned
@@ -168,3 +169,16 @@ def test_a_folder_that_is_written_into_meanwhile_is_removed(tmp_path: Path, monk
     folder.remove()
     assert not late and not folder.path.exists()
     folder.remove()
+
+
+def test_abandoned_jobs_go_on_nfs_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """There a file that is open for reading alone cannot be locked by one alone: the answer is no other's lock."""
+    nfs_locks(monkeypatch.setattr)
+    ours, left = JobDir.create(tmp_path), JobDir.create(tmp_path)
+    claim(ours)
+    claim(left)
+    assert left.lock is not None
+    left.lock.close()
+    remove_abandoned(tmp_path)
+    assert [folder.path.exists() for folder in (ours, left)] == [True, False]
+    ours.remove()

@@ -6,6 +6,7 @@ As a script: a small process that forks those, as a fork of a process with all t
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -55,6 +56,18 @@ def no_unnamed_files(put: Put) -> None:
         return opened(path, flags, *rest, **named)
 
     put(draft.os, "open", refuse)
+
+
+def nfs_locks(put: Put) -> None:
+    """Exclusive ones only of files that are open for writing, as flock(2) says of NFS."""
+    locked = fcntl.flock
+
+    def lock(file: Any, how: int) -> None:
+        if how & fcntl.LOCK_EX and fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        locked(file, how)
+
+    put(fcntl, "flock", lock)
 
 
 def no_links(put: Put) -> None:
