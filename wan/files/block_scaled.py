@@ -140,6 +140,9 @@ def grouped(name: str, tensors: Mapping[str, StoredTensor], group: int) -> Group
         groups = replace(groups, dtype=torch.float8_e4m3fn)
     if fits and isinstance(codes, PlainTensor):
         out, width = codes.shape[0], 2 * codes.shape[1]
+        if groups is not None and groups.shape == (out, width * 2 // 3 // group):
+            # Only the width of a row tells them apart.
+            raise ValueError(f"tensor {name} is {W4A8} with codes of 6 bits; this version reads those of 4")
         fits = width % USUAL_GROUP == width % group == 0 and 0 in (USUAL_GROUP % group, group % USUAL_GROUP)
         parts = [(groups, (out, width // group)), (rows, (out,))] + ([] if table is None else [(table, (16,))])
         for part, shape in parts:

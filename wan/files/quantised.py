@@ -47,6 +47,7 @@ _REFUSED = {
     ".wscales": "Nunchaku (SVDQuant, 4 bit)",
     ".qzeros": "AWQ or GPTQ (4 bit)",
     ".weight_zero_point": "a format with zero points",
+    ".weight_correction": "w4a8 with zero points",
     ".zero_point": "SDNQ or another format with zero points",
     ".svd_up": "SDNQ (with SVD)",
     ".W_q": "HQQ (with zero points)",
@@ -191,8 +192,7 @@ def pair_scales(
         paired[f"{weight}_scale"] = by_row
     for name, kind in formats.items():
         tensor = paired[name]
-        scaled = name in scales or kind.name == W4A8
-        if (kind.name in (*BLOCKS_OF, INT4) or kind.rotated_by) and not scaled:
+        if (kind.name in (*BLOCKS_OF, INT4) or kind.rotated_by) and name not in scales and name not in taken:
             raise ValueError(f"tensor {name} is said to be {kind.name}, but it has no such codes and scales")
         if not kind.rotated_by:
             continue

@@ -132,6 +132,8 @@ def changed(**parts: Tensor | None) -> Callable[[dict[str, Tensor]], dict[str, T
         (changed(weight_s_rel=None, weight_codebook=None), r"_s_rel missing, .*_channel \[256\], .*_codebook missing"),
         (changed(comfy_quant=None), r"is int8 without a scale"),
         (changed(comfy_quant=comfy_quant(format="asym_w4a8_int8", zero_point=3)), r"as asym_w4a8_int8 zero_point"),
+        (changed(weight_correction=torch.ones(16, 256)), r"as w4a8 with zero points \(.*_correction\)"),
+        (changed(weight=torch.ones(256, 192, dtype=torch.int8)), r"_int8 with codes of 6 bits; this"),
         (changed(weight_s_rel=torch.ones(256, 8)), r"weight_s_rel \[256, 8\]"),
         (changed(weight_s_channel=torch.ones(255)), r"weight_s_channel \[255\]"),
         (changed(weight_s_channel=torch.ones(256, dtype=torch.uint8)), r"it has no such"),
