@@ -64,7 +64,7 @@ class PromptEncoder:
             return self._encoder
         self.drop()
         on_cuda = self._device.type == "cuda"
-        self._encoder = load_text_encoder(
+        encoder = load_text_encoder(
             [file.path for file in model.text_encoder],
             [file.path for file in model.tokenizer],
             dtype=torch.bfloat16 if on_cuda else torch.float32,
@@ -74,9 +74,9 @@ class PromptEncoder:
             # Of one that was replaced while it was read this encoder is half.
             file.check_unchanged()
         # On a CPU it is in host memory anyway.
-        self._parking = HostParking(self._encoder.model, keep=True) if on_cuda else None
-        self._made_of = made_of
-        return self._encoder
+        self._parking = HostParking(encoder.model, keep=True) if on_cuda else None
+        self._encoder, self._made_of = encoder, made_of
+        return encoder
 
     def _rest(self, job: Job) -> None:
         """After the prompts: off the device."""

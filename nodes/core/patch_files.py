@@ -80,9 +80,9 @@ class PatchFiles:
         path = self._folder() / f"lora-{_digest(tensors)}.safetensors"
         with self._lock:
             if known is None:
-                # Before it is looked for: `_drop`, which removes what is unused, may run in the midst of this.
-                self._unused.pop(path, None)
+                # Before it is looked for, in this order: `_drop`, which removes what is unused, may run in the midst.
                 self._users[path] = self._users.get(path, 0) + 1
+                self._unused.pop(path, None)
                 weakref.finalize(added, self._drop, path)
             if not path.exists():
                 _write(tensors, path)

@@ -57,20 +57,28 @@ def read_config_texts(folder: Path, metadata: Mapping[str, str]) -> Told:
     Raises:
         ValueError: they say that it is a model that does not run, or what cannot be.
     """
-    _check(_in_header(metadata.get("config", "")), "its header", allowed=TYPES)
+    header, where = _in_header(metadata.get("config", "")), "its header"
+    _check(header, where, allowed=TYPES)
+    own_heads = _heads(header, "num_heads", where) if "num_heads" in header else None
     path = folder / "config.json"
     config = read_json_object(path) if path.is_file() else {}
     key = TRANSFORMER_CLASSES.get(str(config.get("_class_name")))
     if key is None:
         # Of another model: ComfyUI's folders hold many.
-        return Told()
-    _check(config, str(path))
-    num_heads, layers = config.get(key), config.get("vace_layers")
-    if type(num_heads) is not int or num_heads < 1:
-        raise ValueError(f"{path}: {key} is {num_heads!r}; it must be a positive number")
+        return Told(own_heads)
+    _check(config, f"{path} beside it (which must lie elsewhere if it is another model's)")
+    # The header is surely this file's.
+    num_heads, layers = own_heads or _heads(config, key, str(path)), config.get("vace_layers")
     if layers is not None and not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
         raise ValueError(f"{path}: vace_layers is {brief(layers)}; it must be a list of numbers of blocks")
     return Told(num_heads, None if layers is None else tuple(layers))
+
+
+def _heads(config: Mapping[str, Any], key: str, where: str) -> int:
+    heads = config.get(key)
+    if type(heads) is not int or heads < 1:
+        raise ValueError(f"{where}: {key} is {heads!r}; it must be a positive number")
+    return heads
 
 
 def _in_header(text: str) -> Mapping[str, Any]:

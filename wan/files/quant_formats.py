@@ -147,6 +147,8 @@ def _block(layer: str, name: str, entry: dict[str, Any]) -> tuple[int, int] | No
     for key, value in told.items():
         sizes = value if isinstance(value, list) else [value]
         whole = all(type(size) is int and size > 0 for size in sizes) and len(sizes) in (1, 2)
+        # Of several rows w4a8 has no groups.
+        whole = whole and (name != W4A8 or len(sizes) == 1 or sizes[0] == 1)
         if not whole or (found and found != (sizes[0], sizes[-1])) or (fixed and sizes[-1] != fixed):
             allowed = f"it is {fixed} in {name}" if fixed else "it must be a number, or one for rows and one for inputs"
             raise ValueError(f"{key} of {layer} is {brief(value)}; {allowed}")

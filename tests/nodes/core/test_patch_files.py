@@ -84,6 +84,22 @@ def test_a_file_that_is_used_again_stays_whatever_is_freed_meanwhile(
     assert not in_use and Path(file.file.path) == oldest and oldest.exists()
 
 
+def test_a_file_whose_last_user_goes_as_the_next_one_comes_is_in_use(files: PatchFiles) -> None:
+    in_use = [added(of_layers(LAYERS[0]))]
+    (first,) = files.files(in_use)
+
+    class Unused(dict[Path, None]):
+        def pop(self, key: Path, *default: Any) -> Any:
+            found = super().pop(key, *default)
+            in_use.clear()
+            return found
+
+    files._unused = Unused()
+    again = added(of_layers(LAYERS[0]))
+    assert files.files([again]) == (first,)
+    assert not in_use and not files._unused
+
+
 def test_changes_that_are_no_product_have_their_own_names(files: PatchFiles) -> None:
     weight, bias = torch.randn(6, 4), torch.randn(6)
     name = f"diffusion_model.{LAYERS[0]}"

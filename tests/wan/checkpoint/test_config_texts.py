@@ -60,6 +60,25 @@ def test_what_all_of_them_have_is_not_otherwise(tmp_path: Path, key: str, value:
     assert str(value) in str(refusal.value)
 
 
+def test_a_header_says_the_heads_before_a_config_beside_it_does(tmp_path: Path) -> None:
+    """As ComfyUI takes them; the config may be another file's."""
+    for heads in (1, 2):
+        assert opened(tmp_path, {"num_heads": heads}, "header").config.num_heads == heads
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WanModel", "num_heads": 2}))
+    assert opened(tmp_path, {}, "header").config.num_heads == 2
+    assert opened(tmp_path, {"num_heads": 1}, "header").config.num_heads == 1
+    for heads in (0, "2", True, None):
+        with pytest.raises(ValueError, match=r"its header: num_heads is .*; it must be a positive number"):
+            opened(tmp_path, {"num_heads": heads}, "header")
+
+
+def test_a_config_of_another_model_in_the_same_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"config\.json beside it \(which must lie elsewhere if it is another model's\)"
+    ):
+        opened(tmp_path, {"model_type": "humo"}, "config.json")
+
+
 @pytest.mark.parametrize("kind", ["t3v", "", 3, ["t2v"], {"t2v": 1}], ids=str)
 def test_a_type_that_nobody_knows_is_refused_where_comfyui_goes_by_it(tmp_path: Path, kind: object) -> None:
     with pytest.raises(ValueError, match=r"its header says that it is of model_type .*, not one of animate, camera"):

@@ -101,6 +101,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a name of 65": ("x" * 65, r"the format of a\.q is 'xxx"),
     "false in words": ({"format": INT8, "convrot": "false"}, r"convrot of a\.q is 'false'; it must be false or true"),
     "w4a8 that is not rotated": ({"format": W4A8, "convrot": False}, r"convrot of a\.q is False; it must be true"),
+    "w4a8 of rows": ({"format": W4A8, "group_size": [4, 16]}, rf"group_size of a\.q is \[4, 16\]; {SIZES}"),
     "w4a8 of no size": ({"format": W4A8, "group_size": "8"}, rf"group_size of a\.q is '8'; {SIZES}"),
     "int4 that is not rotated": ({"format": INT4, "convrot": False}, r"convrot of a\.q is False; it must be true"),
     **{
