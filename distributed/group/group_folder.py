@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..job.job_folder import JobDir, OwnedFolder
 from ..job.json_files import read_json, write_json
-from ..machine.bell import Bell, ring_all
+from ..machine.bell import ring_all
 
 GROUP_PREFIX = "wan-group-"
 
@@ -37,13 +37,9 @@ class GroupDir(OwnedFolder):
     def write_request(self, number: int, job: JobDir) -> None:
         """Asks for this job, and wakes the ranks that wait for it."""
         write_json(self.request(number), {"folder": str(job.path)})
-        ring_all(self.path, "bell-*")
+        ring_all(self.bells())
 
     def read_request(self, number: int) -> JobDir | None:
         """The folder of job `number`; None while there is no such job."""
         path = self.request(number)
         return JobDir(read_json(path)["folder"]) if path.exists() else None
-
-    def bell(self, rank: int) -> Bell:
-        """Where `rank` sleeps until the next request."""
-        return Bell(self.path / f"bell-{rank}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +17,8 @@ from .job import GroupJob, JobError
 from .json_files import MAX_JSON_BYTES, read_bounded, read_json, replace_text, write_json
 
 PREFIX = "wan-job-"
+BELL = "bell-"
+"""Before a rank's number."""
 REMOVALS = 20
 REMOVAL_SECONDS = 0.05
 
@@ -31,6 +34,14 @@ class OwnedFolder:
         """Written by the agent when a rank failed."""
         self.lock: IO[bytes] | None = None
         """`owner`, open and locked, in the owning process."""
+
+    def bell(self, rank: int) -> Path:
+        """Where the rank waits: for a group's next job, for a job's next evaluation."""
+        return self.path / f"{BELL}{rank}"
+
+    def bells(self) -> Iterator[Path]:
+        """Those of the ranks that have come to wait."""
+        yield from self.path.glob(f"{BELL}*")
 
     def remove(self) -> None:
         """Deletes the folder and what it holds, as far as that can be deleted. A second call does nothing."""
@@ -80,10 +91,6 @@ class JobDir(OwnedFolder):
         folder = cls(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         folder.logs.mkdir(mode=0o700)
         return folder
-
-    def bell(self, rank: int) -> Path:
-        """Where the rank waits for the next evaluation."""
-        return self.path / f"bell-{rank}"
 
     def alive(self, rank: int) -> Path:
         """Rewritten by the rank at every phase and step; its age is the sign of life."""

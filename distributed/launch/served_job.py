@@ -130,7 +130,7 @@ class ServedJob:
         self._memory.ask(Request(number=self._number + 1, evaluation=evaluation), parts)
         self._number += 1
         if self._folder is not None:
-            ring_all(self._folder.path, "bell-*")
+            ring_all(self._folder.bells())
 
     def _wait(self) -> None:
         """Until it is answered. Raises what has ended the job."""

@@ -7,6 +7,7 @@ import errno
 import os
 import select
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
@@ -80,10 +81,10 @@ class BellRope:
             self._descriptor = -1
 
 
-def ring_all(folder: Path, names: str) -> None:
-    """Rings all bells of such names ("bell-*") in a folder, which may go at any moment."""
+def ring_all(paths: Iterable[Path]) -> None:
+    """Rings the bells as they are found, in a folder that may go at any moment."""
     with contextlib.suppress(OSError):
-        for path in folder.glob(names):
+        for path in paths:
             ring(path)
 
 

@@ -20,6 +20,7 @@ from ..job.job_folder import JobDir
 from ..libraries.cuda_driver import make_context
 from ..libraries.library_imports import uncollected
 from ..libraries.triton_key import make_triton_key
+from ..machine.bell import Bell
 from ..machine.processes import AGENT_VARIABLE, die_with_parent
 from .signs import RankFiles
 
@@ -81,7 +82,7 @@ def _run(group: GroupDir, folder: JobDir, files: RankFiles, session: Session | N
 
 
 def _wait_for_job(group: GroupDir, number: int) -> JobDir:
-    with group.bell(int(os.environ["RANK"])) as bell:
+    with Bell(group.bell(int(os.environ["RANK"]))) as bell:
         while (folder := group.read_request(number)) is None:
             bell.wait(LOOK_AGAIN)
     return folder

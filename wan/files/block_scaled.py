@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .quant_formats import W4A8
-from .stored_tensor import PlainTensor, RowScale, StoredTensor, Unpacked, row_pieces
+from .stored_tensor import PlainTensor, RowScale, StoredTensor, Unpacked, check_finite, row_pieces
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of three bits; the fourth is the sign."""
@@ -86,7 +86,7 @@ class BlockScaled(Unpacked):
         values = _powers_of_two(stored) if stored.dtype == torch.uint8 else stored.float()
         if self.factor is not None:
             values = values * _read(self.factor).view(())
-        _check_finite(values, self.scales)
+        check_finite(values, self.scales)
         return values.view(across)
 
 
@@ -110,16 +110,16 @@ class Grouped(Unpacked):
         width, across, device = self.shape[1], self.groups.shape[1], out.device
         table = torch.arange(-8.0, 8.0) if self.table is None else _read(self.table).float()
         if self.table is not None:
-            _check_finite(table, self.table)
+            check_finite(table, self.table)
         for row, piece in row_pieces(out, start, width):
             rows = piece.shape[0]
             packed = torch.empty(rows, width // 2, dtype=self.stored.dtype)
             self.stored.read_into(packed, start=row * width // 2)
             groups = torch.empty(rows, across, dtype=self.groups.dtype)
             self.groups.read_into(groups, start=row * across)
-            _check_finite(groups.float(), self.groups)
+            check_finite(groups.float(), self.groups)
             packed, factors = packed.to(device), groups.to(device).float().unsqueeze(-1)
-            places = torch.stack((packed & 15, packed >> 4), dim=-1).view(rows, across, -1)
+            places = _low_first(packed).view(rows, across, -1)
             codes = (table.to(device)[places.int()] * factors).round_().clamp_(-127, 127).view(piece.shape)
             piece.copy_(codes if out.dtype == torch.int8 else codes.mul_(self.scale.rows(row, rows).to(device)))
 
@@ -180,19 +180,19 @@ def _read(tensor: PlainTensor) -> Tensor:
     return values
 
 
-def _check_finite(values: Tensor, tensor: PlainTensor) -> None:
-    if not values.isfinite().all():
-        raise ValueError(f"{tensor.path} is damaged: a weight's scale is not a finite number")
-
-
 def _decoded(codes: Tensor, int4: bool) -> Tensor:
     if codes.dtype != torch.uint8:
         return codes.float()
     if int4:
-        signed = torch.stack((codes & 15, codes >> 4), dim=-1).float()
-        return signed.sub_((signed >= 8).float(), alpha=16).flatten(1)
+        signed = _low_first(codes).float()
+        return signed.sub_((signed >= 8).float(), alpha=16)
     table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
     return table[torch.stack((codes >> 4, codes & 15), dim=-1).int()].flatten(1)
+
+
+def _low_first(packed: Tensor) -> Tensor:
+    """[rows, bytes] -> [rows, 2 * bytes], the four low bits of a byte before its four high ones."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
 
 
 def _powers_of_two(exponents: Tensor) -> Tensor:

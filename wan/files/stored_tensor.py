@@ -162,8 +162,7 @@ class RowScale(Unpacked):
         one_for_all = math.prod(self.stored.shape) == 1
         values = torch.empty(1 if one_for_all else count, dtype=self.stored.dtype)
         self.stored.read_into(values, start=0 if one_for_all else first)
-        if not values.isfinite().all():
-            raise ValueError(f"{self.stored.path} is damaged: a weight's scale is not a finite number")
+        check_finite(values, self.stored)
         return values.float().view(-1, 1).expand(count, 1)
 
     def read_into(self, out: Tensor, *, start: int = 0, staging: Tensor | None = None) -> None:
@@ -237,6 +236,12 @@ def read_from(part: StoredTensor, flat: Tensor, begin: int, staging: Tensor | No
 def is_scale(tensor: StoredTensor) -> bool:
     """Whether it belongs to a weight's codes."""
     return isinstance(tensor.parts[0] if isinstance(tensor, Joined) else tensor, RowScale)
+
+
+def check_finite(scales: Tensor, source: PlainTensor) -> None:
+    """Raises ValueError naming the file that they were read from."""
+    if not scales.isfinite().all():
+        raise ValueError(f"{source.path} is damaged: a weight's scale is not a finite number")
 
 
 def _pieces(flat: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
